@@ -1,0 +1,57 @@
+"""RichKD: distil image models from a CNN teacher fused with CLIP, cached once.
+
+Stage one (`richkd.precompute`) runs the teachers and writes a Zarr store; stage two
+(`richkd.distill`) trains students from the store. Every public name below is imported on first
+use, so that `import richkd` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from richkd import losses as losses
+    from richkd.data.views import apply_views as apply_views
+    from richkd.errors import RichKDError as RichKDError
+    from richkd.models import create_model as create_model
+    from richkd.models import forward as forward
+    from richkd.store.reader import TeacherCache as TeacherCache
+    from richkd.store.reader import open_cache as open_cache
+
+try:
+    __version__ = version("richkd")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+_HOME = {
+    "RichKDError": "richkd.errors",
+    "TeacherCache": "richkd.store.reader",
+    "apply_views": "richkd.data.views",
+    "create_model": "richkd.models",
+    "forward": "richkd.models",
+    "open_cache": "richkd.store.reader",
+}
+
+__all__ = [
+    "RichKDError",
+    "TeacherCache",
+    "apply_views",
+    "create_model",
+    "forward",
+    "losses",
+    "open_cache",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "losses":
+        return importlib.import_module("richkd.losses")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'richkd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

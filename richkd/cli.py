@@ -1,0 +1,295 @@
+"""The command line: a command a verb. Heavy imports happen inside the commands.
+
+What the user can mend is one line on standard error and exit code 2; a bug is a traceback and 1.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from richkd import recipe as recipes
+from richkd.errors import RichKDError
+from richkd.recipe import Distill, Precompute, TrainTeacher, describe
+
+app = typer.Typer(
+    name="richkd",
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _option(settings: type, name: str, *flags: str) -> Any:
+    return typer.Option(*flags, help=describe(settings, name), show_default=False)
+
+
+def _shared(name: str) -> Any:
+    return _option(Distill, name)
+
+
+Recipe = Annotated[
+    str | None, typer.Option(help="TOML file, or the name of one that richkd brings along")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is there")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON, and nothing else")]
+Dataset = Annotated[str | None, _option(Precompute, "dataset")]
+Limit = Annotated[int | None, _option(Precompute, "limit")]
+DataRoot = Annotated[str | None, _option(Precompute, "data_root")]
+ImageSize = Annotated[int | None, _option(Precompute, "image_size")]
+Epochs = Annotated[int | None, _shared("epochs")]
+BatchSize = Annotated[int | None, _shared("batch_size")]
+LearningRate = Annotated[float | None, _shared("lr")]
+Momentum = Annotated[float | None, _shared("momentum")]
+WeightDecay = Annotated[float | None, _shared("weight_decay")]
+Schedule = Annotated[str | None, _shared("schedule")]
+EvalEvery = Annotated[int | None, _shared("eval_every")]
+Seed = Annotated[int | None, _shared("seed")]
+Device = Annotated[str | None, _shared("device")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from richkd import __version__
+
+        typer.echo(f"richkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", help="say which richkd this is", callback=_version,
+                           is_eager=True)
+    ] = False,
+) -> None:  # fmt: skip
+    """Distil image models from a CNN teacher fused with CLIP.
+
+    Stage one (precompute) asks both teachers once and writes a Zarr store; stage two (distill)
+    trains students from the store, with no teacher in memory.
+    """
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(help="where everything goes")] = "runs/demo",
+    seed: Annotated[int, typer.Option(help="seed of students and teacher")] = 0,
+    as_json: Json = False,
+) -> None:
+    """The whole story on embedded data, in a few minutes on a laptop."""
+    from richkd.demo import run_demo
+
+    _print(run_demo(out, seed, _report(as_json)), as_json)
+
+
+@app.command("train-teacher")
+def train_teacher(
+    dataset: Dataset = None,
+    model: Annotated[str | None, _option(TrainTeacher, "model")] = None,
+    epochs: Epochs = None,
+    limit: Limit = None,
+    out: Annotated[str | None, _option(TrainTeacher, "out")] = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    momentum: Momentum = None,
+    weight_decay: WeightDecay = None,
+    schedule: Schedule = None,
+    eval_every: EvalEvery = None,
+    seed: Seed = None,
+    data_root: DataRoot = None,
+    image_size: ImageSize = None,
+    device: Device = None,
+    recipe: Recipe = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Train a CNN teacher with cross-entropy and save its weights."""
+    given = _given(locals())
+    settings = recipes.resolve(TrainTeacher, _table(recipe, "train-teacher"), given)
+    from pathlib import Path
+
+    from richkd.data.datasets import load_dataset
+    from richkd.teachers import cnn
+
+    cnn.check_output(Path(settings.out), overwrite)
+    report = _report(as_json)
+    summary = cnn.train_teacher(settings, load_dataset(settings), report, overwrite=overwrite)
+    _print(summary, as_json)
+
+
+@app.command()
+def precompute(
+    dataset: Dataset = None,
+    limit: Limit = None,
+    teacher: Annotated[str | None, _option(Precompute, "teacher")] = None,
+    teacher_weights: Annotated[str | None, _option(Precompute, "teacher_weights")] = None,
+    clip: Annotated[str | None, _option(Precompute, "clip")] = None,
+    prompts: Annotated[str | None, _option(Precompute, "prompts")] = None,
+    views: Annotated[int | None, _option(Precompute, "views")] = None,
+    alpha: Annotated[float | None, _option(Precompute, "alpha")] = None,
+    scale: Annotated[str | None, _option(Precompute, "scale")] = None,
+    dtype: Annotated[str | None, _option(Precompute, "dtype")] = None,
+    out: Annotated[str | None, _option(Precompute, "out")] = None,
+    batch_size: Annotated[int | None, _option(Precompute, "batch_size")] = None,
+    seed: Annotated[int | None, _option(Precompute, "seed")] = None,
+    data_root: DataRoot = None,
+    image_size: ImageSize = None,
+    device: Device = None,
+    recipe: Recipe = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Stage one: run CNN teacher and CLIP once, and write the store.
+
+    Cut off, it goes on with the same command. Without teacher weights it trains the teacher first.
+    """
+    given = _given(locals())
+    settings = recipes.resolve(Precompute, _table(recipe, "precompute"), given)
+    from richkd import precompute as stage_one
+    from richkd.inspect import summarize
+
+    cache = stage_one.precompute(
+        settings,
+        overwrite=overwrite,
+        teacher_recipe=_table(recipe, "train-teacher"),
+        report=_report(as_json),
+    )
+    if as_json:
+        _print(summarize(cache.path), as_json)
+    else:
+        typer.echo(f"next: richkd distill --cache {cache.path}")
+
+
+@app.command()
+def inspect(
+    cache: Annotated[str, typer.Argument(help="a store, complete or not")],
+    as_json: Json = False,
+) -> None:
+    """Say what is in a store: data, teachers, accuracies, arrays and sizes."""
+    from richkd.inspect import show, summarize
+
+    summary = summarize(cache)
+    if as_json:
+        _print(summary, as_json)
+    else:
+        show(summary, _report(as_json))
+
+
+@app.command()
+def distill(
+    cache: Annotated[str | None, _option(Distill, "cache")] = None,
+    student: Annotated[str | None, _option(Distill, "student")] = None,
+    method: Annotated[str | None, _option(Distill, "method")] = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    out: Annotated[str | None, _option(Distill, "out")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with a run that was cut off")
+    ] = False,
+    alpha: Annotated[float | None, _option(Distill, "alpha")] = None,
+    scale: Annotated[str | None, _option(Distill, "scale")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help=describe(Distill, "prompts") + ", e.g. 0,3,5")
+    ] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help=describe(Distill, "options"))
+    ] = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    momentum: Momentum = None,
+    weight_decay: WeightDecay = None,
+    schedule: Schedule = None,
+    eval_every: EvalEvery = None,
+    dataset: Annotated[str | None, _option(Distill, "dataset")] = None,
+    data_root: DataRoot = None,
+    device: Device = None,
+    recipe: Recipe = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Stage two: train a student from a store."""
+    given = _given(locals())
+    table = _table(recipe, "distill")
+    if prompts is not None:
+        given["prompts"] = _indices(prompts)
+    if options:
+        given["options"] = {**table.get("options", {}), **_assignments(options)}
+    settings = recipes.resolve(Distill, table, given)
+    from richkd.distill import distill as stage_two
+    from richkd.results import results_table
+
+    report = _report(as_json)
+    summary = stage_two(settings, resume=resume, overwrite=overwrite, report=report)
+    if as_json:
+        _print(summary, as_json)
+    else:
+        results_table(report, f"{summary['run']}", [summary])
+
+
+def _report(as_json: bool) -> Any:
+    from richkd.progress import Report
+
+    return Report(quiet=as_json)
+
+
+def _print(result: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+
+
+_NOT_SETTINGS = {"recipe", "overwrite", "resume", "as_json"}
+
+
+def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among a command's arguments."""
+    given = {name: value for name, value in arguments.items() if name not in _NOT_SETTINGS}
+    if isinstance(given.get("scale"), str):
+        given["scale"] = recipes.parse_scale(given["scale"])
+    return given
+
+
+def _table(recipe: str | None, section: str) -> dict[str, Any]:
+    return recipes.load(recipe).get(section, {}) if recipe else {}
+
+
+def _indices(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise RichKDError(f"--prompts {text!r}: give numbers with commas, e.g. 0,3,5") from None
+
+
+def _assignments(texts: list[str]) -> dict[str, float | int]:
+    values: dict[str, float | int] = {}
+    for text in texts:
+        name, equals, number = text.partition("=")
+        try:
+            values[name] = int(number) if number.lstrip("-").isdigit() else float(number)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise RichKDError(f"--set {text!r}: give NAME=NUMBER, e.g. --set temperature=4")
+    return values
+
+
+def main() -> NoReturn:
+    """Run the command line; the only place that turns errors into exit codes."""
+    try:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except (RichKDError, typer.Abort, KeyboardInterrupt) as error:
+        code = _fail(str(error)) if isinstance(error, RichKDError) else 130
+    except Exception as error:
+        # a mistyped command or flag; typer's own class for it is not public
+        if not hasattr(error, "format_message"):
+            raise
+        code = _fail(f"{error.format_message().rstrip('.')}; see richkd --help")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> int:
+    print(f"richkd: {' '.join(message.split())}", file=sys.stderr)
+    return 2

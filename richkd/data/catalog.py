@@ -1,0 +1,67 @@
+"""The data sets by name, and what each suggests when the user says nothing. No torch in here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from richkd.errors import RichKDError, unknown
+
+IMAGE_FOLDER = "imagefolder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a data set suggests for settings that were not given."""
+
+    teacher: str
+    student: str
+    teacher_epochs: int
+    clip: str
+    image_size: int = 32
+
+
+_OPENAI = "ViT-L-14-quickgelu:openai"  # the CLIP of the RichKD release
+
+DATASETS: dict[str, Defaults] = {
+    "shapes": Defaults(teacher="resnet20", student="resnet8", teacher_epochs=30, clip="demo"),
+    "fashion-mnist": Defaults(
+        teacher="resnet20", student="resnet8", teacher_epochs=30, clip=_OPENAI
+    ),
+    "cifar10": Defaults(
+        teacher="resnet32x4", student="resnet8x4", teacher_epochs=240, clip=_OPENAI
+    ),
+    "cifar100": Defaults(
+        teacher="resnet32x4", student="resnet8x4", teacher_epochs=240, clip=_OPENAI
+    ),
+    IMAGE_FOLDER: Defaults(
+        teacher="resnet50", student="resnet18", teacher_epochs=90, clip=_OPENAI, image_size=224
+    ),
+}
+
+
+def split_name(dataset: str) -> tuple[str, Path | None]:
+    """`imagefolder:PATH` into its kind and path; any other name into itself and None.
+
+    Raises:
+        RichKDError: the name is not one of the data sets, or a path is missing or too much.
+    """
+    kind, colon, path = dataset.partition(":")
+    if kind not in DATASETS:
+        raise unknown("data set", dataset, [*(set(DATASETS) - {IMAGE_FOLDER}), "imagefolder:PATH"])
+    if kind == IMAGE_FOLDER and not path:
+        raise RichKDError("imagefolder needs a folder: --dataset imagefolder:PATH")
+    if kind != IMAGE_FOLDER and colon:
+        raise RichKDError(f"data set {kind!r} takes no path, got {dataset!r}")
+    return kind, Path(path) if path else None
+
+
+def defaults(dataset: str) -> Defaults:
+    """The suggestions of a data set, by its name as the user gives it."""
+    return DATASETS[split_name(dataset)[0]]
+
+
+def short_name(dataset: str) -> str:
+    """A name fit for a file: the data set's, or the folder's for `imagefolder:PATH`."""
+    kind, path = split_name(dataset)
+    return kind if path is None else path.resolve().name or IMAGE_FOLDER

@@ -1,0 +1,301 @@
+"""The data sets: class names, and for each split uint8 images (or image files) and labels.
+
+What is read: `shapes` (drawn), Fashion-MNIST (Debian's package or torchvision's files), CIFAR-10
+and -100 (torchvision), and folders of images laid out as PATH/train/CLASS/* and PATH/val/CLASS/*.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from richkd.data import catalog
+from richkd.data.views import PadCropFlip, ResizedCropFlip, ViewSpace
+from richkd.errors import RichKDError
+from richkd.recipe import Images
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000
+SHAPES_SEEDS = {"train": 1, "test": 2}
+
+# Mean and standard deviation of pixels in 0..1. CIFAR's are those that the published checkpoints
+# were trained with; the others were computed over the training split (padding included).
+_STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "fashion-mnist": ((0.2190,) * 3, (0.3318,) * 3),
+    "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+    catalog.IMAGE_FOLDER: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+_FASHION_CLASSES = (
+    "t-shirt", "trouser", "pullover", "dress", "coat",
+    "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images that stay files until a view of them is wanted."""
+
+    root: Path
+    paths: tuple[str, ...]  # relative to root
+    sizes: NDArray[np.int64]  # [N,2], height and width
+    image_size: int  # side of the square views
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def open(self, index: int) -> Any:
+        """The image as PIL reads it, in RGB."""
+        from PIL import Image
+
+        with Image.open(self.root / self.paths[index]) as image:
+            return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images [N,H,W,3] uint8 (or files) and labels [N] int64."""
+
+    images: Tensor | ImageFiles
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def first(self, count: int | None) -> Split:
+        """The first samples; all of them for None."""
+        if count is None or count >= len(self):
+            return self
+        images = self.images
+        if isinstance(images, ImageFiles):
+            images = ImageFiles(
+                images.root, images.paths[:count], images.sizes[:count], images.image_size
+            )
+        else:
+            images = images[:count]
+        return Split(images, self.labels[:count])
+
+    @property
+    def view_space(self) -> ViewSpace:
+        """The augmentation that suits the images."""
+        if isinstance(self.images, ImageFiles):
+            return ResizedCropFlip(self.images.sizes, self.images.image_size)
+        return PadCropFlip()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Two splits with class names; `mean` and `std` are of pixels in 0..1."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Split
+    test: Split
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over both splits: pixels and labels, or for files their names and lengths."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.test):
+            images = split.images
+            if isinstance(images, ImageFiles):
+                for path in images.paths:
+                    size = (images.root / path).stat().st_size
+                    digest.update(f"{path}\0{size}\0".encode())
+            else:
+                digest.update(str(tuple(images.shape)).encode())
+                digest.update(np.ascontiguousarray(images.numpy()).data)
+            digest.update(split.labels.numpy().astype("<i8").data)
+        return digest.hexdigest()
+
+
+def load_dataset(settings: Images) -> Dataset:
+    """Read a data set by name, its first `limit` training samples.
+
+    Raises:
+        RichKDError: an unknown name, missing or damaged files, or no network to fetch them.
+    """
+    kind, path = catalog.split_name(settings.dataset)
+    root = Path(settings.data_root)
+    image_size = settings.image_size or catalog.DATASETS[kind].image_size
+    if kind == catalog.IMAGE_FOLDER:
+        assert path is not None
+        class_names, train, test = _image_folder(path, image_size)
+    elif kind == "shapes":
+        class_names, train, test = _shapes(settings.limit)
+    elif kind == "fashion-mnist":
+        class_names, train, test = _fashion_mnist(root)
+    else:
+        class_names, train, test = _cifar(kind, root)
+    mean, std = _STATISTICS[kind]
+    return Dataset(
+        name=settings.dataset,
+        class_names=class_names,
+        train=train.first(settings.limit),
+        test=test,
+        mean=mean,
+        std=std,
+        image_size=image_size,
+    )
+
+
+Parts = tuple[tuple[str, ...], Split, Split]
+
+
+def _shapes(limit: int | None) -> Parts:
+    from richkd.data import shapes
+
+    splits = []
+    for part, count in (("train", limit or SHAPES_TRAIN), ("test", SHAPES_TEST)):
+        drawing = shapes.draw(count, seed=SHAPES_SEEDS[part])
+        splits.append(Split(torch.from_numpy(drawing.images), torch.from_numpy(drawing.labels)))
+    return shapes.CLASS_NAMES, splits[0], splits[1]
+
+
+def _fashion_mnist(root: Path) -> Parts:
+    folder = root / "FashionMNIST" / "raw"
+    names = [f"{part}-{what}" for part in ("train", "t10k")
+             for what in ("images-idx3-ubyte", "labels-idx1-ubyte")]  # fmt: skip
+    if not all((folder / name).is_file() or (folder / f"{name}.gz").is_file() for name in names):
+        if DEBIAN_FASHION_MNIST.is_dir():
+            folder = DEBIAN_FASHION_MNIST
+        else:
+            _download_with_torchvision("FashionMNIST", root, (
+                f"install Debian's package dataset-fashion-mnist, or copy the four *-ubyte.gz "
+                f"files into {folder}"))  # fmt: skip
+    train_images, train_labels, test_images, test_labels = (
+        _read_idx(folder / name) for name in names
+    )
+    splits = [
+        Split(_pad_to_32_rgb(images), torch.from_numpy(labels.astype(np.int64)))
+        for images, labels in ((train_images, train_labels), (test_images, test_labels))
+    ]
+    return _FASHION_CLASSES, splits[0], splits[1]
+
+
+def _read_idx(path: Path) -> NDArray[np.uint8]:
+    """An IDX file of bytes: magic (0, 0, 8, number of axes), axes as big-endian u32, values."""
+    compressed = path.with_name(path.name + ".gz")
+    try:
+        if path.is_file():
+            content = path.read_bytes()
+        else:
+            content = gzip.decompress(compressed.read_bytes())
+    except (OSError, EOFError) as error:
+        raise RichKDError(f"cannot read {path}[.gz]: {error}; fetch it again") from None
+    if content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
+        raise RichKDError(f"{path} is no IDX file of bytes; fetch it again")
+    shape = np.frombuffer(content, ">u4", count=content[3], offset=4).astype(int)
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
+    if values.size != shape.prod():
+        raise RichKDError(f"{path} is cut short or damaged; fetch it again")
+    return values.reshape(shape)
+
+
+def _pad_to_32_rgb(images: NDArray[np.uint8]) -> Tensor:
+    """[N,28,28] -> [N,32,32,3]: zeros around, the one channel three times."""
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))
+    return torch.from_numpy(np.repeat(padded[..., None], 3, axis=-1))
+
+
+def _cifar(kind: str, root: Path) -> Parts:
+    archive = "cifar-100-python.tar.gz" if kind == "cifar100" else "cifar-10-python.tar.gz"
+    reader = _download_with_torchvision(
+        kind.upper(), root, f"copy {archive} from elsewhere into {root} and run again"
+    )
+    splits = []
+    for train in (True, False):
+        data = reader(root, train=train)
+        splits.append(Split(torch.from_numpy(data.data), torch.tensor(data.targets)))
+    return tuple(name.replace("_", " ") for name in data.classes), splits[0], splits[1]
+
+
+def _download_with_torchvision(name: str, root: Path, offline: str) -> Any:
+    """torchvision's reader, its files in place: found under root, unpacked or downloaded."""
+    import torchvision
+
+    reader = getattr(torchvision.datasets, name)
+    try:
+        reader(root, train=True)
+        reader(root, train=False)
+    except RuntimeError:  # not there, or not whole
+        try:
+            reader(root, train=True, download=True)
+        except (OSError, RuntimeError, EOFError) as error:
+            raise RichKDError(
+                f"cannot download {name} to {root} ({error}); without a network {offline}"
+            ) from None
+    return reader
+
+
+def _image_folder(path: Path, image_size: int) -> Parts:
+    from torchvision.datasets import ImageFolder
+
+    if not path.is_dir():
+        raise RichKDError(f"imagefolder:{path}: there is no such folder")
+    held_out = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
+    if not (path / "train").is_dir() or held_out is None:
+        raise RichKDError(
+            f"imagefolder:{path} needs the layout {path}/train/CLASS/image.jpg and "
+            f"{path}/val/CLASS/image.jpg"
+        )
+    splits, classes = [], []
+    for folder in (path / "train", held_out):
+        try:
+            listing = ImageFolder(str(folder))
+        except FileNotFoundError as error:  # no class, or a class with no image
+            raise RichKDError(f"imagefolder:{path}: {error}") from None
+        classes.append(listing.classes)
+        # interleave the classes, so that --limit N does not take the first classes only
+        samples = _spread(listing.samples)
+        paths = tuple(str(Path(file).relative_to(folder)) for file, _ in samples)
+        sizes = _image_sizes(folder, paths)
+        labels = torch.tensor([label for _, label in samples])
+        splits.append(Split(ImageFiles(folder, paths, sizes, image_size), labels))
+    if classes[0] != classes[1]:
+        different = sorted(set(classes[0]) ^ set(classes[1]))
+        raise RichKDError(
+            f"imagefolder:{path}: {different[0]!r} is a class of one of "
+            f"{path / 'train'} and {held_out} only"
+        )
+    return tuple(name.replace("_", " ") for name in classes[0]), splits[0], splits[1]
+
+
+def _spread(samples: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The samples in an order in which every prefix holds the classes evenly."""
+    seen: dict[int, int] = {}
+    keyed = []
+    for file, label in samples:
+        seen[label] = seen.get(label, 0) + 1
+        keyed.append((seen[label], label, file))
+    return [(file, label) for _, label, file in sorted(keyed)]
+
+
+def _image_sizes(folder: Path, paths: tuple[str, ...]) -> NDArray[np.int64]:
+    """Heights and widths from the files' headers; a file that is no image is named."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from PIL import Image
+
+    def size(path: str) -> tuple[int, int]:
+        try:
+            with Image.open(folder / path) as image:
+                return image.height, image.width
+        except (OSError, Image.DecompressionBombError) as error:
+            raise RichKDError(f"cannot read image {folder / path}: {error}; remove it") from None
+
+    with ThreadPoolExecutor(8) as pool:
+        return np.array(list(pool.map(size, paths)), np.int64).reshape(-1, 2)

@@ -1,0 +1,386 @@
+"""Captioned drawings: a data set that needs no download, for the demo and for the tests.
+
+A drawing shows one figure, a texture times a form ("striped triangle"), somewhere on a coloured
+ground, among clutter, sometimes faint or partly covered. Its caption says what class it is and
+something of the colour, the size, the place and the ground, in many wordings, as captions found
+with photographs do. So a small CNN can learn the classes from labels, and a small CLIP from
+captions, and neither is perfect.
+
+Covered: drawings of any size from 8 pixels up, the same for the same seed wherever NumPy runs (the
+random numbers, labels and captions exactly; a pixel may differ by one level between processors,
+whose sines round differently). Mirroring or turning a drawing never changes its class.
+Not covered: photographs, perspective, more than one figure a drawing. For a caption, left and
+right are those of the drawing as it is drawn: a mirrored drawing may contradict its caption.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+TEXTURES: Final = ("solid", "striped", "dotted", "hollow")
+FORMS: Final = ("circle", "triangle", "square", "star")
+CLASS_NAMES: Final[tuple[str, ...]] = tuple(f"{t} {f}" for t in TEXTURES for f in FORMS)
+"""What the labels mean; "a photo of a {}" reads well with each."""
+
+_COLOURS: Final = {
+    "red": (208, 40, 44),
+    "orange": (240, 140, 36),
+    "yellow": (244, 214, 58),
+    "green": (52, 152, 68),
+    "cyan": (64, 196, 208),
+    "blue": (44, 84, 200),
+    "purple": (128, 58, 168),
+    "pink": (240, 138, 180),
+    "brown": (126, 80, 46),
+    "black": (30, 30, 34),
+    "gray": (132, 132, 136),
+    "white": (242, 242, 238),
+}
+_NAMES: Final = tuple(_COLOURS)
+_PALETTE: Final[Floats] = np.array(list(_COLOURS.values()), np.float32) / np.float32(255)
+
+# How captions begin. Most are the wordings that zero-shot prompts are made of.
+_OPENINGS: Final = (
+    "a photo of a",
+    "a photo of a",
+    "a picture of a",
+    "a picture of a",
+    "a blurry photo of a",
+    "a close-up photo of a",
+    "a cropped photo of a",
+    "a bright photo of a",
+    "a low resolution photo of a",
+    "a high quality photo of a",
+    "a natural photo of a",
+    "a sketch of a",
+    "a drawing of a",
+    "an image of a",
+    "a detailed image of a",
+    "a realistic image of a",
+    "there is a",
+    "a",
+    "a",
+    "one",
+)
+_PLACES: Final = (
+    ("upper left", "top", "upper right"),
+    ("left", "center", "right"),
+    ("lower left", "bottom", "lower right"),
+)
+
+_BATCH: Final = 256  # drawings made at a time: what bounds the memory
+_CLUTTER: Final = 4  # pieces of clutter at most
+_HEAD: Final = 40  # random numbers for the figure, the ground and the caption
+_PIECE: Final = 8  # random numbers for a piece of clutter, or for the one that covers
+_ROW: Final = _HEAD + _PIECE * (_CLUTTER + 1)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Drawings, what they show, and what is said of them.
+
+    Attributes:
+        images: uint8 [n, size, size, 3], RGB.
+        labels: int64 [n], indices into `CLASS_NAMES`.
+        captions: n sentences; each names its class word for word.
+    """
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+    captions: tuple[str, ...]
+
+
+def draw(count: int, *, seed: int, size: int = 32) -> Drawing:
+    """Draw `count` captioned images; image i depends on `seed`, i and `size` alone.
+
+    So a smaller drawing is the beginning of a larger one, and a different seed gives other images
+    (use one seed for training and another for testing). Every class is equally likely.
+
+    Args:
+        count: How many; 0 gives an empty drawing.
+        seed: Any non-negative integer.
+        size: Height and width in pixels, at least 8.
+
+    Raises:
+        ValueError: `count` or `seed` is negative, or `size` is below 8.
+    """
+    if count < 0 or seed < 0 or size < 8:
+        raise ValueError(
+            f"expected count >= 0, seed >= 0 and size >= 8, got {count}, {seed} and {size}"
+        )
+    # The raw stream of Philox never changes between NumPy's versions, as that of the
+    # distributions may. The noise has a key of its own, for its rows depend on the size.
+    plan = np.random.Philox(np.random.SeedSequence(seed))
+    noise = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(1,)))
+    words = -(-size * size * 3 // 8)  # eight bytes of noise to a raw number
+
+    images = np.empty((count, size, size, 3), np.uint8)
+    labels = np.empty(count, np.int64)
+    captions: list[str] = []
+    for start in range(0, count, _BATCH):
+        n = min(_BATCH, count - start)
+        raw = plan.random_raw(n * _ROW).reshape(n, _ROW)
+        grain = noise.random_raw(n * words).astype("<u8").view(np.uint8).reshape(n, -1)
+        scene = _Scene(((raw >> np.uint64(11)) * 2.0**-53).astype(np.float32))
+        images[start : start + n] = _render(scene, grain[:, : size * size * 3], size)
+        labels[start : start + n] = scene.label
+        captions += scene.captions()
+    return Drawing(images, labels, tuple(captions))
+
+
+class _Scene:
+    """What a batch of drawings shows, read off rows of uniform numbers.
+
+    Lengths are in 32nds of the canvas, whose centre is the origin; y grows downwards.
+    """
+
+    def __init__(self, u: Floats) -> None:
+        column = iter(u[:, :_HEAD].T)  # so that each number is used once
+
+        def pick(choices: int) -> Ints:
+            # A float32 below 1 times `choices` can round up to `choices` itself.
+            return np.minimum((next(column) * choices).astype(np.int64), choices - 1)
+
+        def between(low: float, high: float) -> Floats:
+            return (low + (high - low) * next(column)).astype(np.float32)
+
+        self.label = pick(len(CLASS_NAMES))
+        self.texture, self.form = np.divmod(self.label, len(FORMS))
+        self.radius = between(8, 13)
+        reach = 15.5 - self.radius  # a figure may touch the edge but not leave by it
+        self.x, self.y = between(-1, 1) * reach, between(-1, 1) * reach
+        self.angle = between(-0.3, 0.3)
+
+        # Three different colours: steps around the palette which cannot meet.
+        colours = len(_NAMES)
+        self.figure = pick(colours)
+        step = 1 + pick(colours - 1)
+        self.ground = (self.figure + step) % colours
+        other = 1 + pick(colours - 2)
+        self.accent = (self.figure + other + (other >= step)) % colours
+        jitter = np.stack([between(-0.06, 0.06) for _ in range(9)], 1).reshape(-1, 3, 3)
+        shade = between(0.65, 1.2)
+        figure, ground, accent = (
+            _PALETTE[index] + jitter[:, i]
+            for i, index in enumerate((self.figure, self.ground, self.accent))
+        )
+        ground = ground * shade[:, None]
+        # One in five is faint: both its colours lie near the ground's.
+        self.faint = between(0, 1) < 0.2
+        contrast = np.where(self.faint, between(0.35, 0.6), np.float32(1))[:, None]
+        # Patterns use a second colour, or let the ground show through.
+        self.bare = between(0, 1) < 0.5
+        accent = np.where(self.bare[:, None], ground, accent)
+        self.ground_rgb: Floats = ground
+        self.figure_rgb: Floats = ground + contrast * (figure - ground)
+        self.accent_rgb: Floats = ground + contrast * (accent - ground)
+        self.dark = shade < 0.8
+
+        self.pattern_angle = between(0, 2 * np.pi)
+        self.pattern_phase = between(0, 1)
+        self.pitch = between(3.4, 5.0)
+        self.grain = between(0.02, 0.1)
+        self.slope = between(-0.01, 0.01), between(-0.01, 0.01)
+        self.wording = np.stack([next(column) for _ in range(6)], 1)
+        pieces = u[:, _HEAD:].reshape(len(u), _CLUTTER + 1, _PIECE)
+        self.clutter, self.cover = pieces[:, :_CLUTTER], pieces[:, _CLUTTER]
+
+    def captions(self) -> list[str]:
+        """One sentence a drawing: always its class, and more or less of the rest."""
+        rows = zip(
+            self.label.tolist(),
+            self.figure.tolist(),
+            self.ground.tolist(),
+            self.accent.tolist(),
+            self.radius.tolist(),
+            np.digitize(self.x, (-2.0, 2.0)).tolist(),
+            np.digitize(self.y, (-2.0, 2.0)).tolist(),
+            (self.dark | self.bare * 2 | self.faint * 4).tolist(),
+            self.wording.tolist(),
+            strict=True,
+        )
+        return [_caption(*row) for row in rows]
+
+
+def _caption(
+    label: int,
+    figure: int,
+    ground: int,
+    accent: int,
+    radius: float,
+    column: int,
+    row: int,
+    flags: int,
+    wording: list[float],
+) -> str:
+    dark, bare, faint = flags & 1, flags & 2, flags & 4
+    opening, sized, coloured, grounded, placed, patterned = wording
+    words = [_OPENINGS[min(int(opening * len(_OPENINGS)), len(_OPENINGS) - 1)]]
+    if sized < 0.15 and not 9.5 < radius < 11.5:
+        words.append("small" if radius <= 9.5 else "large")
+    if faint and sized > 0.7:
+        words.append("faint")
+    if coloured < 0.2:
+        words.append(_NAMES[figure])
+    words.append(CLASS_NAMES[label])
+    if not bare and patterned < 0.12:
+        texture = TEXTURES[label // len(FORMS)]
+        mark = {"striped": "stripes", "dotted": "dots"}.get(texture)
+        if mark:
+            words.append(f"with {_NAMES[accent]} {mark}")
+    if grounded < 0.12:
+        tone = "dark " if dark and grounded < 0.06 and ground != _NAMES.index("black") else ""
+        noun = "background" if grounded < 0.08 else "ground"
+        words.append(f"on a {tone}{_NAMES[ground]} {noun}")
+    if placed < 0.1:
+        place = _PLACES[row][column]
+        words.append(f"in the {place}" if placed < 0.05 else f"at {place}")
+    sentence = " ".join(words)
+    return sentence.replace(" a orange", " an orange")
+
+
+def _render(scene: _Scene, grain: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+    """Paint a batch from back to front: ground, clutter, figure, cover, noise."""
+    scale = np.float32(32 / size)  # one pixel, which is also the width of a soft edge
+    axis = (np.arange(size, dtype=np.float32) - np.float32((size - 1) / 2)) * scale
+    x, y = axis[None, None, :], axis[None, :, None]
+
+    canvas = np.empty((len(scene.label), 3, size, size), np.float32)
+    slope = _wide(scene.slope[0]) * x + _wide(scene.slope[1]) * y
+    canvas[...] = scene.ground_rgb[:, :, None, None] + slope[:, None]
+    for i in range(_CLUTTER):
+        _piece(canvas, scene.clutter[:, i], x, y, scale, share=0.4, reach=16.0)
+
+    outline = _form(scene, x, y)
+    inside = _soft(outline, scale)
+    accent = _texture(scene, x, y, outline, scale)
+    hollow = _wide(scene.texture == TEXTURES.index("hollow"))
+    # The inside of a hollow figure is not paint but whatever lies behind.
+    inside = np.where(hollow, inside * (1 - accent), inside)
+    accent = np.where(hollow, np.float32(0), accent)
+    figure, second = scene.figure_rgb[:, :, None, None], scene.accent_rgb[:, :, None, None]
+    canvas += inside[:, None] * (figure + accent[:, None] * (second - figure) - canvas)
+
+    _piece(canvas, scene.cover, x, y, scale, share=0.35, reach=8.0)
+    canvas = canvas.transpose(0, 2, 3, 1)
+    speckle = grain.reshape(canvas.shape).astype(np.float32) * np.float32(1 / 255)
+    canvas = canvas + (speckle - np.float32(0.5)) * (2 * scene.grain[:, None, None, None])
+    painted: npt.NDArray[np.uint8] = (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return painted
+
+
+def _wide(values: npt.NDArray[np.generic]) -> Floats:
+    """One number (or truth) a drawing as [n, 1, 1], to meet its pixels."""
+    wide: Floats = values[:, None, None]  # type: ignore[assignment]
+    return wide
+
+
+def _soft(distance: Floats, edge: np.float32) -> Floats:
+    """How much of a pixel is covered, from its signed distance (negative within) to an edge."""
+    covered: Floats = np.clip(0.5 - distance / edge, 0, 1)
+    return covered
+
+
+def _turned(x: Floats, y: Floats, angle: Floats) -> tuple[Floats, Floats]:
+    cos, sin = np.cos(angle), np.sin(angle)
+    return _wide(cos) * x + _wide(sin) * y, _wide(cos) * y - _wide(sin) * x
+
+
+def _form(scene: _Scene, x: Floats, y: Floats) -> Floats:
+    """The signed distance [n, size, size] to the outline of the figure, near enough to exact.
+
+    Each form's size is chosen for all to cover about the same area, lest size give them away.
+    """
+    x, y = _turned(x - _wide(scene.x), y - _wide(scene.y), scene.angle)
+    radius = _wide(scene.radius)
+    distance = np.empty(np.broadcast_shapes(x.shape, radius.shape), np.float32)
+    for form, name in enumerate(FORMS):
+        of = scene.form == form
+        distance[of] = _OUTLINES[name](x[of], y[of], radius[of])
+    return distance
+
+
+def _circle(x: Floats, y: Floats, radius: Floats) -> Floats:
+    distance: Floats = np.hypot(x, y) - radius * np.float32(0.9)
+    return distance
+
+
+def _square(x: Floats, y: Floats, radius: Floats) -> Floats:
+    distance: Floats = np.maximum(np.abs(x), np.abs(y)) - radius * np.float32(0.8)
+    return distance
+
+
+def _triangle(x: Floats, y: Floats, radius: Floats) -> Floats:
+    slant = np.abs(x) * np.float32(np.sqrt(3) / 2) - y / 2  # two sides at once
+    distance: Floats = np.maximum(slant, y) - radius * np.float32(0.62)
+    return distance
+
+
+def _star(x: Floats, y: Floats, radius: Floats) -> Floats:
+    # Fold the plane into half a ray; there the outline is one line from the tip to the notch.
+    tenth = np.float32(np.pi / 5)
+    bearing = np.abs(np.mod(np.arctan2(x, y) + tenth + np.float32(np.pi), 2 * tenth) - tenth)
+    rho = np.hypot(x, y)
+    tip, notch = radius * np.float32(1.2), radius * np.float32(0.5)
+    along, across = rho * np.cos(bearing) - tip, rho * np.sin(bearing)
+    run, rise = notch * np.cos(tenth) - tip, notch * np.sin(tenth)
+    distance: Floats = (along * rise - across * run) / np.hypot(run, rise)
+    return distance
+
+
+_OUTLINES: Final = {"circle": _circle, "triangle": _triangle, "square": _square, "star": _star}
+
+
+def _texture(scene: _Scene, x: Floats, y: Floats, outline: Floats, edge: np.float32) -> Floats:
+    """How much of each pixel [n, size, size] shows the second colour, were it in the figure."""
+    accent = np.zeros(outline.shape, np.float32)
+    u, v = _turned(x - _wide(scene.x), y - _wide(scene.y), scene.pattern_angle)
+    pitch, phase = _wide(scene.pitch), _wide(scene.pattern_phase)
+
+    def folded(t: Floats, step: Floats, shift: Floats) -> Floats:
+        """The distance to the nearest of parallel lines `step` apart."""
+        near: Floats = np.abs(np.mod(t / step + shift, 1) - np.float32(0.5)) * step
+        return near
+
+    of = scene.texture == TEXTURES.index("striped")
+    lines = folded(u[of], pitch[of], phase[of])
+    accent[of] = _soft(lines - pitch[of] / 4, edge)
+
+    of = scene.texture == TEXTURES.index("dotted")
+    step, shift = pitch[of] * np.float32(1.15), phase[of]
+    dots = np.hypot(folded(u[of], step, shift), folded(v[of], step, shift))
+    accent[of] = _soft(dots - step * np.float32(0.31), edge)
+
+    of = scene.texture == TEXTURES.index("hollow")
+    accent[of] = _soft(outline[of] + np.float32(2.2), edge)
+    return accent
+
+
+def _piece(
+    canvas: Floats,
+    u: Floats,
+    x: Floats,
+    y: Floats,
+    edge: np.float32,
+    *,
+    share: float,
+    reach: float,
+) -> None:
+    """Paint a line or a blob onto that `share` of the drawings whose numbers ask for one."""
+    on = u[:, 0] < share
+    u = u[on]
+    at_x, at_y = (u[:, 1] * 2 - 1) * np.float32(reach), (u[:, 2] * 2 - 1) * np.float32(reach)
+    across, along = _turned(x - _wide(at_x), y - _wide(at_y), u[:, 3] * np.float32(2 * np.pi))
+    is_line = u[:, 4] < 0.5
+    half_width = np.where(is_line, 0.6 + u[:, 5], 1 + 1.5 * u[:, 5]).astype(np.float32)
+    half_length = np.where(is_line, 5 + 9 * u[:, 6], half_width).astype(np.float32)
+    distance = np.maximum(np.abs(across) - _wide(half_width), np.abs(along) - _wide(half_length))
+    colour = _PALETTE[np.minimum((u[:, 7] * len(_NAMES)).astype(np.int64), len(_NAMES) - 1)]
+    canvas[on] += _soft(distance, edge)[:, None] * (colour[:, :, None, None] - canvas[on])

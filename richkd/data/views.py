@@ -1,0 +1,169 @@
+"""A view is a number: an augmented image is (sample, view), and applying a view is a gather.
+
+Two spaces of views. `PadCropFlip` is the augmentation of CIFAR-like data, all 162 outcomes of it;
+`ResizedCropFlip` is that of photographs, a row of five parameters. Both draw every sample's views
+from (seed, sample, view index) alone, so neither the number of samples or views nor the order of
+work changes a view. Colour augmentation is not a view.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from richkd.errors import RichKDError
+
+PAD = 4
+OFFSETS = 2 * PAD + 1
+NUM_VIEW_IDS = OFFSETS * OFFSETS * 2
+CLEAN_VIEW_ID = (PAD * OFFSETS + PAD) * 2
+
+
+def apply_views(images: Tensor, view_ids: Tensor) -> Tensor:
+    """Pad by 4 zeros, crop at (dy, dx), then flip left to right, for view_id = (dy·9+dx)·2+flip.
+
+    Args:
+        images: [B,H,W,3] uint8.
+        view_ids: [B], integers in 0..161; 80 is the clean image.
+
+    Returns:
+        [B,H,W,3] uint8, on the device of the images.
+    """
+    images = torch.as_tensor(images)
+    view_ids = torch.as_tensor(view_ids)
+    return gather_views(images, torch.arange(len(images), device=images.device), view_ids)
+
+
+def views_tensor(views: NDArray[Any]) -> Tensor:
+    """Views as tensors: ids as int64 (torch indexes with no u16), parameters as they are."""
+    return torch.from_numpy(views.astype(np.int64) if views.dtype == np.uint16 else views)
+
+
+def gather_views(images: Tensor, index: Tensor, view_ids: Tensor) -> Tensor:
+    """The views of some of the images, in one gather: [N,H,W,3], [B], [B] -> [B,H,W,3]."""
+    height, width = images.shape[1:3]
+    view_ids = view_ids.to(images.device, torch.int64)
+    flip = view_ids % 2
+    dx = view_ids // 2 % OFFSETS
+    dy = view_ids // (2 * OFFSETS)
+    rows = torch.arange(height, device=images.device) + (dy - PAD)[:, None]  # [B,H]
+    columns = torch.arange(width, device=images.device).expand(len(view_ids), width)
+    columns = torch.where(flip[:, None] == 1, width - 1 - columns, columns) + (dx - PAD)[:, None]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & (
+        (columns >= 0) & (columns < width)
+    )[:, None, :]  # fmt: skip
+    rows = rows.clamp(0, height - 1)[:, :, None]
+    columns = columns.clamp(0, width - 1)[:, None, :]
+    return images[index[:, None, None], rows, columns] * inside[..., None]
+
+
+class PadCropFlip:
+    """The 162 views of an array of small images."""
+
+    name = "pad-crop-flip"
+    array = "view_ids"
+    limit: int | None = NUM_VIEW_IDS
+
+    def draw(self, seed: int, num_samples: int, num_views: int) -> NDArray[np.uint16]:
+        """View ids [V,N]; a sample's never repeat.
+
+        Every sample has a random order of all 162 ids (row i of the stream of raw numbers that
+        the seed names), and view v is the v-th in that order.
+        """
+        check_num_views(num_views, self.limit)
+        stream = np.random.Philox(seed)
+        views = np.empty((num_views, num_samples), np.uint16)
+        for start in range(0, num_samples, 65_536):
+            stop = min(start + 65_536, num_samples)
+            keys = stream.random_raw((stop - start) * NUM_VIEW_IDS).reshape(-1, NUM_VIEW_IDS)
+            views[:, start:stop] = keys.argsort(axis=1, kind="stable")[:, :num_views].T
+        return views
+
+    def clean(self, num_samples: int) -> NDArray[np.uint16]:
+        """The ids [N] of the clean view."""
+        return np.full(num_samples, CLEAN_VIEW_ID, np.uint16)
+
+
+class ResizedCropFlip:
+    """Random resized crops (area 8..100 %, aspect 3/4..4/3) and flips of image files.
+
+    A view is (top, left, height, width, flip) in pixels of the file's image.
+    """
+
+    name = "resized-crop-flip"
+    array = "view_params"
+    limit: int | None = None
+    attempts = 10
+
+    def __init__(self, sizes: NDArray[np.int64], image_size: int) -> None:
+        self.sizes = sizes  # [N,2], height and width of every file's image
+        self.image_size = image_size
+
+    def draw(self, seed: int, num_samples: int, num_views: int) -> NDArray[np.float32]:
+        """View parameters [V,N,5]."""
+        check_num_views(num_views, self.limit)
+        height, width = self.sizes[:num_samples].astype(np.float64).T[..., None]  # each [N,1]
+        views = np.empty((num_views, num_samples, 5), np.float32)
+        for view in range(num_views):
+            # a stream a view; row i of it belongs to sample i
+            stream = np.random.Philox(np.random.SeedSequence([seed, view]))
+            numbers = stream.random_raw(num_samples * (4 * self.attempts + 1))
+            uniform = (numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53
+            uniform = uniform.reshape(num_samples, -1)
+            area, aspect, down, right = np.split(uniform[:, :-1], 4, axis=1)  # each [N,attempts]
+            area = height * width * (0.08 + 0.92 * area)
+            aspect = np.exp(np.log(3 / 4) + np.log(16 / 9) * aspect)
+            box_height = np.rint(np.sqrt(area / aspect))
+            box_width = np.rint(np.sqrt(area * aspect))
+            fits = (box_height >= 1) & (box_height <= height) & (box_width >= 1)
+            fits &= box_width <= width
+            # the last resort, as torchvision's: the largest box in the middle of a valid aspect
+            tall = np.minimum(height, np.rint(width / (3 / 4)))
+            wide = np.minimum(width, np.rint(height * (4 / 3)))
+            pick = fits.argmax(axis=1)[:, None]
+            found = np.take_along_axis(fits, pick, 1)
+            box_height = np.where(found, np.take_along_axis(box_height, pick, 1), tall)
+            box_width = np.where(found, np.take_along_axis(box_width, pick, 1), wide)
+            top = np.floor(np.take_along_axis(down, pick, 1) * (height - box_height + 1))
+            left = np.floor(np.take_along_axis(right, pick, 1) * (width - box_width + 1))
+            top = np.where(found, top, (height - box_height) // 2)
+            left = np.where(found, left, (width - box_width) // 2)
+            flip = uniform[:, -1:] < 0.5
+            views[view] = np.concatenate([top, left, box_height, box_width, flip], axis=1)
+        return views
+
+    def clean(self, num_samples: int) -> NDArray[np.float32]:
+        """Parameters [N,5] of the clean view: the central square, 7/8 of the shorter side."""
+        height, width = self.sizes[:num_samples].T
+        side = np.maximum(1, np.minimum(height, width) * 7 // 8)
+        top, left = (height - side) // 2, (width - side) // 2
+        return np.stack([top, left, side, side, np.zeros_like(side)], axis=1).astype(np.float32)
+
+
+ViewSpace = PadCropFlip | ResizedCropFlip
+
+
+def check_num_views(num_views: int, limit: int | None) -> None:
+    """Refuse more views than there are."""
+    if limit is not None and num_views > limit:
+        raise RichKDError(
+            f"views = {num_views}: pad-crop-flip has {limit} views of an image; "
+            f"use --views {limit} for all of them"
+        )
+
+
+def resized_crop(image: Tensor, view: Any, image_size: int) -> Tensor:
+    """One view of one photograph: [3,h,w] uint8 and (top, left, height, width, flip) -> [S,S,3]."""
+    from torchvision.transforms.v2 import functional
+
+    top, left, height, width, flip = (int(number) for number in view)
+    crop: Tensor = functional.resized_crop(
+        image, top, left, height, width, [image_size, image_size], antialias=True
+    )
+    if flip:
+        crop = crop.flip(-1)
+    return crop.permute(1, 2, 0).contiguous()

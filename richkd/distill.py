@@ -1,0 +1,285 @@
+"""Stage two: train a student from a store, one slab an epoch. No teacher is ever loaded here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from richkd.data import catalog
+from richkd.data.datasets import Split, load_dataset
+from richkd.data.inputs import Normalize, make_inputs
+from richkd.data.views import views_tensor
+from richkd.errors import RichKDError
+from richkd.losses.method import Widths, method_class
+from richkd.models import check_fit, create_model
+from richkd.progress import Report, percent
+from richkd.recipe import Distill, Images, to_table
+from richkd.results import teacher_accuracies
+from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
+from richkd.training.checkpoint import Best, RunFolder
+from richkd.training.device import choose_device, hardware, versions
+from richkd.training.loop import Data, EpochRecord, EpochRows, Trainer, all_rows, derive_seed
+
+
+def distill(
+    settings: Distill,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Train one student to the end and write its run folder.
+
+    Returns:
+        The run's summary, which is also in its summary.json. Accuracies are in 0..1.
+
+    Raises:
+        RichKDError: anything the user can mend; found before training starts, unless the
+            student diverges.
+    """
+    report = report or Report(quiet=True)
+    device = choose_device(settings.device)
+    cache = open_cache(settings.cache)
+    settings = with_defaults(settings, cache)
+    method_type, options = method_class(settings.method, settings.options)
+    reads = method_type.reads(options)
+    rows = row_source(cache, reads, settings)
+    model, num_features = build_student(settings, cache)
+    run = RunFolder(Path(settings.out))
+    splits = load_images(cache, settings)
+    going_on = run.begin(to_table(settings), identity(cache), resume=resume, overwrite=overwrite)
+
+    data = to_device(cache, splits, device)
+    clip = cache.manifest["clip"]
+    method = method_type(
+        options,
+        Widths(
+            labels=data.train_labels,
+            student=num_features,
+            teacher=cache.manifest["teacher"]["num_features"],
+            clip=clip["num_features"] if clip else 0,
+            alpha=cache.manifest["alpha"] if settings.alpha is None else settings.alpha,
+        ),
+    )
+    trainer = Trainer(model, method, data, settings, device)
+    done, best = resume_from(run, trainer) if going_on else (0, Best())
+    started = time.perf_counter()
+    report.say(opening(settings, cache, trainer, device, done))
+    fixed = {name: cache.read(f"train/{name}").to(device) for name in reads
+             if name not in SLAB_ARRAYS}  # fmt: skip
+    record = None
+    with report.track(
+        "distil", (settings.epochs - done) * len(data.train_labels), "images"
+    ) as tick:
+        slabs = all_rows(rows, done + 1, settings.epochs)
+        for epoch, slab in enumerate(slabs, done + 1):
+            source = EpochRows(slab.views, {**slab.rows, **fixed})
+            record = trainer.train_epoch(epoch, source, tick)
+            check_finite(record, settings)
+            if record.test_accuracy is not None and record.test_accuracy > best.accuracy:
+                best = Best(epoch, record.test_accuracy)
+            run.save_epoch(
+                epoch, record.as_dict(), best, trainer.state(), trainer.model.state_dict()
+            )
+            report.say(epoch_line(record, settings.epochs))
+    if record is None:  # cut off between the last epoch and the summary
+        top1, top5 = trainer.evaluate()
+    else:
+        assert record.test_accuracy is not None and record.test_top5 is not None
+        top1, top5 = record.test_accuracy, record.test_top5
+    summary = {
+        "student": settings.student,
+        "method": settings.method,
+        "seed": settings.seed,
+        "epochs": settings.epochs,
+        "top1_last": top1,
+        "top5_last": top5,
+        "top1_best": best.accuracy,
+        "epoch_best": best.epoch,
+        "teacher": teacher_accuracies(cache.manifest),
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "seconds": time.perf_counter() - started,
+        "images_per_second": None if record is None else record.images_per_second,
+        "dataset": cache.manifest["dataset"]["name"],
+        "num_classes": cache.num_classes,
+        "image_size": cache.manifest["image_size"],
+        "hardware": hardware(device),
+        "versions": versions(),
+        "run": str(run.path),
+    }
+    run.finish(trainer.model.state_dict(), summary)
+    return summary
+
+
+def with_defaults(settings: Distill, cache: TeacherCache) -> Distill:
+    """The student that the data set suggests and a name for the run, where none were given."""
+    name = cache.manifest["dataset"]["name"]
+    student = settings.student or catalog.defaults(name).student
+    out = settings.out or (f"runs/{cache.path.stem}-{student}-{settings.method}-s{settings.seed}")
+    return replace(settings, student=student, out=out)
+
+
+def row_source(
+    cache: TeacherCache, reads: tuple[str, ...], settings: Distill
+) -> Callable[[int], EpochRows]:
+    """What reads the rows of an epoch, from 1: view (epoch − 1) mod V, the arrays of `reads`.
+
+    Raises:
+        RichKDError: the store lacks what the method reads, or the blend is out of range.
+    """
+    blends = settings.reblends and "fused_logits" in reads
+    stored = [name for name in SLAB_ARRAYS if name in reads]
+    similarity = cache.similarity("train", settings.prompts) if blends else None
+    if blends:
+        cache.blend(
+            torch.zeros(1, 1), torch.zeros(1, 1), alpha=settings.alpha, scale=settings.scale
+        )
+        stored = [
+            "teacher_logits",
+            *(n for n in stored if n not in ("fused_logits", "teacher_logits")),
+        ]
+    for name in (*stored, *reads):
+        cache.require(f"train/{name}")
+    dtype = torch.float16 if cache.manifest["dtype"] == "float16" else torch.float32
+
+    @lru_cache(maxsize=1)  # with one view, every epoch is the same slab
+    def read(view: int) -> EpochRows:
+        slab = cache.slab(view, stored)
+        rows = {name: getattr(slab, name) for name in stored}
+        if similarity is not None:
+            fused = cache.blend(
+                rows["teacher_logits"], similarity, alpha=settings.alpha, scale=settings.scale
+            )
+            rows["fused_logits"] = fused.to(dtype)  # as stage one would have stored it
+        return EpochRows(slab.views, {name: rows[name] for name in reads if name in rows})
+
+    return lambda epoch: read((epoch - 1) % cache.num_views)
+
+
+def build_student(settings: Distill, cache: TeacherCache) -> tuple[torch.nn.Module, int]:
+    """The student, its weights drawn from the seed, and its feature width."""
+    torch.manual_seed(derive_seed(settings.seed, 0, 2))
+    size = cache.manifest["image_size"]
+    model = create_model(settings.student, cache.num_classes, image_size=size)
+    width = check_fit(model, settings.student, size, cache.num_classes)
+    return model, width
+
+
+def load_images(cache: TeacherCache, settings: Distill) -> tuple[Split, Split]:
+    """Images and labels of both splits, from the store or from the data set that it names.
+
+    Raises:
+        RichKDError: the data set is gone, has other classes, or changed since stage one.
+    """
+    entry = cache.manifest["dataset"]
+    train_labels, test_labels = (cache.read(f"{split}/labels") for split in ("train", "test"))
+    for split, labels in (("train", train_labels), ("test", test_labels)):
+        if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < cache.num_classes:
+            raise RichKDError(
+                f"{cache.path}: {split}/labels are not in 0..{cache.num_classes - 1}; make the "
+                f"store again with richkd precompute --overwrite"
+            )
+    if entry["embedded"]:
+        return (
+            Split(cache.read("train/images"), train_labels),
+            Split(cache.read("test/images"), test_labels),
+        )
+    dataset = load_dataset(
+        Images(
+            dataset=settings.dataset or entry["name"],
+            limit=entry["num_train"],
+            data_root=settings.data_root,
+            image_size=cache.manifest["image_size"],
+        )
+    )
+    if list(dataset.class_names) != cache.manifest["class_names"]:
+        raise RichKDError(
+            f"{cache.path} is for other classes than {dataset.name}: "
+            f"{len(cache.manifest['class_names'])} against {len(dataset.class_names)}, or by other "
+            f"names; pass the --dataset that it was made from"
+        )
+    if dataset.fingerprint != entry["fingerprint"]:
+        raise RichKDError(
+            f"{dataset.name} is not what {cache.path} was made from (its fingerprint differs); "
+            f"restore the files, or make the store again with richkd precompute"
+        )
+    return dataset.train, dataset.test
+
+
+def to_device(cache: TeacherCache, splits: tuple[Split, Split], device: torch.device) -> Data:
+    """Both splits where the student is trained."""
+    train, test = splits
+    return Data(
+        train=make_inputs(train.images, device),
+        train_labels=train.labels.to(device),
+        test=make_inputs(test.images, device),
+        test_labels=test.labels.to(device),
+        test_views=views_tensor(test.view_space.clean(len(test))),
+        normalize=Normalize(tuple(cache.manifest["mean"]), tuple(cache.manifest["std"]), device),
+        num_classes=cache.num_classes,
+    )
+
+
+def resume_from(run: RunFolder, trainer: Trainer) -> tuple[int, Best]:
+    """Load the run's checkpoint into the trainer; epochs done and the best of them."""
+    done, best, tensors = run.load()
+    try:
+        trainer.load_state(tensors)
+    except (RuntimeError, KeyError, IndexError) as error:
+        reason = str(error).splitlines()[0]
+        raise RichKDError(
+            f"the checkpoint in {run.path} does not fit this run ({reason}); begin anew with "
+            f"--overwrite"
+        ) from None
+    return done, best
+
+
+def identity(cache: TeacherCache) -> str:
+    """What a run trains on: the data, the teachers and the views."""
+    manifest = cache.manifest
+    clip = manifest["clip"]
+    parts = (
+        manifest["dataset"]["fingerprint"][:16],
+        manifest["teacher"]["sha256"][:16],
+        clip["sha256"][:16] if clip else "none",
+        f"{manifest['views']['count']} views of seed {manifest['views']['seed']}",
+        f"alpha {manifest['alpha']} scale {manifest['scale']} {manifest['dtype']}",
+    )
+    return ", ".join(parts)
+
+
+def check_finite(record: EpochRecord, settings: Distill) -> None:
+    """Stop a student that diverged."""
+    if not abs(record.loss) < float("inf"):
+        raise RichKDError(
+            f"the student diverged: the loss of epoch {record.epoch} is {record.loss}; lower --lr "
+            f"(it is {settings.lr}) or the weights of the method's terms (--set)"
+        )
+
+
+def opening(
+    settings: Distill, cache: TeacherCache, trainer: Trainer, device: torch.device, done: int
+) -> str:
+    """The line that says what is about to run."""
+    count = sum(parameter.numel() for parameter in trainer.model.parameters())
+    going_on = f", going on after epoch {done}" if done else ""
+    return (
+        f"{settings.student} ({count / 1e6:.2f} M) by {settings.method}: {settings.epochs} epochs "
+        f"of {cache.num_samples:,} images, batch {settings.batch_size}, lr {settings.lr}, seed "
+        f"{settings.seed}, {cache.num_views} views, on {device}{going_on}"
+    )
+
+
+def epoch_line(record: EpochRecord, epochs: int) -> str:
+    """One epoch in one line."""
+    tested = "" if record.test_accuracy is None else f", test {percent(record.test_accuracy)} %"
+    return (
+        f"epoch {record.epoch}/{epochs}: loss {record.loss:.3f}, train "
+        f"{percent(record.train_accuracy)} %{tested} ({record.images_per_second:,.0f} images/s)"
+    )

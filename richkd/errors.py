@@ -1,0 +1,30 @@
+"""The one error that users see: it names the value, the place and the remedy, on one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RichKDError(Exception):
+    """Something the user can mend. The command line prints it as one line and exits with 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+def nearest(name: str, choices: Iterable[str], limit: int = 8) -> str:
+    """The choices nearest to a mistyped name (all of them, when there are few), for a message."""
+    known = sorted(choices)
+    if len(known) <= limit:
+        return "choose from " + ", ".join(known)
+    lower = {choice.lower(): choice for choice in known}
+    close = [lower[c] for c in difflib.get_close_matches(name.lower(), lower, limit, cutoff=0.5)]
+    if close:
+        return "nearest: " + ", ".join(close)
+    return f"{len(known)} are known: " + ", ".join(known[:limit]) + ", …"
+
+
+def unknown(kind: str, name: str, choices: Iterable[str]) -> RichKDError:
+    """The error for a name that does not exist, with the names that do."""
+    return RichKDError(f"unknown {kind} {name!r}; {nearest(name, choices)}")

@@ -1,0 +1,91 @@
+"""What is in a store, complete or not, for people and for machines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from richkd.progress import Report, percent, size
+from richkd.results import teacher_accuracies
+from richkd.store import schema
+from richkd.store.reader import read_manifest
+
+
+def summarize(path: str | Path) -> dict[str, Any]:
+    """The manifest, the arrays with their shapes and bytes on disk, and the sums.
+
+    Raises:
+        RichKDError: nothing there, or no richkd store.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    arrays = {
+        name: {
+            "shape": list(spec.shape),
+            "dtype": spec.dtype,
+            "chunks": list(spec.chunks),
+            "raw_bytes": spec.nbytes,
+            "stored_bytes": _stored_bytes(path / name),
+        }
+        for name, spec in schema.array_specs(manifest).items()
+    }
+    return {
+        "path": str(path),
+        "complete": manifest["complete"],
+        "accuracy": teacher_accuracies(manifest),
+        "raw_bytes": sum(array["raw_bytes"] for array in arrays.values()),
+        "stored_bytes": sum(array["stored_bytes"] for array in arrays.values()),
+        "arrays": arrays,
+        "manifest": manifest,
+    }
+
+
+def show(summary: dict[str, Any], report: Report) -> None:
+    """The summary as two tables on standard output."""
+    manifest = summary["manifest"]
+    dataset, views, teacher, clip = (manifest[k] for k in ("dataset", "views", "teacher", "clip"))
+    accuracy = summary["accuracy"]
+    state = "complete" if summary["complete"] else "INCOMPLETE: run the same precompute again"
+    images = "embedded" if dataset["embedded"] else "not embedded, read from the data set"
+    rows = [
+        ("state", state),
+        ("data", f"{dataset['name']}, {dataset['num_train']:,} + {dataset['num_test']:,} images"),
+        ("images", f"{manifest['image_size']}×{manifest['image_size']}, {images}"),
+        ("fingerprint", dataset["fingerprint"][:16]),
+        ("classes", f"{len(manifest['class_names'])}: {_some(manifest['class_names'])}"),
+        ("views", f"{views['count']} of {views['space']}, seed {views['seed']}"),
+        ("teacher", f"{teacher['name']}, sha256 {teacher['sha256'][:16]}"),
+        ("  top-1", f"{percent(accuracy['cnn'])} %"),
+    ]
+    if clip:
+        rows += [
+            ("CLIP", f"{clip['model']}, logit scale {clip['logit_scale']:.4g}"),
+            ("  zero-shot top-1", f"{percent(accuracy['clip'])} %"),
+            ("prompts", f"{len(manifest['prompts'])}: {_some(manifest['prompts'])}"),
+            ("blend", f"alpha {manifest['alpha']}, scale {manifest['scale']}"),
+            ("  fused top-1", f"{percent(accuracy['fused'])} %"),
+        ]
+    else:
+        rows.append(("CLIP", "none"))
+    report.table(summary["path"], ("", ""), rows, left=2)
+    report.table(
+        f"{size(summary['stored_bytes'])} stored, {size(summary['raw_bytes'])} raw",
+        ("array", "shape", "dtype", "stored"),
+        [
+            (
+                name,
+                "×".join(map(str, array["shape"])),
+                array["dtype"],
+                size(array["stored_bytes"]),
+            )
+            for name, array in summary["arrays"].items()
+        ],
+    )
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
+
+
+def _stored_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,200 @@
+"""Contrastive representation distillation (Tian et al. 2020, arXiv 1910.10699).
+
+Each side's embedding is scored against the other side's memory bank of all N training samples.
+One matrix product [B,D]·[D,N] scores everything, then B·(K+1) scalars are gathered: the numbers of
+gathering K+1 vectors a sample, at a fraction of the memory traffic.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from richkd.losses.method import Batch, Method, Widths, register
+
+EPSILON = 1e-7  # as in the published loss
+EMBEDDING = 128
+
+
+class Embed(nn.Module):
+    """A linear layer to 128 dimensions, then unit length (E_S, E_T and E_C of the papers)."""
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, EMBEDDING)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B,F] -> [B,128], unit length, f32."""
+        return F.normalize(self.linear(features.float().flatten(1)), dim=1)
+
+
+class CRDLoss(nn.Module):
+    """The two-sided noise-contrastive loss over memory banks, and the banks.
+
+    Negatives are drawn uniformly, with replacement, as the noise distribution 1/N of the loss
+    has it: from the samples of other classes where `labels` are given, else from all others.
+
+    Args:
+        num_samples: N, rows of each bank.
+        dim: D, width of the embeddings.
+        num_negatives: K.
+        temperature: of the scores.
+        momentum: of the banks.
+        labels: [N], the class of every sample; only needed to draw negatives.
+    """
+
+    student_bank: Tensor
+    teacher_bank: Tensor
+    normalizers: Tensor
+    _order: Tensor
+    _first: Tensor
+    _count: Tensor
+
+    def __init__(
+        self,
+        num_samples: int,
+        dim: int,
+        num_negatives: int,
+        temperature: float = 0.07,
+        momentum: float = 0.5,
+        labels: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_samples = num_samples
+        self.num_negatives = num_negatives
+        self.temperature = temperature
+        self.momentum = momentum
+        bound = 1 / math.sqrt(dim / 3)
+        for side in ("student_bank", "teacher_bank"):
+            self.register_buffer(side, torch.empty(num_samples, dim).uniform_(-bound, bound))
+        # Z of the student's and the teacher's scores; 0 until the first batch has fixed them
+        self.register_buffer("normalizers", torch.zeros(2))
+        # samples in order of class, and for every sample where its class begins and its size
+        groups = torch.arange(num_samples) if labels is None else labels.cpu()
+        order = groups.argsort(stable=True)
+        counts = torch.bincount(groups)
+        first = counts.cumsum(0) - counts
+        if num_samples < 2 or int(counts.max()) == num_samples:
+            raise ValueError("CRD needs samples of at least two classes")
+        self.register_buffer("_order", order, persistent=False)
+        self.register_buffer("_first", first[groups], persistent=False)
+        self.register_buffer("_count", counts[groups], persistent=False)
+        self._pending: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def draw_negatives(self, index: Tensor) -> Tensor:
+        """K samples of other classes for each of [B] samples -> [B,K], drawn on the device."""
+        first, count = self._first[index, None], self._count[index, None]
+        uniform = torch.rand(len(index), self.num_negatives, device=index.device)
+        # a rank among the samples of other classes, then a step over one's own class
+        others = self.num_samples - count
+        rank = (uniform * others).long().clamp_(max=self.num_samples - 1)
+        rank = torch.minimum(rank, others - 1)
+        return self._order[torch.where(rank >= first, rank + count, rank)]
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        index: Tensor,
+        negative_index: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch, both sides; the gradient flows into both embeddings.
+
+        Args:
+            student: [B,D], unit length.
+            teacher: [B,D], unit length.
+            index: [B], which samples these are.
+            negative_index: [B,K]; drawn where None.
+
+        Returns:
+            A scalar, f32.
+        """
+        student, teacher = student.float(), teacher.float()
+        if negative_index is None:
+            negative_index = self.draw_negatives(index)
+        columns = torch.cat([index[:, None], negative_index], dim=1)
+        self._pending = (student.detach(), teacher.detach(), index)
+        sides = ((student, self.teacher_bank, 0), (teacher, self.student_bank, 1))
+        return torch.stack([self._side(*side, columns) for side in sides]).sum()
+
+    def _side(self, embedding: Tensor, bank: Tensor, side: int, columns: Tensor) -> Tensor:
+        """One side's loss (equations 8 to 13 of the paper, in the form of the published code)."""
+        scores = (embedding @ bank.T).gather(1, columns) / self.temperature  # [B,K+1]
+        exponentiated = scores.exp()
+        with torch.no_grad():
+            z = self.normalizers[side]
+            z = torch.where(z > 0, z, exponentiated.mean() * self.num_samples)
+            self.normalizers[side] = z
+        probability = exponentiated / z
+        noise = (columns.shape[1] - 1) / self.num_samples  # K · 1/N
+        positive = probability[:, 0]
+        negative = probability[:, 1:]
+        log_positive = (positive / (positive + noise + EPSILON)).log()
+        log_negative = (noise / (negative + noise + EPSILON)).log()
+        return -(log_positive.sum() + log_negative.sum()) / len(embedding)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the banks' rows of the last batch towards its embeddings; after the backward pass."""
+        if self._pending is None:
+            raise RuntimeError("CRDLoss.update() before forward()")
+        student, teacher, index = self._pending
+        for bank, embedding in ((self.student_bank, student), (self.teacher_bank, teacher)):
+            rows = self.momentum * bank[index] + (1 - self.momentum) * embedding
+            bank[index] = F.normalize(rows, dim=1)
+        self._pending = None
+
+
+@register("crd")
+class CRD(Method):
+    """Cross-entropy and CRD with the CNN teacher's features, weighted as in RepDistiller."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """Weights of the terms, K, temperature and momentum of the banks."""
+
+        ce_weight: float = 1.0
+        feature_weight: float = 0.8
+        negatives: int = 16384
+        crd_temperature: float = 0.07
+        bank_momentum: float = 0.5
+
+    def __init__(self, options: Options, widths: Widths) -> None:
+        super().__init__(options, widths)
+        self.embed_student = Embed(widths.student)
+        self.embed_teacher = Embed(widths.teacher)
+        self.contrast = contrast_of(options, widths)
+
+    @classmethod
+    def reads(cls, options: Options) -> tuple[str, ...]:
+        """The CNN teacher's features."""
+        return ("teacher_features",)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Tian et al., equation 18 with the label term."""
+        o = self.options
+        contrast = self.contrast(
+            self.embed_student(batch.features),
+            self.embed_teacher(batch.rows["teacher_features"]),
+            batch.index,
+        )
+        return {
+            "ce": o.ce_weight * F.cross_entropy(batch.logits.float(), batch.labels),
+            "feature": o.feature_weight * contrast,
+        }
+
+    def update(self) -> None:
+        """The memory banks."""
+        self.contrast.update()
+
+
+def contrast_of(options: CRD.Options, widths: Widths) -> CRDLoss:
+    """The contrastive loss that a method's options ask for."""
+    return CRDLoss(
+        len(widths.labels), EMBEDDING, options.negatives, options.crd_temperature,
+        options.bank_momentum, widths.labels,
+    )  # fmt: skip

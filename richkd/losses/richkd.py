@@ -1,0 +1,68 @@
+"""RichKD (arXiv 2511.09286): distillation from the CNN teacher fused with CLIP.
+
+L distils fused logits, F fused features (by CRD), L+F both. The weights are those of the release.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from richkd.fusion import fuse_features
+from richkd.losses.crd import CRD, Embed, contrast_of
+from richkd.losses.kd import kd_loss
+from richkd.losses.method import Batch, Method, Widths, register
+
+
+@register("richkd")
+@register("richkd-l", feature_weight=0.0)
+@register("richkd-f", logit_weight=0.0)
+class RichKD(Method):
+    """Cross-entropy, fused logits and fused features."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(CRD.Options):
+        """Those of CRD, and weight and temperature τ of the fused logits."""
+
+        logit_weight: float = 3.0
+        temperature: float = 3.0
+
+    def __init__(self, options: Options, widths: Widths) -> None:
+        super().__init__(options, widths)
+        self.alpha = widths.alpha
+        if options.feature_weight > 0:
+            self.embed_student = Embed(widths.student)
+            self.embed_teacher = Embed(widths.teacher)
+            self.embed_clip = Embed(widths.clip)
+            self.contrast = contrast_of(options, widths)
+
+    @classmethod
+    def reads(cls, options: Options) -> tuple[str, ...]:
+        """Fused logits, the parts of the fused features, or both."""
+        logits = ("fused_logits",) if options.logit_weight > 0 else ()
+        features = ("teacher_features", "clip_features") if options.feature_weight > 0 else ()
+        return logits + features
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """L = w_ce·CE + w_logit·L_logit + w_feat·L_feat; a term of weight 0 is left out."""
+        o = self.options
+        terms = {"ce": o.ce_weight * F.cross_entropy(batch.logits.float(), batch.labels)}
+        if o.logit_weight > 0:
+            fused = batch.rows["fused_logits"]
+            terms["logit"] = o.logit_weight * kd_loss(batch.logits, fused, o.temperature)
+        if o.feature_weight > 0:
+            target = fuse_features(
+                self.embed_teacher(batch.rows["teacher_features"]),
+                self.embed_clip(batch.rows["clip_features"]),
+                self.alpha,
+            )
+            student = self.embed_student(batch.features)
+            terms["feature"] = o.feature_weight * self.contrast(student, target, batch.index)
+        return terms
+
+    def update(self) -> None:
+        """The memory banks, where there are any."""
+        if self.options.feature_weight > 0:
+            self.contrast.update()

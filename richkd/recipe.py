@@ -1,0 +1,287 @@
+"""Every setting of every stage: its name, default, meaning and limits. No torch in here.
+
+A recipe is a TOML file with a table a command (`[train-teacher]`, `[precompute]`, `[distill]`).
+What the command line says overrides the recipe, and the recipe overrides the defaults below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from richkd.data import catalog
+from richkd.errors import RichKDError, nearest, unknown
+
+Scale = float | Literal["native", "raw"]
+
+
+def _key(default: Any, help: str) -> Any:
+    """A setting: its default and the one place where it is explained."""
+    return field(default=default, metadata={"help": help})
+
+
+def _require(condition: bool, name: str, value: object, must: str) -> None:
+    if not condition:
+        raise RichKDError(f"{name} = {value!r}: must be {must}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Which images, and where they lie."""
+
+    dataset: str = _key("", "shapes, fashion-mnist, cifar10, cifar100 or imagefolder:PATH")
+    limit: int | None = _key(None, "take the first N training samples")
+    data_root: str = _key("data", "folder where data sets lie, or are downloaded to")
+    image_size: int | None = _key(None, "side of the square images of an imagefolder")
+
+    def __post_init__(self) -> None:
+        if not self.dataset:
+            raise RichKDError("no data set given: say which, e.g. --dataset cifar100")
+        kind, _ = catalog.split_name(self.dataset)
+        _require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+        if self.image_size is not None:
+            _require(kind == catalog.IMAGE_FOLDER, "image_size", self.image_size,
+                     f"left out for {kind}, whose images have one size")  # fmt: skip
+            _require(self.image_size >= 8, "image_size", self.image_size, "at least 8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a network is trained: the settings of the CIFAR distillation literature by default."""
+
+    epochs: int = _key(240, "passes over the training samples")
+    batch_size: int = _key(64, "samples a step")
+    lr: float = _key(0.05, "learning rate at the start")
+    momentum: float = _key(0.9, "momentum of SGD")
+    weight_decay: float = _key(5e-4, "weight decay of SGD")
+    schedule: str = _key("step", "step (÷10 at 62.5, 75 and 87.5 % of the epochs) or cosine")
+    eval_every: int = _key(1, "test after every N epochs, and after the last")
+    seed: int = _key(0, "seed of weights, order and negatives")
+    device: str = _key("auto", "auto, cpu, cuda, cuda:1, mps, …")
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        _require(0 < self.lr < float("inf"), "lr", self.lr, "above 0")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        _require(0 <= self.weight_decay < 1, "weight_decay", self.weight_decay, "in [0, 1)")
+        _require(self.eval_every >= 1, "eval_every", self.eval_every, "at least 1")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "in 0..2³²−1")
+        if self.schedule not in ("step", "cosine"):
+            raise unknown("schedule", self.schedule, ["step", "cosine"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTeacher(Images, Training):
+    """`richkd train-teacher`."""
+
+    model: str = _key("", "a CNN of the zoo or of timm; the data set suggests one")
+    out: str = _key("", "weights file (.safetensors); default teachers/DATASET[-LIMIT]-MODEL")
+
+    def __post_init__(self) -> None:
+        Images.__post_init__(self)
+        Training.__post_init__(self)
+        if not self.model:
+            object.__setattr__(self, "model", catalog.defaults(self.dataset).teacher)
+        if not self.out:
+            limit = f"-{self.limit}" if self.limit else ""
+            name = f"{catalog.short_name(self.dataset)}{limit}-{self.model}.safetensors"
+            object.__setattr__(self, "out", str(Path("teachers") / name))
+        _require(self.out.endswith(".safetensors"), "out", self.out, "a .safetensors file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precompute(Images):
+    """`richkd precompute`, stage one."""
+
+    teacher: str = _key("", "CNN teacher, of the zoo or of timm; the data set suggests one")
+    teacher_weights: str = _key("", "its weights (.safetensors, or a state dict .pt/.pth)")
+    clip: str = _key("", "open_clip NAME:TAG, a local directory, demo or none")
+    prompts: str = _key("richkd", "prompt set (richkd, single) or a file of templates with {}")
+    views: int = _key(8, "augmented views a training sample")
+    alpha: float = _key(0.7, "weight of the CNN teacher in the blend; CLIP has 1 − alpha")
+    scale: Scale = _key("native", "of CLIP's cosines: native (CLIP's own), raw (1) or a number")
+    dtype: str = _key("float16", "of the stored rows: float16 or float32")
+    seed: int = _key(0, "seed of the views")
+    batch_size: int = _key(256, "images a forward pass of the teachers")
+    device: str = _key("auto", "auto, cpu, cuda, cuda:1, mps, …")
+    out: str = _key("", "the store; default cache/DATASET.zarr")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        suggested = catalog.defaults(self.dataset)
+        object.__setattr__(self, "teacher", self.teacher or suggested.teacher)
+        object.__setattr__(self, "clip", self.clip or suggested.clip)
+        object.__setattr__(
+            self, "out", self.out or f"cache/{catalog.short_name(self.dataset)}.zarr"
+        )
+        _require(self.views >= 1, "views", self.views, "at least 1")
+        check_blend(self.alpha, self.scale)
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "in 0..2³²−1")
+        if self.dtype not in ("float16", "float32"):
+            raise unknown("dtype", self.dtype, ["float16", "float32"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(Training):
+    """`richkd distill`, stage two. `alpha`, `scale` and `prompts` default to the store's own."""
+
+    cache: str = _key("", "the store that `richkd precompute` wrote")
+    student: str = _key("", "student, of the zoo or of timm; the data set suggests one")
+    method: str = _key("richkd", "ce, kd, crd, richkd (L+F), richkd-l or richkd-f")
+    options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "NAME=VALUE of the method, e.g. temperature=4"}
+    )
+    alpha: float | None = _key(None, "another blend than the store's: the CNN teacher's weight")
+    scale: Scale | None = _key(None, "another scale of CLIP's cosines: native, raw or a number")
+    prompts: tuple[int, ...] | None = _key(None, "only these prompts of the store, from 0")
+    dataset: str = _key("", "where the images are, if they moved (image folders only)")
+    data_root: str = _key("data", "folder where data sets lie")
+    out: str = _key("", "run folder; default runs/CACHE-STUDENT-METHOD-sSEED")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.cache:
+            raise RichKDError("no store given: say which, e.g. --cache cache/cifar100.zarr")
+        if self.alpha is not None or self.scale is not None:
+            check_blend(self.alpha or 0.0, "native" if self.scale is None else self.scale)
+
+    @property
+    def reblends(self) -> bool:
+        """Whether the fused logits differ from those in the store."""
+        return not (self.alpha is None and self.scale is None and self.prompts is None)
+
+
+SECTIONS: dict[str, type] = {
+    "train-teacher": TrainTeacher,
+    "precompute": Precompute,
+    "distill": Distill,
+}
+Settings = TypeVar("Settings", TrainTeacher, Precompute, Distill)
+
+
+def check_blend(alpha: float, scale: Scale) -> None:
+    """Refuse an alpha outside [0, 1] and a scale that is neither a name nor a positive number."""
+    _require(0 <= alpha <= 1, "alpha", alpha, "in [0, 1]")
+    if isinstance(scale, str):
+        if scale not in ("native", "raw"):
+            raise unknown("scale", scale, ["native", "raw", "or a positive number"])
+    else:
+        _require(0 < scale < float("inf"), "scale", scale, "a positive number, native or raw")
+
+
+def parse_scale(text: str) -> Scale:
+    """A scale as typed: `native`, `raw` or a number."""
+    try:
+        return float(text)
+    except ValueError:
+        check_blend(0.0, typing.cast(Scale, text))
+        return typing.cast(Scale, text)
+
+
+def describe(settings: type, name: str) -> str:
+    """The explanation of one setting, for `--help` and for the documentation."""
+    return next(str(f.metadata["help"]) for f in fields(settings) if f.name == name)
+
+
+def load(path_or_name: str) -> dict[str, dict[str, Any]]:
+    """Read a recipe file, or one that richkd brings along by its name, and check every key.
+
+    Raises:
+        RichKDError: no such recipe, not TOML, or a table, key or type that does not exist.
+    """
+    path = _find(path_or_name)
+    try:
+        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RichKDError(f"cannot read recipe {path}: {error}") from None
+    for section, values in recipe.items():
+        if section == "about":
+            continue
+        if section not in SECTIONS or not isinstance(values, dict):
+            raise unknown(f"table in recipe {path}:", section, ["about", *SECTIONS])
+        for name, value in values.items():
+            _check_key(SECTIONS[section], name, value, f"recipe {path} [{section}]")
+    return {name: values for name, values in recipe.items() if name != "about"}
+
+
+def resolve(
+    settings: type[Settings], recipe: Mapping[str, Any], flags: Mapping[str, Any]
+) -> Settings:
+    """Defaults, then the recipe's table, then the flags that were given (those not None)."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    merged = {**recipe, **given}
+    for name, value in merged.items():
+        _check_key(settings, name, value, "setting")
+    if isinstance(merged.get("prompts"), list):
+        merged["prompts"] = tuple(merged["prompts"])
+    return settings(**merged)
+
+
+def to_table(settings: TrainTeacher | Precompute | Distill) -> dict[str, Any]:
+    """Resolved settings as a TOML table: what was not set is left out."""
+    table = dataclasses.asdict(settings)
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in table.items()
+        if value is not None and value != ""
+    }
+
+
+def packaged() -> Path:
+    """The folder of the recipes that richkd brings along."""
+    installed = Path(__file__).parent / "pipelines"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "pipelines"
+
+
+def _find(path_or_name: str) -> Path:
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    own = {recipe.stem: recipe for recipe in packaged().glob("*.toml")}
+    if os.sep not in path_or_name and path.stem in own:
+        return own[path.stem]
+    raise RichKDError(
+        f"no recipe {path_or_name!r}: neither a file nor one that richkd brings along "
+        f"({nearest(path.stem, own)})"
+    )
+
+
+@cache
+def _types(settings: type) -> dict[str, Any]:
+    return typing.get_type_hints(settings)
+
+
+def _check_key(settings: type, name: str, value: object, where: str) -> None:
+    known = _types(settings)
+    if name not in known:
+        raise RichKDError(f"{where}: unknown key {name!r}; {nearest(name, known)}")
+    if not _fits(value, known[name]):
+        wanted = getattr(known[name], "__name__", None) or str(known[name]).replace("typing.", "")
+        raise RichKDError(f"{where}: {name} = {value!r} should be {wanted}")
+
+
+def _fits(value: object, hint: Any) -> bool:  # noqa: PLR0911
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if origin is Literal:
+        return value in arguments or isinstance(value, str)  # check_blend names the choices
+    if origin is tuple:
+        return isinstance(value, (list, tuple)) and all(_fits(v, arguments[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))

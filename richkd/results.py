@@ -1,0 +1,42 @@
+"""Results as people compare them: teachers and students in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from richkd.progress import Report, duration, percent
+from richkd.store.schema import Manifest
+
+
+def teacher_accuracies(manifest: Manifest) -> dict[str, float | None]:
+    """Top-1 of the CNN teacher, CLIP and their blend on the test split, in 0..1."""
+    clip = manifest["clip"]
+    return {
+        "cnn": manifest["teacher"]["accuracy"],
+        "clip": clip["accuracy"] if clip else None,
+        "fused": manifest["fused_accuracy"],
+    }
+
+
+def results_table(report: Report, title: str, summaries: Sequence[Mapping[str, Any]]) -> None:
+    """Teachers, then students, with their test accuracies in percent."""
+    teachers = summaries[0]["teacher"]
+    names = {"cnn": "CNN teacher", "clip": "CLIP zero-shot", "fused": "fused teacher"}
+    rows = [
+        (names[kind], percent(value), "", "", "", "")
+        for kind, value in teachers.items()
+        if value is not None
+    ]
+    for summary in summaries:
+        rate = summary["images_per_second"]
+        rows.append((
+            f"{summary['student']} by {summary['method']}",
+            percent(summary["top1_last"]),
+            f"{percent(summary['top1_best'])} @{summary['epoch_best']}",
+            percent(summary["top5_last"]),
+            f"{rate:,.0f}" if rate else "–",
+            duration(summary["seconds"]),
+        ))  # fmt: skip
+    header = ("test accuracy, %", "top-1 last", "best @epoch", "top-5 last", "images/s", "time")
+    report.table(title, header, rows)

@@ -1,0 +1,284 @@
+"""Reading a store: slabs in bulk, and other blends by arithmetic on the cached parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import zarr
+from torch import Tensor
+
+from richkd import fusion
+from richkd.data.views import views_tensor
+from richkd.errors import RichKDError
+from richkd.recipe import Scale, check_blend
+from richkd.store import schema
+from richkd.store.schema import Manifest
+
+SLAB_ARRAYS = ("teacher_logits", "teacher_features", "fused_logits")
+
+
+@dataclass(frozen=True)
+class Slab:
+    """One epoch's worth of the training split: view v of every sample. None: not asked for.
+
+    Shapes: view_ids [N] (pad-crop-flip) or view_params [N,5] (photographs), teacher_logits and
+    fused_logits [N,C], teacher_features [N,F], in the stored dtype, on the CPU.
+    """
+
+    view_ids: Tensor | None = None
+    view_params: Tensor | None = None
+    teacher_logits: Tensor | None = None
+    teacher_features: Tensor | None = None
+    fused_logits: Tensor | None = None
+
+    @property
+    def views(self) -> Tensor:
+        """The views, whichever kind they are."""
+        views = self.view_ids if self.view_params is None else self.view_params
+        assert views is not None
+        return views
+
+
+class TeacherCache:
+    """An open, complete store. Made by `open_cache`."""
+
+    def __init__(self, path: Path, group: zarr.Group, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._group = group
+
+    def __repr__(self) -> str:
+        dataset = self.manifest["dataset"]
+        return (
+            f"TeacherCache({str(self.path)!r}: {dataset['name']}, {dataset['num_train']} samples, "
+            f"{self.num_views} views, {self.num_classes} classes)"
+        )
+
+    @property
+    def num_views(self) -> int:
+        """V, the number of slabs."""
+        return self.manifest["views"]["count"]
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.manifest["class_names"])
+
+    @property
+    def num_samples(self) -> int:
+        """N, the training samples."""
+        return self.manifest["dataset"]["num_train"]
+
+    def read(self, name: str, view: int | None = None) -> Tensor:
+        """An array by its name in the store (`train/labels`), or one view of it, in one read.
+
+        Raises:
+            RichKDError: no such array, no such view, or bytes that fail their checksum.
+        """
+        self.require(name)
+        if view is not None and not 0 <= view < self.num_views:
+            raise RichKDError(f"view {view}: {self.path} has views 0..{self.num_views - 1}")
+        array = cast("zarr.Array[Any]", self._group[name])
+        at = () if view is None else (view,)
+        values = np.empty(array.shape[len(at) :], array.dtype)
+        step = array.chunks[len(at)]
+        try:
+            # chunk by chunk, so that what is in flight stays small beside the slab itself
+            for start in range(0, len(values), step):
+                values[start : start + step] = array[(*at, slice(start, start + step))]
+        except Exception as error:  # codecs raise errors of many kinds
+            raise RichKDError(
+                f"{self.path}: {name} is damaged ({type(error).__name__}: {error}); make the "
+                f"store again with richkd precompute --overwrite"
+            ) from error
+        return views_tensor(values)
+
+    def require(self, name: str) -> None:
+        """Raise RichKDError where the store has no array of this name."""
+        if name not in schema.array_specs(self.manifest):
+            raise RichKDError(f"{self.path} has no array {name!r}" + self._why_absent(name))
+
+    def slab(self, view: int, arrays: Collection[str] = SLAB_ARRAYS) -> Slab:
+        """View `view` of every training sample, only the arrays that are asked for.
+
+        Raises:
+            RichKDError: as `read`; asking by name for `fused_logits` of a store without CLIP
+                is an error, the default leaves out what the store lacks.
+        """
+        if arrays is SLAB_ARRAYS and self.manifest["clip"] is None:
+            arrays = SLAB_ARRAYS[:2]
+        views = "view_ids" if self.manifest["views"]["space"] == "pad-crop-flip" else "view_params"
+        return Slab(**{name: self.read(f"train/{name}", view) for name in (views, *arrays)})
+
+    def fuse(
+        self,
+        view: int,
+        *,
+        alpha: float | None = None,
+        scale: Scale | None = None,
+        prompts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Fused logits [N,C] f32 of another blend than the stored one; None means the store's.
+
+        Raises:
+            RichKDError: the store has no CLIP, or a setting is out of range.
+        """
+        return self.blend(
+            self.read("train/teacher_logits", view), self.similarity("train", prompts),
+            alpha=alpha, scale=scale,
+        )  # fmt: skip
+
+    def blend(
+        self,
+        teacher_logits: Tensor,
+        similarity: Tensor,
+        *,
+        alpha: float | None,
+        scale: Scale | None,
+    ) -> Tensor:
+        """Fused logits of given rows; alpha and scale default to the store's."""
+        alpha = self.manifest["alpha"] if alpha is None else alpha
+        scale = cast(Scale, self.manifest["scale"]) if scale is None else scale
+        check_blend(alpha, scale)
+        number = fusion.resolve_scale(scale, self._clip["logit_scale"])
+        return fusion.fuse_logits(teacher_logits, similarity, alpha, number)
+
+    def similarity(self, split: str, prompts: Sequence[int] | None = None) -> Tensor:
+        """CLIP's cosines [N,C] f32 of a split, with all prompts or only some of them."""
+        if prompts is None:
+            return self.read(f"{split}/clip_similarity")
+        classes = fusion.class_embeddings(self.text_embeddings, prompts)
+        return fusion.clip_similarity(self.read(f"{split}/clip_features"), classes)
+
+    @cached_property
+    def text_embeddings(self) -> Tensor:
+        """[C,P,D], unit length, one for each class and prompt."""
+        return self.read("text/embeddings")
+
+    @property
+    def _clip(self) -> schema.ClipEntry:
+        clip = self.manifest["clip"]
+        if clip is None:
+            raise RichKDError(
+                f"{self.path} was made with --clip none, so there is nothing to blend with the "
+                f"CNN teacher; use --method kd, or precompute with a CLIP"
+            )
+        return clip
+
+    def _why_absent(self, name: str) -> str:
+        if self.manifest["clip"] is None and ("clip" in name or "fused" in name or "text" in name):
+            return ": it was made with --clip none; use --method kd, or precompute with a CLIP"
+        return ""
+
+
+def open_cache(path: str | Path) -> TeacherCache:
+    """Open a complete store.
+
+    Raises:
+        RichKDError: nothing there, not a richkd store, of another schema, incomplete, or with
+            arrays or chunks missing or of another shape than the manifest says.
+    """
+    path = Path(path)
+    group = _open_group(path)
+    manifest = _check_manifest(path, dict(group.attrs))
+    if not manifest["complete"]:
+        raise RichKDError(
+            f"{path} is incomplete: stage one was cut off; run the same richkd precompute "
+            f"command again, it goes on where it stopped"
+        )
+    for name, spec in schema.array_specs(manifest).items():
+        _check_array(path, group, name, spec)
+    return TeacherCache(path, group, manifest)
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of a store, complete or not.
+
+    Raises:
+        RichKDError: nothing there, not a richkd store, or of another schema.
+    """
+    return _check_manifest(Path(path), dict(_open_group(Path(path)).attrs))
+
+
+def _open_group(path: Path) -> zarr.Group:
+    if not path.exists():
+        raise RichKDError(f"no store at {path}; make one: richkd precompute --out {path}")
+    try:
+        return zarr.open_group(path, mode="r", use_consolidated=False)
+    except Exception as error:  # not a group, damaged JSON, no permission, …
+        reason = f"{type(error).__name__}: {error}"
+        raise RichKDError(f"{path} is no richkd store that can be read ({reason})") from None
+
+
+def _check_manifest(path: Path, attributes: Mapping[str, Any]) -> Manifest:
+    if attributes.get("format") != schema.FORMAT:
+        raise RichKDError(
+            f"{path} is a Zarr group but no richkd store; richkd precompute makes one"
+        )
+    if attributes.get("schema") != schema.SCHEMA:
+        raise RichKDError(
+            f"{path} has schema {attributes.get('schema')!r}, this richkd reads "
+            f"{schema.SCHEMA}; make the store again with richkd precompute --overwrite"
+        )
+    fault = _manifest_fault(attributes)
+    if fault is not None:
+        raise RichKDError(
+            f"{path}: the manifest is damaged ({fault}); make the store again with richkd "
+            f"precompute --overwrite"
+        )
+    return cast(Manifest, dict(attributes))
+
+
+def _manifest_fault(attributes: Mapping[str, Any]) -> str | None:
+    """What is wrong with the entries that the reader relies on, or None."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "complete": (bool,), "dataset": (dict,), "class_names": (list,), "image_size": (int,),
+        "mean": (list,), "std": (list,), "views": (dict,), "teacher": (dict,),
+        "clip": (dict, type(None)), "prompts": (list,), "alpha": (int, float),
+        "scale": (int, float, str), "dtype": (str,), "block": (int,), "recipe": (dict,),
+    }  # fmt: skip
+    for name, types in kinds.items():
+        if not isinstance(attributes.get(name), types):
+            return f"{name} is {attributes.get(name)!r}"
+    counts = {
+        "dataset": ("num_train", "num_test"), "views": ("count", "seed"),
+        "teacher": ("num_features",), "clip": ("num_features",),
+    }  # fmt: skip
+    for entry, names in counts.items():
+        for name in names:
+            if attributes[entry] is None:
+                continue
+            value = attributes[entry].get(name)
+            if not isinstance(value, int) or not 0 <= value < 2**40:
+                return f"{entry}.{name} is {value!r}"
+    if attributes["dtype"] not in ("float16", "float32") or attributes["block"] < 1:
+        return f"dtype is {attributes['dtype']!r}, block {attributes['block']!r}"
+    if attributes["clip"] is not None and not math.isfinite(attributes["clip"]["logit_scale"]):
+        return "clip.logit_scale is not finite"
+    return None
+
+
+def _check_array(path: Path, group: zarr.Group, name: str, spec: schema.ArraySpec) -> None:
+    remedy = "make the store again with richkd precompute --overwrite"
+    try:
+        array = group[name]
+    except Exception:  # absent, or its metadata is damaged
+        raise RichKDError(f"{path}: array {name} is missing or damaged; {remedy}") from None
+    if not isinstance(array, zarr.Array):
+        raise RichKDError(f"{path}: {name} is no array; {remedy}")
+    if array.shape != spec.shape or str(array.dtype) != spec.dtype or array.chunks != spec.chunks:
+        raise RichKDError(
+            f"{path}: {name} is {array.dtype} {array.shape}, the manifest says {spec.dtype} "
+            f"{spec.shape}; {remedy}"
+        )
+    missing = array.nchunks - array.nchunks_initialized
+    if missing:
+        raise RichKDError(
+            f"{path}: {missing} of {array.nchunks} chunks of {name} are gone; {remedy}"
+        )

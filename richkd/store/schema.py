@@ -1,0 +1,212 @@
+"""What a store holds: its arrays, its manifest, and the blocks in which it is written.
+
+cache/README.md documents the same for people without richkd. Chunks are (1, block, last axis) for
+arrays with a view axis and (block, …) for the others, so that a block is whole chunks of each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+SCHEMA = 1
+FORMAT = "richkd-cache"
+CHUNK_BYTES = 4 * 2**20
+MAX_BLOCK = 8192
+
+
+class DatasetEntry(TypedDict):
+    """The images that the rows belong to."""
+
+    name: str
+    fingerprint: str
+    num_train: int
+    num_test: int
+    embedded: bool
+
+
+class ViewsEntry(TypedDict):
+    """The augmentation, and how its views were drawn."""
+
+    space: str
+    count: int
+    seed: int
+
+
+class TeacherEntry(TypedDict):
+    """The CNN teacher; accuracy is top-1 on the test split, in 0..1, None until complete."""
+
+    name: str
+    sha256: str
+    num_features: int
+    accuracy: float | None
+
+
+class ClipEntry(TypedDict):
+    """CLIP; accuracy is zero-shot top-1 on the test split, in 0..1, None until complete."""
+
+    model: str
+    sha256: str
+    logit_scale: float
+    num_features: int
+    accuracy: float | None
+
+
+class Manifest(TypedDict):
+    """The group attributes of a store."""
+
+    format: str
+    schema: int
+    complete: bool
+    dataset: DatasetEntry
+    class_names: list[str]
+    image_size: int
+    mean: list[float]
+    std: list[float]
+    views: ViewsEntry
+    teacher: TeacherEntry
+    clip: ClipEntry | None
+    prompts: list[str]
+    alpha: float
+    scale: float | str
+    fused_accuracy: float | None
+    dtype: str
+    block: int
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+
+
+# What may differ between a run that was cut off and the one that goes on with it.
+NOT_IDENTITY = frozenset({"complete", "fused_accuracy", "recipe", "versions"})
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """Shape, dtype and chunk of one array."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunks: tuple[int, ...]
+    dimensions: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Uncompressed size."""
+        width = {"bool": 1, "uint8": 1, "uint16": 2, "float16": 2, "float32": 4, "int64": 8}
+        return math.prod(self.shape) * width[self.dtype]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The unit of work of stage one: samples start..stop of a split.
+
+    `view` is None for what depends on the clean image only (test rows; training images, labels
+    and CLIP features) and the view index for the CNN teacher's training rows.
+    """
+
+    split: str
+    view: int | None
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        view = "" if self.view is None else f" view {self.view}"
+        return f"{self.split}{view} samples {self.start}..{self.stop - 1}"
+
+
+def choose_block(widest: int, dtype: str) -> int:
+    """Rows a block: a power of two, so that the widest array's chunk is about 4 MiB."""
+    row = widest * (2 if dtype == "float16" else 4)
+    return min(MAX_BLOCK, 1 << max(4, int(math.log2(CHUNK_BYTES / row))))
+
+
+def blocks(manifest: Manifest) -> list[Block]:
+    """All blocks, in the order of the `complete` flags: test, then training block by block."""
+    size = manifest["block"]
+
+    def spans(count: int) -> Iterator[tuple[int, int]]:
+        return ((start, min(start + size, count)) for start in range(0, count, size))
+
+    dataset = manifest["dataset"]
+    test = [Block("test", None, *span) for span in spans(dataset["num_test"])]
+    train = [
+        Block("train", view, *span)
+        for span in spans(dataset["num_train"])
+        for view in (None, *range(manifest["views"]["count"]))
+    ]
+    return test + train
+
+
+def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
+    """Every array of a store with this manifest."""
+    dataset, clip, dtype = manifest["dataset"], manifest["clip"], manifest["dtype"]
+    num_classes, num_features = len(manifest["class_names"]), manifest["teacher"]["num_features"]
+    views, block, side = manifest["views"]["count"], manifest["block"], manifest["image_size"]
+    specs: dict[str, ArraySpec] = {}
+
+    def add(name: str, dtype: str, *axes: tuple[str, int]) -> None:
+        names, shape = zip(*axes, strict=True)
+        chunk = {"view": 1, "sample": block}
+        specs[name] = ArraySpec(
+            shape, dtype, tuple(min(chunk.get(axis, size), size) for axis, size in axes), names
+        )
+
+    for split, count in (("train", dataset["num_train"]), ("test", dataset["num_test"])):
+        sample = ("sample", count)
+        if dataset["embedded"]:
+            add(f"{split}/images", "uint8", sample, ("row", side), ("column", side), ("channel", 3))
+        add(f"{split}/labels", "int64", sample)
+        rows = (("view", views), sample) if split == "train" else (sample,)
+        add(f"{split}/teacher_logits", dtype, *rows, ("class", num_classes))
+        add(f"{split}/teacher_features", dtype, *rows, ("feature", num_features))
+        if clip is not None:
+            add(f"{split}/fused_logits", dtype, *rows, ("class", num_classes))
+            add(f"{split}/clip_features", dtype, sample, ("clip_feature", clip["num_features"]))
+            add(f"{split}/clip_similarity", "float32", sample, ("class", num_classes))
+    if manifest["views"]["space"] == "pad-crop-flip":
+        add("train/view_ids", "uint16", ("view", views), ("sample", dataset["num_train"]))
+    else:
+        add("train/view_params", "float32", ("view", views), ("sample", dataset["num_train"]),
+            ("parameter", 5))  # fmt: skip
+    if clip is not None:
+        prompts, width = len(manifest["prompts"]), clip["num_features"]
+        add("text/embeddings", "float32",
+            ("class", num_classes), ("prompt", prompts), ("clip_feature", width))  # fmt: skip
+    count = len(blocks(manifest))
+    specs["complete"] = ArraySpec((count,), "bool", (1,), ("block",))
+    return specs
+
+
+def raw_bytes(manifest: Manifest) -> int:
+    """The size of all arrays before compression."""
+    return sum(spec.nbytes for spec in array_specs(manifest).values())
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """The first setting in which two manifests tell different stores, or None."""
+
+    def flat(prefix: str, value: object) -> Iterator[tuple[str, object]]:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                if key != "accuracy":
+                    yield from flat(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            yield prefix, value
+
+    was, now = (
+        dict(flat("", {k: v for k, v in manifest.items() if k not in NOT_IDENTITY}))
+        for manifest in (old, new)
+    )
+    for name in sorted(was.keys() | now.keys()):
+        if was.get(name) != now.get(name):
+            return f"{name} was {_short(was.get(name))} and is now {_short(now.get(name))}"
+    return None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "…"

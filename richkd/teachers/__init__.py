@@ -1,0 +1,1 @@
+"""The teachers. Only stage one imports these."""

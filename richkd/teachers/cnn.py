@@ -1,0 +1,144 @@
+"""The CNN teacher: weights from a file, or trained here with cross-entropy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from richkd.data.datasets import Dataset
+from richkd.data.inputs import Normalize, make_inputs
+from richkd.data.views import NUM_VIEW_IDS, views_tensor
+from richkd.errors import RichKDError
+from richkd.losses.method import Widths, method_class
+from richkd.models import check_fit, create_model, forward
+from richkd.models.weights import file_sha256, load_into, read_weights, save_tensors
+from richkd.progress import Report, percent
+from richkd.recipe import TrainTeacher
+from richkd.training.device import choose_device
+from richkd.training.loop import Data, EpochRows, Trainer, derive_seed
+
+
+@dataclass(frozen=True)
+class CNNTeacher:
+    """A trained network in evaluation mode; images go in as bytes."""
+
+    name: str
+    model: nn.Module
+    sha256: str
+    num_features: int
+    normalize: Normalize
+
+    @torch.inference_mode()
+    def rows(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B,H,W,3] uint8 -> logits [B,C] and pooled features [B,F], f32."""
+        return forward(self.model, self.normalize(images))
+
+
+def load_teacher(name: str, weights: Path, dataset: Dataset, device: torch.device) -> CNNTeacher:
+    """A teacher from a file of weights.
+
+    Raises:
+        RichKDError: no such model or file, or weights of another architecture or classes.
+    """
+    num_classes = len(dataset.class_names)
+    model = create_model(name, num_classes, image_size=dataset.image_size)
+    num_features = check_fit(model, name, dataset.image_size, num_classes)
+    load_into(model, read_weights(weights), name, weights)
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return CNNTeacher(
+        name, model.eval(), file_sha256(weights), num_features,
+        Normalize(dataset.mean, dataset.std, device),
+    )  # fmt: skip
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Refuse to replace a file of weights unasked."""
+    if path.exists() and not overwrite:
+        raise RichKDError(
+            f"{path} exists; pass it as --teacher-weights, choose another --out, or replace it "
+            f"with --overwrite"
+        )
+
+
+def train_teacher(
+    settings: TrainTeacher, dataset: Dataset, report: Report, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Train a network with cross-entropy on augmented views and save its last weights.
+
+    Returns:
+        A summary: path, model, last test accuracy, epochs, seconds.
+
+    Raises:
+        RichKDError: anything the user can mend, found before training starts.
+    """
+    out = Path(settings.out)
+    check_output(out, overwrite)
+    device = choose_device(settings.device)
+    num_classes, num_samples = len(dataset.class_names), len(dataset.train)
+    torch.manual_seed(derive_seed(settings.seed, 0, 2))
+    model = create_model(settings.model, num_classes, image_size=dataset.image_size)
+    check_fit(model, settings.model, dataset.image_size, num_classes)
+    method_type, options = method_class("ce", {})
+    labels = dataset.train.labels.to(device)
+    method = method_type(options, Widths(labels=labels, student=0, teacher=0, clip=0, alpha=1.0))
+    data = Data(
+        train=make_inputs(dataset.train.images, device),
+        train_labels=labels,
+        test=make_inputs(dataset.test.images, device),
+        test_labels=dataset.test.labels.to(device),
+        test_views=views_tensor(dataset.test.view_space.clean(len(dataset.test))),
+        normalize=Normalize(dataset.mean, dataset.std, device),
+        num_classes=num_classes,
+    )
+    trainer = Trainer(model, method, data, settings, device)
+    views = epoch_views(dataset, settings)
+    report.say(
+        f"training teacher {settings.model}: {settings.epochs} epochs of {num_samples:,} images, "
+        f"batch {settings.batch_size}, lr {settings.lr}, seed {settings.seed}, on {device}"
+    )
+    started = time.perf_counter()
+    record = None
+    with report.track("teacher", settings.epochs * num_samples, "images") as tick:
+        for epoch in range(1, settings.epochs + 1):
+            record = trainer.train_epoch(epoch, EpochRows(views(epoch), {}), tick)
+            if not abs(record.loss) < float("inf"):
+                raise RichKDError(
+                    f"the teacher diverged in epoch {epoch}; lower --lr (it is {settings.lr})"
+                )
+    assert record is not None and record.test_accuracy is not None
+    save_tensors(out, trainer.model.state_dict(), {
+        "model": settings.model, "dataset": dataset.name, "fingerprint": dataset.fingerprint,
+        "epochs": str(settings.epochs), "seed": str(settings.seed),
+        "test_accuracy": repr(record.test_accuracy),
+    })  # fmt: skip
+    report.say(
+        f"teacher {settings.model}: train {percent(record.train_accuracy)} %, test "
+        f"{percent(record.test_accuracy)} %, saved to {out}"
+    )
+    return {
+        "weights": str(out),
+        "model": settings.model,
+        "dataset": dataset.name,
+        "epochs": settings.epochs,
+        "seed": settings.seed,
+        "top1_last": record.test_accuracy,
+        "top5_last": record.test_top5,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def epoch_views(dataset: Dataset, settings: TrainTeacher) -> Callable[[int], Tensor]:
+    """The views of every epoch, from 1: each sample's own order of views, over and over."""
+    space, count = dataset.train.view_space, len(dataset.train)
+    if space.limit is None:  # a fresh view every epoch
+        return lambda epoch: views_tensor(
+            space.draw(derive_seed(settings.seed, epoch, 3) % 2**32, count, 1)[0]
+        )
+    drawn = space.draw(settings.seed, count, min(settings.epochs, NUM_VIEW_IDS))
+    return lambda epoch: views_tensor(drawn[(epoch - 1) % len(drawn)])

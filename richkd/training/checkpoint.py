@@ -1,0 +1,143 @@
+"""A run folder: settings, metrics, weights, and the checkpoint that `--resume` goes on from.
+
+    recipe.toml             every setting, resolved
+    metrics.jsonl           a line an epoch
+    last.safetensors        the student after the last epoch
+    best.safetensors        the student after its best tested epoch
+    checkpoint.safetensors  everything that going on needs; gone once the run is complete
+    summary.json            written last: the run is complete where it is there
+
+Every file but metrics.jsonl is written whole or not at all; of that, resuming keeps the epochs
+that the checkpoint has seen.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from torch import Tensor
+
+from richkd.errors import RichKDError
+from richkd.models.weights import read_safetensors, replacing, save_tensors
+
+_NOT_TRAINING = {"device", "data_root", "dataset", "cache", "out"}
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best tested epoch so far; epoch 0 before any."""
+
+    epoch: int = 0
+    accuracy: float = -1.0
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(
+        self, recipe: Mapping[str, Any], identity: str, *, resume: bool, overwrite: bool
+    ) -> bool:
+        """Make the folder, or check that the run in it is this one; whether to go on with it.
+
+        Args:
+            recipe: the resolved settings.
+            identity: what the run trains on; another one is another run.
+            resume: go on with a run that was cut off.
+            overwrite: replace a run that is there.
+
+        Raises:
+            RichKDError: the folder holds something else, another run, or one that is complete.
+        """
+        wanted = {"richkd-distill": identity, **recipe}
+        recorded = self.path / "recipe.toml"
+        if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
+            if not recorded.is_file():
+                raise RichKDError(f"{self.path} exists and is no run; choose another --out")
+            if resume and not overwrite:
+                self._check_same(recorded, wanted)
+                if self.complete:
+                    raise RichKDError(
+                        f"{self.path} is complete already; begin it anew with --overwrite"
+                    )
+                return (self.path / "checkpoint.safetensors").is_file()
+            if not overwrite:
+                remedy = "" if self.complete else "go on with it by --resume, "
+                raise RichKDError(
+                    f"{self.path} exists; {remedy}replace it by --overwrite, or choose another "
+                    f"--out"
+                )
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        with replacing(recorded) as temporary:
+            temporary.write_text(tomli_w.dumps(wanted), encoding="utf-8")
+        return False
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run went to its end."""
+        return (self.path / "summary.json").is_file()
+
+    def _check_same(self, recorded: Path, wanted: Mapping[str, Any]) -> None:
+        try:
+            was = tomllib.loads(recorded.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RichKDError(
+                f"cannot read {recorded}: {error}; begin anew with --overwrite"
+            ) from None
+        for name in sorted((was.keys() | wanted.keys()) - _NOT_TRAINING):
+            if was.get(name) != wanted.get(name):
+                raise RichKDError(
+                    f"cannot resume {self.path}: {name} was {was.get(name)!r} and is now "
+                    f"{wanted.get(name)!r}; resume with the same settings, or choose another --out"
+                )
+
+    def save_epoch(
+        self,
+        epoch: int,
+        record: Mapping[str, Any],
+        best: Best,
+        state: Mapping[str, Tensor],
+        student: Mapping[str, Tensor],
+    ) -> None:
+        """Metrics, best weights if this epoch is it, and the checkpoint, in this order."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if best.epoch == epoch:
+            save_tensors(self.path / "best.safetensors", student)
+        note = {"epoch": str(epoch), "best_epoch": str(best.epoch), "best": repr(best.accuracy)}
+        save_tensors(self.path / "checkpoint.safetensors", state, note)
+
+    def load(self) -> tuple[int, Best, dict[str, Tensor]]:
+        """Epochs done, the best of them, and the tensors; trims the metrics to those epochs.
+
+        Raises:
+            RichKDError: the checkpoint is damaged.
+        """
+        path = self.path / "checkpoint.safetensors"
+        tensors, note = read_safetensors(path)
+        try:
+            epoch, best = int(note["epoch"]), Best(int(note["best_epoch"]), float(note["best"]))
+        except (KeyError, ValueError):
+            raise RichKDError(f"{path} is no checkpoint; begin anew with --overwrite") from None
+        metrics = self.path / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)[:epoch]
+        with replacing(metrics) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
+        return epoch, best, tensors
+
+    def finish(self, student: Mapping[str, Tensor], summary: Mapping[str, Any]) -> None:
+        """The last weights and the summary; the checkpoint has done its duty."""
+        save_tensors(self.path / "last.safetensors", student)
+        with replacing(self.path / "summary.json") as temporary:
+            temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        (self.path / "checkpoint.safetensors").unlink(missing_ok=True)

@@ -1,0 +1,42 @@
+"""Which device to run on, and what it is called."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+from richkd.errors import RichKDError
+
+
+def choose_device(name: str) -> torch.device:
+    """A device by name; `auto` is the first GPU there is, else the CPU.
+
+    Raises:
+        RichKDError: no such device, or it is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise RichKDError(f"device {name!r} cannot be used: {reason}; try --device cpu") from None
+    return device
+
+
+def hardware(device: torch.device) -> str:
+    """The device in words, for summaries."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {platform.machine()}, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    from importlib.metadata import version
+
+    packages = ("richkd", "torch", "torchvision", "timm", "open_clip_torch", "zarr", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -1,0 +1,226 @@
+"""The training loop: one slab an epoch, no host-device synchronisation inside it.
+
+Everything random in epoch e follows from (seed, e), so a run that was cut off after any epoch goes
+on to the very same weights, and two students with one seed see the same samples in the same order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.scheduler.multistep_lr import MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from richkd.data.inputs import Inputs, Normalize
+from richkd.losses.method import Batch, Method
+from richkd.models import forward
+from richkd.recipe import Training
+
+EVAL_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Everything that runs may share: inputs and labels of both splits, on the device."""
+
+    train: Inputs
+    train_labels: Tensor  # [N]
+    test: Inputs
+    test_labels: Tensor  # [N_test]
+    test_views: Tensor  # the clean views
+    normalize: Normalize
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class EpochRows:
+    """What one epoch trains on: a view of every sample and the cached rows of those views."""
+
+    views: Tensor  # [N] or [N,5]
+    rows: Mapping[str, Tensor]  # name -> [N,…]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """The metrics of one epoch. Test accuracies are None where the epoch was not tested."""
+
+    epoch: int  # from 1
+    lr: float
+    loss: float
+    terms: dict[str, float]
+    train_accuracy: float
+    test_accuracy: float | None
+    test_top5: float | None
+    seconds: float
+    images_per_second: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For metrics.jsonl."""
+        return asdict(self)
+
+
+class Trainer:
+    """A student, its method and their optimizer."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        data: Data,
+        settings: Training,
+        device: torch.device,
+    ) -> None:
+        self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.method = method.to(device)
+        self.data = data
+        self.settings = settings
+        self.device = device
+        self.parameters = [*model.parameters(), *method.parameters()]
+        self.optimizer = torch.optim.SGD(
+            self.parameters,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+        self.scheduler = make_scheduler(self.optimizer, settings)
+
+    def train_epoch(
+        self, epoch: int, source: EpochRows, tick: Callable[[int], None] = lambda _: None
+    ) -> EpochRecord:
+        """Epoch number `epoch`, from 1; tests the student where the settings say so."""
+        start = time.perf_counter()
+        order = epoch_order(self.settings.seed, epoch, len(self.data.train_labels))
+        order = drop_lone_last(order, self.settings.batch_size)
+        torch.manual_seed(derive_seed(self.settings.seed, epoch, 1))
+        self.scheduler.step(epoch - 1)
+        self.model.train()
+        self.method.train()
+        rows = {name: array.to(self.device, non_blocking=True)
+                for name, array in source.rows.items()}  # fmt: skip
+        totals: Tensor | None = None
+        names: list[str] = []
+        for index, images in self.data.train.batches(order, source.views, self.settings.batch_size):
+            labels = self.data.train_labels[index]
+            logits, features = forward(self.model, self.data.normalize(images))
+            batch_rows = {name: array[index].float() for name, array in rows.items()}
+            terms = self.method(Batch(logits, features, labels, index, batch_rows))
+            loss = torch.stack(list(terms.values())).sum()
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self.method.update()
+            with torch.no_grad():
+                correct = (logits.argmax(1) == labels).sum()
+                step = torch.stack([correct, *(term * len(index) for term in terms.values())])
+                totals = step if totals is None else totals + step
+            names = list(terms)
+            tick(len(index))
+        assert totals is not None
+        correct_count, *sums = (totals / len(order)).tolist()
+        seconds = time.perf_counter() - start
+        tested = epoch % self.settings.eval_every == 0 or epoch == self.settings.epochs
+        top1, top5 = self.evaluate() if tested else (None, None)
+        return EpochRecord(
+            epoch=epoch,
+            lr=self.optimizer.param_groups[0]["lr"],
+            loss=sum(sums),
+            terms=dict(zip(names, sums, strict=True)),
+            train_accuracy=correct_count,
+            test_accuracy=top1,
+            test_top5=top5,
+            seconds=seconds,
+            images_per_second=len(order) / seconds,
+        )
+
+    @torch.inference_mode()
+    def evaluate(self) -> tuple[float, float]:
+        """Top-1 and top-5 accuracy on the test split, in 0..1."""
+        self.model.eval()
+        data = self.data
+        order = torch.arange(len(data.test_labels))
+        logits = torch.cat([
+            self.model(data.normalize(images))
+            for _, images in data.test.batches(order, data.test_views, EVAL_BATCH)
+        ])  # fmt: skip
+        return accuracy(logits, data.test_labels, 1), accuracy(logits, data.test_labels, 5)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that going on needs: weights, banks, momenta."""
+        tensors = {f"student.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"method.{name}": value for name, value in self.method.state_dict().items()}
+        for number, parameter in enumerate(self.parameters):
+            momentum = self.optimizer.state[parameter].get("momentum_buffer")
+            if momentum is not None:
+                tensors[f"momentum.{number}"] = momentum
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave; raises RuntimeError or KeyError where it does not fit."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
+                    if name.startswith(prefix)}  # fmt: skip
+
+        self.model.load_state_dict(part("student."))
+        self.method.load_state_dict(part("method."))
+        for number, momentum in part("momentum.").items():
+            parameter = self.parameters[int(number)]
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(
+                momentum
+            )
+
+
+def accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
+    """Top-k accuracy in 0..1 of logits [N,C] (k at most C)."""
+    value: Tensor = multiclass_accuracy(
+        logits.float(), labels, num_classes=logits.shape[1], top_k=min(k, logits.shape[1]),
+        average="micro", validate_args=False,
+    )  # fmt: skip
+    return float(value)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, settings: Training) -> Scheduler:
+    """timm's schedule: ÷10 at 62.5, 75 and 87.5 % of the epochs, or a cosine to 0."""
+    if settings.schedule == "cosine":
+        return CosineLRScheduler(optimizer, t_initial=settings.epochs)
+    # timm divides one epoch before a step; the literature trains the step's epoch at the old rate
+    steps = [max(1, round(settings.epochs * share)) + 1 for share in (0.625, 0.75, 0.875)]
+    return MultiStepLRScheduler(optimizer, decay_t=steps, decay_rate=0.1)
+
+
+def derive_seed(*numbers: int) -> int:
+    """An independent seed for every tuple of numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def epoch_order(seed: int, epoch: int, num_samples: int) -> Tensor:
+    """The order [N] of the samples in an epoch: the same for every student and method."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, epoch, 0))
+    return torch.randperm(num_samples, generator=generator)
+
+
+def drop_lone_last(order: Tensor, batch_size: int) -> Tensor:
+    """Without a last batch of one sample, over which batch norm has no variance."""
+    lone = len(order) % batch_size == 1 and len(order) > 1 and batch_size > 1
+    return order[:-1] if lone else order
+
+
+def all_rows(rows: Callable[[int], EpochRows], first: int, last: int) -> Iterator[EpochRows]:
+    """`rows(epoch)` for epochs first..last, each read by a thread while the one before trains."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1, thread_name_prefix="slab") as pool:
+        coming = pool.submit(rows, first)
+        for epoch in range(first, last + 1):
+            current = coming.result()
+            if epoch < last:
+                coming = pool.submit(rows, epoch + 1)
+            yield current

@@ -1,0 +1,141 @@
+"""Networks: the published keys and shapes, timm beside them, and reading of weights."""
+
+import argparse
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import richkd
+from richkd.errors import RichKDError
+from richkd.models import check_fit
+from richkd.models.weights import (
+    file_sha256,
+    load_into,
+    read_weights,
+    replacing,
+    save_tensors,
+    state_sha256,
+)
+
+PUBLISHED = json.loads((Path(__file__).parent / "cifar_resnets.json").read_text())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_architectures(name: str) -> None:
+    model = richkd.create_model(name, 100)
+    wanted = PUBLISHED[name]
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == wanted["state_dict"]
+    assert sum(p.numel() for p in model.parameters()) == wanted["parameters"]
+    x = torch.randn(2, 3, 32, 32)
+    logits, features = richkd.forward(model, x)
+    assert features.shape == (2, wanted["pooled_feature_dim"])
+    assert torch.allclose(model.fc(features), logits)
+    logits.sum().backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "mobilenetv3_small_050", "vit_tiny_patch16_224"])
+def test_forward_gives_what_the_model_gives(name: str) -> None:
+    model = richkd.create_model(name, 7, image_size=32).eval()
+    width = check_fit(model, name, 32, 7)
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        logits, features = richkd.forward(model, x)
+        assert torch.allclose(logits, model(x), atol=1e-5)
+    assert features.shape == (3, width)
+
+
+def test_in_chans() -> None:
+    assert richkd.create_model("resnet8", 4, in_chans=1)(torch.randn(2, 1, 32, 32)).shape == (2, 4)
+
+
+def test_unknown_model_names_the_nearest() -> None:
+    with pytest.raises(RichKDError, match=r"unknown model 'resnet8x5'; nearest: resnet8x4"):
+        richkd.create_model("resnet8x5", 10)
+
+
+def test_a_model_that_does_not_fit() -> None:
+    model = richkd.create_model("inception_v3", 10)
+    with pytest.raises(RichKDError, match=r"inception_v3 does not fit images of 32×32"):
+        check_fit(model, "inception_v3", 32, 10)
+
+
+def published(model: torch.nn.Module, layout: str) -> Any:
+    state = model.state_dict()
+    return {
+        "bare": state,
+        "mdistiller": {"model": state, "epoch": 240, "best_acc": np.float64(79.4)},
+        "RepDistiller": {"opt": argparse.Namespace(lr=0.05, path="x"), "model": state,
+                         "best_acc": torch.tensor(79.4)},  # fmt: skip
+        "state_dict": {"state_dict": {f"module.{k}": v for k, v in state.items()}},
+    }[layout]
+
+
+@pytest.mark.parametrize("layout", ["bare", "mdistiller", "RepDistiller", "state_dict"])
+def test_published_checkpoints_load(tmp_path: Path, layout: str) -> None:
+    model = richkd.create_model("resnet8x4", 100)
+    path = tmp_path / "teacher.pth"
+    torch.save(published(model, layout), path)
+    other = richkd.create_model("resnet8x4", 100)
+    load_into(other, read_weights(path), "resnet8x4", path)
+    assert state_sha256(other) == state_sha256(model)
+
+
+def test_safetensors_round_trip(tmp_path: Path) -> None:
+    model = richkd.create_model("resnet8", 10)
+    path = tmp_path / "a" / "w.safetensors"
+    save_tensors(path, model.state_dict())
+    assert set(read_weights(path)) == set(model.state_dict())
+    assert len(file_sha256(path)) == 64
+    assert [p.name for p in path.parent.iterdir()] == ["w.safetensors"]
+
+
+class Bomb:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.target,))
+
+
+@pytest.mark.parametrize("saved_by", ["torch", "pickle"])
+def test_pickled_code_is_refused_and_never_runs(tmp_path: Path, saved_by: str) -> None:
+    path, target = tmp_path / "w.pth", tmp_path / "ran"
+    if saved_by == "torch":
+        torch.save({"model": {"a": torch.ones(1)}, "opt": Bomb(target)}, path)
+    else:
+        path.write_bytes(pickle.dumps(Bomb(target)))
+    with pytest.raises(RichKDError, match=r"w\.pth"):
+        read_weights(path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x08\0\0\0\0\0\0\0{}", b"hello" * 9])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_damaged_files(tmp_path: Path, content: bytes, suffix: str) -> None:
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(RichKDError, match=r"w\."):
+        read_weights(path)
+
+
+def test_other_architecture_and_other_classes(tmp_path: Path) -> None:
+    weights = richkd.create_model("resnet8", 10).state_dict()
+    with pytest.raises(RichKDError, match="another architecture than resnet14: 36 entries missing"):
+        load_into(richkd.create_model("resnet14", 10), weights, "resnet14", tmp_path)
+    with pytest.raises(RichKDError, match=r"fc\.weight is \(10, 64\).*\(12, 64\).*classes"):
+        load_into(richkd.create_model("resnet8", 12), weights, "resnet8", tmp_path)
+
+
+def test_nothing_is_left_where_writing_fails(tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="no"), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise ValueError("no")
+    assert [p.name for p in tmp_path.iterdir()] == ["w"] and path.read_text() == "old"

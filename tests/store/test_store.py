@@ -1,0 +1,191 @@
+"""The store as a file format: what plain zarr sees, what is refused, what is rounded."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+import richkd
+from richkd.errors import RichKDError
+from richkd.store import schema
+from richkd.store.schema import Block
+from richkd.store.writer import StoreWriter
+
+
+def test_plain_zarr_reads_everything(store: Path) -> None:
+    group = zarr.open_group(store, mode="r")
+    assert group.metadata.zarr_format == 3 and group.metadata.consolidated_metadata is None
+    attributes = dict(group.attrs)
+    specs = schema.array_specs(attributes)  # type: ignore[arg-type]
+    for name, spec in specs.items():
+        array = group[name]
+        assert isinstance(array, zarr.Array)
+        assert (array.shape, str(array.dtype)) == (spec.shape, spec.dtype)
+        assert array.metadata.dimension_names == spec.dimensions
+        assert np.asarray(array[...]).shape == spec.shape
+        codecs = [codec["name"] for codec in array.metadata.to_dict()["codecs"]]  # type: ignore[union-attr,index,call-overload]
+        assert codecs[-1] == "crc32c" and not any("numcodecs" in codec for codec in codecs)
+    assert np.asarray(group["complete"][:]).all()  # type: ignore[index]
+
+
+def test_documented_names(store: Path) -> None:
+    group = zarr.open_group(store, mode="r")
+    documented = {
+        "train/images", "test/images", "train/labels", "test/labels", "train/view_ids",
+        "train/teacher_logits", "train/fused_logits", "train/teacher_features",
+        "train/clip_features", "test/clip_features", "train/clip_similarity",
+        "test/clip_similarity", "test/teacher_logits", "test/teacher_features",
+        "test/fused_logits", "text/embeddings", "complete",
+    }  # fmt: skip
+    found = {path for path, member in group.members(max_depth=None) if isinstance(member, zarr.Array)}
+    assert found == documented
+    readme = (Path(__file__).parents[2] / "cache" / "README.md").read_text()
+    for name in documented:
+        assert f"`{name}`" in readme or f"`{name.replace('train/', '*/').replace('test/', '*/')}`" in readme, name
+
+
+def test_slabs(store: Path) -> None:
+    cache = richkd.open_cache(store)
+    group = zarr.open_group(store, mode="r")
+    assert cache.num_views == 3 and cache.num_samples == 48
+    slab = cache.slab(2)
+    for name in ("teacher_logits", "teacher_features", "fused_logits"):
+        stored = np.asarray(group[f"train/{name}"][2])  # type: ignore[index]
+        assert (getattr(slab, name).numpy() == stored).all() and stored.dtype == np.float16
+    assert slab.view_ids is not None
+    assert (slab.view_ids.numpy() == np.asarray(group["train/view_ids"][2])).all()  # type: ignore[index]
+    only = cache.slab(0, ["fused_logits"])
+    assert only.teacher_logits is None and only.fused_logits is not None
+    with pytest.raises(RichKDError, match=r"view 3.*0\.\.2"):
+        cache.slab(3)
+
+
+def copy(store: Path, tmp_path: Path) -> Path:
+    target = tmp_path / "copy.zarr"
+    shutil.copytree(store, target)
+    return target
+
+
+def edit(store: Path, change: Callable[[dict[str, Any]], object], file: str = "zarr.json") -> None:
+    path = store / file
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def attribute(name: str, value: object) -> Callable[[Path], None]:
+    return lambda store: edit(store, lambda content: content["attributes"].update({name: value}))
+
+
+def nested(entry: str, name: str, value: object) -> Callable[[Path], None]:
+    return lambda store: edit(
+        store, lambda content: content["attributes"][entry].update({name: value})
+    )
+
+
+DAMAGE: list[tuple[Callable[[Path], object], str]] = [
+    (lambda s: shutil.rmtree(s), "no store at"),
+    (lambda s: (s / "zarr.json").unlink(), "no richkd store"),
+    (lambda s: (s / "zarr.json").write_text("{"), "no richkd store"),
+    (attribute("format", "other"), "no richkd store"),
+    (attribute("schema", 99), "schema 99"),
+    (attribute("complete", False), "incomplete.*run the same"),
+    (attribute("class_names", 7), "manifest is damaged.*class_names"),
+    (attribute("class_names", ["a"]), "the manifest says"),
+    (nested("dataset", "num_train", 10**15), "num_train"),
+    (nested("dataset", "num_train", 47), "the manifest says"),
+    (nested("views", "count", -1), r"views.count is -1"),
+    (nested("clip", "logit_scale", float("nan")), "logit_scale"),
+    (lambda s: shutil.rmtree(s / "train" / "labels"), "train/labels is missing"),
+    (lambda s: (s / "train/fused_logits/zarr.json").write_text("[]"), "train/fused_logits"),
+    (lambda s: (s / "train/teacher_logits/c/1/0/0").unlink(), "1 of 3 chunks of train/teacher_logits"),
+    (lambda s: edit(s, lambda c: c.update(shape=[40]), "test/labels/zarr.json"), None),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=[str(m) for _, m in DAMAGE])
+def test_damaged_stores_are_refused(
+    store: Path, tmp_path: Path, damage: Callable[[Path], object], message: str | None
+) -> None:
+    target = copy(store, tmp_path)
+    damage(target)
+    if message is None:  # rewriting the same shape is no damage
+        assert richkd.open_cache(target).num_views == 3
+        return
+    with pytest.raises(RichKDError, match=message):
+        richkd.open_cache(target)
+
+
+def test_a_flipped_byte_in_what_is_read_is_found(store: Path, tmp_path: Path) -> None:
+    target = copy(store, tmp_path)
+    chunk = target / "train/fused_logits/c/1/0/0"
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(content)
+    cache = richkd.open_cache(target)
+    cache.slab(0)
+    with pytest.raises(RichKDError, match=r"train/fused_logits is damaged.*precompute --overwrite"):
+        cache.slab(1)
+
+
+@pytest.fixture
+def writer(store: Path, tmp_path: Path) -> StoreWriter:
+    manifest = {**richkd.open_cache(store).manifest, "complete": False}
+    return StoreWriter.open(tmp_path / "new.zarr", manifest, overwrite=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_rows_that_f16_cannot_hold_stop_stage_one(writer: StoreWriter, value: float) -> None:
+    rows = torch.zeros(48, 15)
+    rows[3, 2] = value
+    block = next(b for b in writer.blocks if b.view == 1)
+    with writer, pytest.raises(RichKDError, match=r"teacher_logits of train view 1.*--dtype float32"):
+        writer.write(block, {"teacher_logits": rows})
+    assert not any(writer.done)
+
+
+def test_finish_needs_every_block(writer: StoreWriter) -> None:
+    with writer:
+        pass
+    with pytest.raises(RuntimeError, match="before every block"):
+        writer.finish(0.5, None, None)
+
+
+def test_a_disk_that_fails_is_told_with_the_remedy(
+    writer: StoreWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("zarr.storage._local._put", full)
+    block = writer.blocks[0]
+    with pytest.raises(RichKDError, match=r"No space left.*run the same command"), writer:
+        writer.write(block, {"labels": torch.zeros(40, dtype=torch.int64)})
+    assert not any(writer.done)
+
+
+def test_blocks_cover_every_row_once() -> None:
+    manifest: Any = {
+        "dataset": {"num_train": 100, "num_test": 33}, "views": {"count": 2}, "block": 32,
+    }  # fmt: skip
+    blocks = schema.blocks(manifest)
+    seen = [(b.split, b.view, i) for b in blocks for i in range(b.start, b.stop)]
+    wanted = {("test", None, i) for i in range(33)}
+    wanted |= {("train", view, i) for view in (None, 0, 1) for i in range(100)}
+    assert len(seen) == len(set(seen)) and set(seen) == wanted
+    assert Block("train", 1, 0, 32).name == "train view 1 samples 0..31"
+
+
+@pytest.mark.parametrize(("widest", "dtype"), [(100, "float16"), (2048, "float32"), (10**6, "float16")])
+def test_blocks_are_a_few_mib(widest: int, dtype: str) -> None:
+    block = schema.choose_block(widest, dtype)
+    size = block * widest * (2 if dtype == "float16" else 4)
+    assert block & (block - 1) == 0
+    assert size <= schema.CHUNK_BYTES or block == 16
+    assert size > schema.CHUNK_BYTES / 2 or block == schema.MAX_BLOCK or block == 16

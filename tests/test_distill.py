@@ -1,0 +1,421 @@
+"""Stage two: the online teacher's numbers, the same bits again, resuming, and nothing loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import tree, write_random_store
+from safetensors.torch import load_file
+
+import richkd
+from richkd import fusion
+from richkd.data.inputs import Normalize
+from richkd.distill import distill
+from richkd.errors import RichKDError
+from richkd.losses import Batch, Widths, method_class
+from richkd.models.weights import load_into, read_weights
+from richkd.recipe import Distill
+from richkd.training import loop
+
+Make = Callable[..., Path]
+
+
+def train(store: Path, out: Path, *, resume: bool = False, **settings: Any) -> dict[str, Any]:
+    given = {"student": "resnet8", "epochs": 2, "batch_size": 16, "device": "cpu", "lr": 0.02}
+    return distill(Distill(cache=str(store), out=str(out), **{**given, **settings}), resume=resume)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "last.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", ["ce", "kd", "crd", "richkd", "richkd-l", "richkd-f"])
+def test_same_command_same_bits_and_a_whole_run_folder(
+    store: Path, tmp_path: Path, method: str
+) -> None:
+    first = train(store, tmp_path / "a", method=method)
+    train(store, tmp_path / "b", method=method)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    train(store, tmp_path / "c", method=method, seed=1)
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+    files = {path.name for path in (tmp_path / "a").iterdir()}
+    assert files == {"recipe.toml", "metrics.jsonl", "summary.json", "last.safetensors",
+                     "best.safetensors"}  # fmt: skip
+    recipe = tomllib.loads((tmp_path / "a" / "recipe.toml").read_text())
+    assert recipe["method"] == method and recipe["momentum"] == 0.9
+    lines = metrics(tmp_path / "a")
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert all(math.isclose(sum(line["terms"].values()), line["loss"], rel_tol=1e-6) for line in lines)
+    assert json.loads((tmp_path / "a" / "summary.json").read_text()) == first
+
+
+def test_summary_is_what_the_saved_weights_give(store: Path, tmp_path: Path) -> None:
+    summary = train(store, tmp_path / "a", method="kd", epochs=4, lr=0.1)
+    cache = richkd.open_cache(store)
+    images, labels = cache.read("test/images"), cache.read("test/labels")
+    mean, std = (torch.tensor(cache.manifest[key]) for key in ("mean", "std"))
+    x = ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+    for which in ("last", "best"):
+        model = richkd.create_model("resnet8", cache.num_classes).eval()
+        model.load_state_dict(load_file(tmp_path / "a" / f"{which}.safetensors"))
+        with torch.no_grad():
+            logits = model(x)
+        top1 = (logits.argmax(1) == labels).float().mean().item()
+        assert summary[f"top1_{which}"] == pytest.approx(top1)
+        if which == "last":
+            top5 = (logits.topk(5).indices == labels[:, None]).any(1).float().mean().item()
+            assert summary["top5_last"] == pytest.approx(top5)
+    assert summary["top1_best"] == max(line["test_accuracy"] for line in metrics(tmp_path / "a"))
+    assert summary["teacher"]["cnn"] == cache.manifest["teacher"]["accuracy"]
+
+
+class CutOff(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("method", ["kd", "richkd"])
+@pytest.mark.parametrize("where", ["in an epoch", "before the checkpoint", "before the summary"])
+def test_resumed_run_ends_in_the_same_weights(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, where: str
+) -> None:
+    whole = train(store, tmp_path / "whole", method=method, epochs=4)
+    target, after = {
+        "in an epoch": ("richkd.training.loop.Trainer.train_epoch", 2),
+        "before the checkpoint": ("richkd.training.checkpoint.save_tensors", 4),
+        "before the summary": ("richkd.training.checkpoint.RunFolder.finish", 0),
+    }[where]
+    module, _, name = target.rpartition(".")
+    original = getattr(sys.modules.get(module) or _resolve(module), name)
+    count = 0
+
+    def cut(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal count
+        if count == after:
+            raise CutOff
+        count += 1
+        return original(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, cut)
+        with pytest.raises(CutOff):
+            train(store, tmp_path / "cut", method=method, epochs=4)
+    assert not (tmp_path / "cut" / "summary.json").exists()
+    with pytest.raises(RichKDError, match="--resume"):
+        train(store, tmp_path / "cut", method=method, epochs=4)
+    resumed = train(store, tmp_path / "cut", method=method, epochs=4, resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert same(
+        load_file(tmp_path / "whole" / "best.safetensors"),
+        load_file(tmp_path / "cut" / "best.safetensors"),
+    )
+    for key in ("top1_last", "top5_last", "top1_best", "epoch_best"):
+        assert resumed[key] == whole[key]
+    exact = [[{**line, "seconds": 0, "images_per_second": 0} for line in metrics(tmp_path / run)]
+             for run in ("whole", "cut")]  # fmt: skip
+    assert exact[0] == exact[1]
+
+
+def _resolve(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules[module], name)
+
+
+def in_the_loop(
+    cache: Any, teacher: torch.nn.Module, method_name: str, steps: int, settings: Distill,
+    similarity: torch.Tensor, clip_features: torch.Tensor,
+) -> list[float]:  # fmt: skip
+    """Plain training with the teacher run on every batch: the losses of its steps."""
+    images, labels = cache.read("train/images"), cache.read("train/labels")
+    view_ids = cache.read("train/view_ids")
+    normalize = Normalize(cache.manifest["mean"], cache.manifest["std"], torch.device("cpu"))
+    torch.manual_seed(loop.derive_seed(settings.seed, 0, 2))
+    student = richkd.create_model("resnet8", cache.num_classes)
+    kind, options = method_class(method_name, settings.options)
+    method = kind(options, Widths(labels=labels, student=64, teacher=64,
+                                  clip=clip_features.shape[1], alpha=0.7))  # fmt: skip
+    student = student.to(memory_format=torch.channels_last)
+    parameters = [*student.parameters(), *method.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=settings.lr, momentum=0.9, weight_decay=5e-4)
+    losses = []
+    for epoch in range(1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / steps))
+        order = loop.epoch_order(settings.seed, epoch, len(labels))
+        torch.manual_seed(loop.derive_seed(settings.seed, epoch, 1))
+        x = normalize(richkd.apply_views(images[order], view_ids[epoch - 1][order]))
+        with torch.no_grad():
+            logits, features = richkd.forward(teacher, x)
+        fused = fusion.fuse_logits(logits, similarity[order], 0.7, cache.manifest["clip"]["logit_scale"])
+        rows = {"teacher_logits": logits, "teacher_features": features, "fused_logits": fused,
+                "clip_features": clip_features[order]}  # fmt: skip
+        student.train()
+        out, pooled = richkd.forward(student, x)
+        loss = torch.stack(list(method(Batch(out, pooled, labels[order], order, rows)).values())).sum()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        method.update()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("float32", 1e-5)])
+@pytest.mark.parametrize("method", ["kd", "richkd"])
+def test_all_views_cached_equal_the_teacher_in_the_loop(
+    make_store: Make, shapes_teacher: Path, clip_dir: Path, tmp_path: Path,
+    dtype: str, tolerance: float, method: str,
+) -> None:  # fmt: skip
+    """Idea 3 of the design: 50 steps, one an epoch, the same order of samples and views.
+
+    The learning rate is one at which training is no chaos: at larger ones, a difference in the
+    last bit of f32 grows as well, whether a store is involved or not.
+    """
+    from richkd.teachers.clip import load_clip
+
+    path = make_store(views=162, limit=48, dtype=dtype)
+    cache = richkd.open_cache(path)
+    settings: dict[str, Any] = {"method": method, "epochs": 50, "batch_size": 48, "lr": 0.002,
+                                "schedule": "cosine", "options": {}}  # fmt: skip
+    if method == "richkd":
+        settings["options"] = {"negatives": 64}
+    train(path, tmp_path / "run", eval_every=50, **settings)
+    cached = [line["loss"] for line in metrics(tmp_path / "run")]
+
+    teacher = richkd.create_model("resnet8", cache.num_classes).eval()
+    load_into(teacher, read_weights(shapes_teacher), "resnet8", shapes_teacher)
+    clip = load_clip(str(clip_dir), torch.device("cpu"))
+    with torch.no_grad():
+        encoded = clip.model.encode_image(clip.preprocess(cache.read("train/images")))
+    clip_features = torch.nn.functional.normalize(encoded, dim=-1)
+    text = clip.text_embeddings(cache.manifest["class_names"], cache.manifest["prompts"])
+    similarity = fusion.clip_similarity(clip_features, fusion.class_embeddings(text))
+    online = in_the_loop(cache, teacher, method, 50, Distill(cache=str(path), **settings),
+                         similarity, clip_features)  # fmt: skip
+    assert len(cached) == len(online) == 50
+    relative = [abs(a - b) / abs(b) for a, b in zip(cached, online, strict=True)]
+    print(f"largest relative difference, {method}, {dtype}: {max(relative):.2e}")
+    assert max(relative) <= tolerance
+    assert online[-1] < 0.95 * online[0]  # and there was something to learn
+
+
+def test_another_blend_in_stage_two_trains_like_a_store_of_that_blend(
+    store: Path, make_store: Make, tmp_path: Path
+) -> None:
+    other = make_store(alpha=0.3, scale=40.0)
+    train(store, tmp_path / "derived", method="richkd-l", alpha=0.3, scale=40.0)
+    train(other, tmp_path / "stored", method="richkd-l")
+    for a, b in zip(metrics(tmp_path / "derived"), metrics(tmp_path / "stored"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
+    train(store, tmp_path / "own", method="richkd-l")
+    own = metrics(tmp_path / "own")[0]["loss"]
+    assert abs(own - metrics(tmp_path / "stored")[0]["loss"]) > 0.02 * own
+    with pytest.raises(RichKDError, match="from 0 to 11"):
+        train(store, tmp_path / "x", method="richkd-l", prompts=(12,))
+
+
+def test_students_see_the_cached_views_in_an_order_that_methods_share(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from richkd.data.inputs import ArrayInputs
+
+    seen: dict[str, list[Any]] = {}
+    batches = ArrayInputs.batches
+
+    def spy(self: ArrayInputs, order: torch.Tensor, views: torch.Tensor, size: int) -> Any:
+        if len(order) == 48:
+            seen[current].append((order.tolist(), views.tolist()))
+        return batches(self, order, views, size)
+
+    monkeypatch.setattr(ArrayInputs, "batches", spy)
+    for current in ("ce", "richkd"):
+        seen[current] = []
+        train(store, tmp_path / current, method=current, epochs=4)
+    assert seen["ce"] == seen["richkd"] and len(seen["ce"]) == 4
+    ids = richkd.open_cache(store).read("train/view_ids").tolist()
+    assert [views for _, views in seen["ce"]] == [ids[0], ids[1], ids[2], ids[0]]
+    assert len({tuple(order) for order, _ in seen["ce"]}) == 4
+
+
+def test_training_descends(make_store: Make, tmp_path: Path) -> None:
+    path = make_store(limit=120)
+    train(path, tmp_path / "a", method="ce", epochs=12, lr=0.05, eval_every=12)
+    lines = metrics(tmp_path / "a")
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+    assert [line["test_accuracy"] is not None for line in lines] == [False] * 11 + [True]
+
+
+def test_step_schedule_divides_by_ten_at_the_published_shares(store: Path, tmp_path: Path) -> None:
+    train(store, tmp_path / "a", method="ce", epochs=16, lr=0.05, eval_every=16)
+    rates = [line["lr"] for line in metrics(tmp_path / "a")]
+    expected = [0.05] * 10 + [0.005] * 2 + [0.0005] * 2 + [0.00005] * 2
+    assert rates == pytest.approx(expected)
+
+
+def test_a_diverging_student_stops_with_the_epoch_and_the_setting(
+    store: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RichKDError, match=r"diverged: the loss of epoch \d.*--lr \(it is 1e\+20\)"):
+        train(store, tmp_path / "a", method="kd", lr=1e20, epochs=5)
+
+
+def test_a_last_batch_of_one_is_dropped() -> None:
+    assert len(loop.drop_lone_last(torch.arange(33), 16)) == 32
+    assert len(loop.drop_lone_last(torch.arange(34), 16)) == 34
+    assert len(loop.drop_lone_last(torch.arange(1), 16)) == 1
+
+
+def test_bad_settings_leave_nothing(store: Path, make_store: Make, tmp_path: Path) -> None:
+    for settings, message in (
+        ({"student": "resnet9"}, "unknown model 'resnet9'"),
+        ({"student": "inception_v3"}, "does not fit images of 32×32"),
+        ({"method": "richkdd"}, "unknown method"),
+        ({"options": {"tau": 3}}, "no option 'tau'"),
+        ({"device": "cuda:77"}, "device 'cuda:77'"),
+        ({"device": "warp"}, "device 'warp'"),
+        ({"prompts": (99,)}, "from 0 to 11"),
+    ):
+        with pytest.raises(RichKDError, match=message):
+            train(store, tmp_path / "run", **settings)
+        assert not (tmp_path / "run").exists(), settings
+    with pytest.raises(RichKDError, match="--clip none"):
+        train(make_store(clip="none"), tmp_path / "run", method="richkd-f")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_replaced_or_mixed(store: Path, make_store: Make, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(store, run, method="ce", epochs=1)
+    before = tree(run)
+    for settings, message in (
+        ({}, "exists; replace it by --overwrite"),
+        ({"resume": True, "method": "ce", "epochs": 1}, "complete already"),
+        ({"resume": True, "method": "kd", "epochs": 1}, "method was 'ce' and is now 'kd'"),
+        ({"resume": True, "method": "ce", "epochs": 2}, "epochs was 1 and is now 2"),
+    ):
+        with pytest.raises(RichKDError, match=message):
+            train(store, run, **settings)
+    other = make_store(seed=3)
+    with pytest.raises(RichKDError, match="cannot resume"):
+        train(other, run, method="ce", epochs=1, resume=True)
+    assert tree(run) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("precious")
+    with pytest.raises(RichKDError, match="is no run"):
+        train(store, tmp_path / "mine")
+    assert tree(tmp_path / "mine") == {"notes.txt": b"precious"}
+
+
+def test_a_damaged_checkpoint_is_named(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*_: object) -> None:
+        raise CutOff
+
+    with monkeypatch.context() as patch:
+        patch.setattr("richkd.training.checkpoint.RunFolder.finish", cut)
+        with pytest.raises(CutOff):
+            train(store, tmp_path / "a", method="ce")
+    file = tmp_path / "a" / "checkpoint.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(RichKDError, match=r"checkpoint\.safetensors is damaged"):
+        train(store, tmp_path / "a", method="ce", resume=True)
+
+
+def test_an_image_folder_is_checked_against_the_store(
+    tmp_path: Path, make_store: Make
+) -> None:
+    import numpy as np
+    from helpers import write_teacher
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 4), ("val", 3)):
+        for name in ("cat", "dog"):
+            (tmp_path / "p" / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (40, 50, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "p" / part / name / f"{number}.png")
+    path = make_store(
+        dataset=f"imagefolder:{tmp_path / 'p'}", image_size=32, limit=None,
+        teacher_weights=str(write_teacher(tmp_path / "t.safetensors", "resnet8", 2)),
+    )  # fmt: skip
+    options = {"negatives": 4}
+    train(path, tmp_path / "a", options=options)
+    train(path, tmp_path / "b", options=options)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    (tmp_path / "p").rename(tmp_path / "q")
+    with pytest.raises(RichKDError, match="no such folder"):
+        train(path, tmp_path / "c")
+    train(path, tmp_path / "c", dataset=f"imagefolder:{tmp_path / 'q'}", options=options)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+    (tmp_path / "q/train/cat/0.png").write_bytes((tmp_path / "q/train/dog/1.png").read_bytes() + b"x")
+    with pytest.raises(RichKDError, match="fingerprint differs"):
+        train(path, tmp_path / "d", dataset=f"imagefolder:{tmp_path / 'q'}")
+    for part in ("train", "val"):
+        (tmp_path / "q" / part / "dog").rename(tmp_path / "q" / part / "wolf")
+    with pytest.raises(RichKDError, match="for other classes"):
+        train(path, tmp_path / "d", dataset=f"imagefolder:{tmp_path / 'q'}")
+
+
+FRESH = """
+import json, sys
+from richkd.data.inputs import Normalize
+from richkd.distill import distill
+from richkd.recipe import Distill
+distill(Distill(**json.loads(sys.argv[1])))
+# not ru_maxrss, which a process inherits from the one that started it
+peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if "VmHWM" in line)
+teachers = [n for n in sys.modules if n.split(".")[0] == "open_clip" or n.startswith("richkd.teachers")
+            or n == "richkd.store.writer" or n == "richkd.precompute"]
+print(json.dumps({"peak": peak, "teachers": teachers}))
+"""
+
+
+def in_a_fresh_process(**settings: Any) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FRESH, json.dumps({"device": "cpu", **settings})],
+        capture_output=True, text=True, check=True, env={**os.environ, "MALLOC_ARENA_MAX": "2"},
+    )  # fmt: skip
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+def test_stage_two_loads_no_teacher_and_at_most_two_slabs(store: Path, tmp_path: Path) -> None:
+    """Slabs of 38 MiB over small images, so that they stand out from the interpreter's memory.
+
+    Beside the two slabs, a few chunks of 4 MiB are in flight while a slab is read.
+    """
+    num_samples, num_classes = 10_000, 1000
+    path = write_random_store(tmp_path / "s.zarr", store, num_samples, num_classes, image_size=8)
+    slab = num_samples * num_classes * 4
+    common = {"cache": str(path), "student": "resnet8", "epochs": 3, "batch_size": 512,
+              "eval_every": 3}  # fmt: skip
+    vanilla = [in_a_fresh_process(**common, method="ce", out=str(tmp_path / f"ce{i}"))
+               for i in range(2)]  # fmt: skip
+    logits = in_a_fresh_process(**common, method="richkd-l", out=str(tmp_path / "l"))
+    assert all(run["teachers"] == [] for run in (*vanilla, logits))
+    more = logits["peak"] - min(run["peak"] for run in vanilla)
+    noise = abs(vanilla[0]["peak"] - vanilla[1]["peak"])
+    print(f"vanilla {vanilla[0]['peak'] / 2**20:.0f} MiB (± {noise / 2**20:.1f}), richkd-l "
+          f"{more / 2**20:+.1f} MiB, two slabs {2 * slab / 2**20:.1f} MiB")  # fmt: skip
+    assert more > slab / 2  # the measurement sees slabs at all
+    assert more <= 2 * slab + noise + 32 * 2**20

@@ -1,0 +1,291 @@
+"""Stage one: every stored row is true, and a run that was cut off goes on to the same store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import tree, write_clip, write_teacher
+
+import richkd
+from richkd import fusion
+from richkd.data.datasets import load_dataset
+from richkd.data.prompts import load_prompts
+from richkd.data.shapes import CLASS_NAMES
+from richkd.errors import RichKDError
+from richkd.models.weights import file_sha256, load_into, read_weights
+from richkd.recipe import Images
+from richkd.store import schema
+from richkd.store.writer import StoreWriter
+from richkd.teachers.clip import load_clip
+
+Make = Callable[..., Path]
+
+
+def test_every_training_row_is_the_teachers_forward_pass(store: Path, shapes_teacher: Path) -> None:
+    cache = richkd.open_cache(store)
+    dataset = load_dataset(Images(dataset="shapes", limit=48))
+    model = richkd.create_model("resnet8", cache.num_classes).eval()
+    load_into(model, read_weights(shapes_teacher), "resnet8", shapes_teacher)
+    mean, std = (torch.tensor(cache.manifest[key]) for key in ("mean", "std"))
+    images = dataset.train.images
+    assert isinstance(images, torch.Tensor)
+    assert torch.equal(cache.read("train/images"), images)
+    for v in range(cache.num_views):
+        slab = cache.slab(v)
+        assert slab.view_ids is not None
+        assert slab.teacher_logits is not None and slab.teacher_features is not None
+        for i in range(0, 48, 5):
+            view = richkd.apply_views(images[i : i + 1], slab.view_ids[i : i + 1])
+            x = ((view.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+            with torch.no_grad():
+                logits, features = richkd.forward(model, x)
+            # half a unit in the last place of f16, and the noise of f32 arithmetic
+            for stored, true in ((slab.teacher_logits[i], logits[0]),
+                                 (slab.teacher_features[i], features[0])):  # fmt: skip
+                torch.testing.assert_close(stored.float(), true, rtol=2**-11, atol=2e-5)
+
+
+def test_view_ids_never_repeat(make_store: Make) -> None:
+    cache = richkd.open_cache(make_store(views=162, limit=20))
+    ids = cache.read("train/view_ids")
+    assert all(sorted(ids[:, i].tolist()) == list(range(162)) for i in range(20))
+
+
+def test_clip_parts_and_blend(store: Path, clip_dir: Path) -> None:
+    cache = richkd.open_cache(store)
+    clip = load_clip(str(clip_dir), torch.device("cpu"))
+    text = clip.text_embeddings(cache.manifest["class_names"], load_prompts("richkd"))
+    torch.testing.assert_close(cache.text_embeddings, text)
+    for split in ("train", "test"):
+        pixels = clip.preprocess(cache.read(f"{split}/images"))
+        with torch.no_grad():
+            features = F.normalize(clip.model.encode_image(pixels), dim=-1)
+        stored = cache.read(f"{split}/clip_features")
+        torch.testing.assert_close(stored.float(), features, rtol=2**-11, atol=1e-5)
+        cosines = (features.double() @ fusion.class_embeddings(text).double().T).float()
+        torch.testing.assert_close(cache.read(f"{split}/clip_similarity"), cosines, rtol=0, atol=1e-5)
+    for v in range(3):
+        slab = cache.slab(v)
+        assert slab.teacher_logits is not None and slab.fused_logits is not None
+        blend = 0.7 * slab.teacher_logits.double() + 0.3 * clip.logit_scale * cache.read(
+            "train/clip_similarity"
+        ).double()
+        torch.testing.assert_close(slab.fused_logits.double(), blend, rtol=2e-3, atol=2e-3)
+
+
+def test_stored_accuracies_match_a_recount(store: Path, shapes_teacher: Path) -> None:
+    cache = richkd.open_cache(store)
+    labels = cache.read("test/labels").numpy()
+
+    def recount(name: str) -> float:
+        return float((cache.read(f"test/{name}").numpy().argmax(1) == labels).mean())
+
+    manifest = cache.manifest
+    assert manifest["clip"] is not None
+    assert manifest["teacher"]["accuracy"] == pytest.approx(recount("teacher_logits"))
+    assert manifest["clip"]["accuracy"] == pytest.approx(recount("clip_similarity"))
+    assert manifest["fused_accuracy"] == pytest.approx(recount("fused_logits"))
+    assert manifest["teacher"]["sha256"] == file_sha256(shapes_teacher)
+    assert manifest["recipe"]["views"] == 3 and manifest["versions"]["torch"]
+
+
+@pytest.mark.parametrize(
+    "blend",
+    [
+        {"alpha": 0.25},
+        {"scale": "raw"},
+        {"scale": 3.5, "alpha": 0.5},
+        {"alpha": 0.0},
+        {"prompts": [0, 7, 4]},
+    ],
+)
+def test_another_blend_equals_stage_one_with_those_settings(
+    store: Path, make_store: Make, tmp_path: Path, blend: dict[str, Any]
+) -> None:
+    settings = dict(blend)
+    if "prompts" in blend:
+        file = tmp_path / "prompts.txt"
+        file.write_text("\n".join(load_prompts("richkd")[p] for p in blend["prompts"]))
+        settings["prompts"] = str(file)
+    other = richkd.open_cache(make_store(**settings))
+    cache = richkd.open_cache(store)
+    for v in range(3):
+        derived, stored = cache.fuse(v, **blend), other.slab(v).fused_logits
+        assert stored is not None
+        # f16: half a unit for the stored blend, and for each of its two parts
+        torch.testing.assert_close(derived, stored.float(), rtol=2**-9, atol=5e-3)
+        assert (derived - cache.fuse(v)).abs().max() > 0.01  # and it is another blend
+
+
+def test_fuse_with_the_stores_own_settings(store: Path) -> None:
+    cache = richkd.open_cache(store)
+    stored = cache.slab(1).fused_logits
+    assert stored is not None
+    torch.testing.assert_close(cache.fuse(1), stored.float(), rtol=2**-9, atol=5e-3)
+    for bad in ({"alpha": 1.5}, {"scale": 0.0}, {"prompts": [12]}, {"prompts": []}):
+        with pytest.raises(RichKDError, match=next(iter(bad))):
+            cache.fuse(1, **bad)  # type: ignore[arg-type]
+
+
+def test_dtype_float32_stores_what_was_computed(make_store: Make) -> None:
+    cache = richkd.open_cache(make_store(dtype="float32"))
+    slab = cache.slab(0)
+    assert slab.teacher_logits is not None and slab.teacher_logits.dtype == torch.float32
+    torch.testing.assert_close(cache.fuse(0), slab.fused_logits, rtol=1e-6, atol=1e-5)
+
+
+def test_without_clip(make_store: Make) -> None:
+    cache = richkd.open_cache(make_store(clip="none"))
+    slab = cache.slab(0)
+    assert slab.teacher_logits is not None and slab.fused_logits is None
+    assert cache.manifest["clip"] is None and cache.manifest["prompts"] == []
+    for call in (lambda: cache.fuse(0), lambda: cache.slab(0, ["fused_logits"])):
+        with pytest.raises(RichKDError, match="--clip none"):
+            call()
+
+
+class CutOff(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 9])
+def test_cut_off_and_gone_on_is_the_same_store(
+    make_store: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    monkeypatch.setattr(schema, "choose_block", lambda widest, dtype: 16)
+    whole = tree(make_store(out=str(tmp_path / "whole.zarr")))
+    out = str(tmp_path / "cut.zarr")
+    write, count = StoreWriter.write, 0
+
+    def cut(self: StoreWriter, *arguments: Any) -> None:
+        nonlocal count
+        if count == after:
+            raise CutOff
+        count += 1
+        write(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "write", cut)
+        with pytest.raises(CutOff):
+            make_store(out=out)
+    with pytest.raises(RichKDError, match="incomplete"):
+        richkd.open_cache(out)
+    written: list[str] = []
+
+    def spy(self: StoreWriter, block: schema.Block, rows: Any) -> None:
+        written.append(block.name)
+        write(self, block, rows)
+
+    monkeypatch.setattr(StoreWriter, "write", spy)
+    make_store(out=out)
+    assert len(written) == len(set(written)) == 3 + 3 * 4 - after  # nothing twice
+    gone_on = tree(Path(out))
+    different = {name for name in whole if whole[name] != gone_on.get(name)}
+    assert whole.keys() == gone_on.keys() and different <= {"zarr.json"}  # its recipe names `out`
+
+
+def test_going_on_with_other_settings_is_refused(
+    make_store: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = str(tmp_path / "cut.zarr")
+
+    def cut(*_: object) -> None:
+        raise CutOff
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "write", cut)
+        with pytest.raises(CutOff):
+            make_store(out=out)
+    before = tree(Path(out))
+    other_teacher = write_teacher(tmp_path / "t.safetensors", "resnet8", len(CLASS_NAMES), seed=9)
+    for settings, message in (
+        ({"views": 4}, "views.count was 3 and is now 4"),
+        ({"alpha": 0.5}, "alpha was 0.7 and is now 0.5"),
+        ({"limit": 40}, "dataset.fingerprint was"),
+        ({"seed": 1}, "views.seed was 0 and is now 1"),
+        ({"teacher_weights": str(other_teacher)}, "teacher.sha256 was"),
+        ({"clip": str(write_clip(tmp_path / "clip", seed=5))}, "clip.model was|clip.sha256 was"),
+    ):
+        with pytest.raises(RichKDError, match=message):
+            make_store(out=out, **settings)
+        assert tree(Path(out)) == before
+    assert richkd.open_cache(make_store(out=out)).num_views == 3
+
+
+def test_what_is_there_is_not_replaced_unasked(make_store: Make, store: Path, tmp_path: Path) -> None:
+    before = tree(store)
+    with pytest.raises(RichKDError, match="complete.*--overwrite"):
+        make_store(out=str(store))
+    assert tree(store) == before
+    mine = tmp_path / "photos"
+    mine.mkdir()
+    (mine / "a.jpg").write_text("precious")
+    from richkd.precompute import precompute
+    from richkd.recipe import Precompute
+
+    for overwrite in (False, True):
+        with pytest.raises(RichKDError, match="no richkd store"):
+            precompute(Precompute(dataset="shapes", out=str(mine)), overwrite=overwrite)
+    assert tree(mine) == {"a.jpg": b"precious"}
+
+
+def test_a_disk_with_too_little_room(
+    make_store: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("U", (), {"free": 1000})())
+    with pytest.raises(RichKDError, match=r"needs .* KiB and .* has 1000 bytes free"):
+        make_store(out=str(tmp_path / "s.zarr"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_that_gives_nan_stops_stage_one(
+    make_store: Make, shapes_teacher: Path, tmp_path: Path
+) -> None:
+    from richkd.models.weights import save_tensors
+
+    weights = read_weights(shapes_teacher)
+    weights["fc.bias"][2] = float("nan")
+    save_tensors(tmp_path / "nan.safetensors", weights)
+    with pytest.raises(RichKDError, match="teacher_logits of test.*NaN"):
+        make_store(out=str(tmp_path / "s.zarr"), teacher_weights=str(tmp_path / "nan.safetensors"))
+    with pytest.raises(RichKDError, match="incomplete"):
+        richkd.open_cache(tmp_path / "s.zarr")
+
+
+def test_an_image_folder_goes_through_stage_one(
+    tmp_path: Path, clip_dir: Path, make_store: Make
+) -> None:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 5), ("val", 3)):
+        for name in ("cat", "dog"):
+            (tmp_path / "p" / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (*rng.integers(40, 80, 2), 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "p" / part / name / f"{number}.jpg")
+    weights = write_teacher(tmp_path / "t.safetensors", "resnet8", 2)
+    path = make_store(
+        dataset=f"imagefolder:{tmp_path / 'p'}", image_size=32, limit=None,
+        teacher_weights=str(weights), out=str(tmp_path / "s.zarr"),
+    )  # fmt: skip
+    cache = richkd.open_cache(path)
+    assert cache.manifest["dataset"]["embedded"] is False
+    assert cache.manifest["class_names"] == ["cat", "dog"]
+    slab = cache.slab(0)
+    assert slab.view_params is not None and slab.view_params.shape == (10, 5)
+    clip = load_clip(str(clip_dir), torch.device("cpu"))
+    files = load_dataset(Images(dataset=f"imagefolder:{tmp_path / 'p'}", image_size=32)).train
+    from richkd.data.datasets import ImageFiles
+
+    assert isinstance(files.images, ImageFiles)
+    with torch.no_grad():
+        one = clip.model.encode_image(clip.transform(files.images.open(3))[None])
+    stored = cache.read("train/clip_features")[3].float()
+    torch.testing.assert_close(stored, F.normalize(one, dim=-1)[0], atol=1e-3, rtol=1e-2)

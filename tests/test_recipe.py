@@ -1,0 +1,98 @@
+"""Recipes: defaults, overrides, and every way of getting a key wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from richkd import recipe
+from richkd.errors import RichKDError
+from richkd.recipe import Distill, Precompute, TrainTeacher
+
+
+def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text('[precompute]\ndataset = "cifar100"\nviews = 4\nalpha = 1\nscale = "raw"\n')
+    table = recipe.load(str(file))["precompute"]
+    settings = recipe.resolve(Precompute, table, {"views": 2, "limit": None})
+    assert (settings.views, settings.alpha, settings.scale, settings.seed) == (2, 1, "raw", 0)
+    assert settings.teacher == "resnet32x4" and settings.out == "cache/cifar100.zarr"
+
+
+def test_resolved_settings_read_back_the_same(tmp_path: Path) -> None:
+    import tomli_w
+
+    settings = Distill(cache="c.zarr", alpha=0.5, prompts=(0, 2), options={"temperature": 4})
+    file = tmp_path / "r.toml"
+    file.write_text(tomli_w.dumps({"distill": recipe.to_table(settings)}))
+    assert recipe.resolve(Distill, recipe.load(str(file))["distill"], {}) == settings
+
+
+@pytest.mark.parametrize("path", sorted(recipe.packaged().glob("*.toml")), ids=lambda p: p.stem)
+def test_packaged_recipes_resolve(path: Path) -> None:
+    tables = recipe.load(path.stem)
+    assert recipe.resolve(Precompute, tables["precompute"], {}).dataset
+    for name, kind in (("train-teacher", TrainTeacher), ("distill", Distill)):
+        given = {"dataset": "shapes"} if kind is TrainTeacher else {"cache": "c.zarr"}
+        recipe.resolve(kind, {**given, **tables.get(name, {})}, {})
+
+
+def test_there_are_packaged_recipes() -> None:
+    assert {"cifar100", "fashion-mnist"} <= {p.stem for p in recipe.packaged().glob("*.toml")}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[precompute", "cannot read recipe"),
+        ("[precomputed]\n", "unknown table.*'precomputed'.*precompute"),
+        ("views = 3", "unknown table"),
+        ("[precompute]\nveiws = 3", "unknown key 'veiws'.*views"),
+        ("[precompute]\nviews = 3.5", "views = 3.5 should be int"),
+        ("[precompute]\nviews = true", "views = True should be int"),
+        ("[distill]\nprompts = ['a']", "prompts"),
+        ("[distill]\noptions = 3", "options = 3"),
+    ],
+)
+def test_bad_recipes(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text(content)
+    with pytest.raises(RichKDError, match=message):
+        recipe.load(str(file))
+
+
+def test_unknown_recipe() -> None:
+    with pytest.raises(RichKDError, match=r"no recipe 'cifar1000'.*cifar100"):
+        recipe.load("cifar1000")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0), ("batch_size", 0), ("lr", 0.0), ("lr", float("nan")), ("momentum", 1.0),
+        ("weight_decay", -1.0), ("eval_every", 0), ("seed", -1), ("schedule", "steps"),
+        ("alpha", 1.2), ("alpha", -0.1), ("scale", -3.0), ("scale", "naive"),
+    ],
+)  # fmt: skip
+def test_values_out_of_range(name: str, value: object) -> None:
+    with pytest.raises(RichKDError, match=name):
+        recipe.resolve(Distill, {"cache": "c.zarr"}, {name: value})
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("cifar", "unknown data set 'cifar'"),
+        ("imagefolder", "imagefolder:PATH"),
+        ("cifar10:x", "takes no path"),
+        ("", "no data set given"),
+    ],
+)
+def test_bad_data_sets(dataset: str, message: str) -> None:
+    with pytest.raises(RichKDError, match=message):
+        Precompute(dataset=dataset)
+
+
+def test_image_size_is_for_folders() -> None:
+    assert Precompute(dataset="imagefolder:/x/photos", image_size=64).out == "cache/photos.zarr"
+    with pytest.raises(RichKDError, match="image_size"):
+        Precompute(dataset="cifar10", image_size=64)
