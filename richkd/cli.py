@@ -78,12 +78,13 @@ def top(
 def demo(
     out: Annotated[str, typer.Option(help="where everything goes")] = "runs/demo",
     seed: Annotated[int, typer.Option(help="seed of students and teacher")] = 0,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """The whole story on embedded data, in a few minutes on a laptop."""
     from richkd.demo import run_demo
 
-    _print(run_demo(out, seed, _report(as_json)), as_json)
+    _print(run_demo(out, seed, _report(as_json), overwrite=overwrite), as_json)
 
 
 @app.command("train-teacher")

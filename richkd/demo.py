@@ -7,34 +7,40 @@ from pathlib import Path
 from typing import Any
 
 from richkd.distill import distill
+from richkd.errors import RichKDError
 from richkd.precompute import precompute
 from richkd.progress import Report, duration
 from richkd.recipe import Distill, Precompute
 from richkd.results import results_table
 
-LABELLED = 1500
-TEACHER_EPOCHS = 12
-STUDENT_EPOCHS = 12
+LABELLED = 1000
+TEACHER_EPOCHS = 24
+STUDENT_EPOCHS = 30
 METHODS = ("ce", "kd", "richkd")
 
 
-def run_demo(out: str, seed: int, report: Report) -> dict[str, Any]:
+def run_demo(out: str, seed: int, report: Report, *, overwrite: bool = False) -> dict[str, Any]:
     """Stage one on `shapes`, then a student by each method; the summaries.
 
     Raises:
-        RichKDError: `out` holds a demo already.
+        RichKDError: `out` holds something already.
     """
     started = time.perf_counter()
     folder = Path(out)
-    report.say(f"richkd demo: {LABELLED:,} labelled drawings; everything goes to {folder}\n")
-    report.say("Stage one: CNN teacher and CLIP look at every image once")
+    if folder.exists() and not overwrite:
+        raise RichKDError(f"{folder} exists; choose another --out, or begin anew with --overwrite")
+    report.say(f"richkd demo: {LABELLED:,} labelled drawings; everything goes to {folder}")
+    report.say("\nStage one: CNN teacher and CLIP look at every image once")
     cache = precompute(
-        Precompute(
-            dataset="shapes",
-            limit=LABELLED,
-            teacher_weights=str(_teacher(folder, seed, report)),
-            out=str(folder / "shapes.zarr"),
-        ),
+        Precompute(dataset="shapes", limit=LABELLED, out=str(folder / "shapes.zarr")),
+        teacher_recipe={
+            "epochs": TEACHER_EPOCHS,
+            "schedule": "cosine",
+            "eval_every": TEACHER_EPOCHS,
+            "seed": seed,
+            "out": str(folder / "teacher.safetensors"),
+        },
+        overwrite=overwrite,
         report=report,
     )
     summaries = []
@@ -46,10 +52,10 @@ def run_demo(out: str, seed: int, report: Report) -> dict[str, Any]:
             epochs=STUDENT_EPOCHS,
             schedule="cosine",
             seed=seed,
-            eval_every=STUDENT_EPOCHS // 4,
+            eval_every=STUDENT_EPOCHS // 3,
             out=str(folder / f"resnet8-{method}-s{seed}"),
         )
-        summaries.append(distill(settings, report=report))
+        summaries.append(distill(settings, overwrite=overwrite, report=report))
     report.say("")
     results_table(report, "Students of the demo", summaries)
     seconds = time.perf_counter() - started

@@ -305,7 +305,8 @@ def check_room(out: Path, manifest: Manifest, report: Report) -> None:
     folder = next(parent for parent in out.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     views = manifest["views"]["count"]
-    report.say(f"{out} will take at most {size(wanted)} ({views} views; {size(free)} are free)")
+    report.say(f"{out}: {size(wanted)} of arrays before compression, {views} views; "
+               f"{size(free)} are free")  # fmt: skip
     if wanted > free and not out.exists():
         raise RichKDError(
             f"{out} needs {size(wanted)} and {folder} has {size(free)} free; make room, choose "

@@ -84,7 +84,13 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=Text(title), show_header=any(header), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+        table = Table(
+            title=Text(title),
+            show_header=any(header),
+            box=box.SIMPLE_HEAD,
+            title_justify="left",
+            title_style="bold",
+        )
         for number, name in enumerate(header):
             table.add_column(name, justify="left" if number < left else "right")
         for row in rows:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from helpers import write_clip, write_teacher
 
 from richkd.cli import main
 from richkd.precompute import precompute
 from richkd.recipe import Precompute
+
 
 @pytest.fixture(scope="session")
 def clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -77,7 +77,9 @@ class Outcome:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def run(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
     """Run a command of richkd in this process."""
 
     def run(*arguments: object) -> Outcome:

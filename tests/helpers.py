@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import pickle
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import open_clip
+import pytest
 import torch
+import torchvision
 
 import richkd
 from richkd.data.views import PadCropFlip
@@ -46,6 +52,37 @@ def write_teacher(path: Path, name: str, num_classes: int, seed: int = 0) -> Pat
             model(torch.randn(32, 3, 32, 32))
     save_tensors(path, model.state_dict())
     return path
+
+
+def write_cifar100(root: Path, monkeypatch: pytest.MonkeyPatch, train: int, test: int) -> None:
+    """An archive in CIFAR-100's layout; its checksums take the place of the published ones."""
+    rng = np.random.default_rng(0)
+    names = [f"class_{number:02d}" for number in range(100)]
+    files = {"meta": {"fine_label_names": names, "coarse_label_names": ["x"]}}
+    for part, count in (("train", train), ("test", test)):
+        files[part] = {
+            "data": rng.integers(0, 256, (count, 3072), np.uint8),
+            "fine_labels": rng.permutation(np.arange(count) % 100).tolist(),
+            "coarse_labels": [0] * count,
+            "filenames": [f"{i}.png" for i in range(count)],
+        }
+    content = {name: pickle.dumps(value, protocol=2) for name, value in files.items()}
+    root.mkdir(parents=True, exist_ok=True)
+    archive = root / "cifar-100-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, data in content.items():
+            entry = tarfile.TarInfo(f"cifar-100-python/{name}")
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+    def md5(data: bytes) -> str:
+        return hashlib.md5(data).hexdigest()
+
+    reader = torchvision.datasets.CIFAR100
+    monkeypatch.setattr(reader, "tgz_md5", md5(archive.read_bytes()))
+    monkeypatch.setattr(reader, "train_list", [["train", md5(content["train"])]])
+    monkeypatch.setattr(reader, "test_list", [["test", md5(content["test"])]])
+    monkeypatch.setattr(reader, "meta", {**reader.meta, "md5": md5(content["meta"])})
 
 
 def write_random_store(

@@ -63,7 +63,9 @@ def test_same_command_same_bits_and_a_whole_run_folder(
     assert recipe["method"] == method and recipe["momentum"] == 0.9
     lines = metrics(tmp_path / "a")
     assert [line["epoch"] for line in lines] == [1, 2]
-    assert all(math.isclose(sum(line["terms"].values()), line["loss"], rel_tol=1e-6) for line in lines)
+    assert all(
+        math.isclose(sum(line["terms"].values()), line["loss"], rel_tol=1e-6) for line in lines
+    )
     assert json.loads((tmp_path / "a" / "summary.json").read_text()) == first
 
 
@@ -163,12 +165,16 @@ def in_the_loop(
         x = normalize(richkd.apply_views(images[order], view_ids[epoch - 1][order]))
         with torch.no_grad():
             logits, features = richkd.forward(teacher, x)
-        fused = fusion.fuse_logits(logits, similarity[order], 0.7, cache.manifest["clip"]["logit_scale"])
+        fused = fusion.fuse_logits(
+            logits, similarity[order], 0.7, cache.manifest["clip"]["logit_scale"]
+        )
         rows = {"teacher_logits": logits, "teacher_features": features, "fused_logits": fused,
                 "clip_features": clip_features[order]}  # fmt: skip
         student.train()
         out, pooled = richkd.forward(student, x)
-        loss = torch.stack(list(method(Batch(out, pooled, labels[order], order, rows)).values())).sum()
+        loss = torch.stack(
+            list(method(Batch(out, pooled, labels[order], order, rows)).values())
+        ).sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -340,9 +346,7 @@ def test_a_damaged_checkpoint_is_named(
         train(store, tmp_path / "a", method="ce", resume=True)
 
 
-def test_an_image_folder_is_checked_against_the_store(
-    tmp_path: Path, make_store: Make
-) -> None:
+def test_an_image_folder_is_checked_against_the_store(tmp_path: Path, make_store: Make) -> None:
     import numpy as np
     from helpers import write_teacher
     from PIL import Image
@@ -367,7 +371,9 @@ def test_an_image_folder_is_checked_against_the_store(
         train(path, tmp_path / "c")
     train(path, tmp_path / "c", dataset=f"imagefolder:{tmp_path / 'q'}", options=options)
     assert same(weights(tmp_path / "a"), weights(tmp_path / "c"))
-    (tmp_path / "q/train/cat/0.png").write_bytes((tmp_path / "q/train/dog/1.png").read_bytes() + b"x")
+    (tmp_path / "q/train/cat/0.png").write_bytes(
+        (tmp_path / "q/train/dog/1.png").read_bytes() + b"x"
+    )
     with pytest.raises(RichKDError, match="fingerprint differs"):
         train(path, tmp_path / "d", dataset=f"imagefolder:{tmp_path / 'q'}")
     for part in ("train", "val"):
@@ -384,7 +390,8 @@ from richkd.recipe import Distill
 distill(Distill(**json.loads(sys.argv[1])))
 # not ru_maxrss, which a process inherits from the one that started it
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if "VmHWM" in line)
-teachers = [n for n in sys.modules if n.split(".")[0] == "open_clip" or n.startswith("richkd.teachers")
+teachers = [n for n in sys.modules
+            if n.split(".")[0] == "open_clip" or n.startswith("richkd.teachers")
             or n == "richkd.store.writer" or n == "richkd.precompute"]
 print(json.dumps({"peak": peak, "teachers": teachers}))
 """
@@ -407,7 +414,7 @@ def test_stage_two_loads_no_teacher_and_at_most_two_slabs(store: Path, tmp_path:
     num_samples, num_classes = 10_000, 1000
     path = write_random_store(tmp_path / "s.zarr", store, num_samples, num_classes, image_size=8)
     slab = num_samples * num_classes * 4
-    common = {"cache": str(path), "student": "resnet8", "epochs": 3, "batch_size": 512,
+    common = {"cache": str(path), "student": "resnet8", "epochs": 3, "batch_size": 64,
               "eval_every": 3}  # fmt: skip
     vanilla = [in_a_fresh_process(**common, method="ce", out=str(tmp_path / f"ce{i}"))
                for i in range(2)]  # fmt: skip

@@ -69,13 +69,16 @@ def test_clip_parts_and_blend(store: Path, clip_dir: Path) -> None:
         stored = cache.read(f"{split}/clip_features")
         torch.testing.assert_close(stored.float(), features, rtol=2**-11, atol=1e-5)
         cosines = (features.double() @ fusion.class_embeddings(text).double().T).float()
-        torch.testing.assert_close(cache.read(f"{split}/clip_similarity"), cosines, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            cache.read(f"{split}/clip_similarity"), cosines, rtol=0, atol=1e-5
+        )
     for v in range(3):
         slab = cache.slab(v)
         assert slab.teacher_logits is not None and slab.fused_logits is not None
-        blend = 0.7 * slab.teacher_logits.double() + 0.3 * clip.logit_scale * cache.read(
-            "train/clip_similarity"
-        ).double()
+        blend = (
+            0.7 * slab.teacher_logits.double()
+            + 0.3 * clip.logit_scale * cache.read("train/clip_similarity").double()
+        )
         torch.testing.assert_close(slab.fused_logits.double(), blend, rtol=2e-3, atol=2e-3)
 
 
@@ -218,7 +221,9 @@ def test_going_on_with_other_settings_is_refused(
     assert richkd.open_cache(make_store(out=out)).num_views == 3
 
 
-def test_what_is_there_is_not_replaced_unasked(make_store: Make, store: Path, tmp_path: Path) -> None:
+def test_what_is_there_is_not_replaced_unasked(
+    make_store: Make, store: Path, tmp_path: Path
+) -> None:
     before = tree(store)
     with pytest.raises(RichKDError, match="complete.*--overwrite"):
         make_store(out=str(store))

@@ -91,8 +91,9 @@ class Normalize:
     def __init__(
         self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
     ) -> None:
-        self.scale = 1 / (255 * torch.tensor(std, device=device))
-        self.shift = -torch.tensor(mean, device=device) / torch.tensor(std, device=device)
+        center, spread = (torch.tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
+        self.scale = 1 / (255 * spread)
+        self.shift = -center / spread
 
     def __call__(self, images: Tensor) -> Tensor:
         return torch.addcmul(self.shift, images.float(), self.scale).permute(0, 3, 1, 2)

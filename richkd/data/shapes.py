@@ -15,8 +15,9 @@ right are those of the drawing as it is drawn: a mirrored drawing may contradict
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -70,12 +71,12 @@ _OPENINGS: Final = (
     "one",
 )
 _PLACES: Final = (
-    ("upper left", "top", "upper right"),
-    ("left", "center", "right"),
-    ("lower left", "bottom", "lower right"),
+    ("in the upper left", "at the top", "in the upper right"),
+    ("on the left", "in the center", "on the right"),
+    ("in the lower left", "at the bottom", "in the lower right"),
 )
 
-_BATCH: Final = 256  # drawings made at a time: what bounds the memory
+_BATCH: Final = 64  # drawings made at a time: what bounds the memory
 _CLUTTER: Final = 4  # pieces of clutter at most
 _HEAD: Final = 40  # random numbers for the figure, the ground and the caption
 _PIECE: Final = 8  # random numbers for a piece of clutter, or for the one that covers
@@ -142,14 +143,14 @@ class _Scene:
     """
 
     def __init__(self, u: Floats) -> None:
-        column = iter(u[:, :_HEAD].T)  # so that each number is used once
+        column: Iterator[Floats] = iter(u[:, :_HEAD].T)  # so that each number is used once
 
         def pick(choices: int) -> Ints:
             # A float32 below 1 times `choices` can round up to `choices` itself.
-            return np.minimum((next(column) * choices).astype(np.int64), choices - 1)
+            return np.minimum((next(column) * choices).astype(np.int64), np.int64(choices - 1))
 
         def between(low: float, high: float) -> Floats:
-            return (low + (high - low) * next(column)).astype(np.float32)
+            return np.float32(low) + np.float32(high - low) * next(column)
 
         self.label = pick(len(CLASS_NAMES))
         self.texture, self.form = np.divmod(self.label, len(FORMS))
@@ -166,7 +167,8 @@ class _Scene:
         other = 1 + pick(colours - 2)
         self.accent = (self.figure + other + (other >= step)) % colours
         jitter = np.stack([between(-0.06, 0.06) for _ in range(9)], 1).reshape(-1, 3, 3)
-        shade = between(0.65, 1.2)
+        # Grounds are in the shade: figures of either polarity would take many labels to learn.
+        shade = between(0.2, 0.5)
         figure, ground, accent = (
             _PALETTE[index] + jitter[:, i]
             for i, index in enumerate((self.figure, self.ground, self.accent))
@@ -181,7 +183,7 @@ class _Scene:
         self.ground_rgb: Floats = ground
         self.figure_rgb: Floats = ground + contrast * (figure - ground)
         self.accent_rgb: Floats = ground + contrast * (accent - ground)
-        self.dark = shade < 0.8
+        self.dark = shade < 0.35
 
         self.pattern_angle = between(0, 2 * np.pi)
         self.pattern_phase = between(0, 1)
@@ -206,42 +208,45 @@ class _Scene:
             self.wording.tolist(),
             strict=True,
         )
-        return [_caption(*row) for row in rows]
+        return [_caption(_Said(*row)) for row in rows]
 
 
-def _caption(
-    label: int,
-    figure: int,
-    ground: int,
-    accent: int,
-    radius: float,
-    column: int,
-    row: int,
-    flags: int,
-    wording: list[float],
-) -> str:
-    dark, bare, faint = flags & 1, flags & 2, flags & 4
-    opening, sized, coloured, grounded, placed, patterned = wording
+class _Said(NamedTuple):
+    """What a caption may mention, and six uniform numbers that choose what it does."""
+
+    label: int
+    figure: int
+    ground: int
+    accent: int
+    radius: float
+    column: int
+    row: int
+    flags: int
+    wording: list[float]
+
+
+def _caption(said: _Said) -> str:
+    dark, bare, faint = said.flags & 1, said.flags & 2, said.flags & 4
+    opening, sized, coloured, grounded, placed, patterned = said.wording
     words = [_OPENINGS[min(int(opening * len(_OPENINGS)), len(_OPENINGS) - 1)]]
-    if sized < 0.15 and not 9.5 < radius < 11.5:
-        words.append("small" if radius <= 9.5 else "large")
+    if sized < 0.15 and not 9.5 < said.radius < 11.5:
+        words.append("small" if said.radius <= 9.5 else "large")
     if faint and sized > 0.7:
         words.append("faint")
     if coloured < 0.2:
-        words.append(_NAMES[figure])
-    words.append(CLASS_NAMES[label])
+        words.append(_NAMES[said.figure])
+    words.append(CLASS_NAMES[said.label])
     if not bare and patterned < 0.12:
-        texture = TEXTURES[label // len(FORMS)]
+        texture = TEXTURES[said.label // len(FORMS)]
         mark = {"striped": "stripes", "dotted": "dots"}.get(texture)
         if mark:
-            words.append(f"with {_NAMES[accent]} {mark}")
+            words.append(f"with {_NAMES[said.accent]} {mark}")
     if grounded < 0.12:
-        tone = "dark " if dark and grounded < 0.06 and ground != _NAMES.index("black") else ""
+        tone = "dark " if dark and grounded < 0.06 and said.ground != _NAMES.index("black") else ""
         noun = "background" if grounded < 0.08 else "ground"
-        words.append(f"on a {tone}{_NAMES[ground]} {noun}")
+        words.append(f"on a {tone}{_NAMES[said.ground]} {noun}")
     if placed < 0.1:
-        place = _PLACES[row][column]
-        words.append(f"in the {place}" if placed < 0.05 else f"at {place}")
+        words.append(_PLACES[said.row][said.column])
     sentence = " ".join(words)
     return sentence.replace(" a orange", " an orange")
 
@@ -296,7 +301,7 @@ def _turned(x: Floats, y: Floats, angle: Floats) -> tuple[Floats, Floats]:
 def _form(scene: _Scene, x: Floats, y: Floats) -> Floats:
     """The signed distance [n, size, size] to the outline of the figure, near enough to exact.
 
-    Each form's size is chosen for all to cover about the same area, lest size give them away.
+    Each form's size is chosen for all to cover an area of the same order, lest size give them away.
     """
     x, y = _turned(x - _wide(scene.x), y - _wide(scene.y), scene.angle)
     radius = _wide(scene.radius)

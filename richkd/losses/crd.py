@@ -139,7 +139,7 @@ class CRDLoss(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the banks' rows of the last batch towards its embeddings; after the backward pass."""
+        """Move the banks' rows of the last batch to its embeddings; after the backward pass."""
         if self._pending is None:
             raise RuntimeError("CRDLoss.update() before forward()")
         student, teacher, index = self._pending

@@ -17,8 +17,8 @@ from richkd.teachers.tiny_clip import train_tiny_clip
 
 DRAWINGS = 20_000
 DRAWINGS_SEED = 3
-EPOCHS = 5
-BATCH_SIZE = 128
+EPOCHS = 3
+BATCH_SIZE = 64
 NAME = "demo-clip-1"  # a new number whenever the drawings or the training change
 
 

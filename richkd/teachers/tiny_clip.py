@@ -5,7 +5,7 @@ small images that no public CLIP has seen. What it writes is what open_clip itse
 `local-dir:PATH` (model, preprocessing and the usual tokenizer), so nothing downstream knows the
 difference.
 
-Covered: images of 32×32 pixels; open_clip's vision and text transformers and its contrastive loss;
+Covered: images of 32×32 pixels; open_clip's ResNet, text transformer and contrastive loss;
 the same weights, bit for bit, for the same arguments, software and number of threads on the CPU.
 Not covered: other sizes, resuming, several devices, mixed precision, validation while training.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,7 +38,7 @@ def train_tiny_clip(
     *,
     epochs: int,
     batch_size: int = 64,
-    lr: float = 2e-3,
+    lr: float = 3e-3,
     layers: int = 4,
     width: int = 16,
     seed: int = 0,
@@ -52,8 +51,8 @@ def train_tiny_clip(
 
     Args:
         images: uint8 [N, 32, 32, 3], RGB.
-        captions: N captions. The more they differ, the better: two of the same in a batch are told
-            apart by the loss although nothing tells them apart.
+        captions: N captions. The same caption may occur many times. What most captions mention is
+            learned first, so classes are learned soonest from captions that say little else.
         out: The directory to create; its parents are created too.
         epochs: Passes over the pairs; what is left of a pass after the last full batch is skipped.
         batch_size: Pairs contrasted with each other.
@@ -71,25 +70,29 @@ def train_tiny_clip(
             or not as many as captions, or a number is out of range.
         FileExistsError: `out` exists.
     """
-    _check(images, captions, epochs, batch_size, lr, layers, width)
+    _check_pairs(images, captions, batch_size)
+    if epochs < 1 or not 0 < lr < math.inf:
+        raise ValueError(f"epochs and lr must be positive, got {epochs} and {lr}")
+    if layers < 4 or width < 2 or width % 2:
+        raise ValueError(f"layers must be 4 or more and width even, got {layers} and {width}")
     if out.exists():
         raise FileExistsError(f"{out} exists; a CLIP is written to a new directory")
     config = _config(layers, width)
     model = _train(
-        images, captions, config, epochs, batch_size, lr, seed, torch.device(device), progress
+        images,
+        captions,
+        config,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        device=torch.device(device),
+        progress=progress,
     )
     _write(model, config, out)
 
 
-def _check(
-    images: Tensor,
-    captions: Sequence[str],
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    layers: int,
-    width: int,
-) -> None:
+def _check_pairs(images: Tensor, captions: Sequence[str], batch_size: int) -> None:
     if images.dtype != torch.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
         raise ValueError(
             f"images must be uint8 [N, {IMAGE_SIZE}, {IMAGE_SIZE}, 3], "
@@ -99,10 +102,6 @@ def _check(
         raise ValueError(f"{len(images)} images need as many captions, got {len(captions)}")
     if not 2 <= batch_size <= len(images):
         raise ValueError(f"batch_size must be in 2..{len(images)} (the images), got {batch_size}")
-    if epochs < 1 or not 0 < lr < math.inf:
-        raise ValueError(f"epochs and lr must be positive, got {epochs} and {lr}")
-    if layers < 4 or width < 2 or width % 2:
-        raise ValueError(f"layers must be 4 or more and width even, got {layers} and {width}")
 
 
 def _config(layers: int, width: int) -> dict[str, Any]:
@@ -134,6 +133,7 @@ def _train(
     images: Tensor,
     captions: Sequence[str],
     config: dict[str, Any],
+    *,
     epochs: int,
     batch_size: int,
     lr: float,
@@ -147,16 +147,14 @@ def _train(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: nn.Module = CLIP(**config["model_cfg"], output_dict=True)
+        model: Any = CLIP(**config["model_cfg"], output_dict=True)
     tokens = SimpleTokenizer(context_length=CONTEXT_LENGTH)(list(captions))
     # Train the embeddings of the words that occur, a few hundred of 49,408; the optimiser would
     # spend longer on the others than on all the rest. `unique` sorts, so the end mark remains the
     # largest token, by which open_clip finds it.
     vocabulary, tokens = tokens.unique(return_inverse=True)
-    every_word = model.token_embedding
-    model.token_embedding = nn.Embedding.from_pretrained(
-        every_word.weight.detach()[vocabulary], freeze=False
-    )
+    every_word = model.token_embedding.weight.detach()
+    model.token_embedding.weight = nn.Parameter(every_word[vocabulary])
 
     model.to(device).train()
     images, tokens = images.to(device), tokens.to(device)
@@ -172,10 +170,8 @@ def _train(
     step = 0
     for _ in range(epochs):
         order = torch.randperm(len(images), generator=generator)
-        for index in order.split(batch_size):
-            if len(index) < batch_size:
-                break
-            index = index.to(device)
+        for start in range(0, len(images) - batch_size + 1, batch_size):
+            index = order[start : start + batch_size].to(device)
             pixels = ((images[index] - mean) / std).permute(0, 3, 1, 2)
             loss = loss_of(**model(pixels, tokens[index]))
             optimizer.zero_grad()
@@ -188,11 +184,11 @@ def _train(
             if progress is not None:
                 progress(step, steps)
 
-    model.cpu().eval()
-    with torch.no_grad():
-        every_word.weight[vocabulary] = model.token_embedding.weight
-    model.token_embedding = every_word
-    return model
+    model.cpu()
+    every_word[vocabulary] = model.token_embedding.weight.detach()
+    model.token_embedding.weight = nn.Parameter(every_word)
+    trained: nn.Module = model
+    return trained
 
 
 def _optimizer(model: nn.Module, lr: float, steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
@@ -232,4 +228,4 @@ def _write(model: nn.Module, config: dict[str, Any], out: Path) -> None:
         (part / "open_clip_config.json").write_text(text, encoding="utf-8")
         weights = {name: value.contiguous() for name, value in model.state_dict().items()}
         save_file(weights, part / "open_clip_model.safetensors")
-        os.replace(part, out)
+        part.replace(out)

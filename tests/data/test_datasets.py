@@ -1,18 +1,15 @@
 """The readers, on files in the exact layouts in which the data sets are published."""
 
 import gzip
-import hashlib
-import io
 import pickle
 import struct
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torchvision
+from helpers import write_cifar100
 from PIL import Image
 
 from richkd.data import datasets
@@ -21,37 +18,6 @@ from richkd.data.inputs import make_inputs
 from richkd.data.views import views_tensor
 from richkd.errors import RichKDError
 from richkd.recipe import Images
-
-
-def write_cifar100(root: Path, monkeypatch: pytest.MonkeyPatch, train: int, test: int) -> None:
-    """An archive in CIFAR-100's layout; its checksums take the place of the published ones."""
-    rng = np.random.default_rng(0)
-    names = [f"class_{number:02d}" for number in range(100)]
-    files = {"meta": {"fine_label_names": names, "coarse_label_names": ["x"]}}
-    for part, count in (("train", train), ("test", test)):
-        files[part] = {
-            "data": rng.integers(0, 256, (count, 3072), np.uint8),
-            "fine_labels": rng.permutation(np.arange(count) % 100).tolist(),
-            "coarse_labels": [0] * count,
-            "filenames": [f"{i}.png" for i in range(count)],
-        }
-    content = {name: pickle.dumps(value, protocol=2) for name, value in files.items()}
-    root.mkdir(parents=True, exist_ok=True)
-    archive = root / "cifar-100-python.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        for name, data in content.items():
-            entry = tarfile.TarInfo(f"cifar-100-python/{name}")
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
-
-    def md5(data: bytes) -> str:
-        return hashlib.md5(data).hexdigest()
-
-    reader = torchvision.datasets.CIFAR100
-    monkeypatch.setattr(reader, "tgz_md5", md5(archive.read_bytes()))
-    monkeypatch.setattr(reader, "train_list", [["train", md5(content["train"])]])
-    monkeypatch.setattr(reader, "test_list", [["test", md5(content["test"])]])
-    monkeypatch.setattr(reader, "meta", {**reader.meta, "md5": md5(content["meta"])})
 
 
 def test_cifar100_from_its_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +173,10 @@ def test_image_folder_by_workers_equals_without(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda root: (root / "train" / "tree" / "0.png").write_bytes(b"no"), r"tree/0.png.*remove"),
+        (
+            lambda root: (root / "train" / "tree" / "0.png").write_bytes(b"no"),
+            r"tree/0.png.*remove",
+        ),
         (lambda root: (root / "val").rename(root / "other"), r"needs the layout"),
         (lambda root: (root / "val" / "tree").rename(root / "val" / "bush"), r"'bush' is a class"),
         (lambda root: (root / "train" / "empty").mkdir(), r"empty"),

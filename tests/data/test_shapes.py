@@ -82,7 +82,7 @@ def test_captions_tell_the_truth_about_places(many: shapes.Drawing) -> None:
     plain = draw(4000, seed=5)
     found = 0
     for image, caption in zip(plain.images, plain.captions, strict=True):
-        side = [word for word in scene_x if f"at {word}" in caption or f"the {word}" in caption]
+        side = [word for word in scene_x if f"on the {word}" in caption]
         if not side or "faint" in caption:
             continue
         # The ground fills the corners; the figure is what differs from it.
@@ -124,7 +124,7 @@ def test_outlines_are_of_their_form_and_not_chiral(form: str) -> None:
     assert not inside[[0, -1]].any()
     # How much of the smallest disc around it a form fills is what tells the four apart.
     filled = area / (np.pi * np.hypot(x, y)[inside].max() ** 2)
-    expected = {"circle": 1.0, "square": 0.64, "triangle": 0.41, "star": 0.44}[form]
+    expected = {"circle": 1.0, "square": 0.64, "triangle": 0.41, "star": 0.39}[form]
     assert filled == pytest.approx(expected, abs=0.04)
 
 

@@ -13,7 +13,10 @@ class Direct:
     """The published loss, written out: per-vector dot products and logarithms."""
 
     def __init__(self, loss: CRDLoss) -> None:
-        self.banks = {"s": loss.student_bank.double().clone(), "t": loss.teacher_bank.double().clone()}
+        self.banks = {
+            "s": loss.student_bank.double().clone(),
+            "t": loss.teacher_bank.double().clone(),
+        }
         self.n, self.temperature, self.momentum = loss.num_samples, loss.temperature, loss.momentum
         self.z: dict[str, torch.Tensor] = {}
 

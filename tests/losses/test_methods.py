@@ -25,7 +25,8 @@ def batch(rng: np.random.Generator) -> Batch:
 
     index = torch.tensor([3, 17, 8, 5])
     rows = {"teacher_logits": normal(4, 4), "fused_logits": normal(4, 4),
-            "teacher_features": normal(4, 5), "clip_features": F.normalize(normal(4, 7))}  # fmt: skip
+            "teacher_features": normal(4, 5),
+            "clip_features": F.normalize(normal(4, 7))}  # fmt: skip
     return Batch(normal(4, 4), normal(4, 6), WIDTHS.labels[index], index, rows)
 
 

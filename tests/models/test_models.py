@@ -39,7 +39,9 @@ def test_published_architectures(name: str) -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet18", "mobilenetv3_small_050", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["resnet8", "resnet18", "mobilenetv3_small_050", "vit_tiny_patch16_224"]
+)
 def test_forward_gives_what_the_model_gives(name: str) -> None:
     model = richkd.create_model(name, 7, image_size=32).eval()
     width = check_fit(model, name, 32, 7)
@@ -70,8 +72,11 @@ def published(model: torch.nn.Module, layout: str) -> Any:
     return {
         "bare": state,
         "mdistiller": {"model": state, "epoch": 240, "best_acc": np.float64(79.4)},
-        "RepDistiller": {"opt": argparse.Namespace(lr=0.05, path="x"), "model": state,
-                         "best_acc": torch.tensor(79.4)},  # fmt: skip
+        "RepDistiller": {
+            "opt": argparse.Namespace(lr=0.05, path="x"),
+            "model": state,
+            "best_acc": torch.tensor(79.4),
+        },
         "state_dict": {"state_dict": {f"module.{k}": v for k, v in state.items()}},
     }[layout]
 

@@ -43,11 +43,16 @@ def test_documented_names(store: Path) -> None:
         "test/clip_similarity", "test/teacher_logits", "test/teacher_features",
         "test/fused_logits", "text/embeddings", "complete",
     }  # fmt: skip
-    found = {path for path, member in group.members(max_depth=None) if isinstance(member, zarr.Array)}
+    found = {
+        path for path, member in group.members(max_depth=None) if isinstance(member, zarr.Array)
+    }
     assert found == documented
     readme = (Path(__file__).parents[2] / "cache" / "README.md").read_text()
     for name in documented:
-        assert f"`{name}`" in readme or f"`{name.replace('train/', '*/').replace('test/', '*/')}`" in readme, name
+        assert (
+            f"`{name}`" in readme
+            or f"`{name.replace('train/', '*/').replace('test/', '*/')}`" in readme
+        ), name
 
 
 def test_slabs(store: Path) -> None:
@@ -104,7 +109,10 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (nested("clip", "logit_scale", float("nan")), "logit_scale"),
     (lambda s: shutil.rmtree(s / "train" / "labels"), "train/labels is missing"),
     (lambda s: (s / "train/fused_logits/zarr.json").write_text("[]"), "train/fused_logits"),
-    (lambda s: (s / "train/teacher_logits/c/1/0/0").unlink(), "1 of 3 chunks of train/teacher_logits"),
+    (
+        lambda s: (s / "train/teacher_logits/c/1/0/0").unlink(),
+        "1 of 3 chunks of train/teacher_logits",
+    ),
     (lambda s: edit(s, lambda c: c.update(shape=[40]), "test/labels/zarr.json"), None),
 ]
 
@@ -145,7 +153,10 @@ def test_rows_that_f16_cannot_hold_stop_stage_one(writer: StoreWriter, value: fl
     rows = torch.zeros(48, 15)
     rows[3, 2] = value
     block = next(b for b in writer.blocks if b.view == 1)
-    with writer, pytest.raises(RichKDError, match=r"teacher_logits of train view 1.*--dtype float32"):
+    with (
+        writer,
+        pytest.raises(RichKDError, match=r"teacher_logits of train view 1.*--dtype float32"),
+    ):
         writer.write(block, {"teacher_logits": rows})
     assert not any(writer.done)
 
@@ -182,10 +193,12 @@ def test_blocks_cover_every_row_once() -> None:
     assert Block("train", 1, 0, 32).name == "train view 1 samples 0..31"
 
 
-@pytest.mark.parametrize(("widest", "dtype"), [(100, "float16"), (2048, "float32"), (10**6, "float16")])
+@pytest.mark.parametrize(
+    ("widest", "dtype"), [(100, "float16"), (2048, "float32"), (10**6, "float16")]
+)
 def test_blocks_are_a_few_mib(widest: int, dtype: str) -> None:
     block = schema.choose_block(widest, dtype)
     size = block * widest * (2 if dtype == "float16" else 4)
     assert block & (block - 1) == 0
     assert size <= schema.CHUNK_BYTES or block == 16
-    assert size > schema.CHUNK_BYTES / 2 or block == schema.MAX_BLOCK or block == 16
+    assert size > schema.CHUNK_BYTES / 2 or block in {schema.MAX_BLOCK, 16}

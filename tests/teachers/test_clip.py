@@ -29,7 +29,9 @@ def smooth_images(rng: np.random.Generator, count: int, height: int, width: int)
         for i in range(count):
             for c in range(3):
                 layer = Image.fromarray((coarse[i, :, :, c] * 255).astype(np.uint8))
-                total[i, :, :, c] += np.asarray(layer.resize((width, height), Image.Resampling.BICUBIC))
+                total[i, :, :, c] += np.asarray(
+                    layer.resize((width, height), Image.Resampling.BICUBIC)
+                )
     return torch.from_numpy((total / 4).round().clip(0, 255).astype(np.uint8))
 
 
@@ -37,7 +39,11 @@ def smooth_images(rng: np.random.Generator, count: int, height: int, width: int)
 @pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_preprocessing_in_batches_equals_the_pil_path(
-    tmp_path: Path, rng: np.random.Generator, size: tuple[int, int], resize_mode: str, interpolation: str
+    tmp_path: Path,
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    resize_mode: str,
+    interpolation: str,
 ) -> None:
     folder = write_clip(tmp_path / "clip")
     file = folder / "open_clip_config.json"
@@ -104,7 +110,9 @@ def test_names_that_cannot_be(name: str, message: str) -> None:
         check_clip(name)
 
 
-@pytest.mark.parametrize("name", ["demo", "none", "ViT-L-14-quickgelu:openai", "ViT-B-32:laion2b_s34b_b79k"])
+@pytest.mark.parametrize(
+    "name", ["demo", "none", "ViT-L-14-quickgelu:openai", "ViT-B-32:laion2b_s34b_b79k"]
+)
 def test_names_that_can(name: str) -> None:
     check_clip(name)
 

@@ -1,0 +1,226 @@
+"""The command line: quick help, one clear line for every mistake, machines served by --json."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import tree
+
+Run = Callable[..., Any]
+Fails = Callable[..., str]
+
+
+def fresh(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "richkd", *arguments],
+        capture_output=True, text=True, check=False, **settings,
+    )  # fmt: skip
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = fresh("--help")
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0
+        assert all(f" {c} " in done.stdout for c in ("demo", "precompute", "distill", "inspect"))
+    print("seconds:", [round(s, 3) for s in seconds])
+    assert min(seconds) <= 0.3
+    probe = "import sys, richkd.cli; print(*{'torch', 'zarr', 'numpy', 'timm'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("command", ["demo", "train-teacher", "precompute", "inspect", "distill"])
+def test_help_of_a_command_fits_80_columns(command: str) -> None:
+    done = fresh(command, "--help", env={**os.environ, "COLUMNS": "80", "TERM": "dumb"})
+    assert done.returncode == 0
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_version(run: Run) -> None:
+    import richkd
+
+    assert run("--version").out.strip() == f"richkd {richkd.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("distil", "No such command 'distil'"),
+        ("distill --cash x", "No such option"),
+        ("distill --epochs many", "--epochs"),
+        ("distill", "no store given"),
+        ("distill --cache nowhere.zarr", "no store at nowhere.zarr; make one"),
+        ("distill --cache x --recipe nowhere", "no recipe 'nowhere'"),
+        ("distill --cache x --set temperature", "--set 'temperature'.*NAME=NUMBER"),
+        ("distill --cache x --prompts a,b", "--prompts 'a,b'"),
+        ("distill --cache x --scale much", "unknown scale 'much'"),
+        ("inspect nowhere.zarr", "no store at nowhere.zarr"),
+        ("precompute", "no data set given"),
+        ("precompute --dataset cifar1000", "unknown data set 'cifar1000'; .*cifar100"),
+        ("precompute --dataset shapes --alpha 1.2", r"alpha = 1.2: must be in \[0, 1\]"),
+        ("precompute --dataset shapes --views 0", "views = 0"),
+        ("precompute --dataset shapes --limit 0", "limit = 0"),
+        ("precompute --dataset shapes --limit 20 --views 163 --clip none", "162 views"),
+        ("precompute --dataset shapes --dtype float8", "unknown dtype 'float8'"),
+        ("precompute --dataset shapes --prompts mine.txt", "prompt set.*'mine.txt'"),
+        ("precompute --dataset shapes --clip ViT-B-99:openai", "unknown CLIP.*'ViT-B-99'"),
+        ("precompute --dataset shapes --clip ViT-L-14:openai", "use ViT-L-14-quickgelu:openai"),
+        ("precompute --dataset shapes --teacher resnet21 --clip none", "resnet21.*resnet20"),
+        ("precompute --dataset shapes --teacher-weights no.pth", "no teacher weights at no.pth"),
+        ("precompute --dataset imagefolder:nowhere", "no such folder"),
+        ("precompute --dataset shapes --device tpu9", "device 'tpu9'"),
+        ("train-teacher --dataset shapes --model resnet21", "unknown model 'resnet21'"),
+        ("train-teacher --dataset shapes --out weights.pth", "safetensors"),
+        ("train-teacher --dataset shapes --schedule linear", "unknown schedule 'linear'"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_leave_nothing(
+    fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, message: str
+) -> None:
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    line = fails(*command.split())
+    assert re.search(message, line), line
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_network_for_data_is_found_first(
+    fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
+    assert "copy cifar-100-python.tar.gz" in fails("precompute", "--dataset", "cifar100")
+
+
+def test_no_network_for_clip_is_found_before_a_teacher_is_trained(
+    fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("open_clip.factory.download_pretrained", offline)
+    line = fails("precompute", "--dataset", "shapes", "--limit", 20, "--clip", "RN50:cc12m")
+    assert "cannot load CLIP RN50:cc12m" in line and "--clip DIRECTORY" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_teacher_of_other_classes(fails: Fails, shapes_teacher: Path, tmp_path: Path,
+                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("richkd.data.shapes.CLASS_NAMES", ("a", "b"))
+    line = fails("precompute", "--dataset", "shapes", "--limit", 20, "--teacher", "resnet8",
+                 "--teacher-weights", shapes_teacher, "--clip", "none")  # fmt: skip
+    assert "does not fit resnet8" in line and not list(tmp_path.iterdir())
+
+
+def test_both_stages_and_json(
+    run: Run, fails: Fails, shapes_teacher: Path, clip_dir: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    stage_one = ("precompute", "--dataset", "shapes", "--limit", 32, "--teacher", "resnet8",
+                 "--teacher-weights", shapes_teacher, "--clip", clip_dir, "--views", 2)  # fmt: skip
+    done = run(*stage_one)
+    assert done.code == 0, done.err
+    assert "of arrays before compression, 2 views" in done.err and "CLIP zero-shot:" in done.err
+    assert done.out.strip() == "next: richkd distill --cache cache/shapes.zarr"
+    before = tree(tmp_path / "cache")
+    assert "complete" in fails(*stage_one) and tree(tmp_path / "cache") == before
+    assert run(*stage_one, "--overwrite").code == 0
+
+    text = run("inspect", "cache/shapes.zarr")
+    assert text.code == 0 and "train/fused_logits" in text.out and "2×32×16" in text.out
+    summary = run("inspect", "cache/shapes.zarr", "--json").json
+    assert summary["complete"] is True and summary["manifest"]["prompts"][0] == "a photo of a {}"
+    assert summary["arrays"]["train/fused_logits"]["shape"] == [2, 32, 16]
+    assert summary["stored_bytes"] == sum(
+        len(data) for name, data in tree(tmp_path / "cache/shapes.zarr").items() if "/" in name
+        and name not in ("train/zarr.json", "test/zarr.json", "text/zarr.json")
+    )  # fmt: skip
+
+    stage_two = ("distill", "--cache", "cache/shapes.zarr", "--student", "resnet8", "--epochs", 2,
+                 "--set", "temperature=2.5", "--set", "negatives=8")  # fmt: skip
+    done = run(*stage_two)
+    assert done.code == 0, done.err
+    assert "CNN teacher" in done.out and "resnet8 by richkd" in done.out
+    assert max(map(len, done.out.splitlines())) <= 80
+    assert "epoch 2/2: loss" in done.err
+    assert "exists" in fails(*stage_two)
+    result = run(*stage_two, "--overwrite", "--json")
+    assert result.err == "" and result.json["method"] == "richkd"
+    recipe = (tmp_path / "runs/shapes-resnet8-richkd-s0/recipe.toml").read_text()
+    assert "temperature = 2.5" in recipe and "negatives = 8" in recipe
+
+
+def test_train_teacher_is_found_by_precompute(
+    run: Run, fails: Fails, clip_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = ("--dataset", "shapes", "--limit", 24)
+    training = ("train-teacher", *data, "--model", "resnet8", "--epochs", 1, "--seed", 3)
+    summary = run(*training, "--json").json
+    assert summary["weights"] == "teachers/shapes-24-resnet8.safetensors"
+    assert Path(summary["weights"]).is_file()
+    assert "exists" in fails(*training)
+    stage_one = ("precompute", *data, "--teacher", "resnet8", "--clip", clip_dir, "--views", 1)
+    done = run(*stage_one)
+    assert done.code == 0 and "training teacher" not in done.err
+    manifest = run("inspect", "cache/shapes.zarr", "--json").json["manifest"]
+    assert manifest["teacher"]["accuracy"] == pytest.approx(summary["top1_last"])
+
+
+def test_precompute_without_weights_trains_the_teacher_and_says_so(
+    run: Run, clip_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.toml").write_text(
+        "[train-teacher]\nepochs = 2\nbatch_size = 8\n"
+        f"[precompute]\ndataset = 'shapes'\nlimit = 24\nteacher = 'resnet8'\nclip = '{clip_dir}'\n"
+        "views = 2\n[distill]\nstudent = 'resnet8'\nmethod = 'kd'\nepochs = 3\n"
+    )
+    done = run("precompute", "--recipe", "r.toml")
+    assert done.code == 0
+    assert "no --teacher-weights given" in done.err and "teacher resnet8: 2 epochs" in done.err
+    done = run("distill", "--recipe", "r.toml", "--cache", "cache/shapes.zarr", "--json")
+    assert (done.json["epochs"], done.json["method"]) == (3, "kd")
+
+
+def test_interrupts_leave_with_the_usual_code(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("richkd.inspect.summarize", interrupt)
+    assert run("inspect", "x").code == 130
+
+
+def test_a_bug_is_a_traceback_and_one(tmp_path: Path) -> None:
+    script = ("import richkd.inspect, richkd.cli, sys\n"
+              "richkd.inspect.summarize = lambda path: 1 / 0\n"
+              "sys.argv = ['richkd', 'inspect', 'x']; richkd.cli.main()")  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+def test_json_of_a_store_without_clip(run: Run, make_store: Callable[..., Path]) -> None:
+    path = make_store(clip="none")
+    assert run("inspect", path, "--json").json["manifest"]["clip"] is None
+    assert "CLIP" in run("inspect", path).out
+    assert json.loads((path / "zarr.json").read_text())["attributes"]["complete"] is True

@@ -1,0 +1,43 @@
+"""The demo, from nothing, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_demo_from_nothing(tmp_path: Path) -> None:
+    environment = {**os.environ, "RICHKD_HOME": str(tmp_path / "home"), "COLUMNS": "80"}
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "richkd", "demo"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    print(done.stderr, done.stdout, f"{seconds:.0f} s")
+    assert done.returncode == 0
+    assert seconds <= 300
+    for row in ("CNN teacher", "CLIP zero-shot", "fused teacher", "resnet8 by ce", "resnet8 by kd",
+                "resnet8 by richkd"):  # fmt: skip
+        assert row in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    accuracies = {}
+    for path in (tmp_path / "runs" / "demo").glob("*/summary.json"):
+        summary = json.loads(path.read_text())
+        accuracies[summary["method"]] = summary["top1_last"]
+        teachers = summary["teacher"]
+    assert set(accuracies) == {"ce", "kd", "richkd"}
+    # sixteen classes: all have learnt something, and none of it is perfect
+    assert all(0.2 < value < 0.95 for value in (*accuracies.values(), *teachers.values()))
+
+    again = subprocess.run(
+        [sys.executable, "-m", "richkd", "demo"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert again.returncode == 2 and "exists" in again.stderr
+    assert again.stderr.count("\n") <= 3 and "Traceback" not in again.stderr
