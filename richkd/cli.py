@@ -281,16 +281,20 @@ def main() -> NoReturn:
     """Run the command line; the only place that turns errors into exit codes."""
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-    except (RichKDError, typer.Abort, KeyboardInterrupt) as error:
-        code = _fail(str(error)) if isinstance(error, RichKDError) else 130
+    except RichKDError as error:
+        code = _fail(str(error), 2)
+    except (typer.Abort, KeyboardInterrupt):
+        code = _fail(
+            "interrupted; precompute goes on with the same command, distill by --resume", 130
+        )
     except Exception as error:
         # a mistyped command or flag; typer's own class for it is not public
         if not hasattr(error, "format_message"):
             raise
-        code = _fail(f"{error.format_message().rstrip('.')}; see richkd --help")
+        code = _fail(f"{error.format_message().rstrip('.')}; see richkd --help", 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int) -> int:
     print(f"richkd: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return code

@@ -51,22 +51,22 @@ def distill(
     reads = method_type.reads(options)
     rows = row_source(cache, reads, settings)
     model, num_features = build_student(settings, cache)
-    run = RunFolder(Path(settings.out))
     splits = load_images(cache, settings)
-    going_on = run.begin(to_table(settings), identity(cache), resume=resume, overwrite=overwrite)
-
-    data = to_device(cache, splits, device)
     clip = cache.manifest["clip"]
     method = method_type(
         options,
         Widths(
-            labels=data.train_labels,
+            labels=splits[0].labels,
             student=num_features,
             teacher=cache.manifest["teacher"]["num_features"],
             clip=clip["num_features"] if clip else 0,
             alpha=cache.manifest["alpha"] if settings.alpha is None else settings.alpha,
         ),
     )
+    run = RunFolder(Path(settings.out))
+    going_on = run.begin(to_table(settings), identity(cache), resume=resume, overwrite=overwrite)
+
+    data = to_device(cache, splits, device)
     trainer = Trainer(model, method, data, settings, device)
     done, best = resume_from(run, trainer) if going_on else (0, Best())
     started = time.perf_counter()
@@ -75,7 +75,7 @@ def distill(
              if name not in SLAB_ARRAYS}  # fmt: skip
     record = None
     with report.track(
-        "distil", (settings.epochs - done) * len(data.train_labels), "images"
+        "distill", (settings.epochs - done) * len(data.train_labels), "images"
     ) as tick:
         slabs = all_rows(rows, done + 1, settings.epochs)
         for epoch, slab in enumerate(slabs, done + 1):
@@ -94,23 +94,13 @@ def distill(
         assert record.test_accuracy is not None and record.test_top5 is not None
         top1, top5 = record.test_accuracy, record.test_top5
     summary = {
-        "student": settings.student,
-        "method": settings.method,
-        "seed": settings.seed,
-        "epochs": settings.epochs,
+        **describe_run(settings, cache, trainer),
         "top1_last": top1,
         "top5_last": top5,
         "top1_best": best.accuracy,
         "epoch_best": best.epoch,
-        "teacher": teacher_accuracies(cache.manifest),
-        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "seconds": time.perf_counter() - started,
         "images_per_second": None if record is None else record.images_per_second,
-        "dataset": cache.manifest["dataset"]["name"],
-        "num_classes": cache.num_classes,
-        "image_size": cache.manifest["image_size"],
-        "hardware": hardware(device),
-        "versions": versions(),
         "run": str(run.path),
     }
     run.finish(trainer.model.state_dict(), summary)
@@ -263,16 +253,34 @@ def check_finite(record: EpochRecord, settings: Distill) -> None:
         )
 
 
+def describe_run(settings: Distill, cache: TeacherCache, trainer: Trainer) -> dict[str, Any]:
+    """What a summary says besides the results."""
+    return {
+        "student": settings.student,
+        "method": settings.method,
+        "seed": settings.seed,
+        "epochs": settings.epochs,
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "dataset": cache.manifest["dataset"]["name"],
+        "num_classes": cache.num_classes,
+        "image_size": cache.manifest["image_size"],
+        "teacher": teacher_accuracies(cache.manifest),
+        "hardware": hardware(trainer.device),
+        "versions": versions(),
+    }
+
+
 def opening(
     settings: Distill, cache: TeacherCache, trainer: Trainer, device: torch.device, done: int
 ) -> str:
-    """The line that says what is about to run."""
+    """The lines that say what is about to run."""
     count = sum(parameter.numel() for parameter in trainer.model.parameters())
     going_on = f", going on after epoch {done}" if done else ""
     return (
-        f"{settings.student} ({count / 1e6:.2f} M) by {settings.method}: {settings.epochs} epochs "
-        f"of {cache.num_samples:,} images, batch {settings.batch_size}, lr {settings.lr}, seed "
-        f"{settings.seed}, {cache.num_views} views, on {device}{going_on}"
+        f"{settings.student} ({count / 1e6:.2f} M) by {settings.method} from "
+        f"{cache.num_views} views, seed {settings.seed}, on {device}\n"
+        f"{settings.epochs} epochs of {cache.num_samples:,} images, batch {settings.batch_size}, "
+        f"lr {settings.lr}{going_on}"
     )
 
 

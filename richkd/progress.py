@@ -33,8 +33,12 @@ class Report:
         return Console(stderr=True, quiet=self.quiet, highlight=False)
 
     def say(self, message: str) -> None:
-        """One line; what is in it is text, never markup."""
-        if not self.quiet:
+        """One line; what is in it is text, never markup. A terminal wraps it between words."""
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            self.console.print(message, markup=False, emoji=False)
+        else:
             print(message, file=sys.stderr, flush=True)
 
     @contextmanager

@@ -93,7 +93,7 @@ def write_random_store(
     manifest: Any = {**richkd.open_cache(like).manifest, "complete": False, "dtype": "float32"}
     manifest["dataset"] |= {"num_train": num_samples, "num_test": 100}
     manifest["class_names"] = [f"class {number}" for number in range(num_classes)]
-    manifest |= {"image_size": image_size, "block": 2048}
+    manifest |= {"image_size": image_size, "block": schema.choose_block(num_classes, "float32")}
     with StoreWriter.open(path, manifest, overwrite=False) as writer:
         writer.put("train/view_ids", PadCropFlip().draw(0, num_samples, manifest["views"]["count"]))
         writer.put("text/embeddings", np.ones((num_classes, 12, 24), np.float32))

@@ -115,8 +115,9 @@ def test_no_network_for_clip_is_found_before_a_teacher_is_trained(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("open_clip.factory.download_pretrained", offline)
-    line = fails("precompute", "--dataset", "shapes", "--limit", 20, "--clip", "RN50:cc12m")
-    assert "cannot load CLIP RN50:cc12m" in line and "--clip DIRECTORY" in line
+    clip = "ViT-B-32:laion2b_s34b_b79k"
+    line = fails("precompute", "--dataset", "shapes", "--limit", 20, "--clip", clip)
+    assert f"cannot load CLIP {clip}" in line and "--clip DIRECTORY" in line
     assert not list(tmp_path.iterdir())
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from richkd.errors import RichKDError
 from richkd.losses.method import Batch, Method, Widths, register
 
 EPSILON = 1e-7  # as in the published loss
@@ -45,6 +46,9 @@ class CRDLoss(nn.Module):
         temperature: of the scores.
         momentum: of the banks.
         labels: [N], the class of every sample; only needed to draw negatives.
+
+    Raises:
+        RichKDError: there is no negative, because all samples are of one class.
     """
 
     student_bank: Tensor
@@ -79,7 +83,10 @@ class CRDLoss(nn.Module):
         counts = torch.bincount(groups)
         first = counts.cumsum(0) - counts
         if num_samples < 2 or int(counts.max()) == num_samples:
-            raise ValueError("CRD needs samples of at least two classes")
+            raise RichKDError(
+                f"CRD contrasts samples of at least two classes; the {num_samples} training "
+                f"samples are of one"
+            )
         self.register_buffer("_order", order, persistent=False)
         self.register_buffer("_first", first[groups], persistent=False)
         self.register_buffer("_count", counts[groups], persistent=False)

@@ -42,7 +42,6 @@ class Method(nn.Module):
     """A training objective. Its parameters are trained and saved with the student's."""
 
     Options: ClassVar[type[Any]]
-    defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, options: Any, widths: Widths) -> None:
         super().__init__()

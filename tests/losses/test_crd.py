@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from richkd.errors import RichKDError
 from richkd.losses import CRDLoss
 
 
@@ -107,7 +108,7 @@ def test_without_labels_only_the_sample_itself_is_left_out() -> None:
 
 
 def test_one_class_is_refused() -> None:
-    with pytest.raises(ValueError, match="two classes"):
+    with pytest.raises(RichKDError, match="two classes"):
         CRDLoss(5, 4, 3, labels=torch.zeros(5, dtype=torch.int64))
 
 
