@@ -287,6 +287,8 @@ def main() -> NoReturn:
         code = _fail(
             "interrupted; precompute goes on with the same command, distill by --resume", 130
         )
+    except OSError as error:  # a disk that is full, a folder without permission, …
+        code = _fail(f"{error}; make room, or see to the path and its permissions", 2)
     except Exception as error:
         # a mistyped command or flag; typer's own class for it is not public
         if not hasattr(error, "format_message"):

@@ -25,6 +25,7 @@ from richkd.data.inputs import Inputs, make_inputs
 from richkd.data.prompts import load_prompts
 from richkd.data.views import check_num_views, views_tensor
 from richkd.errors import RichKDError
+from richkd.files import check_writable
 from richkd.models import check_fit, create_model
 from richkd.progress import Report, duration, percent, size
 from richkd.recipe import Precompute, TrainTeacher, resolve, to_table
@@ -59,6 +60,7 @@ def precompute(
     report = report or Report(quiet=True)
     out = Path(settings.out)
     device = choose_device(settings.device)
+    check_writable(out)
     check_target(out, overwrite)
     check_clip(settings.clip)
     templates = load_prompts(settings.prompts)

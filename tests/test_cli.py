@@ -96,6 +96,27 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "distill --cache {store} --out {file}/run",
+        "precompute --dataset shapes --clip none --out {file}/s.zarr",
+        "train-teacher --dataset shapes --out {file}/t.safetensors",
+        "distill --cache {file}",
+        "distill --cache {store} --recipe {file}",
+        "precompute --dataset shapes --clip none --teacher-weights {file}",
+    ],
+)
+def test_a_file_where_something_else_should_be(
+    fails: Fails, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_bytes(b"\xff\x00 precious")
+    before = tree(tmp_path)
+    assert "file" in fails(*command.format(store=store, file="file").split())
+    assert tree(tmp_path) == before
+
+
 def test_no_network_for_data_is_found_first(
     fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from richkd.errors import RichKDError
+from richkd.files import replacing
 
 # What the published checkpoints hold besides tensors: their arguments and an accuracy. These
 # are plain containers of data; every other class in a file is refused.
@@ -129,15 +128,3 @@ def save_tensors(
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(plain, temporary, dict(metadata or {}))
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

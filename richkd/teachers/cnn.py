@@ -15,6 +15,7 @@ from richkd.data.datasets import Dataset
 from richkd.data.inputs import Normalize, make_inputs
 from richkd.data.views import NUM_VIEW_IDS, views_tensor
 from richkd.errors import RichKDError
+from richkd.files import check_writable
 from richkd.losses.method import Widths, method_class
 from richkd.models import check_fit, create_model, forward
 from richkd.models.weights import file_sha256, load_into, read_weights, save_tensors
@@ -58,7 +59,8 @@ def load_teacher(name: str, weights: Path, dataset: Dataset, device: torch.devic
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Refuse to replace a file of weights unasked."""
+    """Refuse to replace a file of weights unasked, or to write where it cannot be."""
+    check_writable(path)
     if path.exists() and not overwrite:
         raise RichKDError(
             f"{path} exists; pass it as --teacher-weights, choose another --out, or replace it "

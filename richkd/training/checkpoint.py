@@ -25,7 +25,8 @@ import tomli_w
 from torch import Tensor
 
 from richkd.errors import RichKDError
-from richkd.models.weights import read_safetensors, replacing, save_tensors
+from richkd.files import check_writable, replacing
+from richkd.models.weights import read_safetensors, save_tensors
 
 _NOT_TRAINING = {"device", "data_root", "dataset", "cache", "out"}
 
@@ -58,6 +59,7 @@ class RunFolder:
         Raises:
             RichKDError: the folder holds something else, another run, or one that is complete.
         """
+        check_writable(self.path)
         wanted = {"richkd-distill": identity, **recipe}
         recorded = self.path / "recipe.toml"
         if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):

@@ -12,12 +12,12 @@ import torch
 
 import richkd
 from richkd.errors import RichKDError
+from richkd.files import replacing
 from richkd.models import check_fit
 from richkd.models.weights import (
     file_sha256,
     load_into,
     read_weights,
-    replacing,
     save_tensors,
     state_sha256,
 )
