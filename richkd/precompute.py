@@ -27,6 +27,7 @@ from richkd.data.views import check_num_views, views_tensor
 from richkd.errors import RichKDError
 from richkd.files import check_writable
 from richkd.models import check_fit, create_model
+from richkd.models.weights import read_safetensors
 from richkd.progress import Report, duration, percent, size
 from richkd.recipe import Precompute, TrainTeacher, resolve, to_table
 from richkd.store import schema
@@ -80,6 +81,8 @@ def precompute(
         )
         check_fit(model, settings.teacher, dataset.image_size, len(dataset.class_names))
     else:
+        if not settings.teacher_weights:
+            check_trained_on(weights, dataset)
         teacher = load_teacher(settings.teacher, weights, dataset, device)
     clip = open_clip_teacher(settings.clip, device, report)
     if weights is None:
@@ -228,6 +231,21 @@ def teacher_weights(settings: Precompute, training: TrainTeacher) -> Path | None
         return path
     trained = Path(training.out)
     return trained if trained.is_file() else None
+
+
+def check_trained_on(weights: Path, dataset: Dataset) -> None:
+    """Refuse a teacher that was found by its name and learnt from other data.
+
+    Raises:
+        RichKDError: its metadata names another fingerprint, or none.
+    """
+    trained_on = read_safetensors(weights)[1].get("fingerprint", "nothing that it names")
+    if trained_on != dataset.fingerprint:
+        raise RichKDError(
+            f"{weights} was trained on other data ({trained_on[:12]}) than {dataset.name} "
+            f"({dataset.fingerprint[:12]}); pass it as --teacher-weights to use it all the same, "
+            f"or move it away to train another"
+        )
 
 
 def open_clip_teacher(name: str, device: torch.device, report: Report) -> ClipTeacher | None:

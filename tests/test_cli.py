@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from helpers import tree
 
+from richkd.data.datasets import SHAPES_SEEDS
+
 Run = Callable[..., Any]
 Fails = Callable[..., str]
 
@@ -205,6 +207,19 @@ def test_train_teacher_is_found_by_precompute(
     assert done.code == 0 and "training teacher" not in done.err
     manifest = run("inspect", "cache/shapes.zarr", "--json").json["manifest"]
     assert manifest["teacher"]["accuracy"] == pytest.approx(summary["top1_last"])
+
+
+def test_a_teacher_found_by_name_that_learnt_other_data_is_refused(
+    run: Run, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = ("--dataset", "shapes", "--limit", 24)
+    assert run("train-teacher", *data, "--model", "resnet8", "--epochs", 1).code == 0
+    monkeypatch.setitem(SHAPES_SEEDS, "train", 9)
+    stage_one = ("precompute", *data, "--teacher", "resnet8", "--clip", "none", "--views", 1)
+    assert "was trained on other data" in fails(*stage_one)
+    weights = "teachers/shapes-24-resnet8.safetensors"
+    assert run(*stage_one, "--teacher-weights", weights).code == 0
 
 
 def test_precompute_without_weights_trains_the_teacher_and_says_so(

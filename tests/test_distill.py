@@ -95,14 +95,18 @@ class CutOff(BaseException):
 
 
 @pytest.mark.parametrize("method", ["kd", "richkd"])
-@pytest.mark.parametrize("where", ["in an epoch", "before the checkpoint", "before the summary"])
+@pytest.mark.parametrize(
+    "where",
+    ["in an epoch", "before the first checkpoint", "before a checkpoint", "before the summary"],
+)
 def test_resumed_run_ends_in_the_same_weights(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, where: str
 ) -> None:
     whole = train(store, tmp_path / "whole", method=method, epochs=4)
     target, after = {
         "in an epoch": ("richkd.training.loop.Trainer.train_epoch", 2),
-        "before the checkpoint": ("richkd.training.checkpoint.save_tensors", 4),
+        "before the first checkpoint": ("richkd.training.checkpoint.save_tensors", 1),
+        "before a checkpoint": ("richkd.training.checkpoint.save_tensors", 4),
         "before the summary": ("richkd.training.checkpoint.RunFolder.finish", 0),
     }[where]
     module, _, name = target.rpartition(".")

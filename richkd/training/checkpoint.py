@@ -71,7 +71,11 @@ class RunFolder:
                     raise RichKDError(
                         f"{self.path} is complete already; begin it anew with --overwrite"
                     )
-                return (self.path / "checkpoint.safetensors").is_file()
+                if (self.path / "checkpoint.safetensors").is_file():
+                    return True
+                # cut off in its first epoch: nothing to go on with
+                (self.path / "metrics.jsonl").unlink(missing_ok=True)
+                return False
             if not overwrite:
                 remedy = "" if self.complete else "go on with it by --resume, "
                 raise RichKDError(
