@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, JustifyMethod
 
 Advance = Callable[[int], None]
 LINE_EVERY_S = 10.0
@@ -80,7 +80,9 @@ class Report:
     def table(
         self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1
     ) -> None:
-        """A table on standard output, the first `left` columns to the left, the others right."""
+        """A table on standard output, the first `left` columns to the left and others right;
+
+        the last of those to the left wraps where there is no room."""
         if self.quiet:
             return
         from rich import box
@@ -94,9 +96,12 @@ class Report:
             box=box.SIMPLE_HEAD,
             title_justify="left",
             title_style="bold",
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
         )
         for number, name in enumerate(header):
-            table.add_column(name, justify="left" if number < left else "right")
+            side: JustifyMethod = "left" if number < left else "right"
+            table.add_column(name, justify=side, no_wrap=number != left - 1)
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         Console().print(table)

@@ -38,5 +38,5 @@ def results_table(report: Report, title: str, summaries: Sequence[Mapping[str, A
             f"{rate:,.0f}" if rate else "–",
             duration(summary["seconds"]),
         ))  # fmt: skip
-    header = ("test accuracy, %", "top-1 last", "best @epoch", "top-5 last", "images/s", "time")
+    header = ("test accuracy, %", "top-1 last", "best @epoch", "top-5", "images/s", "time")
     report.table(title, header, rows)
