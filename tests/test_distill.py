@@ -413,14 +413,15 @@ def in_a_fresh_process(**settings: Any) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_stage_two_loads_no_teacher_and_at_most_two_slabs(store: Path, tmp_path: Path) -> None:
-    """Slabs of 38 MiB over small images, so that they stand out from the interpreter's memory.
+    """Slabs of 76 MiB over small images, so that a third one would stand out.
 
-    Beside the two slabs, up to four chunks of 4 MiB are in flight while a slab is read.
+    Beside the two slabs there is room for chunks of 4 MiB in flight while a slab is read
+    (compressed, decoded, copied) and for what the allocator keeps of them.
     """
-    num_samples, num_classes = 10_000, 1000
+    num_samples, num_classes = 20_000, 1000
     path = write_random_store(tmp_path / "s.zarr", store, num_samples, num_classes, image_size=8)
     slab = num_samples * num_classes * 4
-    common = {"cache": str(path), "student": "resnet8", "epochs": 3, "batch_size": 64,
+    common = {"cache": str(path), "student": "resnet8", "epochs": 3, "batch_size": 128,
               "eval_every": 3}  # fmt: skip
     vanilla = [in_a_fresh_process(**common, method="ce", out=str(tmp_path / f"ce{i}"))
                for i in range(2)]  # fmt: skip
@@ -431,4 +432,4 @@ def test_stage_two_loads_no_teacher_and_at_most_two_slabs(store: Path, tmp_path:
     print(f"vanilla {vanilla[0]['peak'] / 2**20:.0f} MiB (± {noise / 2**20:.1f}), richkd-l "
           f"{more / 2**20:+.1f} MiB, two slabs {2 * slab / 2**20:.1f} MiB")  # fmt: skip
     assert more > slab / 2  # the measurement sees slabs at all
-    assert more <= 2 * slab + noise + 4 * schema.CHUNK_BYTES
+    assert more <= 2 * slab + noise + 8 * schema.CHUNK_BYTES
