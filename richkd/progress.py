@@ -80,9 +80,10 @@ class Report:
     def table(
         self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1
     ) -> None:
-        """A table on standard output, the first `left` columns to the left and others right;
+        """A table on standard output: the first `left` columns to the left, the others right.
 
-        the last of those to the left wraps where there is no room."""
+        The last of those to the left wraps where there is no room.
+        """
         if self.quiet:
             return
         from rich import box
