@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -185,19 +186,23 @@ def distill(
     cache: Annotated[str | None, _option(Distill, "cache")] = None,
     student: Annotated[str | None, _option(Distill, "student")] = None,
     method: Annotated[str | None, _option(Distill, "method")] = None,
+    target: Annotated[str | None, _option(Distill, "target")] = None,
     epochs: Epochs = None,
     seed: Seed = None,
     out: Annotated[str | None, _option(Distill, "out")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on with a run that was cut off")
     ] = False,
-    alpha: Annotated[float | None, _option(Distill, "alpha")] = None,
+    alpha: Annotated[str | None, _option(Distill, "alpha")] = None,
     scale: Annotated[str | None, _option(Distill, "scale")] = None,
     prompts: Annotated[
         str | None, typer.Option(help=describe(Distill, "prompts") + ", e.g. 0,3,5")
     ] = None,
-    options: Annotated[
-        list[str] | None, typer.Option("--set", help=describe(Distill, "options"))
+    clip_head: Annotated[str | None, _option(Distill, "clip_head")] = None,
+    holdout: Annotated[float | None, _option(Distill, "holdout")] = None,
+    options: Annotated[list[str] | None, _option(Distill, "options", "--set")] = None,
+    student_options: Annotated[
+        list[str] | None, _option(Distill, "student_options", "--student-set")
     ] = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
@@ -214,12 +219,7 @@ def distill(
 ) -> None:
     """Stage two: train a student from a store."""
     given = _given(locals())
-    table = _table(recipe, "distill")
-    if prompts is not None:
-        given["prompts"] = _indices(prompts)
-    if options:
-        given["options"] = {**table.get("options", {}), **_assignments(options)}
-    settings = recipes.resolve(Distill, table, given)
+    settings = recipes.resolve(Distill, _table(recipe, "distill"), given)
     from richkd.distill import distill as stage_two
     from richkd.results import results_table
 
@@ -248,9 +248,18 @@ _NOT_SETTINGS = {"recipe", "overwrite", "resume", "as_json"}
 def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The settings among a command's arguments."""
     given = {name: value for name, value in arguments.items() if name not in _NOT_SETTINGS}
-    if isinstance(given.get("scale"), str):
-        given["scale"] = recipes.parse_scale(given["scale"])
-    return given
+    readers: dict[str, Callable[[Any], Any]] = {
+        "scale": recipes.parse_scale,
+        "prompts": _indices,
+        "options": lambda texts: _assignments("--set", texts),
+        "student_options": lambda texts: _assignments("--student-set", texts),
+    }
+    if isinstance(given.get("alpha"), str):
+        readers["alpha"] = recipes.parse_alpha
+    return {
+        name: readers[name](value) if value and name in readers else value
+        for name, value in given.items()
+    }
 
 
 def _table(recipe: str | None, section: str) -> dict[str, Any]:
@@ -264,16 +273,17 @@ def _indices(text: str) -> tuple[int, ...]:
         raise RichKDError(f"--prompts {text!r}: give numbers with commas, e.g. 0,3,5") from None
 
 
-def _assignments(texts: list[str]) -> dict[str, float | int]:
-    values: dict[str, float | int] = {}
+def _assignments(flag: str, texts: list[str]) -> dict[str, Any]:
+    """NAME=VALUE as TOML has it: numbers, true and false, and text with or without its quotes."""
+    values: dict[str, Any] = {}
     for text in texts:
-        name, equals, number = text.partition("=")
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise RichKDError(f"{flag} {text!r}: give NAME=VALUE, e.g. {flag} temperature=4")
         try:
-            values[name] = int(number) if number.lstrip("-").isdigit() else float(number)
-        except ValueError:
-            equals = ""
-        if not equals:
-            raise RichKDError(f"--set {text!r}: give NAME=NUMBER, e.g. --set temperature=4")
+            values[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[name] = value
     return values
 
 

@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from richkd.data import catalog
 from richkd.data.datasets import Split, load_dataset
 from richkd.data.inputs import Normalize, make_inputs
 from richkd.data.views import views_tensor
 from richkd.errors import RichKDError
-from richkd.losses.method import Widths, method_class
+from richkd.losses import Widths, method_class, method_options
+from richkd.losses.method import TARGET
 from richkd.models import check_fit, create_model
 from richkd.progress import Report, percent
 from richkd.recipe import Distill, Images, to_table
 from richkd.results import teacher_accuracies
 from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
+from richkd.targets import Target, choose_target, describe_target, held_out
 from richkd.training.checkpoint import Best, RunFolder
 from richkd.training.device import choose_device, hardware, versions
 from richkd.training.loop import Data, EpochRecord, EpochRows, Trainer, all_rows, derive_seed
@@ -47,11 +50,19 @@ def distill(
     device = choose_device(settings.device)
     cache = open_cache(settings.cache)
     settings = with_defaults(settings, cache)
-    method_type, options = method_class(settings.method, settings.options)
+    method_type, options = method_class(
+        settings.method, method_options(settings.options, settings.method)
+    )
     reads = method_type.reads(options)
-    rows = row_source(cache, reads, settings)
+    check_reads(cache, reads, settings)
+    run = RunFolder(Path(settings.out))
+    recorded = to_table(settings), identity(cache)
+    run.check(*recorded, resume=resume, overwrite=overwrite)
     model, num_features = build_student(settings, cache)
     splits = load_images(cache, settings)
+    target = None
+    if TARGET in reads or "clip_features" in reads:
+        target = choose_target(cache, settings, method_type.target, report)
     clip = cache.manifest["clip"]
     method = method_type(
         options,
@@ -60,19 +71,18 @@ def distill(
             student=num_features,
             teacher=cache.manifest["teacher"]["num_features"],
             clip=clip["num_features"] if clip else 0,
-            alpha=cache.manifest["alpha"] if settings.alpha is None else settings.alpha,
+            alpha=1.0 if target is None else target.alpha,
         ),
     )
-    run = RunFolder(Path(settings.out))
-    going_on = run.begin(to_table(settings), identity(cache), resume=resume, overwrite=overwrite)
+    going_on = run.begin(*recorded, resume=resume, overwrite=overwrite)
 
-    data = to_device(cache, splits, device)
+    data = to_device(cache, splits, settings, device)
     trainer = Trainer(model, method, data, settings, device)
     done, best = resume_from(run, trainer) if going_on else (0, Best())
     started = time.perf_counter()
     report.say(opening(settings, cache, trainer, device, done))
-    fixed = {name: cache.read(f"train/{name}").to(device) for name in reads
-             if name not in SLAB_ARRAYS}  # fmt: skip
+    rows = row_source(cache, reads, target)
+    fixed = {name: row.to(device) for name, row in fixed_rows(cache, reads, target).items()}
     record = None
     with report.track(
         "distill", (settings.epochs - done) * len(data.train_labels), "images"
@@ -95,6 +105,7 @@ def distill(
         top1, top5 = record.test_accuracy, record.test_top5
     summary = {
         **describe_run(settings, cache, trainer),
+        "target": target and describe_target(target, cache, data.tested.cpu()),
         "top1_last": top1,
         "top5_last": top5,
         "top1_best": best.accuracy,
@@ -115,48 +126,63 @@ def with_defaults(settings: Distill, cache: TeacherCache) -> Distill:
     return replace(settings, student=student, out=out)
 
 
-def row_source(
-    cache: TeacherCache, reads: tuple[str, ...], settings: Distill
-) -> Callable[[int], EpochRows]:
-    """What reads the rows of an epoch, from 1: view (epoch − 1) mod V, the arrays of `reads`.
+def check_reads(cache: TeacherCache, reads: tuple[str, ...], settings: Distill) -> None:
+    """Refuse a store without what a method reads, and a target for a method that takes none.
 
     Raises:
-        RichKDError: the store lacks what the method reads, or the blend is out of range.
+        RichKDError: either of these.
     """
-    blends = settings.reblends and "fused_logits" in reads
-    stored = [name for name in SLAB_ARRAYS if name in reads]
-    similarity = cache.similarity("train", settings.prompts) if blends else None
-    if blends:
-        cache.blend(
-            torch.zeros(1, 1), torch.zeros(1, 1), alpha=settings.alpha, scale=settings.scale
+    for name in reads:
+        if name != TARGET:
+            cache.require(f"train/{name}")
+    if settings.target and TARGET not in reads:
+        raise RichKDError(
+            f"target = {settings.target!r}: method {settings.method} takes no target logits; leave "
+            f"--target out"
         )
-        stored = [
-            "teacher_logits",
-            *(n for n in stored if n not in ("fused_logits", "teacher_logits")),
-        ]
-    for name in (*stored, *reads):
-        cache.require(f"train/{name}")
+
+
+def row_source(
+    cache: TeacherCache, reads: tuple[str, ...], target: Target | None
+) -> Callable[[int], EpochRows]:
+    """What reads the rows of an epoch, from 1: view (epoch − 1) mod V, only what has a view axis.
+
+    Blended logits are rounded as stage one would have stored them.
+    """
+    features = tuple(name for name in reads if name in SLAB_ARRAYS)
+    logits = target.reads if target is not None and TARGET in reads else ()
     dtype = torch.float16 if cache.manifest["dtype"] == "float16" else torch.float32
 
     @lru_cache(maxsize=1)  # with one view, every epoch is the same slab
     def read(view: int) -> EpochRows:
-        slab = cache.slab(view, stored)
-        rows = {name: getattr(slab, name) for name in stored}
-        if similarity is not None:
-            fused = cache.blend(
-                rows["teacher_logits"], similarity, alpha=settings.alpha, scale=settings.scale
-            )
-            rows["fused_logits"] = fused.to(dtype)  # as stage one would have stored it
-        return EpochRows(slab.views, {name: rows[name] for name in reads if name in rows})
+        slab = cache.slab(view, (*logits, *features))
+        rows = {name: getattr(slab, name) for name in features}
+        if target is not None and logits:
+            stored = {name: getattr(slab, name) for name in logits}
+            rows[TARGET] = target.logits("train", stored).to(dtype)
+        return EpochRows(slab.views, rows)
 
     return lambda epoch: read((epoch - 1) % cache.num_views)
+
+
+def fixed_rows(
+    cache: TeacherCache, reads: tuple[str, ...], target: Target | None
+) -> dict[str, Tensor]:
+    """The rows that are the same in every epoch: CLIP's, which are of the clean images."""
+    rows = {name: cache.read(f"train/{name}") for name in reads
+            if name != TARGET and name not in SLAB_ARRAYS}  # fmt: skip
+    if target is not None and TARGET in reads and not target.reads:
+        rows[TARGET] = target.logits("train", {})
+    return rows
 
 
 def build_student(settings: Distill, cache: TeacherCache) -> tuple[torch.nn.Module, int]:
     """The student, its weights drawn from the seed, and its feature width."""
     torch.manual_seed(derive_seed(settings.seed, 0, 2))
     size = cache.manifest["image_size"]
-    model = create_model(settings.student, cache.num_classes, image_size=size)
+    model = create_model(
+        settings.student, cache.num_classes, image_size=size, **settings.student_options
+    )
     width = check_fit(model, settings.student, size, cache.num_classes)
     return model, width
 
@@ -202,8 +228,10 @@ def load_images(cache: TeacherCache, settings: Distill) -> tuple[Split, Split]:
     return dataset.train, dataset.test
 
 
-def to_device(cache: TeacherCache, splits: tuple[Split, Split], device: torch.device) -> Data:
-    """Both splits where the student is trained."""
+def to_device(
+    cache: TeacherCache, splits: tuple[Split, Split], settings: Distill, device: torch.device
+) -> Data:
+    """Both splits where the student is trained; held-out test images are not tested on."""
     train, test = splits
     return Data(
         train=make_inputs(train.images, device),
@@ -211,6 +239,7 @@ def to_device(cache: TeacherCache, splits: tuple[Split, Split], device: torch.de
         test=make_inputs(test.images, device),
         test_labels=test.labels.to(device),
         test_views=views_tensor(test.view_space.clean(len(test))),
+        tested=held_out(len(test), settings.held_out_share)[1].to(device),
         normalize=Normalize(tuple(cache.manifest["mean"]), tuple(cache.manifest["std"]), device),
         num_classes=cache.num_classes,
     )

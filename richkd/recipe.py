@@ -21,6 +21,7 @@ from richkd.data import catalog
 from richkd.errors import RichKDError, nearest, unknown
 
 Scale = float | Literal["native", "raw"]
+Alpha = float | Literal["auto"]
 
 
 def _key(default: Any, help: str) -> Any:
@@ -137,13 +138,25 @@ class Distill(Training):
 
     cache: str = _key("", "the store that `richkd precompute` wrote")
     student: str = _key("", "student, of the zoo or of timm; the data set suggests one")
-    method: str = _key("richkd", "ce, kd, crd, richkd (L+F), richkd-l or richkd-f")
+    student_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "NAME=VALUE of the student, e.g. patch_size=4"}
+    )
+    method: str = _key("richkd", "richkd, richkd-l, kd, dkd, ce, …: see richkd methods")
     options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "NAME=VALUE of the method, e.g. temperature=4"}
     )
-    alpha: float | None = _key(None, "another blend than the store's: the CNN teacher's weight")
+    target: str = _key("", "whose logits: teacher, clip or fused; the method has its own default")
+    alpha: Alpha | None = _key(
+        None, "another blend than the store's: the CNN teacher's weight, or auto (by likelihood)"
+    )
     scale: Scale | None = _key(None, "another scale of CLIP's cosines: native, raw or a number")
     prompts: tuple[int, ...] | None = _key(None, "only these prompts of the store, from 0")
+    clip_head: str = _key(
+        "zero-shot", "CLIP's logits: zero-shot, or probe (fitted on its features)"
+    )
+    holdout: float | None = _key(
+        None, "share of the test images to choose alpha auto on (0.2), not tested on"
+    )
     dataset: str = _key("", "where the images are, if they moved (image folders only)")
     data_root: str = _key("data", "folder where data sets lie")
     out: str = _key("", "run folder; default runs/CACHE-STUDENT-METHOD-sSEED")
@@ -152,15 +165,31 @@ class Distill(Training):
         super().__post_init__()
         if not self.cache:
             raise RichKDError("no store given: say which, e.g. --cache cache/cifar100.zarr")
-        if self.alpha is not None or self.scale is not None:
-            check_blend(self.alpha or 0.0, "native" if self.scale is None else self.scale)
+        alpha = 0.0 if self.alpha is None or self.alpha == "auto" else self.alpha
+        check_blend(alpha, "native" if self.scale is None else self.scale)
+        if self.target not in ("", *TARGETS):
+            raise unknown("target", self.target, TARGETS)
+        if self.clip_head not in CLIP_HEADS:
+            raise unknown("clip_head", self.clip_head, CLIP_HEADS)
+        _require(0 <= self.held_out_share <= 0.9, "holdout", self.holdout, "in [0, 0.9]")
+        if self.alpha == "auto":
+            _require(self.held_out_share > 0, "holdout", self.holdout,
+                     "above 0 for alpha auto, which is chosen on those images")  # fmt: skip
 
     @property
     def reblends(self) -> bool:
         """Whether the fused logits differ from those in the store."""
-        return not (self.alpha is None and self.scale is None and self.prompts is None)
+        given = (self.alpha, self.scale, self.prompts)
+        return self.clip_head != "zero-shot" or any(value is not None for value in given)
+
+    @property
+    def held_out_share(self) -> float:
+        """The share of the test images that students are not tested on."""
+        return (0.2 if self.alpha == "auto" else 0.0) if self.holdout is None else self.holdout
 
 
+TARGETS = ("teacher", "clip", "fused")
+CLIP_HEADS = ("zero-shot", "probe")
 SECTIONS: dict[str, type] = {
     "train-teacher": TrainTeacher,
     "precompute": Precompute,
@@ -186,6 +215,14 @@ def parse_scale(text: str) -> Scale:
     except ValueError:
         check_blend(0.0, typing.cast(Scale, text))
         return typing.cast(Scale, text)
+
+
+def parse_alpha(text: str) -> Alpha:
+    """An alpha as typed: `auto` or a number."""
+    try:
+        return "auto" if text == "auto" else float(text)
+    except ValueError:
+        raise RichKDError(f"alpha = {text!r}: must be a number in [0, 1], or auto") from None
 
 
 def describe(settings: type, name: str) -> str:
@@ -217,9 +254,21 @@ def load(path_or_name: str) -> dict[str, dict[str, Any]]:
 def resolve(
     settings: type[Settings], recipe: Mapping[str, Any], flags: Mapping[str, Any]
 ) -> Settings:
-    """Defaults, then the recipe's table, then the flags that were given (those not None)."""
+    """Defaults, then the recipe's table, then the flags that were given (those not None).
+
+    A recipe has `options` by method; among the flags they are those of the chosen method. A
+    recipe's `student_options` are of its own student.
+    """
     given = {name: value for name, value in flags.items() if value is not None}
     merged = {**recipe, **given}
+    if "options" in given:
+        method = merged.get("method", "richkd")
+        by_method = recipe.get("options", {})
+        merged["options"] = {
+            **by_method, method: {**by_method.get(method, {}), **given["options"]}
+        }  # fmt: skip
+    if given.get("student", recipe.get("student")) != recipe.get("student"):
+        merged["student_options"] = given.get("student_options", {})
     for name, value in merged.items():
         _check_key(settings, name, value, "setting")
     if isinstance(merged.get("prompts"), list):
@@ -233,7 +282,7 @@ def to_table(settings: TrainTeacher | Precompute | Distill) -> dict[str, Any]:
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in table.items()
-        if value is not None and value != ""
+        if value is not None and value not in ("", {})
     }
 
 

@@ -64,7 +64,7 @@ def test_version(run: Run) -> None:
         ("distill", "no store given"),
         ("distill --cache nowhere.zarr", "no store at nowhere.zarr; make one"),
         ("distill --cache x --recipe nowhere", "no recipe 'nowhere'"),
-        ("distill --cache x --set temperature", "--set 'temperature'.*NAME=NUMBER"),
+        ("distill --cache x --set temperature", "--set 'temperature'.*NAME=VALUE"),
         ("distill --cache x --prompts a,b", "--prompts 'a,b'"),
         ("distill --cache x --scale much", "unknown scale 'much'"),
         ("inspect nowhere.zarr", "no store at nowhere.zarr"),

@@ -21,7 +21,9 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path: Path) -
 def test_resolved_settings_read_back_the_same(tmp_path: Path) -> None:
     import tomli_w
 
-    settings = Distill(cache="c.zarr", alpha=0.5, prompts=(0, 2), options={"temperature": 4})
+    settings = Distill(
+        cache="c.zarr", alpha=0.5, prompts=(0, 2), options={"kd": {"temperature": 4}}
+    )
     file = tmp_path / "r.toml"
     file.write_text(tomli_w.dumps({"distill": recipe.to_table(settings)}))
     assert recipe.resolve(Distill, recipe.load(str(file))["distill"], {}) == settings

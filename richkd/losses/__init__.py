@@ -1,13 +1,32 @@
-"""Distillation losses and the methods made of them, one file a family."""
+"""Distillation losses and the methods made of them, one file a family.
+
+Importing a file registers its methods; `METHODS` has them all by name.
+"""
 
 from richkd.losses.crd import CRD as CRD
 from richkd.losses.crd import CRDLoss as CRDLoss
+from richkd.losses.dist import DIST as DIST
+from richkd.losses.dist import dist_loss as dist_loss
+from richkd.losses.dkd import DKD as DKD
+from richkd.losses.dkd import dkd_loss as dkd_loss
 from richkd.losses.kd import CE as CE
 from richkd.losses.kd import KD as KD
 from richkd.losses.kd import kd_loss as kd_loss
+from richkd.losses.kd import standardize as standardize
 from richkd.losses.method import METHODS as METHODS
 from richkd.losses.method import Batch as Batch
 from richkd.losses.method import Method as Method
 from richkd.losses.method import Widths as Widths
+from richkd.losses.method import describe_method as describe_method
 from richkd.losses.method import method_class as method_class
+from richkd.losses.method import method_options as method_options
+from richkd.losses.mlkd import MLKD as MLKD
+from richkd.losses.relational import PKT as PKT
+from richkd.losses.relational import RKD as RKD
+from richkd.losses.relational import SP as SP
+from richkd.losses.relational import pkt_loss as pkt_loss
+from richkd.losses.relational import rkd_loss as rkd_loss
+from richkd.losses.relational import sp_loss as sp_loss
 from richkd.losses.richkd import RichKD as RichKD
+from richkd.losses.vid import VID as VID
+from richkd.losses.vid import VIDLoss as VIDLoss

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from richkd.errors import RichKDError
-from richkd.losses.method import Batch, Method, Widths, register
+from richkd.losses import method
+from richkd.losses.method import Batch, Widths, register
+from richkd.losses.relational import FeatureMethod
 
 EPSILON = 1e-7  # as in the published loss
 EMBEDDING = 128
+Contrast = Literal["exact", "shared", "bank"]
 
 
 class Embed(nn.Module):
@@ -36,8 +40,12 @@ class Embed(nn.Module):
 class CRDLoss(nn.Module):
     """The two-sided noise-contrastive loss over memory banks, and the banks.
 
-    Negatives are drawn uniformly, with replacement, as the noise distribution 1/N of the loss
-    has it: from the samples of other classes where `labels` are given, else from all others.
+    Negatives are of other classes where `labels` are given, else all other samples. They are drawn
+    uniformly, with replacement, as the noise distribution 1/N of the loss has it:
+
+    - exact: K for every sample, as published;
+    - shared: K for the whole batch, of which a sample leaves out those of its own class;
+    - bank: none are drawn, all N samples of other classes are negatives.
 
     Args:
         num_samples: N, rows of each bank.
@@ -46,6 +54,7 @@ class CRDLoss(nn.Module):
         temperature: of the scores.
         momentum: of the banks.
         labels: [N], the class of every sample; only needed to draw negatives.
+        contrast: exact, shared or bank.
 
     Raises:
         RichKDError: there is no negative, because all samples are of one class.
@@ -54,6 +63,7 @@ class CRDLoss(nn.Module):
     student_bank: Tensor
     teacher_bank: Tensor
     normalizers: Tensor
+    _class: Tensor
     _order: Tensor
     _first: Tensor
     _count: Tensor
@@ -66,8 +76,10 @@ class CRDLoss(nn.Module):
         temperature: float = 0.07,
         momentum: float = 0.5,
         labels: Tensor | None = None,
+        contrast: Contrast = "exact",
     ) -> None:
         super().__init__()
+        self.contrast = contrast
         self.num_samples = num_samples
         self.num_negatives = num_negatives
         self.temperature = temperature
@@ -87,6 +99,7 @@ class CRDLoss(nn.Module):
                 f"CRD contrasts samples of at least two classes; the {num_samples} training "
                 f"samples are of one"
             )
+        self.register_buffer("_class", groups, persistent=False)
         self.register_buffer("_order", order, persistent=False)
         self.register_buffer("_first", first[groups], persistent=False)
         self.register_buffer("_count", counts[groups], persistent=False)
@@ -121,28 +134,58 @@ class CRDLoss(nn.Module):
             A scalar, f32.
         """
         student, teacher = student.float(), teacher.float()
-        if negative_index is None:
-            negative_index = self.draw_negatives(index)
-        columns = torch.cat([index[:, None], negative_index], dim=1)
         self._pending = (student.detach(), teacher.detach(), index)
+        if negative_index is None and self.contrast == "exact":
+            negative_index = self.draw_negatives(index)
+        if negative_index is not None:
+            kept = None
+        else:
+            candidates = self._candidates(index)
+            kept = self._class[candidates] != self._class[index, None]
         sides = ((student, self.teacher_bank, 0), (teacher, self.student_bank, 1))
-        return torch.stack([self._side(*side, columns) for side in sides]).sum()
+        losses = []
+        for embedding, bank, side in sides:
+            if negative_index is not None:
+                columns = torch.cat([index[:, None], negative_index], dim=1)
+                scores = (embedding @ bank.T).gather(1, columns)
+            else:
+                positive = (embedding * bank[index]).sum(1, keepdim=True)
+                scores = torch.cat([positive, embedding @ bank[candidates].T], dim=1)
+            losses.append(self._side(scores, kept, side))
+        return losses[0] + losses[1]
 
-    def _side(self, embedding: Tensor, bank: Tensor, side: int, columns: Tensor) -> Tensor:
-        """One side's loss (equations 8 to 13 of the paper, in the form of the published code)."""
-        scores = (embedding @ bank.T).gather(1, columns) / self.temperature  # [B,K+1]
-        exponentiated = scores.exp()
+    def _candidates(self, index: Tensor) -> Tensor:
+        """The samples [M] that all of a batch shares as negatives, its own classes among them."""
+        if self.contrast == "bank":
+            return torch.arange(self.num_samples, device=index.device)
+        return torch.randint(self.num_samples, (self.num_negatives,), device=index.device)
+
+    def _side(self, scores: Tensor, kept: Tensor | None, side: int) -> Tensor:
+        """One side's loss (equations 8 to 13 of the paper, in the form of the published code).
+
+        Args:
+            scores: [B,1+M], cosines with the positive and with the negatives.
+            kept: [B,M], which negatives count; all for None.
+            side: 0 for the student's, 1 for the teacher's.
+        """
+        exponentiated = (scores / self.temperature).exp()
+        count = scores.new_tensor(scores.shape[1] - 1.0) if kept is None else kept.sum(1)  # K
         with torch.no_grad():
+            counted = exponentiated if kept is None else torch.cat(
+                [exponentiated[:, :1], exponentiated[:, 1:] * kept], dim=1
+            )  # fmt: skip
+            mean = counted.sum() / (count + 1).expand(len(scores)).sum()
             z = self.normalizers[side]
-            z = torch.where(z > 0, z, exponentiated.mean() * self.num_samples)
+            z = torch.where(z > 0, z, mean * self.num_samples)
             self.normalizers[side] = z
         probability = exponentiated / z
-        noise = (columns.shape[1] - 1) / self.num_samples  # K · 1/N
-        positive = probability[:, 0]
-        negative = probability[:, 1:]
+        noise = (count.clamp_min(1) / self.num_samples).expand(len(scores))[:, None]  # K · 1/N
+        positive, negative = probability[:, :1], probability[:, 1:]
         log_positive = (positive / (positive + noise + EPSILON)).log()
         log_negative = (noise / (negative + noise + EPSILON)).log()
-        return -(log_positive.sum() + log_negative.sum()) / len(embedding)
+        if kept is not None:
+            log_negative = log_negative * kept
+        return -(log_positive.sum() + log_negative.sum()) / len(scores)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -157,15 +200,15 @@ class CRDLoss(nn.Module):
 
 
 @register("crd")
-class CRD(Method):
-    """Cross-entropy and CRD with the CNN teacher's features, weighted as in RepDistiller."""
+class CRD(FeatureMethod):
+    """Contrastive representation distillation (Tian et al. 2020), weighted as in RepDistiller."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Options:
-        """Weights of the terms, K, temperature and momentum of the banks."""
+    class Options(method.Options):
+        """Weight, kind of negatives and their number K, temperature and momentum of the banks."""
 
-        ce_weight: float = 1.0
         feature_weight: float = 0.8
+        contrast: Contrast = "exact"
         negatives: int = 16384
         crd_temperature: float = 0.07
         bank_momentum: float = 0.5
@@ -176,22 +219,16 @@ class CRD(Method):
         self.embed_teacher = Embed(widths.teacher)
         self.contrast = contrast_of(options, widths)
 
-    @classmethod
-    def reads(cls, options: Options) -> tuple[str, ...]:
-        """The CNN teacher's features."""
-        return ("teacher_features",)
-
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Tian et al., equation 18 with the label term."""
-        o = self.options
         contrast = self.contrast(
             self.embed_student(batch.features),
             self.embed_teacher(batch.rows["teacher_features"]),
             batch.index,
         )
         return {
-            "ce": o.ce_weight * F.cross_entropy(batch.logits.float(), batch.labels),
-            "feature": o.feature_weight * contrast,
+            "ce": self.label_term(batch),
+            "feature": self.options.feature_weight * contrast,
         }
 
     def update(self) -> None:
@@ -203,5 +240,5 @@ def contrast_of(options: CRD.Options, widths: Widths) -> CRDLoss:
     """The contrastive loss that a method's options ask for."""
     return CRDLoss(
         len(widths.labels), EMBEDDING, options.negatives, options.crd_temperature,
-        options.bank_momentum, widths.labels,
+        options.bank_momentum, widths.labels, options.contrast,
     )  # fmt: skip

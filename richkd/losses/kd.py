@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from richkd.losses.method import Batch, Method, register
+from richkd.losses import method
+from richkd.losses.method import TARGET, Batch, Method, register
 
 
 def kd_loss(student_logits: Tensor, target_logits: Tensor, temperature: float) -> Tensor:
@@ -26,43 +28,61 @@ def kd_loss(student_logits: Tensor, target_logits: Tensor, temperature: float) -
     return F.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
 
 
+def standardize(logits: Tensor) -> Tensor:
+    """Z-scores over the classes: [B,C] -> [B,C], f32, mean 0 and standard deviation 1 a row.
+
+    Logit standardisation (Sun et al. 2024, arXiv 2403.01732, algorithm 1), which is done to student
+    and target before a temperature divides them. The deviation is the unbiased one, as there.
+    """
+    logits = logits.float()
+    deviation = logits.std(dim=1, keepdim=True)
+    return (logits - logits.mean(dim=1, keepdim=True)) / (deviation + 1e-7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitOptions(method.Options):
+    """Those of methods that match logits: whether to standardise them first."""
+
+    standardize: bool = False
+
+
+class LogitMethod(Method):
+    """A method that matches the student's logits to the target's."""
+
+    @classmethod
+    def reads(cls, options: Any) -> tuple[str, ...]:
+        """The target's logits."""
+        return (TARGET,)
+
+    def logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Student's and target's logits [B,C], f32, standardised where the options say so."""
+        pair = batch.logits.float(), batch.rows[TARGET].float()
+        return (standardize(pair[0]), standardize(pair[1])) if self.options.standardize else pair
+
+
 @register("ce")
 class CE(Method):
     """The student alone: cross-entropy with the labels."""
 
-    @dataclass(frozen=True, kw_only=True)
-    class Options:
-        """The weight of the one term."""
-
-        ce_weight: float = 1.0
-
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The cross-entropy."""
-        return {"ce": self.options.ce_weight * F.cross_entropy(batch.logits.float(), batch.labels)}
+        return {"ce": self.label_term(batch)}
 
 
 @register("kd")
-class KD(Method):
-    """Cross-entropy and the CNN teacher's logits, weighted as in mdistiller."""
+@register("kd-ls", standardize=True, temperature=2.0, logit_weight=9.0)
+class KD(LogitMethod):
+    """Knowledge distillation (Hinton et al. 2015), weighted as in mdistiller."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Options:
-        """Weights of the terms and the temperature τ."""
+    class Options(LogitOptions):
+        """The weight of the term beside the labels', and its temperature τ."""
 
         ce_weight: float = 0.1
         logit_weight: float = 0.9
         temperature: float = 4.0
 
-    @classmethod
-    def reads(cls, options: Options) -> tuple[str, ...]:
-        """The CNN teacher's logits."""
-        return ("teacher_logits",)
-
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Hinton et al., section 2."""
-        o = self.options
-        return {
-            "ce": o.ce_weight * F.cross_entropy(batch.logits.float(), batch.labels),
-            "logit": o.logit_weight
-            * kd_loss(batch.logits, batch.rows["teacher_logits"], o.temperature),
-        }
+        loss = kd_loss(*self.logits(batch), self.options.temperature)
+        return {"ce": self.label_term(batch), "logit": self.options.logit_weight * loss}

@@ -1,19 +1,23 @@
 """What a method is: named options, the cached arrays that it reads, and its loss terms.
 
-A new method is a class in a file of its own: give it `options` (a frozen dataclass) and `reads`,
-return its weighted terms from `forward`, and register it by name with `@register("name")`.
+A new method is a class in a file of its own: give it `Options` and `reads`, return its weighted
+terms from `forward`, and register it by name with `@register("name")`. CONTRIBUTING.md shows one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from richkd.errors import RichKDError, nearest, unknown
+
+TARGET = "target_logits"  # the logits of whichever teacher the user chose
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,8 @@ class Batch:
     features: Tensor  # [B,F], the student's pooled ones
     labels: Tensor  # [B]
     index: Tensor  # [B], training sample ids
-    rows: Mapping[str, Tensor] = field(default_factory=dict)  # cached arrays, rows of these samples
+    rows: Mapping[str, Tensor] = field(default_factory=dict)  # what `reads` names, of these samples
+    epoch: int = 1  # from 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +43,18 @@ class Widths:
     alpha: float  # of the blend
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every method has: the weight of the cross-entropy with the labels."""
+
+    ce_weight: float = 1.0
+
+
 class Method(nn.Module):
     """A training objective. Its parameters are trained and saved with the student's."""
 
-    Options: ClassVar[type[Any]]
+    Options: ClassVar[type[Any]] = Options
+    target: ClassVar[str] = "teacher"  # whose logits it takes where the user does not say
 
     def __init__(self, options: Any, widths: Widths) -> None:
         super().__init__()
@@ -49,12 +62,17 @@ class Method(nn.Module):
 
     @classmethod
     def reads(cls, options: Any) -> tuple[str, ...]:
-        """The cached arrays whose rows it wants (`teacher_logits`, `clip_features`, …)."""
+        """What it wants of the store: `target_logits`, `teacher_features`, `clip_features`."""
         return ()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted loss terms by name, scalars; the loss is their sum."""
         raise NotImplementedError
+
+    def label_term(self, batch: Batch) -> Tensor:
+        """The weighted cross-entropy with the labels, f32."""
+        weight: float = self.options.ce_weight
+        return weight * F.cross_entropy(batch.logits.float(), batch.labels)
 
     def update(self) -> None:
         """Called after the optimizer's step, for memory banks."""
@@ -84,19 +102,60 @@ def method_class(name: str, given: Mapping[str, Any]) -> tuple[type[Method], Any
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     method, own = METHODS[name]
-    fields = {f.name: f for f in dataclasses.fields(method.Options)}
+    types = typing.get_type_hints(method.Options)
     for key, value in given.items():
-        if key not in fields:
-            raise RichKDError(f"method {name} has no option {key!r}; {nearest(key, fields)}")
-        whole = fields[key].type == "int"
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        if key not in types:
+            raise RichKDError(f"method {name} has no option {key!r}; {nearest(key, types)}")
+        fault = _fault(key, value, types[key])
+        if fault is not None:
+            raise RichKDError(f"method {name}: {key} = {value!r} should be {fault}")
+    return method, method.Options(**{**own, **given})
+
+
+def method_options(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The options of one method among those that a recipe gives by method.
+
+    Raises:
+        RichKDError: options of a method that does not exist, or not by method at all.
+    """
+    for method, table in options.items():
+        if not isinstance(table, Mapping):
             raise RichKDError(
-                f"method {name}: {key} = {value!r} should be a {'whole ' * whole}number"
+                f"options.{method} = {table!r}: options are by method, as in "
+                f"[distill.options.{name}]"
             )
-        if not 0 <= value < float("inf"):
-            raise RichKDError(f"method {name}: {key} = {value!r} should be finite and not negative")
-    options = method.Options(**{**own, **given})
-    for key in ("temperature", "crd_temperature", "negatives"):
-        if getattr(options, key, 1) <= 0:
-            raise RichKDError(f"method {name}: {key} = {getattr(options, key)!r} should be above 0")
-    return method, options
+        if method not in METHODS:
+            raise unknown("method in options:", method, METHODS)
+    chosen: Mapping[str, Any] = options.get(name, {})
+    return chosen
+
+
+def describe_method(name: str) -> dict[str, Any]:
+    """A method for a listing: what it is, what it reads, and its options with their defaults."""
+    method, options = method_class(name, {})
+    reads = method.reads(options)
+    return {
+        "name": name,
+        "about": (method.__doc__ or "").splitlines()[0],
+        "reads": list(reads),
+        "target": method.target if TARGET in reads else None,
+        "options": dataclasses.asdict(options),
+    }
+
+
+def _fault(key: str, value: object, hint: Any) -> str | None:  # noqa: PLR0911
+    """What a value of an option should be instead, or None where it is fine."""
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        return None if value in choices else "one of " + ", ".join(choices)
+    if hint is bool:
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "a whole number" if hint is int else "a number"
+    if hint is int and not isinstance(value, int):
+        return "a whole number"
+    if not 0 <= value < float("inf"):
+        return "finite and not negative"
+    if value == 0 and (key.endswith("temperature") or hint is int):
+        return "above 0"
+    return None

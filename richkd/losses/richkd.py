@@ -6,24 +6,27 @@ L distils fused logits, F fused features (by CRD), L+F both. The weights are tho
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from richkd.fusion import fuse_features
 from richkd.losses.crd import CRD, Embed, contrast_of
-from richkd.losses.kd import kd_loss
-from richkd.losses.method import Batch, Method, Widths, register
+from richkd.losses.kd import LogitMethod, LogitOptions, kd_loss
+from richkd.losses.method import TARGET, Batch, Widths, register
 
 
 @register("richkd")
 @register("richkd-l", feature_weight=0.0)
 @register("richkd-f", logit_weight=0.0)
-class RichKD(Method):
-    """Cross-entropy, fused logits and fused features."""
+@register("richkd-ls", standardize=True, temperature=2.0, logit_weight=9.0)
+class RichKD(LogitMethod):
+    """Fused logits and features of CNN teacher and CLIP (RichKD 2025), weighted as released."""
+
+    target = "fused"
 
     @dataclass(frozen=True, kw_only=True)
-    class Options(CRD.Options):
+    class Options(CRD.Options, LogitOptions):
         """Those of CRD, and weight and temperature τ of the fused logits."""
 
         logit_weight: float = 3.0
@@ -39,19 +42,18 @@ class RichKD(Method):
             self.contrast = contrast_of(options, widths)
 
     @classmethod
-    def reads(cls, options: Options) -> tuple[str, ...]:
+    def reads(cls, options: Any) -> tuple[str, ...]:
         """Fused logits, the parts of the fused features, or both."""
-        logits = ("fused_logits",) if options.logit_weight > 0 else ()
+        logits = (TARGET,) if options.logit_weight > 0 else ()
         features = ("teacher_features", "clip_features") if options.feature_weight > 0 else ()
         return logits + features
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """L = w_ce·CE + w_logit·L_logit + w_feat·L_feat; a term of weight 0 is left out."""
         o = self.options
-        terms = {"ce": o.ce_weight * F.cross_entropy(batch.logits.float(), batch.labels)}
+        terms = {"ce": self.label_term(batch)}
         if o.logit_weight > 0:
-            fused = batch.rows["fused_logits"]
-            terms["logit"] = o.logit_weight * kd_loss(batch.logits, fused, o.temperature)
+            terms["logit"] = o.logit_weight * kd_loss(*self.logits(batch), o.temperature)
         if o.feature_weight > 0:
             target = fuse_features(
                 self.embed_teacher(batch.rows["teacher_features"]),

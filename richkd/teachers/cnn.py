@@ -16,7 +16,7 @@ from richkd.data.inputs import Normalize, make_inputs
 from richkd.data.views import NUM_VIEW_IDS, views_tensor
 from richkd.errors import RichKDError
 from richkd.files import check_writable
-from richkd.losses.method import Widths, method_class
+from richkd.losses import Widths, method_class
 from richkd.models import check_fit, create_model, forward
 from richkd.models.weights import file_sha256, load_into, read_weights, save_tensors
 from richkd.progress import Report, percent
@@ -95,6 +95,7 @@ def train_teacher(
         test=make_inputs(dataset.test.images, device),
         test_labels=dataset.test.labels.to(device),
         test_views=views_tensor(dataset.test.view_space.clean(len(dataset.test))),
+        tested=torch.arange(len(dataset.test), device=device),
         normalize=Normalize(dataset.mean, dataset.std, device),
         num_classes=num_classes,
     )

@@ -45,10 +45,10 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def begin(
+    def check(
         self, recipe: Mapping[str, Any], identity: str, *, resume: bool, overwrite: bool
-    ) -> bool:
-        """Make the folder, or check that the run in it is this one; whether to go on with it.
+    ) -> None:
+        """Refuse, before anything long, what `begin` would refuse; touches nothing.
 
         Args:
             recipe: the resolved settings.
@@ -60,45 +60,63 @@ class RunFolder:
             RichKDError: the folder holds something else, another run, or one that is complete.
         """
         check_writable(self.path)
-        wanted = {"richkd-distill": identity, **recipe}
-        recorded = self.path / "recipe.toml"
-        if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
-            if not recorded.is_file():
-                raise RichKDError(f"{self.path} exists and is no run; choose another --out")
+        if self._vacant:
+            return
+        if not self._recorded.is_file():
+            raise RichKDError(f"{self.path} exists and is no run; choose another --out")
+        if overwrite:
+            return
+        if not resume:
+            remedy = "" if self.complete else "go on with it by --resume, "
+            raise RichKDError(
+                f"{self.path} exists; {remedy}replace it by --overwrite, or choose another --out"
+            )
+        self._check_same({"richkd-distill": identity, **recipe})
+        if self.complete:
+            raise RichKDError(f"{self.path} is complete already; begin it anew with --overwrite")
+
+    def begin(
+        self, recipe: Mapping[str, Any], identity: str, *, resume: bool, overwrite: bool
+    ) -> bool:
+        """Make the folder, or find the run in it to be this one; whether to go on with it.
+
+        Arguments and errors are those of `check`.
+        """
+        self.check(recipe, identity, resume=resume, overwrite=overwrite)
+        if not self._vacant:
             if resume and not overwrite:
-                self._check_same(recorded, wanted)
-                if self.complete:
-                    raise RichKDError(
-                        f"{self.path} is complete already; begin it anew with --overwrite"
-                    )
                 if (self.path / "checkpoint.safetensors").is_file():
                     return True
                 # cut off in its first epoch: nothing to go on with
                 (self.path / "metrics.jsonl").unlink(missing_ok=True)
                 return False
-            if not overwrite:
-                remedy = "" if self.complete else "go on with it by --resume, "
-                raise RichKDError(
-                    f"{self.path} exists; {remedy}replace it by --overwrite, or choose another "
-                    f"--out"
-                )
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        with replacing(recorded) as temporary:
-            temporary.write_text(tomli_w.dumps(wanted), encoding="utf-8")
+        with replacing(self._recorded) as temporary:
+            temporary.write_text(
+                tomli_w.dumps({"richkd-distill": identity, **recipe}), encoding="utf-8"
+            )
         return False
+
+    @property
+    def _recorded(self) -> Path:
+        return self.path / "recipe.toml"
+
+    @property
+    def _vacant(self) -> bool:
+        return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
 
     @property
     def complete(self) -> bool:
         """Whether the run went to its end."""
         return (self.path / "summary.json").is_file()
 
-    def _check_same(self, recorded: Path, wanted: Mapping[str, Any]) -> None:
+    def _check_same(self, wanted: Mapping[str, Any]) -> None:
         try:
-            was = tomllib.loads(recorded.read_text(encoding="utf-8"))
+            was = tomllib.loads(self._recorded.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RichKDError(
-                f"cannot read {recorded}: {error}; begin anew with --overwrite"
+                f"cannot read {self._recorded}: {error}; begin anew with --overwrite"
             ) from None
         for name in sorted((was.keys() | wanted.keys()) - _NOT_TRAINING):
             if was.get(name) != wanted.get(name):

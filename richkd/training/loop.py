@@ -36,6 +36,7 @@ class Data:
     test: Inputs
     test_labels: Tensor  # [N_test]
     test_views: Tensor  # the clean views
+    tested: Tensor  # ids of the test samples that count, ascending
     normalize: Normalize
     num_classes: int
 
@@ -111,7 +112,7 @@ class Trainer:
             labels = self.data.train_labels[index]
             logits, features = forward(self.model, self.data.normalize(images))
             batch_rows = {name: array[index].float() for name, array in rows.items()}
-            terms = self.method(Batch(logits, features, labels, index, batch_rows))
+            terms = self.method(Batch(logits, features, labels, index, batch_rows, epoch))
             loss = torch.stack(list(terms.values())).sum()
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -145,12 +146,12 @@ class Trainer:
         """Top-1 and top-5 accuracy on the test split, in 0..1."""
         self.model.eval()
         data = self.data
-        order = torch.arange(len(data.test_labels))
         logits = torch.cat([
             self.model(data.normalize(images))
-            for _, images in data.test.batches(order, data.test_views, EVAL_BATCH)
+            for _, images in data.test.batches(data.tested, data.test_views, EVAL_BATCH)
         ])  # fmt: skip
-        return accuracy(logits, data.test_labels, 1), accuracy(logits, data.test_labels, 5)
+        labels = data.test_labels[data.tested]
+        return accuracy(logits, labels, 1), accuracy(logits, labels, 5)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that going on needs: weights, banks, momenta."""

@@ -115,3 +115,44 @@ def test_one_class_is_refused() -> None:
 def test_update_needs_a_batch() -> None:
     with pytest.raises(RuntimeError, match="before forward"):
         CRDLoss(5, 4, 3).update()
+
+
+@pytest.mark.parametrize("contrast", ["shared", "bank"])
+def test_shared_and_whole_bank_equal_the_direct_form(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, contrast: str
+) -> None:
+    n, d, k, b = 30, 8, 12, 5
+    labels = torch.from_numpy(rng.integers(0, 4, n))
+    loss = CRDLoss(n, d, k, temperature=0.2, labels=labels, contrast=contrast)
+    drawn = torch.from_numpy(rng.integers(0, n, k)) if contrast == "shared" else torch.arange(n)
+    if contrast == "shared":
+        monkeypatch.setattr(torch, "randint", lambda high, size, device: drawn)
+    banks = {"s": loss.teacher_bank.double(), "t": loss.student_bank.double()}
+    index = torch.from_numpy(rng.permutation(n)[:b])
+    sides = {"s": unit_rows(rng, b, d), "t": unit_rows(rng, b, d)}
+    expected = 0.0
+    for side, embedding in sides.items():
+        scores = torch.exp(embedding @ banks[side].T / 0.2)
+        kept = [[j for j in drawn.tolist() if labels[j] != labels[i]] for i in index.tolist()]
+        used = [scores[row, j] for row, i in enumerate(index) for j in [int(i), *kept[row]]]
+        z = n * torch.stack(used).mean()
+        for row, i in enumerate(index):
+            noise = len(kept[row]) / n
+            positive = scores[row, i] / z
+            terms = [positive / (positive + noise)]
+            terms += [noise / (scores[row, j] / z + noise) for j in kept[row]]
+            expected -= float(torch.stack(terms).log().sum()) / b
+    got = loss(sides["s"].float(), sides["t"].float(), index)
+    assert got.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_shared_negatives_all_of_ones_own_class_leave_a_finite_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loss = CRDLoss(4, 3, 2, labels=torch.tensor([0, 0, 1, 1]), contrast="shared")
+    monkeypatch.setattr(torch, "randint", lambda high, size, device: torch.tensor([0, 1]))
+    student = torch.nn.functional.normalize(torch.randn(1, 3), dim=1).requires_grad_()
+    value = loss(student, student.detach(), torch.tensor([0]))
+    value.backward()
+    assert torch.isfinite(value) and student.grad is not None
+    assert torch.isfinite(student.grad).all()

@@ -6,14 +6,24 @@ import torch
 import torch.nn.functional as F
 
 from richkd.errors import RichKDError
-from richkd.losses import METHODS, Batch, Widths, method_class
+from richkd.losses import (
+    METHODS,
+    Batch,
+    Widths,
+    describe_method,
+    method_class,
+    method_options,
+)
+from richkd.losses.method import TARGET
 
+FEATURES = {"teacher_features"}
 READS = {
     "ce": set(),
-    "kd": {"teacher_logits"},
-    "crd": {"teacher_features"},
-    "richkd": {"fused_logits", "teacher_features", "clip_features"},
-    "richkd-l": {"fused_logits"},
+    **{name: {TARGET} for name in ("kd", "kd-ls", "dkd", "dkd-ls", "mlkd", "mlkd-ls", "dist")},
+    **dict.fromkeys(("crd", "rkd", "sp", "pkt", "vid"), FEATURES),
+    "richkd": {TARGET, "teacher_features", "clip_features"},
+    "richkd-ls": {TARGET, "teacher_features", "clip_features"},
+    "richkd-l": {TARGET},
     "richkd-f": {"teacher_features", "clip_features"},
 }
 WIDTHS = Widths(labels=torch.arange(20) % 4, student=6, teacher=5, clip=7, alpha=0.7)
@@ -24,8 +34,7 @@ def batch(rng: np.random.Generator) -> Batch:
         return torch.from_numpy(rng.normal(size=shape)).float()
 
     index = torch.tensor([3, 17, 8, 5])
-    rows = {"teacher_logits": normal(4, 4), "fused_logits": normal(4, 4),
-            "teacher_features": normal(4, 5),
+    rows = {TARGET: normal(4, 4), "teacher_features": normal(4, 5),
             "clip_features": F.normalize(normal(4, 7))}  # fmt: skip
     return Batch(normal(4, 4), normal(4, 6), WIDTHS.labels[index], index, rows)
 
@@ -50,7 +59,7 @@ def test_richkd_terms_against_float64(rng: np.random.Generator) -> None:
     torch.manual_seed(5)
     terms = method(b)
 
-    z, y, target = b.logits.double(), b.labels, b.rows["fused_logits"].double()
+    z, y, target = b.logits.double(), b.labels, b.rows[TARGET].double()
     ce = -(z - z.logsumexp(1, keepdim=True))[range(4), y].mean()
     p = torch.softmax(target / 3, 1)
     q = torch.softmax(z / 3, 1)
@@ -90,11 +99,47 @@ def test_variants_are_parts_of_the_whole(rng: np.random.Generator) -> None:
     assert torch.equal(terms["richkd-f"]["feature"], whole["feature"])
 
 
-def test_released_weights() -> None:
-    options = method_class("richkd", {})[1]
-    assert (options.ce_weight, options.logit_weight, options.feature_weight) == (1.0, 3.0, 0.8)
-    assert (options.temperature, options.negatives) == (3.0, 16384)
-    assert (options.crd_temperature, options.bank_momentum) == (0.07, 0.5)
+# As published; where: mdistiller's and RepDistiller's settings, and the papers named in the files.
+PUBLISHED = {
+    "richkd": {"ce_weight": 1.0, "logit_weight": 3.0, "feature_weight": 0.8, "temperature": 3.0,
+               "negatives": 16384, "crd_temperature": 0.07, "bank_momentum": 0.5,
+               "contrast": "exact", "standardize": False},
+    "kd": {"ce_weight": 0.1, "logit_weight": 0.9, "temperature": 4.0},
+    "kd-ls": {"ce_weight": 0.1, "logit_weight": 9.0, "temperature": 2.0, "standardize": True},
+    "dkd": {"ce_weight": 1.0, "tckd_weight": 1.0, "nckd_weight": 8.0, "temperature": 4.0,
+            "warmup": 20},
+    "dkd-ls": {"tckd_weight": 9.0, "nckd_weight": 72.0, "temperature": 2.0, "standardize": True},
+    "dist": {"ce_weight": 1.0, "inter_weight": 1.0, "intra_weight": 1.0, "temperature": 1.0},
+    "crd": {"ce_weight": 1.0, "feature_weight": 0.8, "negatives": 16384},
+    "rkd": {"ce_weight": 1.0, "distance_weight": 25.0, "angle_weight": 50.0},
+    "sp": {"ce_weight": 1.0, "feature_weight": 3000.0},
+    "pkt": {"ce_weight": 1.0, "feature_weight": 30000.0},
+    "vid": {"ce_weight": 1.0, "feature_weight": 1.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_weights(name: str) -> None:
+    options = method_class(name, {})[1]
+    assert {key: getattr(options, key) for key in PUBLISHED[name]} == PUBLISHED[name]
+
+
+def test_every_method_can_be_described() -> None:
+    for name in METHODS:
+        entry = describe_method(name)
+        assert entry["about"].endswith(".") and len(entry["about"]) <= 100
+        assert entry["target"] == (None if TARGET not in READS[name]
+                                   else "fused" if "richkd" in name else "teacher")  # fmt: skip
+
+
+def test_options_are_by_method() -> None:
+    options = {"kd": {"temperature": 2}, "crd": {"negatives": 8}}
+    assert method_options(options, "kd") == {"temperature": 2}
+    assert method_options(options, "dkd") == {}
+    with pytest.raises(RichKDError, match="unknown method in options: 'kdd'; .*kd"):
+        method_options({"kdd": {}}, "kd")
+    with pytest.raises(RichKDError, match=r"options.temperature = 2.*\[distill.options.kd\]"):
+        method_options({"temperature": 2}, "kd")
 
 
 @pytest.mark.parametrize(
@@ -107,6 +152,9 @@ def test_released_weights() -> None:
         ("kd", {"ce_weight": float("nan")}, "ce_weight = nan"),
         ("richkd", {"negatives": 2.5}, "negatives = 2.5 should be a whole number"),
         ("kd", {"temperature": "4"}, "temperature = '4' should be a number"),
+        ("kd", {"standardize": 1}, "standardize = 1 should be true or false"),
+        ("dkd", {"warmup": 0}, "warmup = 0.*above 0"),
+        ("dkd", {"warmup": True}, "warmup = True should be a whole number"),
     ],
 )
 def test_bad_options(name: str, options: dict[str, object], message: str) -> None:

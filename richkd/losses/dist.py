@@ -1,0 +1,55 @@
+"""Knowledge distillation from a stronger teacher (DIST; Huang et al. 2022, arXiv 2205.10536)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from richkd.losses.kd import LogitMethod, LogitOptions
+from richkd.losses.method import Batch, register
+
+
+def pearson_distance(a: Tensor, b: Tensor) -> Tensor:
+    """1 − Pearson's correlation of the rows of [B,C] and [B,C], the mean over the rows."""
+    a, b = (x - x.mean(dim=1, keepdim=True) for x in (a, b))
+    return 1 - F.cosine_similarity(a, b, dim=1).mean()
+
+
+def dist_loss(
+    student_logits: Tensor, target_logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Inter-class and intra-class relations (equations 8 and 9), each times τ²; f32 scalars.
+
+    Inter: the classes of each sample. Intra: the samples of the batch for each class.
+
+    Args:
+        student_logits: [B,C].
+        target_logits: [B,C]; no gradient flows into them.
+        temperature: τ > 0.
+    """
+    student, target = (F.softmax(z.float() / temperature, dim=1)
+                       for z in (student_logits, target_logits.detach()))  # fmt: skip
+    inter, intra = pearson_distance(student, target), pearson_distance(student.T, target.T)
+    return inter * temperature**2, intra * temperature**2
+
+
+@register("dist")
+class DIST(LogitMethod):
+    """Relations instead of values (Huang et al. 2022), weighted as in the published code."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(LogitOptions):
+        """Weights β and γ of the two relations."""
+
+        inter_weight: float = 1.0
+        intra_weight: float = 1.0
+        temperature: float = 1.0
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Huang et al., equation 10."""
+        o = self.options
+        inter, intra = dist_loss(*self.logits(batch), o.temperature)
+        return {"ce": self.label_term(batch), "inter": o.inter_weight * inter,
+                "intra": o.intra_weight * intra}  # fmt: skip

@@ -1,0 +1,69 @@
+"""Decoupled knowledge distillation (Zhao et al. 2022, arXiv 2203.08679)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from richkd.losses.kd import LogitMethod, LogitOptions
+from richkd.losses.method import Batch, register
+
+
+def dkd_loss(
+    student_logits: Tensor, target_logits: Tensor, labels: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """TCKD and NCKD (equation 7), each times τ², the mean over the batch; f32 scalars.
+
+    TCKD is the divergence of (true class, all others); NCKD that of the others among themselves.
+
+    Args:
+        student_logits: [B,C].
+        target_logits: [B,C]; no gradient flows into them.
+        labels: [B].
+        temperature: τ > 0.
+    """
+    student, target = (z.float() / temperature for z in (student_logits, target_logits.detach()))
+    true = F.one_hot(labels, student.shape[1]).bool()
+    student_pair, target_pair = (_true_and_others(z, true) for z in (student, target))
+    tckd = F.kl_div(student_pair, target_pair, reduction="batchmean", log_target=True)
+    student_rest, target_rest = (
+        F.log_softmax(z.masked_fill(true, -torch.inf), dim=1).masked_fill(true, 0.0)
+        for z in (student, target)
+    )
+    divergence = target_rest.exp() * (target_rest - student_rest)  # 0 at the true class
+    return tckd * temperature**2, divergence.sum(1).mean() * temperature**2
+
+
+def _true_and_others(z: Tensor, true: Tensor) -> Tensor:
+    """Log-probabilities of the true class and of all others together: [B,C] -> [B,2]."""
+    parts = (z.masked_fill(~true, -torch.inf), z.masked_fill(true, -torch.inf))
+    return torch.stack([part.logsumexp(1) for part in parts], dim=1) - z.logsumexp(1, keepdim=True)
+
+
+@register("dkd")
+@register("dkd-ls", standardize=True, temperature=2.0, tckd_weight=9.0, nckd_weight=72.0)
+class DKD(LogitMethod):
+    """Decoupled knowledge distillation (Zhao et al. 2022), weighted as in mdistiller."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(LogitOptions):
+        """Weights α and β of the parts, epochs over which they grow to that, temperature τ."""
+
+        tckd_weight: float = 1.0
+        nckd_weight: float = 8.0
+        warmup: int = 20
+        temperature: float = 4.0
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Zhao et al., equation 7, with the published code's warm-up."""
+        o = self.options
+        tckd, nckd = dkd_loss(*self.logits(batch), batch.labels, o.temperature)
+        grown = min(batch.epoch / o.warmup, 1.0)
+        return {
+            "ce": self.label_term(batch),
+            "tckd": grown * o.tckd_weight * tckd,
+            "nckd": grown * o.nckd_weight * nckd,
+        }

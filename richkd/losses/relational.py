@@ -1,0 +1,112 @@
+"""Relations among the samples of a batch, in feature space: RKD, SP and PKT.
+
+All three take pooled features [B,F] of any two widths and train no layer of their own. No gradient
+flows into the teacher's. Losses are f32 scalars.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from richkd.losses import method
+from richkd.losses.method import Batch, Method, register
+
+
+def rkd_loss(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance-wise and angle-wise loss (RKD; Park et al. 2019, arXiv 1904.05068, eq. 6 and 9).
+
+    Distances of all pairs, relative to their mean; cosines at every corner of all triplets.
+    """
+    pairs = [f.float()[None] - f.float()[:, None] for f in (student, teacher.detach())]  # [B,B,F]
+    distances = [torch.linalg.vector_norm(pair, dim=2) for pair in pairs]
+    units = [pair / d.where(d > 0, 1)[..., None] for pair, d in zip(pairs, distances, strict=True)]
+    angles = [unit @ unit.transpose(1, 2) for unit in units]  # [B,B,B], the corner first
+    relative = [d * (d > 0).sum() / d.sum().clamp_min(1e-12) for d in distances]  # mean 1
+    return F.smooth_l1_loss(*relative), F.smooth_l1_loss(*angles)
+
+
+def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """‖G_T − G_S‖²_F/B² of the row-normalised similarities G = f·fᵀ (SP; Tung & Mori 2019, eq. 4).
+
+    arXiv 1907.09682.
+    """
+    similar = [F.normalize(f.float() @ f.float().T, dim=1) for f in (student, teacher.detach())]
+    return (similar[1] - similar[0]).square().mean()
+
+
+def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Divergence of the neighbour probabilities (PKT; Passalis & Tefas 2018, arXiv 1803.10837).
+
+    Cosine similarities moved to 0..1 and normalised a row; KL(teacher ‖ student), the mean over
+    all B² pairs as in the published code.
+    """
+    probabilities = []
+    for features in (student, teacher.detach()):
+        unit = F.normalize(features.float(), dim=1)
+        kernel = (unit @ unit.T + 1) / 2
+        probabilities.append(kernel / kernel.sum(dim=1, keepdim=True))
+    student_p, teacher_p = (p + 1e-7 for p in probabilities)
+    return (probabilities[1] * (teacher_p / student_p).log()).mean()
+
+
+class FeatureMethod(Method):
+    """A method that matches the student's pooled features to the CNN teacher's."""
+
+    @classmethod
+    def reads(cls, options: method.Options) -> tuple[str, ...]:
+        """The CNN teacher's pooled features."""
+        return ("teacher_features",)
+
+
+@register("rkd")
+class RKD(FeatureMethod):
+    """Relational knowledge distillation (Park et al. 2019), weighted as in RepDistiller."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(method.Options):
+        """Weights of distances and angles."""
+
+        distance_weight: float = 25.0
+        angle_weight: float = 50.0
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Park et al., equation 12."""
+        distance, angle = rkd_loss(batch.features, batch.rows["teacher_features"])
+        return {"ce": self.label_term(batch), "distance": self.options.distance_weight * distance,
+                "angle": self.options.angle_weight * angle}  # fmt: skip
+
+
+@register("sp")
+class SP(FeatureMethod):
+    """Similarity-preserving distillation (Tung & Mori 2019), weighted as in RepDistiller."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(method.Options):
+        """The weight γ."""
+
+        feature_weight: float = 3000.0
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Tung & Mori, equation 5."""
+        loss = sp_loss(batch.features, batch.rows["teacher_features"])
+        return {"ce": self.label_term(batch), "feature": self.options.feature_weight * loss}
+
+
+@register("pkt")
+class PKT(FeatureMethod):
+    """Probabilistic knowledge transfer (Passalis & Tefas 2018), weighted as in RepDistiller."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(method.Options):
+        """The weight of the divergence."""
+
+        feature_weight: float = 30000.0
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The labels' term and the divergence."""
+        loss = pkt_loss(batch.features, batch.rows["teacher_features"])
+        return {"ce": self.label_term(batch), "feature": self.options.feature_weight * loss}

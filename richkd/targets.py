@@ -1,0 +1,180 @@
+"""Whose logits the student is told: the CNN teacher's, CLIP's, or their blend, from the store.
+
+The blend that the store was made with is read as it is; any other α, scale, set of prompts or CLIP
+head is arithmetic on the cached parts. No teacher is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from richkd import fusion
+from richkd.errors import RichKDError
+from richkd.probe import fit_probe
+from richkd.progress import Report
+from richkd.recipe import Distill, Scale
+from richkd.store.reader import TeacherCache
+from richkd.training.loop import accuracy, derive_seed
+
+ALPHAS = torch.linspace(0, 1, 21)
+SCALES_A_DOUBLING = 2
+DOUBLINGS = 12  # of the scale, below its native value; 3 above
+
+
+@dataclass(frozen=True)
+class Target:
+    """Whose logits, resolved: nothing in it is `auto` or by name any more."""
+
+    kind: str  # teacher, clip or fused
+    alpha: float  # of the blend, which fused features use too
+    scale: float  # of CLIP's logits: of its cosines, or of the probe's logits
+    clip: Mapping[str, Tensor]  # split -> CLIP's logits before the scale [N,C], where they are used
+    about: Mapping[str, Any]  # for the summary
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The arrays of the store, one row a view and sample, that `logits` starts from."""
+        if self.kind == "fused" and not self.clip:
+            return ("fused_logits",)
+        return () if self.kind == "clip" else ("teacher_logits",)
+
+    def logits(self, split: str, rows: Mapping[str, Tensor]) -> Tensor:
+        """Target logits [N,C] of a split from the rows that `reads` names."""
+        if self.kind == "clip":
+            return self.scale * self.clip[split]
+        if not self.clip:
+            return rows[self.reads[0]]
+        return fusion.fuse_logits(rows["teacher_logits"], self.clip[split], self.alpha, self.scale)
+
+
+def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Report) -> Target:
+    """Resolve which logits the settings ask for.
+
+    Args:
+        cache: the store.
+        settings: target, alpha, scale, prompts, clip_head and holdout are read.
+        kind: the method's own target, where the settings name none.
+        report: where the fit of a probe and the choice of α are told.
+
+    Raises:
+        RichKDError: the store lacks what it takes, or a setting is out of range.
+    """
+    kind = settings.target or kind
+    manifest = cache.manifest
+    alpha = manifest["alpha"] if settings.alpha is None else settings.alpha
+    if kind == "teacher":
+        if alpha == "auto":
+            raise RichKDError(
+                "alpha 'auto' chooses a blend, and the target is the CNN teacher alone; pass "
+                "--target fused"
+            )
+        return Target(kind, alpha, 1.0, {}, {"kind": kind})
+    cache.require("train/fused_logits")
+    assert manifest["clip"] is not None
+    native = manifest["clip"]["logit_scale"] if settings.clip_head == "zero-shot" else 1.0
+    scale = _number(cache, native, settings)
+    about: dict[str, Any] = {"kind": kind, "head": settings.clip_head}
+    clip: dict[str, Tensor] = {}
+    if kind == "clip" or settings.reblends:
+        clip, fitted = _clip_logits(cache, settings, report)
+        about |= fitted
+    if alpha == "auto":
+        candidates = _scales(native) if settings.scale is None else torch.tensor([scale])
+        alpha, scale, nll = choose_blend(cache, clip["test"], candidates, settings.held_out_share)
+        about |= {"held_out_nll": nll}
+        report.say(f"held-out likelihood chooses alpha {alpha:.2f}, scale {scale:.4g}")
+    about |= {"scale": scale} if kind == "clip" else {"alpha": alpha, "scale": scale}
+    return Target(kind, alpha, scale, clip, about)
+
+
+def _clip_logits(
+    cache: TeacherCache, settings: Distill, report: Report
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """CLIP's logits of both splits before the scale, by the head that was asked for."""
+    if settings.clip_head == "zero-shot":
+        return {s: cache.similarity(s, settings.prompts) for s in ("train", "test")}, {}
+    if settings.prompts is not None:
+        raise RichKDError("prompts are of the zero-shot head; the probe has none, leave them out")
+    report.say(f"fitting a probe on CLIP's features of {cache.num_samples:,} images")
+    train, test = (cache.read(f"{split}/clip_features") for split in ("train", "test"))
+    labels = cache.read("train/labels")
+    probe = fit_probe(train, labels, test, cache.num_classes)
+    found = {"penalty": probe.penalty, "out_of_fold_nll": probe.nll,
+             "out_of_fold_top1": accuracy(probe.train_logits, labels, 1)}  # fmt: skip
+    return {"train": probe.train_logits, "test": probe.test_logits}, found
+
+
+def _number(cache: TeacherCache, native: float, settings: Distill) -> float:
+    """The scale as a number: of cosines, or a factor of the probe's logits."""
+    scale = cast(Scale, cache.manifest["scale"]) if settings.scale is None else settings.scale
+    if settings.clip_head == "probe":
+        if settings.scale is None:
+            return 1.0  # the store's scale is of cosines
+        if scale == "raw":
+            raise RichKDError(
+                "scale 'raw' is of CLIP's cosines; the probe gives logits: leave --scale out, or "
+                "give a number that multiplies them"
+            )
+    return fusion.resolve_scale(scale, native)
+
+
+def _scales(native: float) -> Tensor:
+    """Candidates around a native scale, evenly in the logarithm."""
+    steps = torch.arange(-DOUBLINGS * SCALES_A_DOUBLING, 3 * SCALES_A_DOUBLING + 1)
+    return native * 2 ** (steps / SCALES_A_DOUBLING)
+
+
+def held_out(num_test: int, share: float) -> tuple[Tensor, Tensor]:
+    """Split the test samples into those that α is chosen on and those that students are tested on.
+
+    The same for every seed, student and method. Sample ids, ascending.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(0, num_test, 4))
+    order = torch.randperm(num_test, generator=generator)
+    count = round(num_test * share)
+    return order[:count].sort().values, order[count:].sort().values
+
+
+def choose_blend(
+    cache: TeacherCache, clip_logits: Tensor, scales: Tensor, share: float
+) -> tuple[float, float, float]:
+    """α and scale of the greatest likelihood on held-out test samples, and their NLL in nats.
+
+    The CNN teacher has learnt the training labels by heart, so only samples that it never saw can
+    say how far to trust it; students are not tested on these.
+
+    Args:
+        cache: the store.
+        clip_logits: [M,C], of the test split, before the scale.
+        scales: candidates.
+        share: of the test samples to hold out.
+    """
+    index, _ = held_out(len(clip_logits), share)
+    labels = cache.read("test/labels")[index]
+    teacher, clip = cache.read("test/teacher_logits")[index], clip_logits[index]
+    best = (1.0, float(scales[0]), F.cross_entropy(teacher.float(), labels).item())
+    for alpha in ALPHAS.tolist():
+        for scale in scales.tolist():
+            fused = fusion.fuse_logits(teacher, clip, alpha, scale)
+            nll = F.cross_entropy(fused, labels).item()
+            if nll < best[2]:
+                best = (alpha, scale, nll)
+    return best
+
+
+def describe_target(target: Target, cache: TeacherCache, tested: Tensor) -> dict[str, Any]:
+    """What a summary says of the target: its settings, and how it does on the tested samples."""
+    rows = {name: cache.read(f"test/{name}") for name in target.reads}
+    logits = target.logits("test", rows)[tested].float()
+    labels = cache.read("test/labels")[tested]
+    return {
+        **target.about,
+        "top1": accuracy(logits, labels, 1),
+        "nll": F.cross_entropy(logits, labels).item(),
+    }

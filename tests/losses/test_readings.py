@@ -1,0 +1,316 @@
+"""Every method against a second reading of its paper: float64, written out sample by sample.
+
+Values of the terms and the gradient into the student, on fresh random input every run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from richkd.errors import RichKDError
+from richkd.losses import Batch, Widths, method_class
+from richkd.losses.method import TARGET
+
+B, C, FS, FT, D, N = 6, 9, 7, 5, 8, 24
+Terms = dict[str, Tensor]
+
+
+def softmax(z: Tensor, temperature: float) -> Tensor:
+    e = torch.exp(z / temperature - (z / temperature).max())
+    return e / e.sum()
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return sum((p[i] * (p[i].log() - q[i].log()) for i in range(len(p))), torch.zeros(()).double())
+
+
+def z_scores(z: Tensor) -> Tensor:
+    mean = z.sum() / len(z)
+    return (z - mean) / (((z - mean) ** 2).sum() / (len(z) - 1)).sqrt()
+
+
+def cross_entropy(z: Tensor, labels: Tensor) -> Tensor:
+    return -torch.stack([softmax(z[b], 1.0)[labels[b]].log() for b in range(len(z))]).mean()
+
+
+def kd(s: Tensor, t: Tensor, temperature: float) -> Tensor:
+    rows = [kl(softmax(t[b], temperature), softmax(s[b], temperature)) for b in range(len(s))]
+    return temperature**2 * torch.stack(rows).mean()
+
+
+def decoupled(s: Tensor, t: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    target, others = [], []
+    for b in range(len(s)):
+        y = int(labels[b])
+        p, q = softmax(t[b], temperature), softmax(s[b], temperature)
+        target.append(kl(torch.stack([p[y], 1 - p[y]]), torch.stack([q[y], 1 - q[y]])))
+        rest = [c for c in range(s.shape[1]) if c != y]
+        others.append(kl(p[rest] / p[rest].sum(), q[rest] / q[rest].sum()))
+    square = temperature**2
+    return square * torch.stack(target).mean(), square * torch.stack(others).mean()
+
+
+def pearson(a: Tensor, b: Tensor) -> Tensor:
+    a, b = a - a.mean(), b - b.mean()
+    return (a * b).sum() / ((a**2).sum().sqrt() * (b**2).sum().sqrt())
+
+
+def smooth_l1(a: Tensor, b: Tensor) -> Tensor:
+    d = (a - b).abs()
+    return torch.where(d < 1, d**2 / 2, d - 0.5)
+
+
+def read_ce(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
+    return {}
+
+
+def read_kd(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
+    return {"logit": o.logit_weight * kd(b.logits, rows[TARGET], o.temperature)}
+
+
+def read_kd_ls(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
+    s, t = (torch.stack([z_scores(row) for row in z]) for z in (b.logits, rows[TARGET]))
+    return {"logit": o.logit_weight * kd(s, t, o.temperature)}
+
+
+def read_dkd(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
+    s, t = b.logits, rows[TARGET]
+    if o.standardize:
+        s, t = (torch.stack([z_scores(row) for row in z]) for z in (s, t))
+    tckd, nckd = decoupled(s, t, b.labels, o.temperature)
+    grown = min(b.epoch / o.warmup, 1)
+    return {"tckd": grown * o.tckd_weight * tckd, "nckd": grown * o.nckd_weight * nckd}
+
+
+def read_mlkd(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
+    terms = {name: torch.zeros(()).double() for name in ("instance", "batch", "class")}
+    raw = b.logits, rows[TARGET]
+    pair = [torch.stack([z_scores(row) for row in z]) for z in raw] if o.standardize else raw
+    for temperature in (2, 3, 4, 5, 6):
+        terms["instance"] = terms["instance"] + kd(pair[0], pair[1], temperature)
+        s, t = ([softmax(row, temperature) for row in z] for z in raw)
+        for i in range(B):
+            for j in range(B):
+                gap = (t[i] * t[j]).sum() - (s[i] * s[j]).sum()
+                terms["batch"] = terms["batch"] + gap**2 / B
+        for c in range(C):
+            for k in range(C):
+                gap = sum(t[i][c] * t[i][k] - s[i][c] * s[i][k] for i in range(B))
+                terms["class"] = terms["class"] + gap**2 / C
+    return {name: o.logit_weight * term for name, term in terms.items()}
+
+
+def read_dist(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
+    s, t = (torch.stack([softmax(row, o.temperature) for row in z])
+            for z in (b.logits, rows[TARGET]))  # fmt: skip
+    inter = torch.stack([1 - pearson(s[i], t[i]) for i in range(B)]).mean()
+    intra = torch.stack([1 - pearson(s[:, c], t[:, c]) for c in range(C)]).mean()
+    square = o.temperature**2
+    return {"inter": o.inter_weight * square * inter, "intra": o.intra_weight * square * intra}
+
+
+def read_rkd(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
+    def distances(f: Tensor) -> Tensor:
+        d = torch.stack([torch.stack([((f[i] - f[j]) ** 2).sum().clamp_min(1e-30).sqrt()
+                                      if i != j else f.new_zeros(()) for j in range(B)])
+                         for i in range(B)])  # fmt: skip
+        return d / (d.sum() / (B * B - B))
+
+    def angles(f: Tensor) -> Tensor:
+        out = f.new_zeros(B, B, B)
+        for i in range(B):
+            for j in range(B):
+                for k in range(B):
+                    if i not in (j, k):
+                        a, c = f[j] - f[i], f[k] - f[i]
+                        out[i, j, k] = (a * c).sum() / ((a**2).sum() * (c**2).sum()).sqrt()
+        return out
+
+    s, t = b.features, rows["teacher_features"]
+    return {"distance": o.distance_weight * smooth_l1(distances(s), distances(t)).mean(),
+            "angle": o.angle_weight * smooth_l1(angles(s), angles(t)).mean()}  # fmt: skip
+
+
+def read_sp(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
+    def similar(f: Tensor) -> Tensor:
+        g = torch.stack([torch.stack([(f[i] * f[j]).sum() for j in range(B)]) for i in range(B)])
+        return torch.stack([row / (row**2).sum().sqrt() for row in g])
+
+    gap = similar(rows["teacher_features"]) - similar(b.features)
+    return {"feature": o.feature_weight * (gap**2).sum() / B**2}
+
+
+def read_pkt(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
+    def neighbours(f: Tensor) -> Tensor:
+        unit = [row / (row**2).sum().sqrt() for row in f]
+        k = torch.stack([torch.stack([((a * c).sum() + 1) / 2 for c in unit]) for a in unit])
+        return torch.stack([row / row.sum() for row in k])
+
+    s, t = neighbours(b.features), neighbours(rows["teacher_features"])
+    return {"feature": o.feature_weight * (t * (t / s).log()).sum() / B**2}
+
+
+def read_vid(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
+    x = b.features
+    for layer in (0, 2, 4):
+        x = x @ state[f"information.regressor.{layer}.weight"].T
+        x = x if layer == 4 else torch.clamp(x, min=0)
+    variance = (1 + state["information.log_scale"].exp()).log() + 1e-5
+    gap = (rows["teacher_features"] - x) ** 2
+    return {"feature": o.feature_weight * (gap / (2 * variance) + variance.log() / 2).mean()}
+
+
+def contrast(o: Any, s: Tensor, t: Tensor, b: Batch, state: Terms) -> Tensor:
+    """CRD with the whole bank as negatives: nothing is drawn, so every number can be followed."""
+    labels = WIDTHS.labels
+    total = s.new_zeros(())
+    for embedding, bank in (
+        (s, state["contrast.teacher_bank"]),
+        (t, state["contrast.student_bank"]),
+    ):
+        scores = [[(embedding[i] @ bank[n] / o.crd_temperature).exp() for n in range(N)]
+                  for i in range(B)]  # fmt: skip
+        others = [[n for n in range(N) if labels[n] != b.labels[i]] for i in range(B)]
+        used = [scores[i][n] for i in range(B) for n in [int(b.index[i]), *others[i]]]
+        z = N * float(torch.stack(used).detach().mean())
+        for i in range(B):
+            k = len(others[i])
+            positive = scores[i][int(b.index[i])] / z
+            total = total - (positive / (positive + k / N)).log() / B
+            for n in others[i]:
+                total = total - ((k / N) / (scores[i][n] / z + k / N)).log() / B
+    return total
+
+
+def embed(x: Tensor, state: Terms, which: str) -> Tensor:
+    y = x @ state[f"embed_{which}.linear.weight"].T + state[f"embed_{which}.linear.bias"]
+    return torch.stack([row / (row**2).sum().sqrt() for row in y])
+
+
+def read_crd(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
+    s = embed(b.features, state, "student")
+    t = embed(rows["teacher_features"], state, "teacher")
+    return {"feature": o.feature_weight * contrast(o, s, t, b, state)}
+
+
+def read_richkd(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
+    terms = (read_kd_ls if o.standardize else read_kd)(o, b, rows, state)
+    s = embed(b.features, state, "student")
+    fused = 0.6 * embed(rows["teacher_features"], state, "teacher")
+    fused = fused + 0.4 * embed(rows["clip_features"], state, "clip")
+    fused = torch.stack([row / (row**2).sum().sqrt() for row in fused])
+    return {**terms, "feature": o.feature_weight * contrast(o, s, fused, b, state)}
+
+
+WIDTHS = Widths(labels=torch.arange(N) % C, student=FS, teacher=FT, clip=D, alpha=0.6)
+WHOLE_BANK = {"contrast": "bank", "crd_temperature": 0.3}
+READINGS: list[tuple[str, dict[str, Any], Callable[..., Terms]]] = [
+    ("ce", {"ce_weight": 0.7}, read_ce),
+    ("kd", {}, read_kd),
+    ("kd", {"temperature": 1.5, "ce_weight": 0.0}, read_kd),
+    ("kd-ls", {}, read_kd_ls),
+    ("dkd", {}, read_dkd),
+    ("dkd", {"warmup": 2, "temperature": 1.0}, read_dkd),
+    ("dkd-ls", {}, read_dkd),
+    ("mlkd", {}, read_mlkd),
+    ("mlkd-ls", {}, read_mlkd),
+    ("dist", {}, read_dist),
+    ("dist", {"temperature": 4.0, "inter_weight": 2.0, "intra_weight": 0.5}, read_dist),
+    ("rkd", {}, read_rkd),
+    ("sp", {}, read_sp),
+    ("pkt", {}, read_pkt),
+    ("vid", {}, read_vid),
+    ("crd", WHOLE_BANK, read_crd),
+    ("richkd", WHOLE_BANK, read_richkd),
+    ("richkd-ls", WHOLE_BANK, read_richkd),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "reading"), READINGS)
+def test_terms_and_gradients(
+    rng: np.random.Generator, name: str, given: dict[str, Any], reading: Callable[..., Terms]
+) -> None:
+    def normal(*shape: int) -> Tensor:
+        return torch.from_numpy(rng.normal(size=shape))
+
+    kind, options = method_class(name, given)
+    torch.manual_seed(int(rng.integers(2**31)))
+    method = kind(options, WIDTHS)
+    index = torch.from_numpy(rng.permutation(N)[:B])
+    exact = {"logits": 3 * normal(B, C), "features": normal(B, FS)}
+    rows = {TARGET: 4 * normal(B, C), "teacher_features": normal(B, FT),
+            "clip_features": torch.nn.functional.normalize(normal(B, D))}  # fmt: skip
+
+    def batch(dtype: torch.dtype) -> Batch:
+        student = {k: v.to(dtype).requires_grad_() for k, v in exact.items()}
+        return Batch(labels=WIDTHS.labels[index], index=index, epoch=3,
+                     rows={k: v.to(dtype) for k, v in rows.items()}, **student)  # fmt: skip
+
+    got, expected = batch(torch.float32), batch(torch.float64)
+    terms = method(got)
+    state = {k: v.detach().double() for k, v in method.state_dict().items()}
+    wanted = {"ce": options.ce_weight * cross_entropy(expected.logits, expected.labels)}
+    wanted |= reading(options, expected, expected.rows, state)
+    assert terms.keys() == wanted.keys()
+    for key, term in terms.items():
+        assert term.dtype == torch.float32 and term.shape == ()
+        assert term.item() == pytest.approx(float(wanted[key].detach()), rel=2e-4, abs=1e-6), key
+    torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
+    torch.stack([term.double() for term in wanted.values()]).sum().backward()  # type: ignore[no-untyped-call]
+    for mine, theirs in ((got.logits, expected.logits), (got.features, expected.features)):
+        if theirs.grad is None:
+            assert mine.grad is None
+            continue
+        assert mine.grad is not None
+        scale = float(theirs.grad.abs().max())
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_identical_student_and_teacher_have_nothing_to_match(rng: np.random.Generator) -> None:
+    logits = torch.from_numpy(rng.normal(size=(B, C))).float()
+    features = torch.from_numpy(rng.normal(size=(B, FT))).float()
+    batch = Batch(logits, features, torch.arange(B), torch.arange(B),
+                  {TARGET: logits, "teacher_features": features})  # fmt: skip
+    for name in ("kd", "kd-ls", "dkd", "mlkd", "dist", "rkd", "sp", "pkt"):
+        kind, options = method_class(name, {})
+        terms = kind(options, WIDTHS)(batch)
+        assert all(abs(t.item()) < 1e-3 for k, t in terms.items() if k != "ce"), name
+
+
+def test_standardised_losses_ignore_shift_and_scale_of_logits(rng: np.random.Generator) -> None:
+    logits, target = (torch.from_numpy(rng.normal(size=(B, C))).float() for _ in range(2))
+    for name in ("kd-ls", "dkd-ls"):
+        kind, options = method_class(name, {"ce_weight": 0.0})
+        method = kind(options, WIDTHS)
+        losses = []
+        for scale, shift in ((1.0, 0.0), (7.0, -3.0)):
+            rows = {TARGET: target * scale + shift}
+            batch = Batch(logits * scale + shift, logits, torch.arange(B), torch.arange(B), rows)
+            losses.append(sum(term.item() for term in method(batch).values()))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_collapsed_features_give_finite_gradients() -> None:
+    for name in ("rkd", "sp", "pkt", "vid"):
+        features = torch.zeros(B, FT, requires_grad=True)
+        kind, options = method_class(name, {})
+        rows = {"teacher_features": torch.randn(B, FT)}
+        widths = Widths(labels=WIDTHS.labels, student=FT, teacher=FT, clip=D, alpha=0.5)
+        batch = Batch(torch.zeros(B, C), features, torch.arange(B), torch.arange(B), rows)
+        loss = torch.stack(list(kind(options, widths)(batch).values())).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert features.grad is not None
+        assert math.isfinite(loss.item()) and torch.isfinite(features.grad).all(), name
+        assert features.grad.abs().max() < 1e6, name
+
+
+def test_unknown_contrast_is_refused() -> None:
+    with pytest.raises(RichKDError, match="'relax' should be one of exact, shared, bank"):
+        method_class("crd", {"contrast": "relax"})
