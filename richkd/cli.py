@@ -231,6 +231,74 @@ def distill(
         results_table(report, f"{summary['run']}", [summary])
 
 
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="TOML file, or a name that richkd recipes lists")],
+    method: Annotated[str | None, _option(Distill, "method")] = None,
+    target: Annotated[str | None, _option(Distill, "target")] = None,
+    student: Annotated[str | None, _option(Distill, "student")] = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    options: Annotated[list[str] | None, _option(Distill, "options", "--set")] = None,
+    dataset: Dataset = None,
+    limit: Limit = None,
+    teacher_weights: Annotated[str | None, _option(Precompute, "teacher_weights")] = None,
+    clip: Annotated[str | None, _option(Precompute, "clip")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="the store; default cache/DATASET-TEACHER.zarr")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(help="run folder; default runs/RECIPE/STUDENT-METHOD-sSEED")
+    ] = None,
+    data_root: DataRoot = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """A recipe from end to end: teacher, stage one, stage two; what is done is not done again."""
+    given = _given(locals())
+    from richkd.results import results_table
+    from richkd.run import run_recipe
+
+    report = _report(as_json)
+    summary = run_recipe(recipes.load(recipe), given, report)
+    if as_json:
+        _print(summary, as_json)
+    else:
+        results_table(report, f"{summary['run']}", [summary])
+
+
+@app.command("recipes")
+def list_recipes(as_json: Json = False) -> None:
+    """List the recipes that richkd brings along."""
+    from richkd.listing import show_recipes
+
+    _print(show_recipes(_report(as_json)), as_json)
+
+
+@app.command("methods")
+def list_methods(
+    name: Annotated[str | None, typer.Argument(help="only this one, with its options")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the distillation methods, or the options of one."""
+    from richkd.listing import show_methods
+
+    _print(show_methods(name, _report(as_json)), as_json)
+
+
+@app.command("models")
+def list_models(
+    pattern: Annotated[
+        str | None, typer.Argument(help="of names, e.g. 'mobilenet*': zoo and timm; else the zoo")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the networks of the zoo, or all that match a pattern."""
+    from richkd.listing import show_models
+
+    _print(show_models(pattern, _report(as_json)), as_json)
+
+
 def _report(as_json: bool) -> Any:
     from richkd.progress import Report
 
@@ -263,7 +331,7 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(recipe: str | None, section: str) -> dict[str, Any]:
-    return recipes.load(recipe).get(section, {}) if recipe else {}
+    return recipes.load(recipe).table(section) if recipe else {}
 
 
 def _indices(text: str) -> tuple[int, ...]:

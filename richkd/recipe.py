@@ -230,7 +230,21 @@ def describe(settings: type, name: str) -> str:
     return next(str(f.metadata["help"]) for f in fields(settings) if f.name == name)
 
 
-def load(path_or_name: str) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe file: its tables by command, and what it says about itself."""
+
+    name: str
+    about: str
+    published: dict[str, float]  # top-1 in %, by others: teacher, and by the name of a method
+    tables: dict[str, dict[str, Any]]
+
+    def table(self, command: str) -> dict[str, Any]:
+        """The settings of a command; empty where the recipe has none."""
+        return self.tables.get(command, {})
+
+
+def load(path_or_name: str) -> Recipe:
     """Read a recipe file, or one that richkd brings along by its name, and check every key.
 
     Raises:
@@ -238,17 +252,20 @@ def load(path_or_name: str) -> dict[str, dict[str, Any]]:
     """
     path = _find(path_or_name)
     try:
-        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RichKDError(f"cannot read recipe {path}: {error}") from None
-    for section, values in recipe.items():
-        if section == "about":
-            continue
+    about, published = content.pop("about", ""), content.pop("published", {})
+    if not isinstance(about, str):
+        raise RichKDError(f"recipe {path}: about = {about!r} should be text")
+    if not isinstance(published, dict) or not all(_fits(v, float) for v in published.values()):
+        raise RichKDError(f"recipe {path}: [published] should be a table of numbers")
+    for section, values in content.items():
         if section not in SECTIONS or not isinstance(values, dict):
-            raise unknown(f"table in recipe {path}:", section, ["about", *SECTIONS])
+            raise unknown(f"table in recipe {path}:", section, ["about", "published", *SECTIONS])
         for name, value in values.items():
             _check_key(SECTIONS[section], name, value, f"recipe {path} [{section}]")
-    return {name: values for name, values in recipe.items() if name != "about"}
+    return Recipe(path.stem, about, published, content)
 
 
 def resolve(

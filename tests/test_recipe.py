@@ -12,7 +12,7 @@ from richkd.recipe import Distill, Precompute, TrainTeacher
 def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "r.toml"
     file.write_text('[precompute]\ndataset = "cifar100"\nviews = 4\nalpha = 1\nscale = "raw"\n')
-    table = recipe.load(str(file))["precompute"]
+    table = recipe.load(str(file)).table("precompute")
     settings = recipe.resolve(Precompute, table, {"views": 2, "limit": None})
     assert (settings.views, settings.alpha, settings.scale, settings.seed) == (2, 1, "raw", 0)
     assert settings.teacher == "resnet32x4" and settings.out == "cache/cifar100.zarr"
@@ -26,7 +26,7 @@ def test_resolved_settings_read_back_the_same(tmp_path: Path) -> None:
     )
     file = tmp_path / "r.toml"
     file.write_text(tomli_w.dumps({"distill": recipe.to_table(settings)}))
-    assert recipe.resolve(Distill, recipe.load(str(file))["distill"], {}) == settings
+    assert recipe.resolve(Distill, recipe.load(str(file)).table("distill"), {}) == settings
 
 
 @pytest.mark.parametrize("path", sorted(recipe.packaged().glob("*.toml")), ids=lambda p: p.stem)

@@ -134,9 +134,14 @@ def describe_method(name: str) -> dict[str, Any]:
     """A method for a listing: what it is, what it reads, and its options with their defaults."""
     method, options = method_class(name, {})
     reads = method.reads(options)
+    own = METHODS[name][1]
+    base = next(other for other, entry in METHODS.items() if entry == (method, {}))
+    about = (method.__doc__ or "").splitlines()[0]
+    if own:
+        about = f"{base} with " + ", ".join(f"{key} = {value}" for key, value in own.items()) + "."
     return {
         "name": name,
-        "about": (method.__doc__ or "").splitlines()[0],
+        "about": about,
         "reads": list(reads),
         "target": method.target if TARGET in reads else None,
         "options": dataclasses.asdict(options),

@@ -71,7 +71,7 @@ class RunFolder:
             raise RichKDError(
                 f"{self.path} exists; {remedy}replace it by --overwrite, or choose another --out"
             )
-        self._check_same({"richkd-distill": identity, **recipe})
+        self.check_same(recipe, identity)
         if self.complete:
             raise RichKDError(f"{self.path} is complete already; begin it anew with --overwrite")
 
@@ -111,7 +111,9 @@ class RunFolder:
         """Whether the run went to its end."""
         return (self.path / "summary.json").is_file()
 
-    def _check_same(self, wanted: Mapping[str, Any]) -> None:
+    def check_same(self, recipe: Mapping[str, Any], identity: str) -> None:
+        """Refuse a folder whose run has other settings, or trained on something else."""
+        wanted = {"richkd-distill": identity, **recipe}
         try:
             was = tomllib.loads(self._recorded.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

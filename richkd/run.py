@@ -1,0 +1,110 @@
+"""A recipe from end to end: CNN teacher, stage one, stage two. What is done is not done again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Set
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from richkd.distill import distill, identity, with_defaults
+from richkd.errors import RichKDError
+from richkd.models.weights import file_sha256
+from richkd.precompute import precompute
+from richkd.progress import Report
+from richkd.recipe import Distill, Precompute, Recipe, resolve, to_table
+from richkd.store.reader import TeacherCache, open_cache, read_manifest
+from richkd.training.checkpoint import RunFolder
+
+# Settings of stage one that do not change what is in the store; weights are compared by content.
+_NOT_IN_STORE = {"device", "batch_size", "data_root", "out", "teacher_weights"}
+
+
+def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """Make the store unless it is there, then the run unless it is.
+
+    Args:
+        recipe: settings of each stage.
+        flags: what overrides them, by the names of the settings; `cache` is the store, `out` the
+            run folder and `seed` the student's.
+        report: where progress goes.
+
+    Returns:
+        The run's summary, with the recipe's published figures.
+
+    Raises:
+        RichKDError: anything the user can mend; a store or run of other settings among it.
+    """
+    one = recipe.table("precompute")
+    stage_one = resolve(Precompute, one, {
+        **_flags_of(Precompute, flags, without={"out", "seed"}), "out": flags.get("cache"),
+    })  # fmt: skip
+    if not flags.get("cache") and "out" not in one:
+        out = Path(stage_one.out)
+        named = out.with_name(f"{out.stem}-{stage_one.teacher}{out.suffix}")
+        stage_one = replace(stage_one, out=str(named))
+    cache = make_store(stage_one, recipe, report)
+
+    two = recipe.table("distill")
+    stage_two = resolve(Distill, two, {
+        **_flags_of(Distill, flags, without={"dataset"}), "cache": str(cache.path),
+    })  # fmt: skip
+    stage_two = with_defaults(stage_two, cache)
+    if not flags.get("out") and "out" not in two:
+        name = f"{stage_two.student}-{stage_two.method}-s{stage_two.seed}"
+        stage_two = replace(stage_two, out=str(Path("runs") / recipe.name / name))
+    summary = train_student(stage_two, cache, report)
+    if recipe.published:
+        figures = ", ".join(f"{name} {value:.2f}" for name, value in recipe.published.items())
+        report.say(f"published by others for this recipe, top-1 in %: {figures}")
+    return {**summary, "recipe": recipe.name, "published": recipe.published}
+
+
+def make_store(settings: Precompute, recipe: Recipe, report: Report) -> TeacherCache:
+    """The store of these settings: one that is complete, or what stage one makes of it.
+
+    Raises:
+        RichKDError: a complete store of other settings or teacher weights is in its place.
+    """
+    path = Path(settings.out)
+    if not path.exists() or not read_manifest(path)["complete"]:
+        return precompute(settings, teacher_recipe=recipe.table("train-teacher"), report=report)
+    cache = open_cache(path)
+    was, now = cache.manifest["recipe"], to_table(settings)
+    different = [name for name in sorted((was.keys() | now.keys()) - _NOT_IN_STORE)
+                 if was.get(name) != now.get(name)]  # fmt: skip
+    if different:
+        name = different[0]
+        raise RichKDError(
+            f"{path} was made with {name} = {was.get(name)!r}, this recipe says {now.get(name)!r}; "
+            f"choose another store with --cache"
+        )
+    weights = settings.teacher_weights
+    if weights and file_sha256(Path(weights)) != cache.manifest["teacher"]["sha256"]:
+        raise RichKDError(
+            f"{path} was made with other teacher weights than {weights}; choose another store with "
+            f"--cache"
+        )
+    report.say(f"{path} is there already")
+    return cache
+
+
+def train_student(settings: Distill, cache: TeacherCache, report: Report) -> dict[str, Any]:
+    """The summary of a run: of one that is complete, or of what stage two makes of it.
+
+    Raises:
+        RichKDError: a run of other settings is in its place.
+    """
+    run = RunFolder(Path(settings.out))
+    if not run.complete:
+        return distill(settings, resume=True, report=report)
+    run.check_same(to_table(settings), identity(cache))
+    report.say(f"{run.path} is complete already")
+    summary: dict[str, Any] = json.loads((run.path / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+def _flags_of(settings: type, flags: Mapping[str, Any], without: Set[str]) -> dict[str, Any]:
+    names = {field.name for field in fields(settings)} - without
+    return {name: value for name, value in flags.items() if name in names}
