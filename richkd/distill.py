@@ -183,7 +183,7 @@ def build_student(settings: Distill, cache: TeacherCache) -> tuple[torch.nn.Modu
     model = create_model(
         settings.student, cache.num_classes, image_size=size, **settings.student_options
     )
-    width = check_fit(model, settings.student, size, cache.num_classes)
+    width = check_fit(model, settings.student, size, cache.num_classes, **settings.student_options)
     return model, width
 
 

@@ -13,8 +13,11 @@ class RichKDError(Exception):
         super().__init__(" ".join(message.split()))
 
 
-def nearest(name: str, choices: Iterable[str], limit: int = 8) -> str:
-    """The choices nearest to a mistyped name (all of them, when there are few), for a message."""
+def nearest(name: str, choices: Iterable[str], limit: int = 8, fallback: Iterable[str] = ()) -> str:
+    """The choices nearest to a mistyped name (all of them, when there are few), for a message.
+
+    Where none is near, some of them are named: those of `fallback`, where it is given.
+    """
     known = sorted(choices)
     if len(known) <= limit:
         return "choose from " + ", ".join(known)
@@ -22,7 +25,8 @@ def nearest(name: str, choices: Iterable[str], limit: int = 8) -> str:
     close = [lower[c] for c in difflib.get_close_matches(name.lower(), lower, limit, cutoff=0.5)]
     if close:
         return "nearest: " + ", ".join(close)
-    return f"{len(known)} are known: " + ", ".join(known[:limit]) + ", …"
+    named = list(fallback) or known[:limit]
+    return f"{len(known)} are known, among them " + ", ".join(named)
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> RichKDError:

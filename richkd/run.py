@@ -8,8 +8,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from richkd.distill import distill, identity, with_defaults
 from richkd.errors import RichKDError
+from richkd.losses import method_class, method_options
+from richkd.models import create_model
 from richkd.models.weights import file_sha256
 from richkd.precompute import precompute
 from richkd.progress import Report
@@ -44,12 +48,13 @@ def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict
         out = Path(stage_one.out)
         named = out.with_name(f"{out.stem}-{stage_one.teacher}{out.suffix}")
         stage_one = replace(stage_one, out=str(named))
-    cache = make_store(stage_one, recipe, report)
-
     two = recipe.table("distill")
     stage_two = resolve(Distill, two, {
-        **_flags_of(Distill, flags, without={"dataset"}), "cache": str(cache.path),
+        **_flags_of(Distill, flags, without={"dataset"}), "cache": stage_one.out,
     })  # fmt: skip
+    check_names(stage_two)
+
+    cache = make_store(stage_one, recipe, report)
     stage_two = with_defaults(stage_two, cache)
     if not flags.get("out") and "out" not in two:
         name = f"{stage_two.student}-{stage_two.method}-s{stage_two.seed}"
@@ -59,6 +64,14 @@ def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict
         figures = ", ".join(f"{name} {value:.2f}" for name, value in recipe.published.items())
         report.say(f"published by others for this recipe, top-1 in %: {figures}")
     return {**summary, "recipe": recipe.name, "published": recipe.published}
+
+
+def check_names(settings: Distill) -> None:
+    """Refuse a student or method that does not exist before stage one takes its time."""
+    method_class(settings.method, method_options(settings.options, settings.method))
+    if settings.student:
+        with torch.device("meta"):
+            create_model(settings.student, 2, **settings.student_options)
 
 
 def make_store(settings: Precompute, recipe: Recipe, report: Report) -> TeacherCache:

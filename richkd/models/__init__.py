@@ -2,71 +2,141 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
-from richkd.errors import RichKDError, unknown
-from richkd.models import resnet_cifar as resnet_cifar  # registers its models with timm
+from richkd.errors import RichKDError, nearest
+
+# importing a family registers its models with timm
+from richkd.models import mobilenetv2_cifar as mobilenetv2_cifar
+from richkd.models import resnet_cifar as resnet_cifar
+from richkd.models import resnet_deep as resnet_deep
+from richkd.models import shufflenet_v1 as shufflenet_v1
+from richkd.models import shufflenet_v2 as shufflenet_v2
+from richkd.models import vgg_cifar as vgg_cifar
+from richkd.models import wide_resnet as wide_resnet
+
+# The names of the literature. Those of its VGGs mean other networks in timm, for ImageNet.
+_VGGS = {f"vgg{depth}": f"cifar_vgg{depth}" for depth in (8, 11, 13, 16, 19)}
+ZOO = (
+    "resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110",
+    "resnet8x4", "resnet32x4", "ResNet18", "ResNet50", "wrn_16_1", "wrn_16_2", "wrn_40_1",
+    "wrn_40_2", *_VGGS, "MobileNetV2", "ShuffleV1", "ShuffleV2",
+)  # fmt: skip
+
+# Settings of timm's constructors that make some models fit smaller images.
+_FITTING = {"patch_size": (4, 2), "window_size": (4, 2), "output_stride": (16, 8)}
+_MISFITS = (RuntimeError, AssertionError, ValueError, TypeError, IndexError, NotImplementedError)
 
 
 def create_model(
-    name: str, num_classes: int, in_chans: int = 3, image_size: int | None = None
+    name: str, num_classes: int, in_chans: int = 3, image_size: int | None = None, **settings: Any
 ) -> nn.Module:
     """A fresh network with `model(x) -> logits [B, num_classes]`.
 
     Args:
-        name: of the zoo (`resnet8x4`) or of timm (`mobilenetv3_small_050`).
+        name: of the zoo (`resnet8x4`) or of timm (`mobilenetv3_small_050`). A name of both is the
+            zoo's; `timm/vgg13` is timm's.
         num_classes: the number of logits.
         in_chans: channels of the images.
         image_size: side of the images, for timm models that are built for one size.
+        settings: more of timm's, such as `patch_size`.
 
     Raises:
-        RichKDError: no model has that name.
+        RichKDError: no model has that name, or it does not take those settings.
     """
-    if not timm.is_model(name):
-        raise unknown("model", name, timm.list_models())
-    settings: dict[str, Any] = {}
-    config = timm.models.get_pretrained_cfg(name)
+    registered = _VGGS.get(name, name.removeprefix("timm/"))
+    if not timm.is_model(registered):
+        known = {*ZOO, *timm.list_models()}
+        raise RichKDError(f"unknown model {name!r}; {nearest(name, known, fallback=ZOO)}")
+    given = ", ".join(f"{key} = {value!r}" for key, value in settings.items())
+    if settings and name in ZOO:
+        raise RichKDError(f"model {name} takes no settings, got {given}")
+    config = timm.models.get_pretrained_cfg(registered)
     if image_size is not None and config is not None and config.fixed_input_size:
-        settings["img_size"] = image_size
+        settings = {"img_size": image_size, **settings}
     try:
-        model = timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **settings)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise RichKDError(f"model {name} cannot be built for {image_size} px: {error}") from None
-    return model
+        return timm.create_model(registered, num_classes=num_classes, in_chans=in_chans, **settings)
+    except (KeyError, *_MISFITS) as error:
+        raise RichKDError(
+            f"model {name} cannot be built{' with ' * bool(given)}{given}: {_first_line(error)}"
+        ) from None
 
 
 def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [B,C] and the pooled features [B,F] that enter the classifier, in one pass."""
-    features = model.forward_head(model.forward_features(images), pre_logits=True)  # type: ignore[operator]
-    return model.get_classifier()(features), features  # type: ignore[operator]
+    maps = model.forward_features(images)  # type: ignore[operator]
+    features = model.forward_head(maps, pre_logits=True)  # type: ignore[operator]
+    classifier = model.get_classifier()  # type: ignore[operator]
+    if isinstance(classifier, nn.Linear | nn.Sequential):
+        return classifier(features), features
+    # two heads whose logits are averaged, a convolution on what is not flattened yet, …
+    return model.forward_head(maps), features.flatten(1)  # type: ignore[operator]
 
 
-def check_fit(model: nn.Module, name: str, image_size: int, num_classes: int) -> int:
-    """Run two blank images through a model and return its feature width F.
+def check_fit(
+    model: nn.Module, name: str, image_size: int, num_classes: int, **settings: Any
+) -> int:
+    """Run two images of noise through a model and return its feature width F.
+
+    Args:
+        model: what `create_model` gave.
+        name: its name there.
+        image_size: side of the images.
+        num_classes: C.
+        settings: those it was made with.
 
     Raises:
-        RichKDError: the model does not take images of this size, or gives other shapes.
+        RichKDError: the model does not take images of this size, or its logits do not come from
+            pooled features alone.
     """
     training = model.training
+    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     model.eval()
     try:
         with torch.no_grad():
-            logits, features = forward(model, torch.zeros(2, 3, image_size, image_size))
-    except (AttributeError, RuntimeError, AssertionError, ValueError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+            whole = model(images)
+    except _MISFITS as error:
         raise RichKDError(
-            f"model {name} does not fit images of {image_size}×{image_size}: {reason}; "
-            f"choose one with less downsampling, e.g. resnet8x4"
+            f"model {name} does not fit images of {image_size}×{image_size}: {_first_line(error)}; "
+            f"{remedy(name, image_size, settings)}"
         ) from None
-    finally:
-        model.train(training)
-    if logits.shape != (2, num_classes) or features.ndim != 2:
+    try:
+        with torch.no_grad():
+            logits, features = forward(model, images)
+        fits = features.ndim == 2 and torch.allclose(logits, whole, rtol=1e-3, atol=1e-4)
+    except (AttributeError, *_MISFITS):
+        fits = False
+    model.train(training)
+    if not fits or whole.shape != (2, num_classes):
         raise RichKDError(
-            f"model {name} gives logits {tuple(logits.shape)} and features "
-            f"{tuple(features.shape)}; a classifier with pooled features is needed"
+            f"model {name} does not classify one vector of pooled features, which distillation "
+            f"needs; choose another, e.g. resnet8x4"
         )
     return features.shape[1]
+
+
+def remedy(name: str, image_size: int, settings: Mapping[str, Any]) -> str:
+    """Settings that make a model fit: those that do when they are tried (without any memory)."""
+    found = []
+    for key, values in {"img_size": (image_size,), **_FITTING}.items():
+        for value in values:
+            try:
+                with torch.device("meta"), torch.no_grad():
+                    changed = {**settings, key: value}
+                    model = create_model(name, 2, image_size=image_size, **changed).eval()
+                    model(torch.empty(2, 3, image_size, image_size))
+            except (RichKDError, *_MISFITS):
+                continue
+            found.append(f"--student-set {key}={value}")
+            break
+    other = "choose a model with less downsampling, e.g. resnet8x4"
+    return f"{' or '.join(found)} makes it fit; or {other}" if found else other
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,7 +1,6 @@
 """The CIFAR ResNets of He et al. 2015 (arXiv 1512.03385, section 4.2), and the ×4 wide ones.
 
-Depth is 6n+2. Keys and shapes of the state dict are those of the checkpoints that RepDistiller
-and mdistiller published. Pooling is global, so the networks take any image size.
+Depth is 6n+2.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from typing import Any
 import torch.nn.functional as F
 from timm.models import register_model
 from torch import Tensor, nn
+
+from richkd.models.cifar import CifarNet
 
 
 class BasicBlock(nn.Module):
@@ -35,43 +36,30 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(out)).add_(shortcut), inplace=True)
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(CifarNet):
     """A stem, three stages of basic blocks, global pooling and a linear classifier."""
 
     def __init__(
         self, depth: int, widths: tuple[int, int, int, int], num_classes: int, in_chans: int
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, widths[-1])
         blocks = (depth - 2) // 6
-        self.num_classes = num_classes
-        self.num_features = widths[-1]
         self.conv1 = nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.layer1 = _stage(widths[0], widths[1], blocks, stride=1)
         self.layer2 = _stage(widths[1], widths[2], blocks, stride=2)
         self.layer3 = _stage(widths[2], widths[3], blocks, stride=2)
         self.fc = nn.Linear(widths[3], num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.init_convolutions()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B,in_chans,H,W] -> [B,F,H/4,W/4]."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return self.layer3(self.layer2(self.layer1(x)))  # type: ignore[no-any-return]
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """[B,F,h,w] -> pooled features [B,F] where `pre_logits`, else logits [B,C]."""
-        pooled = x.mean((2, 3))
-        return pooled if pre_logits else self.fc(pooled)
-
     def get_classifier(self) -> nn.Module:
         """The layer from pooled features to logits."""
         return self.fc
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,in_chans,H,W] -> logits [B,C]."""
-        return self.forward_head(self.forward_features(x))
 
 
 def _stage(in_width: int, width: int, blocks: int, stride: int) -> nn.Sequential:

@@ -1,5 +1,8 @@
 """Methods: what they read, how their terms add up, and their options."""
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -160,3 +163,20 @@ def test_options_are_by_method() -> None:
 def test_bad_options(name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(RichKDError, match=message):
         method_class(name, options)
+
+
+def test_the_method_of_the_contributing_page_works(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    page = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 24
+    monkeypatch.setitem(METHODS, "regression", METHODS["kd"])  # taken away again afterwards
+    del METHODS["regression"]
+    (tmp_path / "regression.py").write_text(code)
+    runpy.run_path(str(tmp_path / "regression.py"))
+    kind, options = method_class("regression", {"logit_weight": 2.0})
+    logits, target = torch.randn(4, 5), torch.randn(4, 5)
+    b = Batch(logits, logits, torch.arange(4), torch.arange(4), {TARGET: target})
+    expected = 2 * ((logits - target) ** 2).sum() / 20
+    assert kind(options, WIDTHS)(b)["logit"].item() == pytest.approx(expected.item(), rel=1e-5)

@@ -1,0 +1,89 @@
+"""VGG with batch norm for CIFAR (Simonyan & Zisserman 2014, arXiv 1409.1556), one linear layer.
+
+timm has its own vgg11 to vgg19, for ImageNet; these are registered as cifar_vgg8 and so on, and
+`create_model` knows them by the names of the literature as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from timm.models import register_model
+from torch import Tensor, nn
+
+from richkd.models.cifar import CifarNet
+
+WIDTHS = (64, 128, 256, 512, 512)
+LARGE_IMAGES = 64  # px from which the fourth block's map is pooled as well
+
+
+class VGG(CifarNet):
+    """Five blocks of 3×3 convolutions with max pooling between them."""
+
+    def __init__(self, depths: tuple[int, ...], num_classes: int, in_chans: int) -> None:
+        super().__init__(num_classes, WIDTHS[-1])
+        in_width = in_chans
+        for number, (depth, width) in enumerate(zip(depths, WIDTHS, strict=True)):
+            self.add_module(f"block{number}", _block(in_width, width, depth))
+            in_width = width
+        self.classifier = nn.Linear(in_width, num_classes)
+        self.init_convolutions()
+        nn.init.normal_(self.classifier.weight, 0, 0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[B,in_chans,H,W] -> [B,512,H/8,W/8], from 64 px on [B,512,H/16,W/16]."""
+        pools = 4 if x.shape[-1] >= LARGE_IMAGES else 3
+        for number in range(len(WIDTHS)):
+            x = F.relu(self.get_submodule(f"block{number}")(x), inplace=True)
+            if number < pools:
+                x = F.max_pool2d(x, 2)
+        return x
+
+    def get_classifier(self) -> nn.Module:
+        """The layer from pooled features to logits."""
+        return self.classifier
+
+
+def _block(in_width: int, width: int, depth: int) -> nn.Sequential:
+    """Convolutions, batch norms and the ReLUs between them; the last ReLU comes after the block."""
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers += [nn.Conv2d(in_width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(True)]
+        in_width = width
+    return nn.Sequential(*layers[:-1])
+
+
+def _vgg(depths: tuple[int, ...], settings: dict[str, Any]) -> VGG:
+    return VGG(depths, settings.get("num_classes", 100), settings.get("in_chans", 3))
+
+
+@register_model
+def cifar_vgg8(pretrained: bool = False, **settings: Any) -> VGG:
+    """VGG-8, 4.0 M parameters."""
+    return _vgg((1, 1, 1, 1, 1), settings)
+
+
+@register_model
+def cifar_vgg11(pretrained: bool = False, **settings: Any) -> VGG:
+    """VGG-11, 9.3 M parameters."""
+    return _vgg((1, 1, 2, 2, 2), settings)
+
+
+@register_model
+def cifar_vgg13(pretrained: bool = False, **settings: Any) -> VGG:
+    """VGG-13, 9.5 M parameters."""
+    return _vgg((2, 2, 2, 2, 2), settings)
+
+
+@register_model
+def cifar_vgg16(pretrained: bool = False, **settings: Any) -> VGG:
+    """VGG-16, 14.8 M parameters."""
+    return _vgg((2, 2, 3, 3, 3), settings)
+
+
+@register_model
+def cifar_vgg19(pretrained: bool = False, **settings: Any) -> VGG:
+    """VGG-19, 20.1 M parameters."""
+    return _vgg((2, 2, 4, 4, 4), settings)

@@ -1,0 +1,120 @@
+"""Recipes from end to end, each of those that richkd brings along, on drawn images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import tree, write_teacher
+
+import richkd
+from richkd import recipe
+
+Run = Callable[..., Any]
+Fails = Callable[..., str]
+NAMES = sorted(path.stem for path in recipe.packaged().glob("*.toml"))
+
+
+@pytest.fixture
+def tiny(
+    clip_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[Any]]:
+    """Flags that make a recipe small: few drawings, one epoch, weights that were not trained."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("richkd.data.datasets.SHAPES_TEST", 32)
+
+    def flags(name: str) -> list[Any]:
+        teacher = recipe.load(name).table("precompute")["teacher"]
+        weights = tmp_path / f"{teacher}.safetensors"
+        if not weights.exists():
+            write_teacher(weights, teacher, 16)
+        return ["run", name, "--dataset", "shapes", "--limit", 32, "--epochs", 1,
+                "--clip", clip_dir, "--teacher-weights", weights]  # fmt: skip
+
+    return flags
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_runs(run: Run, tiny: Callable[..., list[Any]], name: str) -> None:
+    done = run(*tiny(name), "--json")
+    assert done.code == 0, done.err
+    summary, content = done.json, recipe.load(name)
+    assert summary["student"] == content.table("distill")["student"]
+    assert summary["method"] == content.table("distill").get("method", "richkd")
+    assert summary["published"] == content.published
+    cache = richkd.open_cache(f"cache/shapes-{content.table('precompute')['teacher']}.zarr")
+    assert cache.manifest["teacher"]["name"] == content.table("precompute")["teacher"]
+    assert Path(summary["run"], "summary.json").is_file()
+
+
+def test_the_published_pairs_are_all_there() -> None:
+    pairs = {
+        (load.table("precompute")["teacher"], load.table("distill")["student"])
+        for load in map(recipe.load, NAMES) if load.published
+    }  # fmt: skip
+    assert len(pairs) == 12
+    for name in NAMES:
+        content = recipe.load(name)
+        for method, figure in content.published.items():
+            assert 60 < figure < 80, (name, method)
+        light = content.table("distill")["student"] in ("MobileNetV2", "ShuffleV1", "ShuffleV2")
+        assert content.table("distill").get("lr", 0.05) == (0.01 if light else 0.05), name
+
+
+def test_what_is_done_is_not_done_again(run: Run, tiny: Callable[..., list[Any]]) -> None:
+    command = tiny("kd-t4")
+    first = run(*command, "--json").json
+    before = tree(Path("cache")), tree(Path("runs"))
+    again = run(*command)
+    assert again.code == 0
+    assert "is there already" in again.err and "is complete already" in again.err
+    assert "published by others" in again.err and "kd 73.33" in again.err
+    assert (tree(Path("cache")), tree(Path("runs"))) == before
+    other = run(*command, "--method", "ce", "--seed", 1, "--json").json
+    assert other["run"] != first["run"] and other["method"] == "ce"
+    assert tree(Path("cache")) == before[0]
+
+
+def test_a_store_or_run_of_other_settings_is_named(
+    run: Run, fails: Fails, tiny: Callable[..., list[Any]]
+) -> None:
+    command = tiny("kd-t4")
+    assert run(*command).code == 0
+    before = tree(Path())
+    assert "unknown model 'resnet9'" in fails(*command, "--student", "resnet9", "--cache", "x.zarr")
+    assert "unknown method 'kdd'" in fails(*command, "--method", "kdd", "--cache", "x.zarr")
+    assert "limit = 32, this recipe says 16" in fails(*command, "--limit", 16)
+    assert "epochs was 1 and is now 2" in fails(*command, "--epochs", 2)
+    write_teacher(Path("other.safetensors"), "resnet32x4", 16, seed=1)
+    line = fails(*command, "--teacher-weights", "other.safetensors")
+    assert "other teacher weights than other.safetensors; choose another store" in line
+    Path("other.safetensors").unlink()
+    assert tree(Path()) == before
+
+
+def test_options_of_the_method_that_was_chosen(run: Run, tiny: Callable[..., list[Any]]) -> None:
+    import tomllib
+
+    done = run(*tiny("vgg13-vgg8"), "--method", "dkd", "--set", "warmup=3", "--json")
+    assert done.code == 0, done.err
+    recorded = tomllib.loads(Path(done.json["run"], "recipe.toml").read_text())
+    assert recorded["options"] == {"dkd": {"nckd_weight": 6.0, "warmup": 3}}
+
+
+def test_listings(run: Run, fails: Fails) -> None:
+    assert set(run("recipes", "--json").json) == set(NAMES)
+    methods = run("methods", "--json").json
+    assert methods["dkd"]["options"]["nckd_weight"] == 8.0
+    assert methods["richkd"]["target"] == "fused" and methods["crd"]["target"] is None
+    assert run("methods", "kd", "--json").json.keys() == {"kd"}
+    zoo = run("models", "--json").json
+    assert len(zoo) == 23 and zoo["resnet8x4"]["parameters"] == 1_233_540
+    found = run("models", "mobilenet*", "--json").json
+    assert found["MobileNetV2"]["zoo"] and not found["mobilenetv3_small_050"]["zoo"]
+    assert "no model matches 'nothing*'" in fails("models", "nothing*")
+    assert "unknown method 'kdd'" in fails("methods", "kdd")
+    assert "no recipe 'kd-t3'" in fails("run", "kd-t3")
+    for command in (("recipes",), ("methods",), ("methods", "richkd"), ("models",)):
+        assert run(*command).out
