@@ -132,7 +132,7 @@ def precompute(
     clip: Annotated[str | None, _option(Precompute, "clip")] = None,
     prompts: Annotated[str | None, _option(Precompute, "prompts")] = None,
     views: Annotated[int | None, _option(Precompute, "views")] = None,
-    alpha: Annotated[float | None, _option(Precompute, "alpha")] = None,
+    alpha: Annotated[str | None, _option(Precompute, "alpha")] = None,
     scale: Annotated[str | None, _option(Precompute, "scale")] = None,
     dtype: Annotated[str | None, _option(Precompute, "dtype")] = None,
     out: Annotated[str | None, _option(Precompute, "out")] = None,
@@ -150,6 +150,8 @@ def precompute(
     Cut off, it goes on with the same command. Without teacher weights it trains the teacher first.
     """
     given = _given(locals())
+    if given["alpha"] == "auto":
+        raise RichKDError("alpha 'auto' is chosen in stage two; pass it to richkd distill")
     settings = recipes.resolve(Precompute, _table(recipe, "precompute"), given)
     from richkd import precompute as stage_one
     from richkd.inspect import summarize
@@ -218,7 +220,7 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Stage two: train a student from a store."""
-    given = _given(locals())
+    given = {**_given(locals()), "prompts": None if prompts is None else _indices(prompts)}
     settings = recipes.resolve(Distill, _table(recipe, "distill"), given)
     from richkd.distill import distill as stage_two
     from richkd.results import results_table
@@ -318,12 +320,10 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in arguments.items() if name not in _NOT_SETTINGS}
     readers: dict[str, Callable[[Any], Any]] = {
         "scale": recipes.parse_scale,
-        "prompts": _indices,
+        "alpha": recipes.parse_alpha,
         "options": lambda texts: _assignments("--set", texts),
         "student_options": lambda texts: _assignments("--student-set", texts),
     }
-    if isinstance(given.get("alpha"), str):
-        readers["alpha"] = recipes.parse_alpha
     return {
         name: readers[name](value) if value and name in readers else value
         for name, value in given.items()

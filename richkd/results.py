@@ -28,6 +28,7 @@ def results_table(report: Report, title: str, summaries: Sequence[Mapping[str, A
         for kind, value in teachers.items()
         if value is not None
     ]
+    rows += [row for summary in summaries for row in _own_target(summary)]
     for summary in summaries:
         rate = summary["images_per_second"]
         rows.append((
@@ -40,3 +41,13 @@ def results_table(report: Report, title: str, summaries: Sequence[Mapping[str, A
         ))  # fmt: skip
     header = ("test accuracy, %", "top-1 last", "best @epoch", "top-5", "images/s", "time")
     report.table(title, header, rows)
+
+
+def _own_target(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row for logits that are not the store's own: another blend, CLIP head, or test images."""
+    target = summary.get("target")
+    if target is None or target["top1"] in summary["teacher"].values():
+        return []
+    blend = [f"{key} {target[key]:.3g}" for key in ("alpha", "scale") if key in target]
+    head = ["probe"] if target.get("head") == "probe" else []
+    return [(", ".join([target["kind"], *head, *blend]), percent(target["top1"]), "", "", "", "")]

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import tree
 
+import richkd
 from richkd.data.datasets import SHAPES_SEEDS
 
 Run = Callable[..., Any]
@@ -67,6 +69,15 @@ def test_version(run: Run) -> None:
         ("distill --cache x --set temperature", "--set 'temperature'.*NAME=VALUE"),
         ("distill --cache x --prompts a,b", "--prompts 'a,b'"),
         ("distill --cache x --scale much", "unknown scale 'much'"),
+        ("distill --cache x --alpha most", "alpha = 'most': must be a number in .* or auto"),
+        ("distill --cache x --alpha auto --holdout 0", "above 0 for alpha auto"),
+        ("distill --cache x --target both", "unknown target 'both'; choose from clip, fused"),
+        ("distill --cache x --clip-head linear", "unknown clip_head 'linear'"),
+        ("distill --cache x --student-set patch_size", "--student-set 'patch_size'"),
+        ("precompute --dataset shapes --alpha auto", "alpha 'auto' is chosen in stage two"),
+        ("methods kdd", "unknown method 'kdd'"),
+        ("run nowhere", "no recipe 'nowhere'"),
+        ("run kd-t4 --student resnet9", "unknown model 'resnet9'"),
         ("inspect nowhere.zarr", "no store at nowhere.zarr"),
         ("precompute", "no data set given"),
         ("precompute --dataset cifar1000", "unknown data set 'cifar1000'; .*cifar100"),
@@ -117,6 +128,56 @@ def test_a_file_where_something_else_should_be(
     before = tree(tmp_path)
     assert "file" in fails(*command.format(store=store, file="file").split())
     assert tree(tmp_path) == before
+
+
+def test_weights_that_do_not_fit_or_hold_code(
+    fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    monkeypatch.chdir(tmp_path)
+    for name, content in {
+        "wrn.pth": {"model": richkd.create_model("wrn_16_1", 16).state_dict()},
+        "ten.pth": richkd.create_model("resnet8", 10).state_dict(),
+        "code.pth": {"model": {"fc.bias": torch.ones(1)}, "opt": Bomb()},
+    }.items():
+        torch.save(content, name)
+    before = tree(tmp_path)
+    command = ("precompute", "--dataset", "shapes", "--limit", 20, "--teacher", "resnet8",
+               "--clip", "none", "--teacher-weights")  # fmt: skip
+    assert "wrn.pth is of another architecture than resnet8" in fails(*command, "wrn.pth")
+    assert "another number of classes" in fails(*command, "ten.pth")
+    assert "refused to read code.pth: it holds more than tensors" in fails(*command, "code.pth")
+    assert tree(tmp_path) == before
+
+
+def test_what_a_store_without_clip_cannot_give(
+    fails: Fails, make_store: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = make_store(clip="none")
+    monkeypatch.chdir(tmp_path)
+    for wanted in (("--method", "richkd-f"), ("--method", "richkd-l"), ("--method", "richkd-ls"),
+                   ("--method", "dkd", "--target", "clip"),
+                   ("--method", "kd", "--target", "fused", "--clip-head", "probe")):  # fmt: skip
+        line = fails("distill", "--cache", bare, *wanted)
+        assert "made with --clip none; use --method kd, or precompute with a CLIP" in line
+    assert "method sp takes no target logits" in fails(
+        "distill", "--cache", bare, "--method", "sp", "--target", "fused"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_student_by_its_own_settings(run: Run, store: Path, tmp_path: Path) -> None:
+    done = run("distill", "--cache", store, "--out", tmp_path / "r", "--student", "test_vit",
+               "--student-set", "patch_size=8", "--method", "kd", "--set", "standardize=true",
+               "--epochs", 1, "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    recorded = (tmp_path / "r" / "recipe.toml").read_text()
+    assert "patch_size = 8" in recorded and "standardize = true" in recorded
+    plain = sum(p.numel() for p in richkd.create_model("test_vit", 16, image_size=32).parameters())
+    assert done.json["parameters"] != plain
 
 
 def test_no_network_for_data_is_found_first(

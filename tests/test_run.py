@@ -36,6 +36,7 @@ def tiny(
     return flags
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_runs(run: Run, tiny: Callable[..., list[Any]], name: str) -> None:
     done = run(*tiny(name), "--json")
