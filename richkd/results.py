@@ -23,7 +23,7 @@ def results_table(report: Report, title: str, summaries: Sequence[Mapping[str, A
     """Teachers, then students, with their test accuracies in percent."""
     teachers = summaries[0]["teacher"]
     names = {"cnn": "CNN teacher", "clip": "CLIP zero-shot", "fused": "fused teacher"}
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (names[kind], percent(value), "", "", "", "")
         for kind, value in teachers.items()
         if value is not None
