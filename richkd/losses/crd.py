@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -107,13 +107,13 @@ class CRDLoss(nn.Module):
 
     def draw_negatives(self, index: Tensor) -> Tensor:
         """K samples of other classes for each of [B] samples -> [B,K], drawn on the device."""
-        first, count = self._first[index, None], self._count[index, None]
-        uniform = torch.rand(len(index), self.num_negatives, device=index.device)
-        # a rank among the samples of other classes, then a step over one's own class
+        first, count = self._first[index, None].int(), self._count[index, None].int()
         others = self.num_samples - count
-        rank = (uniform * others).long().clamp_(max=self.num_samples - 1)
-        rank = torch.minimum(rank, others - 1)
-        return self._order[torch.where(rank >= first, rank + count, rank)]
+        # a rank among the samples of other classes, then a step over one's own class
+        uniform = torch.rand(len(index), self.num_negatives, device=index.device)
+        rank = torch.minimum(uniform.mul_(others).int(), others - 1)
+        rank += (rank >= first) * count
+        return self._order.take(rank.long())
 
     def forward(
         self,
@@ -161,31 +161,18 @@ class CRDLoss(nn.Module):
         return torch.randint(self.num_samples, (self.num_negatives,), device=index.device)
 
     def _side(self, scores: Tensor, kept: Tensor | None, side: int) -> Tensor:
-        """One side's loss (equations 8 to 13 of the paper, in the form of the published code).
+        """One side's loss, its constant fixed on the first batch.
 
         Args:
             scores: [B,1+M], cosines with the positive and with the negatives.
             kept: [B,M], which negatives count; all for None.
             side: 0 for the student's, 1 for the teacher's.
         """
-        exponentiated = (scores / self.temperature).exp()
-        count = scores.new_tensor(scores.shape[1] - 1.0) if kept is None else kept.sum(1)  # K
-        with torch.no_grad():
-            counted = exponentiated if kept is None else torch.cat(
-                [exponentiated[:, :1], exponentiated[:, 1:] * kept], dim=1
-            )  # fmt: skip
-            mean = counted.sum() / (count + 1).expand(len(scores)).sum()
-            z = self.normalizers[side]
-            z = torch.where(z > 0, z, mean * self.num_samples)
-            self.normalizers[side] = z
-        probability = exponentiated / z
-        noise = (count.clamp_min(1) / self.num_samples).expand(len(scores))[:, None]  # K · 1/N
-        positive, negative = probability[:, :1], probability[:, 1:]
-        log_positive = (positive / (positive + noise + EPSILON)).log()
-        log_negative = (noise / (negative + noise + EPSILON)).log()
-        if kept is not None:
-            log_negative = log_negative * kept
-        return -(log_positive.sum() + log_negative.sum()) / len(scores)
+        loss, z = _NoiseContrast.apply(
+            scores, kept, self.normalizers[side], self.temperature, self.num_samples
+        )
+        self.normalizers[side] = z
+        return loss  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -197,6 +184,43 @@ class CRDLoss(nn.Module):
             rows = self.momentum * bank[index] + (1 - self.momentum) * embedding
             bank[index] = F.normalize(rows, dim=1)
         self._pending = None
+
+
+class _NoiseContrast(torch.autograd.Function):
+    """Equations 8 to 13 of the paper, in the form of the published code, with their gradient.
+
+    With p = exp(score/τ)/Z and noise n = K/N: −log(p/(p+n)) of the positive and −log(n/(p+n)) of
+    every negative, summed over both and averaged over the batch. The gradient by a score is
+    p/(p+n)/τ, less 1/τ for the positive, so both come out of one pass over the scores.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores: Tensor, kept: Tensor | None, z: Tensor, temperature: float, n: int
+    ) -> tuple[Tensor, Tensor]:
+        p = (scores / temperature).exp_()  # [B,1+M]
+        if kept is not None:
+            p[:, 1:] *= kept
+        count = scores.new_tensor(p.shape[1] - 1.0) if kept is None else kept.sum(1, keepdim=True)
+        mean = p.sum() / (count + 1).expand(len(p), 1).sum()
+        z = torch.where(z > 0, z, mean * n)
+        p /= z
+        noise = count.clamp_min(1) / n
+        share = p + (noise + EPSILON)
+        negative = (share[:, 1:] / noise).log_()
+        if kept is not None:
+            negative *= kept
+        loss = negative.sum() - (p[:, 0] / share[:, 0]).log_().sum()
+        slope = p.div_(share)
+        slope[:, 0] -= 1
+        ctx.save_for_backward(slope.mul_(1 / (temperature * len(p))))
+        ctx.mark_non_differentiable(z)
+        return loss / len(p), z
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * gradients[0], None, None, None, None
 
 
 @register("crd")

@@ -107,22 +107,12 @@ class Trainer:
         rows = {name: array.to(self.device, non_blocking=True)
                 for name, array in source.rows.items()}  # fmt: skip
         totals: Tensor | None = None
-        names: list[str] = []
+        terms: dict[str, Tensor] = {}
         for index, images in self.data.train.batches(order, source.views, self.settings.batch_size):
-            labels = self.data.train_labels[index]
-            logits, features = forward(self.model, self.data.normalize(images))
             batch_rows = {name: array[index].float() for name, array in rows.items()}
-            terms = self.method(Batch(logits, features, labels, index, batch_rows, epoch))
-            loss = torch.stack(list(terms.values())).sum()
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
-            self.method.update()
-            with torch.no_grad():
-                correct = (logits.argmax(1) == labels).sum()
-                step = torch.stack([correct, *(term * len(index) for term in terms.values())])
-                totals = step if totals is None else totals + step
-            names = list(terms)
+            correct, terms = self.step(index, images, batch_rows, epoch)
+            step = torch.stack([correct, *(term * len(index) for term in terms.values())])
+            totals = step if totals is None else totals + step
             tick(len(index))
         assert totals is not None
         correct_count, *sums = (totals / len(order)).tolist()
@@ -133,13 +123,33 @@ class Trainer:
             epoch=epoch,
             lr=self.optimizer.param_groups[0]["lr"],
             loss=sum(sums),
-            terms=dict(zip(names, sums, strict=True)),
+            terms=dict(zip(terms, sums, strict=True)),
             train_accuracy=correct_count,
             test_accuracy=top1,
             test_top5=top5,
             seconds=seconds,
             images_per_second=len(order) / seconds,
         )
+
+    def step(
+        self, index: Tensor, images: Tensor, rows: Mapping[str, Tensor], epoch: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step: images [B,H,W,3] uint8 of the samples `index` [B] and their cached rows.
+
+        Returns:
+            How many were classified correctly, and the loss terms; all stay on the device.
+        """
+        labels = self.data.train_labels[index]
+        logits, features = forward(self.model, self.data.normalize(images))
+        terms = self.method(Batch(logits, features, labels, index, rows, epoch))
+        loss = torch.stack(list(terms.values())).sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.method.update()
+        with torch.no_grad():
+            correct = (logits.argmax(1) == labels).sum()
+        return correct, {name: term.detach() for name, term in terms.items()}
 
     @torch.inference_mode()
     def evaluate(self) -> tuple[float, float]:
