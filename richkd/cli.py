@@ -135,6 +135,7 @@ def precompute(
     alpha: Annotated[str | None, _option(Precompute, "alpha")] = None,
     scale: Annotated[str | None, _option(Precompute, "scale")] = None,
     dtype: Annotated[str | None, _option(Precompute, "dtype")] = None,
+    keep_bits: Annotated[int | None, _option(Precompute, "keep_bits")] = None,
     out: Annotated[str | None, _option(Precompute, "out")] = None,
     batch_size: Annotated[int | None, _option(Precompute, "batch_size")] = None,
     seed: Annotated[int | None, _option(Precompute, "seed")] = None,
@@ -267,6 +268,24 @@ def run(
         _print(summary, as_json)
     else:
         results_table(report, f"{summary['run']}", [summary])
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="fewer rounds, within 3 minutes")] = False,
+    cache: Annotated[
+        str | None, typer.Option(help="a real store, for what compression makes of its rows")
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what steps, stage one, slabs, CRD and the store cost on this machine."""
+    from richkd.bench import FULL, QUICK, run_bench
+
+    result = run_bench(
+        QUICK if quick else FULL, _report(as_json), device=device or "auto", cache=cache
+    )
+    _print(result, as_json)
 
 
 @app.command("recipes")

@@ -44,6 +44,7 @@ def precompute(
     settings: Precompute,
     *,
     overwrite: bool = False,
+    dataset: Dataset | None = None,
     teacher_recipe: Mapping[str, Any] | None = None,
     report: Report | None = None,
 ) -> TeacherCache:
@@ -52,6 +53,7 @@ def precompute(
     Args:
         settings: what to compute.
         overwrite: replace a store that is there.
+        dataset: the images, where they are at hand; else `settings` say which to load.
         teacher_recipe: settings of the teacher's training, where one has to be trained.
         report: where progress goes.
 
@@ -70,7 +72,7 @@ def precompute(
         "image_size": settings.image_size, "model": settings.teacher, "device": settings.device,
     })  # fmt: skip
     weights = teacher_weights(settings, training)
-    dataset = load_dataset(settings)
+    dataset = dataset or load_dataset(settings)
     space = dataset.train.view_space
     check_num_views(settings.views, space.limit)
     report.say(f"{describe(dataset)}; fingerprint {dataset.fingerprint[:12]}")
@@ -309,6 +311,7 @@ def make_manifest(
         scale=settings.scale,
         fused_accuracy=None,
         dtype=settings.dtype,
+        keep_bits=settings.keep_bits,
         block=schema.choose_block(widest, settings.dtype),
         recipe=to_table(settings),
         versions=versions(),

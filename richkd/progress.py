@@ -98,6 +98,7 @@ class Report:
             title_justify="left",
             title_style="bold",
             pad_edge=False,
+            min_width=min(len(title), 78),
             padding=(0, 1, 0, 0),
         )
         for number, name in enumerate(header):

@@ -111,6 +111,9 @@ class Precompute(Images):
     alpha: float = _key(0.7, "weight of the CNN teacher in the blend; CLIP has 1 − alpha")
     scale: Scale = _key("native", "of CLIP's cosines: native (CLIP's own), raw (1) or a number")
     dtype: str = _key("float16", "of the stored rows: float16 or float32")
+    keep_bits: int | None = _key(
+        None, "mantissa bits of the stored rows, fewer take less disk (float16 has 10)"
+    )
     seed: int = _key(0, "seed of the views")
     batch_size: int = _key(256, "images a forward pass of the teachers")
     device: str = _key("auto", "auto, cpu, cuda, cuda:1, mps, …")
@@ -130,6 +133,9 @@ class Precompute(Images):
         _require(0 <= self.seed < 2**32, "seed", self.seed, "in 0..2³²−1")
         if self.dtype not in ("float16", "float32"):
             raise unknown("dtype", self.dtype, ["float16", "float32"])
+        most = 10 if self.dtype == "float16" else 23
+        _require(self.keep_bits is None or 1 <= self.keep_bits <= most, "keep_bits",
+                 self.keep_bits, f"in 1..{most} for {self.dtype}")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,15 +31,35 @@ def test_resolved_settings_read_back_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(recipe.packaged().glob("*.toml")), ids=lambda p: p.stem)
 def test_packaged_recipes_resolve(path: Path) -> None:
-    tables = recipe.load(path.stem)
-    assert recipe.resolve(Precompute, tables["precompute"], {}).dataset
+    content = recipe.load(path.stem)
+    assert content.name == path.stem and content.about
+    assert recipe.resolve(Precompute, content.table("precompute"), {}).dataset
     for name, kind in (("train-teacher", TrainTeacher), ("distill", Distill)):
         given = {"dataset": "shapes"} if kind is TrainTeacher else {"cache": "c.zarr"}
-        recipe.resolve(kind, {**given, **tables.get(name, {})}, {})
+        recipe.resolve(kind, {**given, **content.table(name)}, {})
 
 
 def test_there_are_packaged_recipes() -> None:
-    assert {"cifar100", "fashion-mnist"} <= {p.stem for p in recipe.packaged().glob("*.toml")}
+    names = {path.stem for path in recipe.packaged().glob("*.toml")}
+    assert {"richkd", "richkd-l", "richkd-f", "kd-t4", "kd-t2", "fashion-mnist"} <= names
+
+
+def test_flags_and_options_by_method(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text(
+        "[distill]\nstudent = 'vit_tiny_patch16_224'\nmethod = 'dkd'\n"
+        "student_options = { patch_size = 4 }\n"
+        "[distill.options.dkd]\nnckd_weight = 6\n[distill.options.kd]\ntemperature = 2\n"
+    )
+    table = {**recipe.load(str(file)).table("distill"), "cache": "c.zarr"}
+    own = recipe.resolve(Distill, table, {"options": {"warmup": 3}})
+    assert own.options == {"dkd": {"nckd_weight": 6, "warmup": 3}, "kd": {"temperature": 2}}
+    assert own.student_options == {"patch_size": 4}
+    other = recipe.resolve(
+        Distill, table, {"method": "kd", "student": "resnet8", "options": {"ce_weight": 1}}
+    )
+    assert other.options["kd"] == {"temperature": 2, "ce_weight": 1}
+    assert other.student_options == {}
 
 
 @pytest.mark.parametrize(
@@ -53,6 +73,8 @@ def test_there_are_packaged_recipes() -> None:
         ("[precompute]\nviews = true", "views = True should be int"),
         ("[distill]\nprompts = ['a']", "prompts"),
         ("[distill]\noptions = 3", "options = 3"),
+        ("about = 3", "about = 3 should be text"),
+        ("[published]\nkd = 'good'", "should be a table of numbers"),
     ],
 )
 def test_bad_recipes(tmp_path: Path, content: str, message: str) -> None:
@@ -63,8 +85,8 @@ def test_bad_recipes(tmp_path: Path, content: str, message: str) -> None:
 
 
 def test_unknown_recipe() -> None:
-    with pytest.raises(RichKDError, match=r"no recipe 'cifar1000'.*cifar100"):
-        recipe.load("cifar1000")
+    with pytest.raises(RichKDError, match=r"no recipe 'richkdl'.*richkd-l"):
+        recipe.load("richkdl")
 
 
 @pytest.mark.parametrize(

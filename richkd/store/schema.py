@@ -73,6 +73,7 @@ class Manifest(TypedDict):
     scale: float | str
     fused_accuracy: float | None
     dtype: str
+    keep_bits: int | None  # mantissa bits that the rows of teachers were rounded to
     block: int
     recipe: dict[str, Any]
     versions: dict[str, str]

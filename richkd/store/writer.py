@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import zarr
+from numcodecs import BitRound
 from torch import Tensor
 from zarr.codecs import BloscCodec, Crc32cCodec
 
@@ -25,6 +26,7 @@ from richkd.store.schema import Block, Manifest
 
 # No chunk may be absent: an absent chunk reads as zeros, which would pass for data.
 _CONFIG: Any = {"write_empty_chunks": True}
+_ROUNDED = {"teacher_logits", "teacher_features", "fused_logits", "clip_features"}
 _ROOM = 4  # blocks that may wait for the disk; bounds memory
 
 
@@ -95,6 +97,8 @@ class StoreWriter:
         self._check()
         values = {name: _stored(name, tensor, block, self._dtype(block, name))
                   for name, tensor in rows.items()}  # fmt: skip
+        for name in _ROUNDED & values.keys():
+            values[name] = round_bits(values[name], self._manifest["keep_bits"])
         self._queue.put((self.blocks.index(block), values))
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
@@ -172,6 +176,18 @@ def _codecs(spec: schema.ArraySpec) -> list[Any]:
     width = spec.nbytes // max(1, int(np.prod(spec.shape)))
     shuffle: Any = "bitshuffle" if spec.dtype.startswith("float") else "shuffle"
     return [BloscCodec(typesize=width, cname="zstd", clevel=3, shuffle=shuffle), Crc32cCodec()]
+
+
+def round_bits(values: np.ndarray[Any, Any], bits: int | None) -> np.ndarray[Any, Any]:
+    """f16 or f32 values rounded to so many mantissa bits, which compress better; all for None.
+
+    The trailing bits become zeros, so nothing is needed to read them back.
+    """
+    if bits is None or bits >= np.finfo(values.dtype).nmant:
+        return values
+    encoded = BitRound(keepbits=bits).encode(np.ascontiguousarray(values))
+    rounded: np.ndarray[Any, Any] = encoded.view(values.dtype).reshape(values.shape)
+    return rounded
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:

@@ -15,7 +15,7 @@ import richkd
 from richkd.errors import RichKDError
 from richkd.store import schema
 from richkd.store.schema import Block
-from richkd.store.writer import StoreWriter
+from richkd.store.writer import StoreWriter, round_bits
 
 
 def test_plain_zarr_reads_everything(store: Path) -> None:
@@ -202,3 +202,34 @@ def test_blocks_are_a_few_mib(widest: int, dtype: str) -> None:
     assert block & (block - 1) == 0
     assert size <= schema.CHUNK_BYTES or block == 16
     assert size > schema.CHUNK_BYTES / 2 or block in {schema.MAX_BLOCK, 16}
+
+
+def test_rounded_bits_are_the_nearest_values(rng: np.random.Generator) -> None:
+    for dtype, unsigned, mantissa in ((np.float16, np.uint16, 10), (np.float32, np.uint32, 23)):
+        values = (rng.normal(size=(40, 7)) * 10).astype(dtype)
+        assert round_bits(values, None) is values and round_bits(values, mantissa) is values
+        for bits in (8, 5):
+            rounded = round_bits(values, bits)
+            assert rounded.dtype == dtype and rounded.shape == values.shape
+            trailing = (1 << (mantissa - bits)) - 1
+            assert (rounded.view(unsigned) & trailing == 0).all()
+            relative = np.abs(rounded.astype(float) - values) / np.abs(values.astype(float))
+            assert relative.max() <= 2.0 ** -(bits + 1)
+
+
+def test_fewer_bits_make_a_smaller_store_of_nearly_the_same_rows(
+    store: Path, make_store: Callable[..., Path]
+) -> None:
+    from richkd.inspect import summarize
+
+    coarse = make_store(keep_bits=6)
+    exact, rounded = richkd.open_cache(store), richkd.open_cache(coarse)
+    assert rounded.manifest["keep_bits"] == 6 and exact.manifest["keep_bits"] is None
+    for name in ("train/teacher_logits", "train/teacher_features", "train/fused_logits",
+                 "train/clip_features", "test/teacher_logits"):  # fmt: skip
+        a, b = exact.read(name).float(), rounded.read(name).float()
+        assert not torch.equal(a, b)
+        assert ((a - b).abs() <= 2.0**-7 * a.abs() * 1.01).all()
+    for name in ("train/labels", "train/view_ids", "train/clip_similarity"):
+        assert torch.equal(exact.read(name), rounded.read(name))
+    assert summarize(coarse)["stored_bytes"] < summarize(store)["stored_bytes"]

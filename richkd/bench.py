@@ -1,0 +1,513 @@
+"""What everything costs: paired measurements in one process, A B A B, as medians and ratios.
+
+Steps and passes are timed on random bytes and weights, which cost what real ones cost; only
+compression depends on what is in a store, and takes a real one (`--cache`) where there is one.
+Ratios are medians of the ratios of each round, so that a machine that slows down slows both sides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+import zarr
+from torch import Tensor
+from zarr.codecs import BloscCodec, ZstdCodec
+from zarr.storage import MemoryStore
+
+from richkd import fusion
+from richkd.data.datasets import Dataset, Split
+from richkd.data.inputs import ArrayInputs, Normalize
+from richkd.data.views import PadCropFlip, views_tensor
+from richkd.distill import fixed_rows, row_source
+from richkd.losses import CRDLoss, Widths, kd_loss, method_class
+from richkd.losses.method import TARGET
+from richkd.models import create_model, forward
+from richkd.models.weights import save_tensors
+from richkd.precompute import precompute
+from richkd.progress import Report
+from richkd.recipe import Distill, Precompute
+from richkd.store import schema
+from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
+from richkd.store.writer import round_bits
+from richkd.targets import choose_target
+from richkd.teachers.clip import load_clip
+from richkd.training.device import choose_device, hardware, versions
+from richkd.training.loop import Data, EpochRows, Trainer, all_rows
+
+CLIP_WIDTH = 768  # of ViT-L/14's image features
+EMBEDDING = 128
+TINY_CLIP: dict[str, Any] = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 128, "patch_size": 8, "head_width": 64},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much is measured; students, teachers and batches are the same in quick runs."""
+
+    student: str = "resnet8x4"
+    teacher: str = "resnet32x4"
+    batch_size: int = 64
+    num_samples: int = 50_000
+    num_classes: int = 100
+    negatives: int = 16_384
+    rounds: int = 9
+    steps: int = 2  # a round; more on a GPU, where one is too short to time
+    stage_one: int = 384  # images of stage one, each clean and in two views
+    streamed: int = 20_000  # samples of the epochs that stream their slabs
+    streaming_student: str = "resnet8"  # so quick that slabs are a larger share of its time
+
+
+FULL = Sizes()
+QUICK = Sizes(rounds=3, stage_one=128, streamed=3000)
+
+
+def run_bench(
+    sizes: Sizes, report: Report, *, device: str = "auto", cache: str | None = None
+) -> dict[str, Any]:
+    """Measure everything; JSON-ready, with hardware, versions and the object `ratios`.
+
+    Args:
+        sizes: `FULL`, `QUICK` or others.
+        report: where progress and tables go.
+        device: as of every command.
+        cache: a real store, for bytes and their errors; else one of random weights is made.
+    """
+    where = choose_device(device)
+    if where.type == "cuda":
+        sizes = replace(sizes, steps=50 * sizes.steps, stage_one=100 * sizes.stage_one)
+    started = time.perf_counter()
+    seconds: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory(prefix="richkd-bench-") as folder:
+        seconds |= time_crd(sizes, where, report)
+        seconds |= time_steps(sizes, where, report)
+        seconds |= time_stage_one(sizes, where, report, Path(folder))
+        streamed, store = time_slabs(sizes, where, report, Path(folder))
+        seconds |= streamed
+        stored = store_bytes(open_cache(cache) if cache else store, report)
+    ratios = {
+        "logits_step_over_vanilla": ratio(seconds, "logits step", "vanilla step"),
+        "full_step_over_vanilla": ratio(seconds, "full step", "vanilla step"),
+        "full_step_over_published": ratio(seconds, "full step", "published step"),
+        "logits_step_over_in_loop": ratio(seconds, "logits step", "in-loop step"),
+        "crd_scores_over_vectors": ratio(seconds, "CRD scores", "CRD vectors"),
+        "crd_shared_over_vectors": ratio(seconds, "CRD shared", "CRD vectors"),
+        "crd_bank_over_vectors": ratio(seconds, "CRD bank", "CRD vectors"),
+        "precompute_over_forward": ratio(seconds, "stage one", "its forward passes"),
+        "streamed_over_memory": ratio(seconds, "epoch streamed", "epoch in memory"),
+        "slab_wait_share": ratio(seconds, "slab wait", "epoch streamed"),
+        "store_over_raw": stored["as stored"]["over_raw"],
+    }
+    result = {
+        "sizes": asdict(sizes),
+        "hardware": hardware(where),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "cache": cache,
+        "ratios": {name: round(value, 4) for name, value in ratios.items()},
+        "seconds": {
+            name: {"median": statistics.median(times), "rounds": times}
+            for name, times in seconds.items()
+        },
+        "bytes": stored,
+        "took": time.perf_counter() - started,
+    }
+    show(result, report)
+    return result
+
+
+def paired(
+    measures: Mapping[str, Callable[[], None]], rounds: int, device: torch.device, report: Report
+) -> dict[str, list[float]]:
+    """Seconds of each measure in each round: all once to warm up, then A B … A B …."""
+    times: dict[str, list[float]] = {name: [] for name in measures}
+    with report.track(", ".join(measures), (rounds + 1) * len(measures), "runs") as tick:
+        for number in range(rounds + 1):
+            for name, measure in measures.items():
+                _synchronize(device)
+                start = time.perf_counter()
+                measure()
+                _synchronize(device)
+                if number > 0:
+                    times[name].append(time.perf_counter() - start)
+                tick(1)
+    return times
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], a: str, b: str) -> float:
+    """The median over the rounds of a's time by b's."""
+    return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# --- CRD -----------------------------------------------------------------------------------------
+
+
+class VectorCRD(CRDLoss):
+    """CRD the published way: gather K+1 vectors a sample and multiply with each; same numbers."""
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        index: Tensor,
+        negative_index: Tensor | None = None,
+    ) -> Tensor:
+        """As CRDLoss, with [B,K+1,D] vectors in memory for each side."""
+        if negative_index is None:
+            negative_index = self.draw_negatives(index)
+        self._pending = (student.detach(), teacher.detach(), index)
+        columns = torch.cat([index[:, None], negative_index], dim=1)
+        total = student.new_zeros(())
+        sides = ((student, self.teacher_bank), (teacher, self.student_bank))
+        for side, (embedding, bank) in enumerate(sides):
+            vectors = bank[columns.flatten()].view(*columns.shape, -1)
+            scores = torch.bmm(vectors, embedding[:, :, None])[:, :, 0] / self.temperature
+            weights = scores.exp()
+            with torch.no_grad():
+                z = self.normalizers[side]
+                z = torch.where(z > 0, z, weights.mean() * self.num_samples)
+                self.normalizers[side] = z
+            p = weights / z
+            noise = (columns.shape[1] - 1) / self.num_samples
+            positive = (p[:, 0] / (p[:, 0] + noise + 1e-7)).log().sum()
+            negative = (noise / (p[:, 1:] + noise + 1e-7)).log().sum()
+            total = total - (positive + negative) / len(embedding)
+        return total
+
+
+def time_crd(sizes: Sizes, device: torch.device, report: Report) -> dict[str, list[float]]:
+    """Loss, gradient and bank update of each kind of contrast, on unit embeddings."""
+    labels = torch.arange(sizes.num_samples) % sizes.num_classes
+    kinds: dict[str, CRDLoss] = {}
+    for name, kind, contrast in (
+        ("CRD vectors", VectorCRD, "exact"), ("CRD scores", CRDLoss, "exact"),
+        ("CRD shared", CRDLoss, "shared"), ("CRD bank", CRDLoss, "bank"),
+    ):  # fmt: skip
+        kinds[name] = kind(sizes.num_samples, EMBEDDING, sizes.negatives, labels=labels,
+                           contrast=contrast).to(device)  # type: ignore[arg-type]  # fmt: skip
+    sides = [F.normalize(torch.randn(sizes.batch_size, EMBEDDING, device=device), dim=1)
+             .requires_grad_() for _ in range(2)]  # fmt: skip
+    index = torch.randperm(sizes.num_samples)[: sizes.batch_size].to(device)
+
+    def run(loss: CRDLoss) -> Callable[[], None]:
+        def measure() -> None:
+            for _ in range(sizes.steps):
+                loss(*sides, index).backward()
+                loss.update()
+
+        return measure
+
+    measures = {name: run(loss) for name, loss in kinds.items()}
+    return paired(measures, sizes.rounds, device, report)
+
+
+# --- steps ---------------------------------------------------------------------------------------
+
+
+def time_steps(sizes: Sizes, device: torch.device, report: Report) -> dict[str, list[float]]:
+    """Training steps: vanilla, from cached rows, and with the CNN teacher in the loop."""
+    n, c = sizes.num_samples, sizes.num_classes
+    labels = (torch.arange(n) % c).to(device)
+    images = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8)
+    normalize = Normalize((0.5,) * 3, (0.25,) * 3, device)
+    inputs = ArrayInputs(images, device)
+    data = Data(train=inputs, train_labels=labels, test=inputs, test_labels=labels,
+                test_views=torch.empty(0), tested=torch.empty(0), normalize=normalize,
+                num_classes=c)  # fmt: skip
+    teacher: Any = create_model(sizes.teacher, c).eval()
+    teacher = teacher.to(device, memory_format=torch.channels_last)
+    rows = {
+        TARGET: torch.randn(n, c).half().to(device),
+        "teacher_features": torch.rand(n, teacher.num_features).half().to(device),
+        "clip_features": F.normalize(torch.randn(n, CLIP_WIDTH)).half().to(device),
+    }
+    cosines = torch.rand(n, c, device=device)
+    widths = Widths(labels=labels.cpu(), student=create_model(sizes.student, c).num_features,  # type: ignore[arg-type]
+                    teacher=teacher.num_features, clip=CLIP_WIDTH, alpha=0.7)  # fmt: skip
+    settings = Distill(cache="bench", student=sizes.student, batch_size=sizes.batch_size)
+    order, views = torch.randperm(n), views_tensor(PadCropFlip().draw(0, n, 1))[0]
+
+    def trainer(method: str, vectors: bool = False) -> Trainer:
+        given = {"negatives": sizes.negatives} if method == "richkd" else {}
+        kind, options = method_class(method, given)
+        objective: Any = kind(options, widths)
+        if vectors:
+            objective.contrast = VectorCRD(n, EMBEDDING, sizes.negatives, labels=labels.cpu())
+        made = Trainer(create_model(sizes.student, c), objective, data, settings, device)
+        made.model.train()
+        return made
+
+    def cached(batch: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: rows[name][batch].float() for name in names}
+
+    @torch.no_grad()
+    def asked(batch: Tensor, x: Tensor) -> dict[str, Tensor]:
+        logits, features = forward(teacher, normalize(x))
+        fused = fusion.fuse_logits(logits, cosines[batch], 0.7, 1.0)
+        return {TARGET: fused, "teacher_features": features,
+                "clip_features": rows["clip_features"][batch].float()}  # fmt: skip
+
+    def run(made: Trainer, names: Sequence[str] | None) -> Callable[[], None]:
+        batches = cycle_batches(inputs, order, views, sizes.batch_size)
+
+        def measure() -> None:
+            for _ in range(sizes.steps):
+                batch, x = next(batches)
+                values = asked(batch, x) if names is None else cached(batch, names)
+                made.step(batch, x, values, 1)
+
+        return measure
+
+    return paired(
+        {
+            "vanilla step": run(trainer("ce"), ()),
+            "logits step": run(trainer("richkd-l"), (TARGET,)),
+            "full step": run(trainer("richkd"), tuple(rows)),
+            "in-loop step": run(trainer("richkd-l"), None),
+            "published step": run(trainer("richkd", vectors=True), None),
+        },
+        sizes.rounds, device, report,
+    )  # fmt: skip
+
+
+def cycle_batches(
+    inputs: ArrayInputs, order: Tensor, views: Tensor, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of the first samples in order, over and over, each gathered anew."""
+    for start in cycle(range(0, len(order) - batch_size + 1, batch_size)):
+        yield from inputs.batches(order[start : start + batch_size], views, batch_size)
+
+
+# --- stage one -----------------------------------------------------------------------------------
+
+
+def random_dataset(num_train: int, num_test: int, num_classes: int) -> Dataset:
+    """Random bytes in CIFAR's shape."""
+    rng = np.random.default_rng(0)
+    train, test = (
+        Split(torch.from_numpy(rng.integers(0, 256, (count, 32, 32, 3), np.uint8)),
+              torch.arange(count) % num_classes)
+        for count in (num_train, num_test)
+    )  # fmt: skip
+    names = tuple(f"class {number}" for number in range(num_classes))
+    return Dataset("shapes", names, train, test, (0.5,) * 3, (0.25,) * 3, 32)
+
+
+def write_teachers(folder: Path, teacher: str, num_classes: int) -> tuple[Path, Path]:
+    """A CNN teacher and a small CLIP of random weights, as files."""
+    weights, clip = folder / f"{teacher}.safetensors", folder / "clip"
+    torch.manual_seed(0)
+    save_tensors(weights, create_model(teacher, num_classes).state_dict())
+    if not clip.exists():
+        clip.mkdir()
+        model: Any = open_clip.CLIP(**TINY_CLIP)
+        config = {"model_cfg": TINY_CLIP, "preprocess_cfg": {}}
+        (clip / "open_clip_config.json").write_text(json.dumps(config))
+        save_tensors(clip / "open_clip_model.safetensors", model.state_dict())
+    return weights, clip
+
+
+def time_stage_one(
+    sizes: Sizes, device: torch.device, report: Report, folder: Path
+) -> dict[str, list[float]]:
+    """`precompute` from its first line to its last, against the same forward passes alone."""
+    views, batch_size = 2, 256
+    dataset = random_dataset(sizes.stage_one, sizes.stage_one // 4, sizes.num_classes)
+    weights, clip_folder = write_teachers(folder, sizes.teacher, sizes.num_classes)
+    settings = Precompute(
+        dataset="shapes", teacher=sizes.teacher, teacher_weights=str(weights), views=views,
+        clip=str(clip_folder), prompts="single", batch_size=batch_size, device=str(device),
+        out=str(folder / "stage-one.zarr"),
+    )  # fmt: skip
+    clip = load_clip(str(clip_folder), device)
+    teacher: Any = create_model(sizes.teacher, sizes.num_classes).eval()
+    teacher = teacher.to(device, memory_format=torch.channels_last)
+    normalize = Normalize(dataset.mean, dataset.std, device)
+    parts = [split.images for split in (dataset.train, dataset.test)]
+    images = [part.to(device) for part in parts if isinstance(part, Tensor)]
+    asked = [images[0]] * views + [images[1]]
+
+    def everything() -> None:
+        precompute(settings, overwrite=True, dataset=dataset)
+
+    @torch.inference_mode()
+    def passes() -> None:
+        for part in asked:
+            for batch in torch.split(part, batch_size):
+                forward(teacher, normalize(batch))
+        for part in images:
+            for batch in torch.split(part, batch_size):
+                clip.model.encode_image(clip.preprocess(batch))
+
+    return paired(
+        {"stage one": everything, "its forward passes": passes},
+        max(3, sizes.rounds // 3), device, report,
+    )  # fmt: skip
+
+
+# --- slabs ---------------------------------------------------------------------------------------
+
+
+def time_slabs(
+    sizes: Sizes, device: torch.device, report: Report, folder: Path
+) -> tuple[dict[str, list[float]], TeacherCache]:
+    """Epochs by RichKD L+F with slabs read from disk meanwhile, and with slabs in memory."""
+    n, views = sizes.streamed, 4
+    weights, clip = write_teachers(folder, "resnet8", sizes.num_classes)
+    cache = precompute(
+        Precompute(dataset="shapes", teacher="resnet8", teacher_weights=str(weights),
+                   clip=str(clip), views=views, device=str(device), prompts="single",
+                   out=str(folder / "slabs.zarr")),
+        dataset=random_dataset(n, 64, sizes.num_classes),
+    )  # fmt: skip
+    settings = Distill(cache=str(cache.path), student=sizes.streaming_student, eval_every=10**6,
+                       batch_size=sizes.batch_size, epochs=10**6)  # fmt: skip
+    kind, options = method_class("richkd", {"negatives": min(sizes.negatives, n)})
+    reads = kind.reads(options)
+    target = choose_target(cache, settings, "fused", Report(quiet=True))
+    labels = cache.read("train/labels")
+    inputs = ArrayInputs(cache.read("train/images"), device)
+    clip_entry = cache.manifest["clip"]
+    assert clip_entry is not None
+    model = create_model(sizes.streaming_student, sizes.num_classes)
+    widths = Widths(labels=labels, student=model.num_features,  # type: ignore[arg-type]
+                    teacher=cache.manifest["teacher"]["num_features"],
+                    clip=clip_entry["num_features"], alpha=0.7)  # fmt: skip
+    data = Data(train=inputs, train_labels=labels.to(device), test=inputs,
+                test_labels=labels.to(device), test_views=torch.empty(0),
+                tested=torch.empty(0), normalize=Normalize((0.5,) * 3, (0.25,) * 3, device),
+                num_classes=sizes.num_classes)  # fmt: skip
+    trainer = Trainer(model, kind(options, widths), data, settings, device)
+    fixed = {k: v.to(device) for k, v in fixed_rows(cache, reads, target).items()}
+    rounds = max(3, sizes.rounds // 3)
+    rows = row_source(cache, reads, target)
+    kept = rows(1)
+    slabs = all_rows(rows, 1, 2 * rounds + 10)
+    waits: list[float] = []
+    epoch = iter(range(1, 10**6))
+
+    def train(source: EpochRows) -> None:
+        trainer.train_epoch(next(epoch), EpochRows(source.views, {**source.rows, **fixed}))
+
+    def streamed() -> None:
+        start = time.perf_counter()
+        source = next(slabs)
+        waits.append(time.perf_counter() - start)
+        train(source)
+
+    times = paired(
+        {"epoch streamed": streamed, "epoch in memory": lambda: train(kept)},
+        rounds, device, report,
+    )  # fmt: skip
+    slabs.close()  # type: ignore[attr-defined]
+    return {**times, "slab wait": waits[1:]}, cache
+
+
+# --- bytes ---------------------------------------------------------------------------------------
+
+
+def store_bytes(cache: TeacherCache, report: Report) -> dict[str, dict[str, float]]:
+    """Bytes of a (view, sample) by codec, against raw f16, and the KL error of what is read back.
+
+    The error is that of the fused logits (the CNN teacher's without CLIP) at τ = 1, against the
+    stored ones; with `--dtype float32` stores that of rounding to f16 shows as well.
+    """
+    known = schema.array_specs(cache.manifest)
+    names = [name for name in SLAB_ARRAYS if f"train/{name}" in known]
+    slab = cache.slab(0, names)
+    arrays = {name: getattr(slab, name).numpy() for name in names}
+    logits = "fused_logits" if "fused_logits" in arrays else "teacher_logits"
+    raw = sum(2 * array[0].size for array in arrays.values())
+    block = cache.manifest["block"]
+
+    def bitshuffle(cname: str, level: int) -> BloscCodec:
+        return BloscCodec(typesize=2, cname=cname, clevel=level, shuffle="bitshuffle")  # type: ignore[arg-type]
+
+    codecs: dict[str, tuple[Any, int]] = {
+        "raw f16": (None, 10),
+        "lz4, bit shuffle": (bitshuffle("lz4", 5), 10),
+        "zstd 3": (ZstdCodec(level=3), 10),
+        "zstd 3, bit shuffle": (bitshuffle("zstd", 3), 10),
+        "zstd 9, bit shuffle": (bitshuffle("zstd", 9), 10),
+        **{f"zstd 3, bit shuffle, {bits} bits": (bitshuffle("zstd", 3), bits)
+           for bits in (9, 8, 7, 6, 5)},
+    }  # fmt: skip
+    table: dict[str, dict[str, float]] = {}
+    for name, (codec, bits) in codecs.items():
+        stored, write, read = 0, 0.0, 0.0
+        for key, array in arrays.items():
+            values = round_bits(array.astype(np.float16), bits)
+            target = zarr.create_array(
+                MemoryStore(), shape=values.shape, dtype="float16",
+                chunks=(min(block, len(values)), values.shape[1]), compressors=codec,
+                config={"write_empty_chunks": True},
+            )  # fmt: skip
+            start = time.perf_counter()
+            target[...] = values
+            write += time.perf_counter() - start
+            start = time.perf_counter()
+            back = np.asarray(target[...])
+            read += time.perf_counter() - start
+            stored += target.nbytes_stored()
+            if key == logits:
+                error = kd_loss(torch.from_numpy(back), torch.from_numpy(array), 1.0).item()
+        each = stored / len(array)
+        table[name] = {"bytes": round(each, 1), "over_raw": round(each / raw, 4), "kl": error,
+                       "write_s": write, "read_s": read}  # fmt: skip
+    on_disk = sum(_disk_bytes(cache.path / "train" / name) for name in names)
+    each = on_disk / cache.num_views / cache.num_samples
+    table["as stored"] = {"bytes": round(each, 1), "over_raw": round(each / raw, 4)}
+    return table
+
+
+def _disk_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+# --- what people see -----------------------------------------------------------------------------
+
+
+def show(result: Mapping[str, Any], report: Report) -> None:
+    """Seconds, ratios and bytes as tables on standard output."""
+    sizes = result["sizes"]
+    steps = sizes["steps"]
+    timed = [
+        (name, f"{1000 * entry['median'] / (steps if 'step' in name or 'CRD' in name else 1):,.1f}",
+         str(len(entry["rounds"])))
+        for name, entry in result["seconds"].items()
+    ]  # fmt: skip
+    report.table(
+        f"{sizes['student']} student, {sizes['teacher']} teacher, batch {sizes['batch_size']}, "
+        f"{result['hardware']}",
+        ("", "ms, median", "rounds"), timed,
+    )  # fmt: skip
+    report.table("", ("ratio", "median"),
+                 [(name, f"{value:.3f}") for name, value in result["ratios"].items()])  # fmt: skip
+    report.table(
+        "bytes a (view, sample) of " + (result["cache"] or "random weights; see --cache"),
+        ("codec", "bytes", "of raw f16", "KL error"),
+        [(name, f"{entry['bytes']:,.0f}", f"{entry['over_raw']:.3f}",
+          f"{entry['kl']:.1e}" if "kl" in entry else "")
+         for name, entry in result["bytes"].items()],
+    )  # fmt: skip
+    report.say(f"{os.cpu_count()} cores, {result['threads']} threads; took {result['took']:.0f} s")
