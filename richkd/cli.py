@@ -51,6 +51,7 @@ Schedule = Annotated[str | None, _shared("schedule")]
 EvalEvery = Annotated[int | None, _shared("eval_every")]
 Seed = Annotated[int | None, _shared("seed")]
 Device = Annotated[str | None, _shared("device")]
+Precision = Annotated[str | None, _shared("precision")]
 
 
 def _version(wanted: bool) -> None:
@@ -105,6 +106,7 @@ def train_teacher(
     data_root: DataRoot = None,
     image_size: ImageSize = None,
     device: Device = None,
+    precision: Precision = None,
     recipe: Recipe = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -216,6 +218,7 @@ def distill(
     dataset: Annotated[str | None, _option(Distill, "dataset")] = None,
     data_root: DataRoot = None,
     device: Device = None,
+    precision: Precision = None,
     recipe: Recipe = None,
     overwrite: Overwrite = False,
     as_json: Json = False,

@@ -27,7 +27,15 @@ from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
 from richkd.targets import Target, choose_target, describe_target, held_out
 from richkd.training.checkpoint import Best, RunFolder
 from richkd.training.device import choose_device, hardware, versions
-from richkd.training.loop import Data, EpochRecord, EpochRows, Trainer, all_rows, derive_seed
+from richkd.training.loop import (
+    Data,
+    EpochRecord,
+    EpochRows,
+    Trainer,
+    all_rows,
+    derive_seed,
+    timed,
+)
 
 
 def distill(
@@ -81,21 +89,25 @@ def distill(
     done, best = resume_from(run, trainer) if going_on else (0, Best())
     started = time.perf_counter()
     report.say(opening(settings, cache, trainer, device, done))
-    rows = row_source(cache, reads, target)
+    rows = row_source(cache, reads, target, pin=device.type == "cuda")
     fixed = {name: row.to(device) for name, row in fixed_rows(cache, reads, target).items()}
     record = None
     with report.track(
         "distill", (settings.epochs - done) * len(data.train_labels), "images"
     ) as tick:
         slabs = all_rows(rows, done + 1, settings.epochs)
-        for epoch, slab in enumerate(slabs, done + 1):
+        for epoch, (slab, waited) in enumerate(timed(slabs), done + 1):
             source = EpochRows(slab.views, {**slab.rows, **fixed})
             record = trainer.train_epoch(epoch, source, tick)
             check_finite(record, settings)
             if record.test_accuracy is not None and record.test_accuracy > best.accuracy:
                 best = Best(epoch, record.test_accuracy)
             run.save_epoch(
-                epoch, record.as_dict(), best, trainer.state(), trainer.model.state_dict()
+                epoch,
+                {**record.as_dict(), "slab_wait_s": waited},
+                best,
+                trainer.state(),
+                trainer.model.state_dict(),
             )
             report.say(epoch_line(record, settings.epochs))
     if record is None:  # cut off between the last epoch and the summary
@@ -143,11 +155,11 @@ def check_reads(cache: TeacherCache, reads: tuple[str, ...], settings: Distill) 
 
 
 def row_source(
-    cache: TeacherCache, reads: tuple[str, ...], target: Target | None
+    cache: TeacherCache, reads: tuple[str, ...], target: Target | None, *, pin: bool = False
 ) -> Callable[[int], EpochRows]:
     """What reads the rows of an epoch, from 1: view (epoch − 1) mod V, only what has a view axis.
 
-    Blended logits are rounded as stage one would have stored them.
+    Blended logits are rounded as stage one would have stored them; `pin` is for GPUs.
     """
     features = tuple(name for name in reads if name in SLAB_ARRAYS)
     logits = target.reads if target is not None and TARGET in reads else ()
@@ -160,7 +172,8 @@ def row_source(
         if target is not None and logits:
             stored = {name: getattr(slab, name) for name in logits}
             rows[TARGET] = target.logits("train", stored).to(dtype)
-        return EpochRows(slab.views, rows)
+        epoch_rows = EpochRows(slab.views, rows)
+        return epoch_rows.pinned() if pin else epoch_rows
 
     return lambda epoch: read((epoch - 1) % cache.num_views)
 

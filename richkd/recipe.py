@@ -22,6 +22,9 @@ from richkd.errors import RichKDError, nearest, unknown
 
 Scale = float | Literal["native", "raw"]
 Alpha = float | Literal["auto"]
+TARGETS = ("teacher", "clip", "fused")
+CLIP_HEADS = ("zero-shot", "probe")
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def _key(default: Any, help: str) -> Any:
@@ -67,8 +70,13 @@ class Training:
     eval_every: int = _key(1, "test after every N epochs, and after the last")
     seed: int = _key(0, "seed of weights, order and negatives")
     device: str = _key("auto", "auto, cpu, cuda, cuda:1, mps, …")
+    precision: str = _key(
+        "auto", "of the network: float32, bfloat16, or auto (bfloat16 on GPUs that have it)"
+    )
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise unknown("precision", self.precision, PRECISIONS)
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _require(0 < self.lr < float("inf"), "lr", self.lr, "above 0")
@@ -194,8 +202,6 @@ class Distill(Training):
         return (0.2 if self.alpha == "auto" else 0.0) if self.holdout is None else self.holdout
 
 
-TARGETS = ("teacher", "clip", "fused")
-CLIP_HEADS = ("zero-shot", "probe")
 SECTIONS: dict[str, type] = {
     "train-teacher": TrainTeacher,
     "precompute": Precompute,

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -264,6 +265,45 @@ def test_students_see_the_cached_views_in_an_order_that_methods_share(
     ids = richkd.open_cache(store).read("train/view_ids").tolist()
     assert [views for _, views in seen["ce"]] == [ids[0], ids[1], ids[2], ids[0]]
     assert len({tuple(order) for order, _ in seen["ce"]}) == 4
+
+
+def test_half_precision_is_of_the_network_alone(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    forward = loop.forward
+
+    def spy(model: Any, images: torch.Tensor) -> Any:
+        logits, features = forward(model, images)
+        seen.append((logits.dtype, features.dtype))
+        return logits, features
+
+    monkeypatch.setattr(loop, "forward", spy)
+    losses = {}
+    for precision in ("float32", "auto", "bfloat16"):
+        train(store, tmp_path / precision, method="richkd-l", precision=precision)
+        losses[precision] = metrics(tmp_path / precision)[0]["loss"]
+        assert all(w.dtype in (torch.float32, torch.int64)
+                   for w in weights(tmp_path / precision).values())  # fmt: skip
+    assert seen[0][0] == torch.float32 and seen[-1][0] == torch.bfloat16
+    assert losses["auto"] == losses["float32"]  # on the CPU
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+
+
+def test_the_wait_for_slabs_is_recorded(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = richkd.TeacherCache.slab
+
+    def slow(self: Any, *arguments: Any) -> Any:
+        time.sleep(0.5)
+        return read(self, *arguments)
+
+    monkeypatch.setattr(richkd.TeacherCache, "slab", slow)
+    train(store, tmp_path / "a", method="kd", epochs=3)
+    waits = [line["slab_wait_s"] for line in metrics(tmp_path / "a")]
+    assert waits[0] > 0.4 and all(0 <= wait < 0.6 for wait in waits)
 
 
 def test_training_descends(make_store: Make, tmp_path: Path) -> None:

@@ -27,6 +27,13 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def half_precision(name: str, device: torch.device) -> bool:
+    """Whether networks run in bfloat16; `auto` says yes on a GPU that computes in it."""
+    if name == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return name == "bfloat16"
+
+
 def hardware(device: torch.device) -> str:
     """The device in words, for summaries."""
     if device.type == "cuda":

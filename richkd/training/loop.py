@@ -23,6 +23,7 @@ from richkd.data.inputs import Inputs, Normalize
 from richkd.losses.method import Batch, Method
 from richkd.models import forward
 from richkd.recipe import Training
+from richkd.training.device import half_precision
 
 EVAL_BATCH = 256
 
@@ -47,6 +48,11 @@ class EpochRows:
 
     views: Tensor  # [N] or [N,5]
     rows: Mapping[str, Tensor]  # name -> [N,…]
+
+    def pinned(self) -> EpochRows:
+        """The same in memory that a GPU copies from by itself."""
+        rows = {name: row.pin_memory() for name, row in self.rows.items()}
+        return EpochRows(self.views.pin_memory(), rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +98,7 @@ class Trainer:
             weight_decay=settings.weight_decay,
         )
         self.scheduler = make_scheduler(self.optimizer, settings)
+        self.half = half_precision(settings.precision, device)
 
     def train_epoch(
         self, epoch: int, source: EpochRows, tick: Callable[[int], None] = lambda _: None
@@ -140,7 +147,9 @@ class Trainer:
             How many were classified correctly, and the loss terms; all stay on the device.
         """
         labels = self.data.train_labels[index]
-        logits, features = forward(self.model, self.data.normalize(images))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            logits, features = forward(self.model, self.data.normalize(images))
+        logits, features = logits.float(), features.float()
         terms = self.method(Batch(logits, features, labels, index, rows, epoch))
         loss = torch.stack(list(terms.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
@@ -156,10 +165,11 @@ class Trainer:
         """Top-1 and top-5 accuracy on the test split, in 0..1."""
         self.model.eval()
         data = self.data
-        logits = torch.cat([
-            self.model(data.normalize(images))
-            for _, images in data.test.batches(data.tested, data.test_views, EVAL_BATCH)
-        ])  # fmt: skip
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            logits = torch.cat([
+                self.model(data.normalize(images))
+                for _, images in data.test.batches(data.tested, data.test_views, EVAL_BATCH)
+            ])  # fmt: skip
         labels = data.test_labels[data.tested]
         return accuracy(logits, labels, 1), accuracy(logits, labels, 5)
 
@@ -222,6 +232,14 @@ def drop_lone_last(order: Tensor, batch_size: int) -> Tensor:
     """Without a last batch of one sample, over which batch norm has no variance."""
     lone = len(order) % batch_size == 1 and len(order) > 1 and batch_size > 1
     return order[:-1] if lone else order
+
+
+def timed(slabs: Iterator[EpochRows]) -> Iterator[tuple[EpochRows, float]]:
+    """Each slab with the seconds that were spent waiting for it."""
+    start = time.perf_counter()
+    for slab in slabs:
+        yield slab, time.perf_counter() - start
+        start = time.perf_counter()
 
 
 def all_rows(rows: Callable[[int], EpochRows], first: int, last: int) -> Iterator[EpochRows]:
