@@ -93,7 +93,8 @@ def test_unknown_recipe() -> None:
     ("name", "value"),
     [
         ("epochs", 0), ("batch_size", 0), ("lr", 0.0), ("lr", float("nan")), ("momentum", 1.0),
-        ("weight_decay", -1.0), ("eval_every", 0), ("seed", -1), ("schedule", "steps"), ("precision", "half"),
+        ("weight_decay", -1.0), ("eval_every", 0), ("seed", -1), ("schedule", "steps"),
+        ("precision", "half"),
         ("alpha", 1.2), ("alpha", -0.1), ("scale", -3.0), ("scale", "naive"),
     ],
 )  # fmt: skip

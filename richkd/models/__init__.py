@@ -30,7 +30,9 @@ ZOO = (
 
 # Settings of timm's constructors that make some models fit smaller images.
 _FITTING = {"patch_size": (4, 2), "window_size": (4, 2), "output_stride": (16, 8)}
-_MISFITS = (RuntimeError, AssertionError, ValueError, TypeError, IndexError, NotImplementedError)
+_MISFITS = (
+    RuntimeError, AssertionError, ValueError, TypeError, IndexError, ArithmeticError,
+)  # fmt: skip
 
 
 def create_model(
