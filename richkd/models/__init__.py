@@ -51,22 +51,45 @@ def create_model(
     Raises:
         RichKDError: no model has that name, or it does not take those settings.
     """
-    registered = _VGGS.get(name, name.removeprefix("timm/"))
-    if not timm.is_model(registered):
+    if not timm.is_model(_registered(name)):
         known = {*ZOO, *timm.list_models()}
         raise RichKDError(f"unknown model {name!r}; {nearest(name, known, fallback=ZOO)}")
     given = ", ".join(f"{key} = {value!r}" for key, value in settings.items())
     if settings and name in ZOO:
         raise RichKDError(f"model {name} takes no settings, got {given}")
-    config = timm.models.get_pretrained_cfg(registered)
+    try:
+        return _build(name, num_classes, in_chans, image_size, settings)
+    except (KeyError, *_MISFITS) as error:
+        remedied = "" if image_size is None else f"; {remedy(name, image_size, settings)}"
+        raise RichKDError(
+            f"model {name} cannot be built{' with ' * bool(given)}{given}: "
+            f"{_first_line(error)}{remedied}"
+        ) from None
+
+
+def _registered(name: str) -> str:
+    """The name by which timm knows a model."""
+    return _VGGS.get(name, name.removeprefix("timm/"))
+
+
+def _build(
+    name: str, num_classes: int, in_chans: int, image_size: int | None, settings: Mapping[str, Any]
+) -> nn.Module:
+    """As create_model, with whatever errors the constructors raise."""
+    config = timm.models.get_pretrained_cfg(_registered(name))
     if image_size is not None and config is not None and config.fixed_input_size:
         settings = {"img_size": image_size, **settings}
-    try:
-        return timm.create_model(registered, num_classes=num_classes, in_chans=in_chans, **settings)
-    except (KeyError, *_MISFITS) as error:
-        raise RichKDError(
-            f"model {name} cannot be built{' with ' * bool(given)}{given}: {_first_line(error)}"
-        ) from None
+    model: nn.Module = timm.create_model(
+        _registered(name), num_classes=num_classes, in_chans=in_chans, **settings
+    )
+    embed = getattr(model, "patch_embed", None)
+    patch = getattr(embed, "patch_size", None)
+    if image_size is not None and patch and not getattr(embed, "dynamic_img_pad", False):
+        side = patch[0] if isinstance(patch, tuple) else patch
+        if image_size % side:
+            raise ValueError(f"its patches of {side} px leave out {image_size % side} of "
+                             f"{image_size} px")  # fmt: skip
+    return model
 
 
 def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +97,8 @@ def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     maps = model.forward_features(images)  # type: ignore[operator]
     features = model.forward_head(maps, pre_logits=True)  # type: ignore[operator]
     classifier = model.get_classifier()  # type: ignore[operator]
-    if isinstance(classifier, nn.Linear | nn.Sequential):
+    # running the head once more would count batches twice where it has batch norm (CPUBone)
+    if isinstance(classifier, nn.Linear | nn.Sequential) or hasattr(classifier, "linear"):
         return classifier(features), features
     # two heads whose logits are averaged, a convolution on what is not flattened yet, …
     return model.forward_head(maps), features.flatten(1)  # type: ignore[operator]
@@ -129,10 +153,9 @@ def remedy(name: str, image_size: int, settings: Mapping[str, Any]) -> str:
         for value in values:
             try:
                 with torch.device("meta"), torch.no_grad():
-                    changed = {**settings, key: value}
-                    model = create_model(name, 2, image_size=image_size, **changed).eval()
+                    model = _build(name, 2, 3, image_size, {**settings, key: value}).eval()
                     model(torch.empty(2, 3, image_size, image_size))
-            except (RichKDError, *_MISFITS):
+            except (KeyError, *_MISFITS):
                 continue
             found.append(f"--student-set {key}={value}")
             break

@@ -47,7 +47,7 @@ def test_the_zoo_is_the_published_list() -> None:
 @pytest.mark.parametrize("layout", ["mdistiller", "bare"])
 @pytest.mark.parametrize("name", [
     "resnet20", "resnet32x4", "wrn_16_2", "vgg13", "MobileNetV2", "ShuffleV1", "ShuffleV2",
-    "ResNet18", "ResNet50",
+    "ResNet18",
 ])  # fmt: skip
 def test_published_checkpoints_load_strictly(tmp_path: Path, name: str, layout: str) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -249,5 +249,6 @@ def test_other_image_sizes(name: str, size: int) -> None:
 
 def test_a_name_of_both_is_the_zoos_and_timm_keeps_its_own() -> None:
     assert richkd.create_model("vgg13", 5).num_features == 512
-    assert type(timm.create_model("vgg13", num_classes=5)).__module__ == "timm.models.vgg"
-    assert type(richkd.create_model("timm/vgg13", 5)).__module__ == "timm.models.vgg"
+    with torch.device("meta"):  # timm's have 129 M parameters
+        assert type(timm.create_model("vgg13", num_classes=5)).__module__ == "timm.models.vgg"
+        assert type(richkd.create_model("timm/vgg13", 5)).__module__ == "timm.models.vgg"
