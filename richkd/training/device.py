@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import sys
 
 import torch
 
 from richkd.errors import RichKDError
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
+_KEPT = 2**30
+
 
 def choose_device(name: str) -> torch.device:
-    """A device by name; `auto` is the first GPU there is, else the CPU.
+    """A device by name; `auto` is the first GPU there is, else the CPU, which is made ready.
 
     Raises:
         RichKDError: no such device, or it is not there.
@@ -24,7 +29,23 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise RichKDError(f"device {name!r} cannot be used: {reason}; try --device cpu") from None
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep what is freed instead of handing it back to the system.
+
+    Every training step on the CPU frees and allocates the same large tensors; by default each of
+    them is a fresh mapping whose pages fault in one by one. No effect where there is no glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            mallopt(option, _KEPT)
 
 
 def half_precision(name: str, device: torch.device) -> bool:
