@@ -27,6 +27,7 @@ from richkd.errors import RichKDError, nearest, unknown
 from richkd.models.weights import state_sha256
 
 LOCAL = "local-dir:"
+TEXT_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,12 @@ class ClipTeacher:
     @torch.inference_mode()
     def text_embeddings(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
         """One embedding a class and prompt: [C,P,D], unit length, f32."""
-        embeddings = []
-        for class_name in class_names:
-            tokens = self.tokenizer([fill(template, class_name) for template in templates])
-            encoded = self.model.encode_text(tokens.to(self.device))
-            embeddings.append(F.normalize(encoded.float(), dim=-1))
-        return torch.stack(embeddings)
+        texts = [fill(template, name) for name in class_names for template in templates]
+        encoded = torch.cat([
+            self.model.encode_text(tokens.to(self.device)).float()
+            for tokens in torch.split(self.tokenizer(texts), TEXT_BATCH)
+        ])  # fmt: skip
+        return F.normalize(encoded, dim=-1).unflatten(0, (len(class_names), len(templates)))
 
 
 class _Transformed(IndexedSamples):

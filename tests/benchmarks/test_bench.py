@@ -56,6 +56,8 @@ def test_measures_alternate_and_ratios_are_of_rounds() -> None:
         3, torch.device("cpu"), Report(quiet=True),
     )  # fmt: skip
     assert "".join(calls) == "abababab"  # a round to warm up, then three
+    paired({"c": lambda: calls.append("c")}, 2, torch.device("cpu"), Report(quiet=True), warm=True)
+    assert calls[8:] == ["c", "c"]
     assert len(times["a"]) == len(times["b"]) == 3
     assert ratio({"a": [1.0, 4.0, 9.0], "b": [1.0, 2.0, 1.0]}, "a", "b") == 2.0
 
