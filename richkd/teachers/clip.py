@@ -102,7 +102,9 @@ class ClipTeacher:
             self.model.encode_text(tokens.to(self.device)).float()
             for tokens in torch.split(self.tokenizer(texts), TEXT_BATCH)
         ])  # fmt: skip
-        return F.normalize(encoded, dim=-1).unflatten(0, (len(class_names), len(templates)))
+        shape = len(class_names), len(templates), encoded.shape[-1]
+        embeddings: Tensor = F.normalize(encoded, dim=-1).reshape(shape)
+        return embeddings
 
 
 class _Transformed(IndexedSamples):
