@@ -44,11 +44,12 @@ from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
 from richkd.store.writer import round_bits
 from richkd.targets import choose_target
 from richkd.teachers.clip import load_clip
-from richkd.training.device import choose_device, hardware, versions
+from richkd.training.device import choose_device, hardware, keep_freed_memory, versions
 from richkd.training.loop import Data, EpochRows, Trainer, all_rows
 
 CLIP_WIDTH = 768  # of ViT-L/14's image features
 EMBEDDING = 128
+AS_GLIBC_DOES = 32 * 2**20  # what its thresholds grow to by themselves
 TINY_CLIP: dict[str, Any] = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 128, "patch_size": 8, "head_width": 64},
@@ -169,7 +170,12 @@ def _synchronize(device: torch.device) -> None:
 
 
 class VectorCRD(CRDLoss):
-    """CRD the published way: gather K+1 vectors a sample and multiply with each; same numbers."""
+    """CRD the published way: gather K+1 vectors a sample and multiply with each; same numbers.
+
+    `numpy_draws` also draws them as published: for each sample by itself, without replacement.
+    """
+
+    numpy_draws: list[np.ndarray[Any, Any]] | None = None  # by class, the samples of all others
 
     def forward(
         self,
@@ -179,6 +185,12 @@ class VectorCRD(CRDLoss):
         negative_index: Tensor | None = None,
     ) -> Tensor:
         """As CRDLoss, with [B,K+1,D] vectors in memory for each side."""
+        if negative_index is None and self.numpy_draws is not None:
+            draws = [
+                np.random.choice(others, self.num_negatives, len(others) < self.num_negatives)
+                for others in (self.numpy_draws[c] for c in self._class[index].tolist())
+            ]
+            negative_index = torch.from_numpy(np.stack(draws)).to(index.device)
         if negative_index is None:
             negative_index = self.draw_negatives(index)
         self._pending = (student.detach(), teacher.detach(), index)
@@ -258,7 +270,10 @@ def time_steps(sizes: Sizes, device: torch.device, report: Report) -> dict[str, 
         kind, options = method_class(method, given)
         objective: Any = kind(options, widths)
         if vectors:
-            objective.contrast = VectorCRD(n, EMBEDDING, sizes.negatives, labels=labels.cpu())
+            contrast = VectorCRD(n, EMBEDDING, sizes.negatives, labels=labels.cpu())
+            numbers = labels.cpu().numpy()
+            contrast.numpy_draws = [np.flatnonzero(numbers != k) for k in range(c)]
+            objective.contrast = contrast
         made = Trainer(create_model(sizes.student, c), objective, data, settings, device)
         made.model.train()
         return made
@@ -282,7 +297,12 @@ def time_steps(sizes: Sizes, device: torch.device, report: Report) -> dict[str, 
                 values = asked(batch, x) if names is None else cached(batch, names)
                 made.step(batch, x, values, 1)
 
-        return measure
+        def plain() -> None:  # as PyTorch runs without our settings
+            keep_freed_memory(AS_GLIBC_DOES)
+            measure()
+            keep_freed_memory()
+
+        return plain if names is None and device.type == "cpu" else measure
 
     return paired(
         {

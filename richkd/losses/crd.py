@@ -135,44 +135,35 @@ class CRDLoss(nn.Module):
         """
         student, teacher = student.float(), teacher.float()
         self._pending = (student.detach(), teacher.detach(), index)
+        columns = candidates = kept = None
         if negative_index is None and self.contrast == "exact":
             negative_index = self.draw_negatives(index)
         if negative_index is not None:
-            kept = None
+            columns = torch.cat([index[:, None], negative_index], dim=1)
         else:
             candidates = self._candidates(index)
             kept = self._class[candidates] != self._class[index, None]
         sides = ((student, self.teacher_bank, 0), (teacher, self.student_bank, 1))
         losses = []
         for embedding, bank, side in sides:
-            if negative_index is not None:
-                columns = torch.cat([index[:, None], negative_index], dim=1)
-                scores = (embedding @ bank.T).gather(1, columns)
+            scaled = embedding / self.temperature
+            if candidates is None:
+                scores = scaled @ bank.T
             else:
-                positive = (embedding * bank[index]).sum(1, keepdim=True)
-                scores = torch.cat([positive, embedding @ bank[candidates].T], dim=1)
-            losses.append(self._side(scores, kept, side))
-        return losses[0] + losses[1]
+                positive = (scaled * bank[index]).sum(1, keepdim=True)
+                scores = torch.cat([positive, scaled @ bank[candidates].T], dim=1)
+            loss, z = _NoiseContrast.apply(
+                scores, columns, kept, self.normalizers[side], self.num_samples
+            )
+            self.normalizers[side] = z
+            losses.append(loss)
+        return losses[0] + losses[1]  # type: ignore[no-any-return]
 
     def _candidates(self, index: Tensor) -> Tensor:
         """The samples [M] that all of a batch shares as negatives, its own classes among them."""
         if self.contrast == "bank":
             return torch.arange(self.num_samples, device=index.device)
         return torch.randint(self.num_samples, (self.num_negatives,), device=index.device)
-
-    def _side(self, scores: Tensor, kept: Tensor | None, side: int) -> Tensor:
-        """One side's loss, its constant fixed on the first batch.
-
-        Args:
-            scores: [B,1+M], cosines with the positive and with the negatives.
-            kept: [B,M], which negatives count; all for None.
-            side: 0 for the student's, 1 for the teacher's.
-        """
-        loss, z = _NoiseContrast.apply(
-            scores, kept, self.normalizers[side], self.temperature, self.num_samples
-        )
-        self.normalizers[side] = z
-        return loss  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -187,25 +178,40 @@ class CRDLoss(nn.Module):
 
 
 class _NoiseContrast(torch.autograd.Function):
-    """Equations 8 to 13 of the paper, in the form of the published code, with their gradient.
+    """One side's loss: equations 8 to 13 of the paper, in the form of the published code.
 
-    With p = exp(score/τ)/Z and noise n = K/N: −log(p/(p+n)) of the positive and −log(n/(p+n)) of
+    With p = exp(score)/Z and noise n = K/N: −log(p/(p+n)) of the positive and −log(n/(p+n)) of
     every negative, summed over both and averaged over the batch. The gradient by a score is
-    p/(p+n)/τ, less 1/τ for the positive, so both come out of one pass over the scores.
+    p/(p+n), less 1 for the positive, so that loss and gradient come out of one pass.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, scores: Tensor, kept: Tensor | None, z: Tensor, temperature: float, n: int
+        ctx: Any,
+        scores: Tensor,
+        columns: Tensor | None,
+        kept: Tensor | None,
+        z: Tensor,
+        num_samples: int,
     ) -> tuple[Tensor, Tensor]:
-        p = (scores / temperature).exp_()  # [B,1+M]
+        """Loss and the constant Z, which is made here where it is still 0.
+
+        Args:
+            ctx: autograd's.
+            scores: cosines over temperature: [B,N], or [B,1+M] of the positive and the negatives.
+            columns: [B,1+M], which of [B,N] are the positive and the negatives.
+            kept: [B,M], which negatives count; all for None.
+            z: Z, or 0 before the first batch.
+            num_samples: N.
+        """
+        p = scores.exp() if columns is None else scores.gather(1, columns).exp_()  # [B,1+M]
         if kept is not None:
             p[:, 1:] *= kept
         count = scores.new_tensor(p.shape[1] - 1.0) if kept is None else kept.sum(1, keepdim=True)
         mean = p.sum() / (count + 1).expand(len(p), 1).sum()
-        z = torch.where(z > 0, z, mean * n)
+        z = torch.where(z > 0, z, mean * num_samples)
         p /= z
-        noise = count.clamp_min(1) / n
+        noise = count.clamp_min(1) / num_samples
         share = p + (noise + EPSILON)
         negative = (share[:, 1:] / noise).log_()
         if kept is not None:
@@ -213,14 +219,19 @@ class _NoiseContrast(torch.autograd.Function):
         loss = negative.sum() - (p[:, 0] / share[:, 0]).log_().sum()
         slope = p.div_(share)
         slope[:, 0] -= 1
-        ctx.save_for_backward(slope.mul_(1 / (temperature * len(p))))
+        ctx.save_for_backward(slope, columns)
+        ctx.width = scores.shape[1]
         ctx.mark_non_differentiable(z)
         return loss / len(p), z
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (slope,) = ctx.saved_tensors
-        return slope * gradients[0], None, None, None, None
+        """The gradient by the scores."""
+        slope, columns = ctx.saved_tensors
+        slope = slope * (gradients[0] / len(slope))
+        if columns is not None:
+            slope = slope.new_zeros(len(slope), ctx.width).scatter_add_(1, columns, slope)
+        return slope, None, None, None, None
 
 
 @register("crd")

@@ -12,7 +12,6 @@ import torch
 from richkd.errors import RichKDError
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
-_KEPT = 2**30
 
 
 def choose_device(name: str) -> torch.device:
@@ -34,18 +33,19 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def keep_freed_memory() -> None:
-    """Ask glibc to keep what is freed instead of handing it back to the system.
+def keep_freed_memory(kept: int = 2**30) -> None:
+    """Ask glibc to keep blocks of up to so many bytes when they are freed.
 
-    Every training step on the CPU frees and allocates the same large tensors; by default each of
-    them is a fresh mapping whose pages fault in one by one. No effect where there is no glibc.
+    Every training step on the CPU frees and allocates the same large tensors; by default, those
+    beyond 32 MiB are a fresh mapping each time, whose pages fault in one by one. No effect where
+    there is no glibc.
     """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
-            mallopt(option, _KEPT)
+            mallopt(option, kept)
 
 
 def half_precision(name: str, device: torch.device) -> bool:

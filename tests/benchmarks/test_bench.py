@@ -49,6 +49,19 @@ def test_vectors_and_scores_give_the_same_numbers(rng: np.random.Generator) -> N
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_published_draws_are_of_other_classes_and_never_twice(monkeypatch: Any) -> None:
+    labels = torch.arange(40) % 4
+    loss = VectorCRD(40, 8, 25, labels=labels)
+    loss.numpy_draws = [np.flatnonzero(labels.numpy() != k) for k in range(4)]
+    index, seen = torch.arange(6), []
+    stack = np.stack
+    monkeypatch.setattr(np, "stack", lambda rows: seen.append(stack(rows)) or seen[-1])
+    x = torch.nn.functional.normalize(torch.randn(6, 8), dim=1)
+    assert torch.isfinite(loss(x, x, index))
+    for sample, row in zip(index.tolist(), seen[0], strict=True):
+        assert len(set(row)) == 25 and (labels[row] != labels[sample]).all()
+
+
 def test_measures_alternate_and_ratios_are_of_rounds() -> None:
     calls: list[str] = []
     times = paired(
