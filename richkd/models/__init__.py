@@ -82,7 +82,8 @@ def _build(
     model: nn.Module = timm.create_model(
         _registered(name), num_classes=num_classes, in_chans=in_chans, **settings
     )
-    embed = getattr(model, "patch_embed", None)
+    embeds = (part for path, part in model.named_modules() if path.split(".")[-1] == "patch_embed")
+    embed = next(embeds, None)
     patch = getattr(embed, "patch_size", None)
     if image_size is not None and patch and not getattr(embed, "dynamic_img_pad", False):
         side = patch[0] if isinstance(patch, tuple) else patch

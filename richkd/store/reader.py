@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,7 +88,7 @@ class TeacherCache:
             raise RichKDError(f"view {view}: {self.path} has views 0..{self.num_views - 1}")
         array = cast("zarr.Array[Any]", self._group[name])
         at = () if view is None else (view,)
-        values = np.empty(array.shape[len(at) :], array.dtype)
+        values = _in_own_pages(array.shape[len(at) :], array.dtype)
         step = array.chunks[len(at)]
         try:
             # chunk by chunk, so that what is in flight stays small beside the slab itself
@@ -204,6 +206,17 @@ def read_manifest(path: str | Path) -> Manifest:
         RichKDError: nothing there, not a richkd store, or of another schema.
     """
     return _check_manifest(Path(path), dict(_open_group(Path(path)).attrs))
+
+
+def _in_own_pages(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """An array whose memory goes back to the system when it is freed, whatever malloc keeps."""
+    count = math.prod(shape)
+    size = max(count * dtype.itemsize, 1)
+    if sys.platform == "win32":
+        pages = mmap.mmap(-1, size)
+    else:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, dtype, count).reshape(shape)
 
 
 def _open_group(path: Path) -> zarr.Group:
