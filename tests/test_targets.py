@@ -94,6 +94,27 @@ def gaussians(rng: np.random.Generator, n: int, classes: int, d: int) -> tuple[A
     return torch.from_numpy(x).float(), torch.from_numpy(labels)
 
 
+def newton(z: Any, labels: Any, penalty: float) -> Any:
+    """Weights and, in the last row, biases of least penalised cross-entropy, in float64."""
+
+    def loss(flat: Any) -> Any:
+        head = flat.view(-1, 3)
+        scores = z @ head[:-1] + head[-1]
+        own = scores[torch.arange(len(z)), labels]
+        return (scores.logsumexp(1) - own).mean() + penalty / 2 * flat.square().sum()
+
+    flat = torch.zeros(3 * (z.shape[1] + 1), dtype=torch.float64)
+    for _ in range(100):
+        slope = torch.autograd.functional.jacobian(loss, flat)
+        step = torch.linalg.solve(torch.autograd.functional.hessian(loss, flat), slope)
+        length = 1.0
+        while loss(flat - length * step) > loss(flat) and length > 1e-9:
+            length /= 2
+        flat = flat - length * step
+    assert slope.abs().max() < 1e-9
+    return flat.view(-1, 3)
+
+
 def test_a_probe_is_the_penalised_maximum_of_likelihood_out_of_fold(
     rng: np.random.Generator,
 ) -> None:
@@ -106,20 +127,12 @@ def test_a_probe_is_the_penalised_maximum_of_likelihood_out_of_fold(
     tests = []
     for number in range(4):
         seen = fold != number
-        weight = torch.zeros(6, 3, dtype=torch.float64, requires_grad=True)
-        bias = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-        for _ in range(4000):  # plain gradient descent
-            loss = torch.nn.functional.cross_entropy(z[seen] @ weight + bias, labels[seen])
-            loss = loss + probe.penalty / 2 * ((weight**2).sum() + (bias**2).sum())
-            slopes = torch.autograd.grad(loss, (weight, bias))
-            with torch.no_grad():
-                weight -= 0.5 * slopes[0]
-                bias -= 0.5 * slopes[1]
-        expected = (z[~seen] @ weight + bias).detach()
+        head = newton(z[seen], labels[seen], probe.penalty)
+        expected = z[~seen] @ head[:-1] + head[-1]
         torch.testing.assert_close(
             probe.train_logits[~seen].double(), expected, rtol=0.02, atol=0.02
         )
-        tests.append((z_test @ weight + bias).detach())
+        tests.append(z_test @ head[:-1] + head[-1])
     torch.testing.assert_close(
         probe.test_logits.double(), torch.stack(tests).mean(0), rtol=0.02, atol=0.02
     )
@@ -132,8 +145,8 @@ def test_no_sample_is_scored_by_a_head_that_saw_its_label(rng: np.random.Generat
     probe = fit_probe(x, labels, x, 4)
     honest = (probe.train_logits.argmax(1) == labels).float().mean()
     saw = (probe.test_logits.argmax(1) == labels).float().mean()
-    assert honest < 0.4 and saw > 0.5
-    assert probe.nll == pytest.approx(np.log(4), abs=0.15)
+    assert honest < 0.35 and saw > 0.4
+    assert probe.nll == pytest.approx(np.log(4), abs=0.1)  # one that overfits is at 2
     again = fit_probe(x, labels, x, 4)
     assert torch.equal(again.train_logits, probe.train_logits)
 

@@ -136,10 +136,10 @@ class CRDLoss(nn.Module):
         student, teacher = student.float(), teacher.float()
         self._pending = (student.detach(), teacher.detach(), index)
         columns = candidates = kept = None
-        if negative_index is None and self.contrast == "exact":
-            negative_index = self.draw_negatives(index)
         if negative_index is not None:
             columns = torch.cat([index[:, None], negative_index], dim=1)
+        elif self.contrast == "exact":
+            columns = torch.cat([index[:, None], self.draw_negatives(index)], dim=1)
         else:
             candidates = self._candidates(index)
             kept = self._class[candidates] != self._class[index, None]
