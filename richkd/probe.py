@@ -15,7 +15,8 @@ from torch import Tensor
 
 from richkd.errors import RichKDError
 
-PENALTIES = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)  # L2, of weights on standardised features
+# L2, of weights on standardised features
+PENALTIES = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)
 STEPS = 100
 
 
