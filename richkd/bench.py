@@ -31,7 +31,7 @@ from richkd import fusion
 from richkd.data.datasets import Dataset, Split
 from richkd.data.inputs import ArrayInputs, Normalize
 from richkd.data.views import PadCropFlip, views_tensor
-from richkd.distill import fixed_rows, row_source
+from richkd.distill import Source, StudentRun
 from richkd.losses import CRDLoss, Widths, kd_loss, method_class
 from richkd.losses.method import TARGET
 from richkd.models import create_model, forward
@@ -42,10 +42,9 @@ from richkd.recipe import Distill, Precompute
 from richkd.store import schema
 from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
 from richkd.store.writer import round_bits
-from richkd.targets import choose_target
 from richkd.teachers.clip import load_clip
-from richkd.training.device import choose_device, hardware, keep_freed_memory, versions
-from richkd.training.loop import Data, EpochRows, Trainer, all_rows
+from richkd.training.device import choose_device, hardware, keep_freed_memory, versions, wait_for
+from richkd.training.loop import Data, EpochRows, Trainer
 
 CLIP_WIDTH = 768  # of ViT-L/14's image features
 EMBEDDING = 128
@@ -146,10 +145,10 @@ def paired(
     with report.track(", ".join(measures), len(numbers) * len(measures), "runs") as tick:
         for number in numbers:
             for name, measure in measures.items():
-                _synchronize(device)
+                wait_for(device)
                 start = time.perf_counter()
                 measure()
-                _synchronize(device)
+                wait_for(device)
                 if number >= 0:
                     times[name].append(time.perf_counter() - start)
                 tick(1)
@@ -159,11 +158,6 @@ def paired(
 def ratio(seconds: Mapping[str, Sequence[float]], a: str, b: str) -> float:
     """The median over the rounds of a's time by b's."""
     return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # --- CRD -----------------------------------------------------------------------------------------
@@ -406,40 +400,26 @@ def time_slabs(
                    out=str(folder / "slabs.zarr")),
         dataset=random_dataset(n, 64, sizes.num_classes),
     )  # fmt: skip
-    settings = Distill(cache=str(cache.path), student=sizes.streaming_student, eval_every=10**6,
-                       batch_size=sizes.batch_size, epochs=10**6)  # fmt: skip
-    kind, options = method_class("richkd", {"negatives": min(sizes.negatives, n)})
-    reads = kind.reads(options)
-    target = choose_target(cache, settings, "fused", Report(quiet=True))
-    labels = cache.read("train/labels")
-    inputs = ArrayInputs(cache.read("train/images"), device)
-    clip_entry = cache.manifest["clip"]
-    assert clip_entry is not None
-    model = create_model(sizes.streaming_student, sizes.num_classes)
-    widths = Widths(labels=labels, student=model.num_features,  # type: ignore[arg-type]
-                    teacher=cache.manifest["teacher"]["num_features"],
-                    clip=clip_entry["num_features"], alpha=0.7)  # fmt: skip
-    data = Data(train=inputs, train_labels=labels.to(device), test=inputs,
-                test_labels=labels.to(device), test_views=torch.empty(0),
-                tested=torch.empty(0), normalize=Normalize((0.5,) * 3, (0.25,) * 3, device),
-                num_classes=sizes.num_classes)  # fmt: skip
-    trainer = Trainer(model, kind(options, widths), data, settings, device)
-    fixed = {k: v.to(device) for k, v in fixed_rows(cache, reads, target).items()}
+    settings = Distill(
+        cache=str(cache.path), student=sizes.streaming_student, batch_size=sizes.batch_size,
+        options={"richkd": {"negatives": min(sizes.negatives, n)}}, epochs=10**6,
+        eval_every=10**6, device=str(device), out=str(folder / "slabs"),
+    )  # fmt: skip
+    source = Source(settings, Report(quiet=True))
+    run = StudentRun(source, settings)
     rounds = max(3, sizes.rounds // 3)
-    rows = row_source(cache, reads, target)
-    kept = rows(1)
-    slabs = all_rows(rows, 1, 2 * rounds + 10)
+    kept, _ = next(source.epochs(run.rows.values(), 1, 1))
+    slabs = source.epochs(run.rows.values(), 1, 2 * rounds + 10)
     waits: list[float] = []
     epoch = iter(range(1, 10**6))
 
-    def train(source: EpochRows) -> None:
-        trainer.train_epoch(next(epoch), EpochRows(source.views, {**source.rows, **fixed}))
+    def train(rows: EpochRows) -> None:
+        run.trainer.train_epoch(next(epoch), run.own(rows))
 
     def streamed() -> None:
-        start = time.perf_counter()
-        source = next(slabs)
-        waits.append(time.perf_counter() - start)
-        train(source)
+        rows, waited = next(slabs)
+        waits.append(waited)
+        train(rows)
 
     times = paired(
         {"epoch streamed": streamed, "epoch in memory": lambda: train(kept)},

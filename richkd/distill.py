@@ -1,11 +1,15 @@
-"""Stage two: train a student from a store, one slab an epoch. No teacher is ever loaded here."""
+"""Stage two: train a student from a store, one slab an epoch. No teacher is ever loaded here.
+
+What runs may share (`Source`: store, images, slabs, targets) is apart from what is a run's own
+(`StudentRun`: student, method, optimizer, run folder). `distill` has one run, a sweep has many.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,9 @@ from richkd.data.inputs import Normalize, make_inputs
 from richkd.data.views import views_tensor
 from richkd.errors import RichKDError
 from richkd.losses import Widths, method_class, method_options
-from richkd.losses.method import TARGET
+from richkd.losses.method import TARGET, Method
 from richkd.models import check_fit, create_model
-from richkd.progress import Report, percent
+from richkd.progress import Advance, Report, percent
 from richkd.recipe import Distill, Images, to_table
 from richkd.results import teacher_accuracies
 from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
@@ -55,86 +59,257 @@ def distill(
             student diverges.
     """
     report = report or Report(quiet=True)
-    device = choose_device(settings.device)
-    cache = open_cache(settings.cache)
-    settings = with_defaults(settings, cache)
-    method_type, options = method_class(
-        settings.method, method_options(settings.options, settings.method)
-    )
-    reads = method_type.reads(options)
-    check_reads(cache, reads, settings)
-    run = RunFolder(Path(settings.out))
-    recorded = to_table(settings), identity(cache)
-    run.check(*recorded, resume=resume, overwrite=overwrite)
-    model, num_features = build_student(settings, cache)
-    splits = load_images(cache, settings)
-    target = None
-    if TARGET in reads or "clip_features" in reads:
-        target = choose_target(cache, settings, method_type.target, report)
-    clip = cache.manifest["clip"]
-    method = method_type(
-        options,
-        Widths(
-            labels=splits[0].labels,
-            student=num_features,
-            teacher=cache.manifest["teacher"]["num_features"],
+    source = Source(settings, report)
+    run = StudentRun(source, settings, resume=resume, overwrite=overwrite)
+    report.say(run.opening())
+    with report.track("distill", run.images_to_go, "images") as tick:
+        for rows, waited in source.epochs(run.rows.values(), run.done + 1, run.settings.epochs):
+            record = run.train_epoch(rows, waited, tick)
+            report.say(epoch_line(record, run.settings.epochs))
+    return run.finish()
+
+
+class Source:
+    """A store and what all runs from it share: images, slabs and targets, each once.
+
+    Runs whose settings differ in `cache`, `dataset`, `data_root` or `device` have sources of
+    their own.
+    """
+
+    def __init__(self, settings: Distill, report: Report) -> None:
+        self.settings = settings
+        self.report = report
+        self.device = choose_device(settings.device)
+        self.cache = open_cache(settings.cache)
+        self._targets: dict[str, Target] = {}  # by the name of its rows
+        self._chosen: dict[tuple[Any, ...], str] = {}
+        self._fixed: dict[str, Tensor] = {}
+
+    @cached_property
+    def data(self) -> Data:
+        """Images and labels of both splits on the device, all test samples being tested on."""
+        train, test = load_images(self.cache, self.settings)
+        manifest = self.cache.manifest
+        return Data(
+            train=make_inputs(train.images, self.device),
+            train_labels=train.labels.to(self.device),
+            test=make_inputs(test.images, self.device),
+            test_labels=test.labels.to(self.device),
+            test_views=views_tensor(test.view_space.clean(len(test))),
+            tested=torch.arange(len(test), device=self.device),
+            normalize=Normalize(tuple(manifest["mean"]), tuple(manifest["std"]), self.device),
+            num_classes=self.cache.num_classes,
+        )
+
+    def data_for(self, settings: Distill) -> Data:
+        """The same, without the test images that a run holds out."""
+        _, tested = held_out(len(self.data.test_labels), settings.held_out_share)
+        return replace(self.data, tested=tested.to(self.device))
+
+    def widths(self, student: int, alpha: float) -> Widths:
+        """The sizes that a method depends on, for a student's feature width and a blend."""
+        clip = self.cache.manifest["clip"]
+        return Widths(
+            labels=self.data.train_labels.cpu(),
+            student=student,
+            teacher=self.cache.manifest["teacher"]["num_features"],
             clip=clip["num_features"] if clip else 0,
-            alpha=1.0 if target is None else target.alpha,
-        ),
-    )
-    going_on = run.begin(*recorded, resume=resume, overwrite=overwrite)
+            alpha=alpha,
+        )
 
-    data = to_device(cache, splits, settings, device)
-    trainer = Trainer(model, method, data, settings, device)
-    done, best = resume_from(run, trainer) if going_on else (0, Best())
-    started = time.perf_counter()
-    report.say(opening(settings, cache, trainer, device, done))
-    rows = row_source(cache, reads, target, pin=device.type == "cuda")
-    fixed = {name: row.to(device) for name, row in fixed_rows(cache, reads, target).items()}
-    record = None
-    with report.track(
-        "distill", (settings.epochs - done) * len(data.train_labels), "images"
-    ) as tick:
-        slabs = all_rows(rows, done + 1, settings.epochs)
-        for epoch, (slab, waited) in enumerate(timed(slabs), done + 1):
-            source = EpochRows(slab.views, {**slab.rows, **fixed})
-            record = trainer.train_epoch(epoch, source, tick)
-            check_finite(record, settings)
-            if record.test_accuracy is not None and record.test_accuracy > best.accuracy:
-                best = Best(epoch, record.test_accuracy)
-            run.save_epoch(
-                epoch,
-                {**record.as_dict(), "slab_wait_s": waited},
-                best,
-                trainer.state(),
-                trainer.model.state_dict(),
-            )
-            report.say(epoch_line(record, settings.epochs))
-    if record is None:  # cut off between the last epoch and the summary
-        top1, top5 = trainer.evaluate()
-    else:
-        assert record.test_accuracy is not None and record.test_top5 is not None
-        top1, top5 = record.test_accuracy, record.test_top5
-    summary = {
-        **describe_run(settings, cache, trainer),
-        "target": target and describe_target(target, cache, data.tested.cpu()),
-        "top1_last": top1,
-        "top5_last": top5,
-        "top1_best": best.accuracy,
-        "epoch_best": best.epoch,
-        "seconds": time.perf_counter() - started,
-        "images_per_second": None if record is None else record.images_per_second,
-        "run": str(run.path),
-    }
-    run.finish(trainer.model.state_dict(), summary)
-    return summary
+    def target(self, settings: Distill, kind: str) -> tuple[str, Target]:
+        """What a run's settings make the target, and the name of its rows; chosen once for all.
+
+        Errors are those of `choose_target`.
+        """
+        blend = (settings.alpha, settings.scale, settings.prompts, settings.clip_head,
+                 settings.held_out_share)  # fmt: skip
+        key = (settings.target or kind, *blend)
+        if key not in self._chosen:
+            target = choose_target(self.cache, settings, kind, self.report)
+            self._chosen[key] = f"{TARGET}/{len(self._chosen)}"
+            self._targets[self._chosen[key]] = target
+        return self._chosen[key], self._targets[self._chosen[key]]
+
+    def epochs(
+        self, names: Collection[str], first: int, last: int
+    ) -> Iterator[tuple[EpochRows, float]]:
+        """Views and named rows of epochs first..last, and the seconds spent waiting for them.
+
+        A thread reads an epoch's slab while the epoch before trains. Names are arrays of the store
+        (`teacher_features`) and what `target` gave.
+        """
+        fixed = {name: self._fixed_rows(name) for name in names if self._is_fixed(name)}
+        slab_rows = self._slab_rows(sorted({*names} - {*fixed}))
+        for source, waited in timed(all_rows(slab_rows, first, last)):
+            yield EpochRows(source.views, {**source.rows, **fixed}), waited
+
+    def _is_fixed(self, name: str) -> bool:
+        """Whether rows are the same in every epoch: those of CLIP, which saw the clean images."""
+        target = self._targets.get(name)
+        return not target.reads if target else name not in SLAB_ARRAYS
+
+    def _fixed_rows(self, name: str) -> Tensor:
+        if name not in self._fixed:
+            target = self._targets.get(name)
+            rows = target.logits("train", {}) if target else self.cache.read(f"train/{name}")
+            self._fixed[name] = rows.to(self.device)
+        return self._fixed[name]
+
+    def _slab_rows(self, names: Collection[str]) -> Callable[[int], EpochRows]:
+        """What reads the rows of an epoch, from 1: view (epoch − 1) mod V.
+
+        Blended logits are rounded as stage one would have stored them.
+        """
+        targets = {name: self._targets[name] for name in names if name in self._targets}
+        features = {name for name in names if name not in targets}
+        logits = {array for target in targets.values() for array in target.reads}
+        dtype = torch.float16 if self.cache.manifest["dtype"] == "float16" else torch.float32
+        pin = self.device.type == "cuda"
+
+        @lru_cache(maxsize=1)  # with one view, every epoch is the same slab
+        def read(view: int) -> EpochRows:
+            slab = self.cache.slab(view, sorted(features | logits))
+            stored = {name: getattr(slab, name) for name in logits}
+            rows = {name: getattr(slab, name) for name in features}
+            for name, target in targets.items():
+                rows[name] = target.logits("train", stored).to(dtype)
+            epoch_rows = EpochRows(slab.views, rows)
+            return epoch_rows.pinned() if pin else epoch_rows
+
+        return lambda epoch: read((epoch - 1) % self.cache.num_views)
 
 
-def with_defaults(settings: Distill, cache: TeacherCache) -> Distill:
-    """The student that the data set suggests and a name for the run, where none were given."""
-    name = cache.manifest["dataset"]["name"]
-    student = settings.student or catalog.defaults(name).student
-    out = settings.out or (f"runs/{cache.path.stem}-{student}-{settings.method}-s{settings.seed}")
+class StudentRun:
+    """One student on its way: its method, trainer and run folder, and how far it is."""
+
+    def __init__(
+        self, source: Source, settings: Distill, *, resume: bool = False, overwrite: bool = False
+    ) -> None:
+        """Everything that can be refused is, before the run folder is touched.
+
+        Raises:
+            RichKDError: anything the user can mend.
+        """
+        cache = source.cache
+        self.source = source
+        self.settings = settings = with_defaults(settings, cache)
+        method_type, options = method_of(settings)
+        reads = method_type.reads(options)
+        check_reads(cache, reads, settings)
+        self.folder = RunFolder(Path(settings.out))
+        recorded = to_table(settings), identity(cache)
+        self.folder.check(*recorded, resume=resume, overwrite=overwrite)
+        data = source.data_for(settings)
+        self.rows = {name: name for name in reads}  # of the method -> of the source
+        self.target: Target | None = None
+        if TARGET in reads or "clip_features" in reads:
+            name, self.target = source.target(settings, method_type.target)
+            self.rows |= {TARGET: name} if TARGET in reads else {}
+        model, num_features = build_student(settings, cache)
+        alpha = 1.0 if self.target is None else self.target.alpha
+        method = method_type(options, source.widths(num_features, alpha))
+        going_on = self.folder.begin(*recorded, resume=resume, overwrite=overwrite)
+        self.trainer = Trainer(model, method, data, settings, source.device)
+        self.done, self.best = resume_from(self.folder, self.trainer) if going_on else (0, Best())
+        self.record: EpochRecord | None = None  # of the last epoch trained here
+        self.seconds = 0.0
+        self.trained = 0  # epochs in these seconds
+
+    @property
+    def epoch_s(self) -> float:
+        """Seconds an epoch, with its tests and its checkpoint."""
+        return self.seconds / self.trained
+
+    @property
+    def images_to_go(self) -> int:
+        """How many will have been trained on at the end."""
+        return (self.settings.epochs - self.done) * self.source.cache.num_samples
+
+    def own(self, source: EpochRows) -> EpochRows:
+        """Of the rows that runs share, those that this one's method reads."""
+        rows = {name: source.rows[shared] for name, shared in self.rows.items()}
+        return EpochRows(source.views, rows)
+
+    def train_epoch(
+        self, source: EpochRows, waited: float, tick: Advance = lambda _: None
+    ) -> EpochRecord:
+        """The next epoch, with its checkpoint; `source` has the rows that `self.rows` names.
+
+        Raises:
+            RichKDError: the student diverged.
+        """
+        start = time.perf_counter()
+        epoch = self.done + 1
+        record = self.trainer.train_epoch(epoch, self.own(source), tick)
+        check_finite(record, self.settings)
+        if record.test_accuracy is not None and record.test_accuracy > self.best.accuracy:
+            self.best = Best(epoch, record.test_accuracy)
+        self.folder.save_epoch(
+            epoch,
+            {**record.as_dict(), "slab_wait_s": waited},
+            self.best,
+            self.trainer.state(),
+            self.trainer.model.state_dict(),
+        )
+        self.done, self.record = epoch, record
+        self.seconds += waited + time.perf_counter() - start
+        self.trained += 1
+        return record
+
+    def finish(self) -> dict[str, Any]:
+        """After the last epoch: weights and summary, with which the run is complete."""
+        if self.record is None:  # cut off between the last epoch and the summary
+            top1, top5 = self.trainer.evaluate()
+        else:
+            assert self.record.test_accuracy is not None and self.record.test_top5 is not None
+            top1, top5 = self.record.test_accuracy, self.record.test_top5
+        tested = self.trainer.data.tested.cpu()
+        summary = {
+            **describe_run(self.settings, self.source.cache, self.trainer),
+            "target": self.target and describe_target(self.target, self.source.cache, tested),
+            "top1_last": top1,
+            "top5_last": top5,
+            "top1_best": self.best.accuracy,
+            "epoch_best": self.best.epoch,
+            "seconds": self.seconds,
+            "images_per_second": None if self.record is None else self.record.images_per_second,
+            "run": str(self.folder.path),
+        }
+        self.folder.finish(self.trainer.model.state_dict(), summary)
+        return summary
+
+    def opening(self) -> str:
+        """The lines that say what is about to run."""
+        settings, cache = self.settings, self.source.cache
+        count = sum(parameter.numel() for parameter in self.trainer.model.parameters())
+        going_on = f", going on after epoch {self.done}" if self.done else ""
+        return (
+            f"{settings.student} ({count / 1e6:.2f} M) by {settings.method} from "
+            f"{cache.num_views} views, seed {settings.seed}, on {self.source.device}\n"
+            f"{settings.epochs} epochs of {cache.num_samples:,} images, batch "
+            f"{settings.batch_size}, lr {settings.lr}{going_on}"
+        )
+
+
+def method_of(settings: Distill) -> tuple[type[Method], Any]:
+    """The class and the options of the method that the settings name; errors of `method_class`."""
+    return method_class(settings.method, method_options(settings.options, settings.method))
+
+
+def with_defaults(settings: Distill, cache: TeacherCache, runs: str = "runs") -> Distill:
+    """The student that the data set suggests and a name for the run, where none were given.
+
+    Args:
+        settings: as given.
+        cache: the store.
+        runs: the folder for a run without a name.
+    """
+    dataset = cache.manifest["dataset"]["name"]
+    student = settings.student or catalog.defaults(dataset).student
+    alpha = "" if settings.alpha is None else f"-a{settings.alpha}"
+    name = f"{cache.path.stem}-{student}-{settings.method}{alpha}-s{settings.seed}"
+    out = settings.out or str(Path(runs) / name.replace("/", "-"))
     return replace(settings, student=student, out=out)
 
 
@@ -152,41 +327,6 @@ def check_reads(cache: TeacherCache, reads: tuple[str, ...], settings: Distill) 
             f"target = {settings.target!r}: method {settings.method} takes no target logits; leave "
             f"--target out"
         )
-
-
-def row_source(
-    cache: TeacherCache, reads: tuple[str, ...], target: Target | None, *, pin: bool = False
-) -> Callable[[int], EpochRows]:
-    """What reads the rows of an epoch, from 1: view (epoch − 1) mod V, only what has a view axis.
-
-    Blended logits are rounded as stage one would have stored them; `pin` is for GPUs.
-    """
-    features = tuple(name for name in reads if name in SLAB_ARRAYS)
-    logits = target.reads if target is not None and TARGET in reads else ()
-    dtype = torch.float16 if cache.manifest["dtype"] == "float16" else torch.float32
-
-    @lru_cache(maxsize=1)  # with one view, every epoch is the same slab
-    def read(view: int) -> EpochRows:
-        slab = cache.slab(view, (*logits, *features))
-        rows = {name: getattr(slab, name) for name in features}
-        if target is not None and logits:
-            stored = {name: getattr(slab, name) for name in logits}
-            rows[TARGET] = target.logits("train", stored).to(dtype)
-        epoch_rows = EpochRows(slab.views, rows)
-        return epoch_rows.pinned() if pin else epoch_rows
-
-    return lambda epoch: read((epoch - 1) % cache.num_views)
-
-
-def fixed_rows(
-    cache: TeacherCache, reads: tuple[str, ...], target: Target | None
-) -> dict[str, Tensor]:
-    """The rows that are the same in every epoch: CLIP's, which are of the clean images."""
-    rows = {name: cache.read(f"train/{name}") for name in reads
-            if name != TARGET and name not in SLAB_ARRAYS}  # fmt: skip
-    if target is not None and TARGET in reads and not target.reads:
-        rows[TARGET] = target.logits("train", {})
-    return rows
 
 
 def build_student(settings: Distill, cache: TeacherCache) -> tuple[torch.nn.Module, int]:
@@ -241,23 +381,6 @@ def load_images(cache: TeacherCache, settings: Distill) -> tuple[Split, Split]:
     return dataset.train, dataset.test
 
 
-def to_device(
-    cache: TeacherCache, splits: tuple[Split, Split], settings: Distill, device: torch.device
-) -> Data:
-    """Both splits where the student is trained; held-out test images are not tested on."""
-    train, test = splits
-    return Data(
-        train=make_inputs(train.images, device),
-        train_labels=train.labels.to(device),
-        test=make_inputs(test.images, device),
-        test_labels=test.labels.to(device),
-        test_views=views_tensor(test.view_space.clean(len(test))),
-        tested=held_out(len(test), settings.held_out_share)[1].to(device),
-        normalize=Normalize(tuple(cache.manifest["mean"]), tuple(cache.manifest["std"]), device),
-        num_classes=cache.num_classes,
-    )
-
-
 def resume_from(run: RunFolder, trainer: Trainer) -> tuple[int, Best]:
     """Load the run's checkpoint into the trainer; epochs done and the best of them."""
     done, best, tensors = run.load()
@@ -306,24 +429,13 @@ def describe_run(settings: Distill, cache: TeacherCache, trainer: Trainer) -> di
         "dataset": cache.manifest["dataset"]["name"],
         "num_classes": cache.num_classes,
         "image_size": cache.manifest["image_size"],
+        "mean": cache.manifest["mean"],
+        "std": cache.manifest["std"],
+        "class_names": cache.manifest["class_names"],
         "teacher": teacher_accuracies(cache.manifest),
         "hardware": hardware(trainer.device),
         "versions": versions(),
     }
-
-
-def opening(
-    settings: Distill, cache: TeacherCache, trainer: Trainer, device: torch.device, done: int
-) -> str:
-    """The lines that say what is about to run."""
-    count = sum(parameter.numel() for parameter in trainer.model.parameters())
-    going_on = f", going on after epoch {done}" if done else ""
-    return (
-        f"{settings.student} ({count / 1e6:.2f} M) by {settings.method} from "
-        f"{cache.num_views} views, seed {settings.seed}, on {device}\n"
-        f"{settings.epochs} epochs of {cache.num_samples:,} images, batch {settings.batch_size}, "
-        f"lr {settings.lr}{going_on}"
-    )
 
 
 def epoch_line(record: EpochRecord, epochs: int) -> str:

@@ -12,9 +12,8 @@ import torch
 from test_distill import metrics, train
 
 import richkd
-from richkd.distill import fixed_rows, row_source
+from richkd.distill import Source
 from richkd.errors import RichKDError
-from richkd.losses.method import TARGET
 from richkd.probe import fit_probe
 from richkd.progress import Report
 from richkd.recipe import Distill
@@ -26,11 +25,11 @@ QUIET = Report(quiet=True)
 
 def target_rows(store: Path, view: int, **settings: Any) -> np.ndarray[Any, Any]:
     """What stage two would give a method as target logits in the epoch that shows a view."""
-    cache = richkd.open_cache(store)
-    target = choose_target(cache, Distill(cache=str(store), **settings), "teacher", QUIET)
-    rows = dict(row_source(cache, (TARGET,), target)(view + 1).rows)
-    rows |= fixed_rows(cache, (TARGET,), target)
-    return rows[TARGET].float().numpy()
+    chosen = Distill(cache=str(store), **settings)
+    source = Source(chosen, QUIET)
+    name, _ = source.target(chosen, "teacher")
+    rows, _ = next(source.epochs([name], view + 1, view + 1))
+    return rows.rows[name].float().numpy()
 
 
 def read(store: Path, name: str, view: int | None = None) -> np.ndarray[Any, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import timm
@@ -51,9 +51,7 @@ def create_model(
     Raises:
         RichKDError: no model has that name, or it does not take those settings.
     """
-    if not timm.is_model(_registered(name)):
-        known = {*ZOO, *timm.list_models()}
-        raise RichKDError(f"unknown model {name!r}; {nearest(name, known, fallback=ZOO)}")
+    check_names([name])
     given = ", ".join(f"{key} = {value!r}" for key, value in settings.items())
     if settings and name in ZOO:
         raise RichKDError(f"model {name} takes no settings, got {given}")
@@ -65,6 +63,22 @@ def create_model(
             f"model {name} cannot be built{' with ' * bool(given)}{given}: "
             f"{_first_line(error)}{remedied}"
         ) from None
+
+
+def check_names(names: Collection[str]) -> None:
+    """Refuse names that no model has, all of them at once.
+
+    Raises:
+        RichKDError: there are such names.
+    """
+    strangers = [name for name in names if not timm.is_model(_registered(name))]
+    if strangers:
+        known = {*ZOO, *timm.list_models()}
+        if len(strangers) == 1:
+            hint = nearest(strangers[0], known, fallback=ZOO)
+            raise RichKDError(f"unknown model {strangers[0]!r}; {hint}")
+        hints = [f"{name!r} ({nearest(name, known, 3, fallback=ZOO[:3])})" for name in strangers]
+        raise RichKDError(f"unknown models {', '.join(hints)}")
 
 
 def _registered(name: str) -> str:

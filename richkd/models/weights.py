@@ -66,6 +66,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise RichKDError(f"{path} is damaged or no safetensors file: {error}") from None
 
 
+def read_note(path: Path) -> dict[str, str]:
+    """The metadata of a file, without its tensors; RichKDError where it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise RichKDError(f"{path} is damaged or no safetensors file: {error}") from None
+
+
 def _read_pickle(path: Path) -> object:
     try:
         with (

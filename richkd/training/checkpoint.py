@@ -26,7 +26,7 @@ from torch import Tensor
 
 from richkd.errors import RichKDError
 from richkd.files import check_writable, replacing
-from richkd.models.weights import read_safetensors, save_tensors
+from richkd.models.weights import read_note, read_safetensors, save_tensors
 
 _NOT_TRAINING = {"device", "data_root", "dataset", "cache", "out"}
 
@@ -120,12 +120,38 @@ class RunFolder:
             raise RichKDError(
                 f"cannot read {self._recorded}: {error}; begin anew with --overwrite"
             ) from None
+        if was.get("richkd-distill") != identity:
+            raise RichKDError(
+                f"the run in {self.path} was trained on another store, or on this one before it "
+                f"was made anew ({was.get('richkd-distill')}; now {identity}); choose another --out"
+            )
         for name in sorted((was.keys() | wanted.keys()) - _NOT_TRAINING):
             if was.get(name) != wanted.get(name):
                 raise RichKDError(
                     f"cannot resume {self.path}: {name} was {was.get(name)!r} and is now "
                     f"{wanted.get(name)!r}; resume with the same settings, or choose another --out"
                 )
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """A record an epoch; of a run that was cut off, also those after its checkpoint."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        records = []
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except ValueError:  # cut off in the middle of it
+                break
+        return records
+
+    def epochs_done(self) -> int:
+        """How many epochs a resumed run need not train; 0 where there is no checkpoint.
+
+        Raises:
+            RichKDError: the checkpoint is damaged.
+        """
+        path = self.path / "checkpoint.safetensors"
+        return _epoch_and_best(path, read_note(path))[0] if path.is_file() else 0
 
     def save_epoch(
         self,
@@ -151,10 +177,7 @@ class RunFolder:
         """
         path = self.path / "checkpoint.safetensors"
         tensors, note = read_safetensors(path)
-        try:
-            epoch, best = int(note["epoch"]), Best(int(note["best_epoch"]), float(note["best"]))
-        except (KeyError, ValueError):
-            raise RichKDError(f"{path} is no checkpoint; begin anew with --overwrite") from None
+        epoch, best = _epoch_and_best(path, note)
         metrics = self.path / "metrics.jsonl"
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)[:epoch]
         with replacing(metrics) as temporary:
@@ -167,3 +190,10 @@ class RunFolder:
         with replacing(self.path / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         (self.path / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+def _epoch_and_best(path: Path, note: Mapping[str, str]) -> tuple[int, Best]:
+    try:
+        return int(note["epoch"]), Best(int(note["best_epoch"]), float(note["best"]))
+    except (KeyError, ValueError):
+        raise RichKDError(f"{path} is no checkpoint; begin anew with --overwrite") from None

@@ -49,6 +49,11 @@ class EpochRows:
     views: Tensor  # [N] or [N,5]
     rows: Mapping[str, Tensor]  # name -> [N,…]
 
+    def to(self, device: torch.device) -> EpochRows:
+        """The same on a device, for several runs; the views stay where samples are gathered."""
+        rows = {name: row.to(device, non_blocking=True) for name, row in self.rows.items()}
+        return EpochRows(self.views, rows)
+
     def pinned(self) -> EpochRows:
         """The same in memory that a GPU copies from by itself."""
         rows = {name: row.pin_memory() for name, row in self.rows.items()}
@@ -111,8 +116,7 @@ class Trainer:
         self.scheduler.step(epoch - 1)
         self.model.train()
         self.method.train()
-        rows = {name: array.to(self.device, non_blocking=True)
-                for name, array in source.rows.items()}  # fmt: skip
+        rows = source.to(self.device).rows
         totals: Tensor | None = None
         terms: dict[str, Tensor] = {}
         for index, images in self.data.train.batches(order, source.views, self.settings.batch_size):
@@ -246,6 +250,8 @@ def all_rows(rows: Callable[[int], EpochRows], first: int, last: int) -> Iterato
     """`rows(epoch)` for epochs first..last, each read by a thread while the one before trains."""
     from concurrent.futures import ThreadPoolExecutor
 
+    if first > last:
+        return
     with ThreadPoolExecutor(1, thread_name_prefix="slab") as pool:
         coming = pool.submit(rows, first)
         for epoch in range(first, last + 1):

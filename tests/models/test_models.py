@@ -127,3 +127,10 @@ def test_nothing_is_left_where_writing_fails(tmp_path: Path) -> None:
         temporary.write_text("half")
         raise ValueError("no")
     assert [p.name for p in tmp_path.iterdir()] == ["w"] and path.read_text() == "old"
+
+
+def test_weights_have_the_permissions_of_other_files(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "w.safetensors", {"a": torch.ones(2)})
+    (tmp_path / "other").touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
