@@ -15,7 +15,7 @@ import typer
 
 from richkd import recipe as recipes
 from richkd.errors import RichKDError
-from richkd.recipe import Distill, Precompute, TrainTeacher, describe
+from richkd.recipe import Distill, Precompute, Sweep, TrainTeacher, describe
 
 app = typer.Typer(
     name="richkd",
@@ -238,6 +238,59 @@ def distill(
 
 
 @app.command()
+def sweep(
+    cache: Annotated[str | None, _option(Distill, "cache")] = None,
+    students: Annotated[str | None, _option(Sweep, "students")] = None,
+    methods: Annotated[str | None, _option(Sweep, "methods")] = None,
+    seeds: Annotated[int | None, _option(Sweep, "seeds")] = None,
+    alpha: Annotated[str | None, _option(Sweep, "alpha")] = None,
+    epochs: Epochs = None,
+    out: Annotated[str | None, _option(Sweep, "out")] = None,
+    concurrent: Annotated[str | None, _option(Sweep, "concurrent")] = None,
+    halving: Annotated[int | None, _option(Sweep, "halving")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show the grid and its cost; train nothing")
+    ] = False,
+    target: Annotated[str | None, _option(Distill, "target")] = None,
+    scale: Annotated[str | None, _option(Distill, "scale")] = None,
+    clip_head: Annotated[str | None, _option(Distill, "clip_head")] = None,
+    holdout: Annotated[float | None, _option(Distill, "holdout")] = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    momentum: Momentum = None,
+    weight_decay: WeightDecay = None,
+    schedule: Schedule = None,
+    eval_every: EvalEvery = None,
+    dataset: Annotated[str | None, _option(Distill, "dataset")] = None,
+    data_root: DataRoot = None,
+    device: Device = None,
+    precision: Precision = None,
+    recipe: Recipe = None,
+    as_json: Json = False,
+) -> None:
+    """Train many students from one store: a grid of students, methods, blends and seeds.
+
+    What is done is not done again; cut off, it goes on with the same command.
+    """
+    arguments = locals()
+    axes = ("students", "methods", "seeds", "alpha", "out", "concurrent", "halving")
+    grid = {name: arguments.pop(name) for name in axes}
+    read = recipes.load(recipe) if recipe else None
+    settings = recipes.resolve(Sweep, read.table("sweep") if read else {}, _grid(grid))
+    from richkd.sweep import run_sweep
+
+    report = _report(as_json)
+    result = run_sweep(settings, read, _given(arguments), dry_run=dry_run, report=report)
+    _print(result, as_json)
+    if result["failed"]:
+        names = ", ".join(failure["run"] for failure in result["failed"])
+        raise RichKDError(
+            f"{len(result['failed'])} of the runs failed: {names}; the same command tries them "
+            f"again, each from its last epoch"
+        )
+
+
+@app.command()
 def run(
     recipe: Annotated[str, typer.Argument(help="TOML file, or a name that richkd recipes lists")],
     method: Annotated[str | None, _option(Distill, "method")] = None,
@@ -271,6 +324,53 @@ def run(
         _print(summary, as_json)
     else:
         results_table(report, f"{summary['run']}", [summary])
+
+
+@app.command("report")
+def write_report(
+    runs: Annotated[list[str], typer.Argument(help="folders with runs in them")],
+    out: Annotated[
+        str | None, typer.Option(help="folder for the page; default the first of RUNS")
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="only the runs that were trained on this store")
+    ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="write TensorBoard's event files too")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page on all runs in a folder, with CSV and JSON beside it."""
+    from pathlib import Path
+
+    from richkd.report import write_report
+
+    result = write_report(
+        [Path(folder) for folder in runs], _report(as_json), out=Path(out) if out else None,
+        cache=Path(cache) if cache else None, tensorboard=tensorboard,
+    )  # fmt: skip
+    _print(result, as_json)
+    if not as_json:
+        typer.echo(result["files"]["report.html"])
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="a complete run")],
+    kind: Annotated[str, typer.Option("--format", help="onnx, or torch (torch.export)")] = "onnx",
+    weights: Annotated[str, typer.Option(help="last, or best")] = "last",
+    out: Annotated[
+        str | None, typer.Option(help="the file; default student.onnx in the run folder")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a run's student as ONNX or as an exported program, checked against PyTorch."""
+    from richkd.export import export
+
+    result = export(run, kind, weights=weights, out=out)
+    _print(result, as_json)
+    if not as_json:
+        typer.echo(f"{result['file']}: logits within {result['relative_error']:.0e} of PyTorch's")
 
 
 @app.command()
@@ -334,7 +434,7 @@ def _print(result: Mapping[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(result, indent=2))
 
 
-_NOT_SETTINGS = {"recipe", "overwrite", "resume", "as_json"}
+_NOT_SETTINGS = {"recipe", "overwrite", "resume", "as_json", "dry_run"}
 
 
 def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -349,6 +449,25 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: readers[name](value) if value and name in readers else value
         for name, value in given.items()
+    }
+
+
+def _grid(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The axes of a sweep, given with commas."""
+
+    def names(text: str) -> tuple[str, ...]:
+        return tuple(filter(None, (part.strip() for part in text.split(","))))
+
+    def number(text: str) -> int | str:
+        return int(text) if text.isdecimal() else text
+
+    readers: dict[str, Callable[[Any], Any]] = {
+        "students": names, "methods": names, "concurrent": number,
+        "alpha": lambda text: tuple(recipes.parse_alpha(part) for part in names(text)),
+    }  # fmt: skip
+    return {
+        name: readers[name](value) if value is not None and name in readers else value
+        for name, value in arguments.items()
     }
 
 
@@ -384,9 +503,7 @@ def main() -> NoReturn:
     except RichKDError as error:
         code = _fail(str(error), 2)
     except (typer.Abort, KeyboardInterrupt):
-        code = _fail(
-            "interrupted; precompute goes on with the same command, distill by --resume", 130
-        )
+        code = _fail("interrupted; the same command goes on, with --resume if it was distill", 130)
     except OSError as error:  # a disk that is full, a folder without permission, …
         code = _fail(f"{error}; make room, or see to the path and its permissions", 2)
     except Exception as error:

@@ -24,6 +24,7 @@ Scale = float | Literal["native", "raw"]
 Alpha = float | Literal["auto"]
 TARGETS = ("teacher", "clip", "fused")
 CLIP_HEADS = ("zero-shot", "probe")
+AUTO_HOLDOUT = 0.2  # of the test images, for alpha auto
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -199,15 +200,51 @@ class Distill(Training):
     @property
     def held_out_share(self) -> float:
         """The share of the test images that students are not tested on."""
-        return (0.2 if self.alpha == "auto" else 0.0) if self.holdout is None else self.holdout
+        share = AUTO_HOLDOUT if self.alpha == "auto" else 0.0
+        return share if self.holdout is None else self.holdout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """`richkd sweep`: a grid of runs, whose other settings are those of `[distill]`."""
+
+    students: tuple[str, ...] = _key((), "students, of the zoo or of timm")
+    methods: tuple[str, ...] = _key(("ce", "kd", "richkd"), "methods: see richkd methods")
+    seeds: int = _key(3, "runs of each, with seeds 0..N−1")
+    alpha: tuple[Alpha, ...] = _key((), "blends, for the methods that have one; auto is one")
+    concurrent: int | Literal["auto"] = _key(
+        "auto", "runs that train at once; auto: as many as fit"
+    )
+    halving: int = _key(
+        0, "η: stop all but the best 1/η configurations of a student at E/η², E/η epochs; 0: none"
+    )
+    out: str = _key("runs", "folder of the run folders")
+
+    def __post_init__(self) -> None:
+        for name in ("students", "methods", "alpha"):
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
+        for name, example in (("students", "resnet8,resnet20"), ("methods", "ce,kd,richkd")):
+            if not getattr(self, name):
+                raise RichKDError(
+                    f"nothing to sweep: no {name}; say which, e.g. --{name} {example}"
+                )
+        _require(self.seeds >= 1, "seeds", self.seeds, "at least 1")
+        if isinstance(self.concurrent, str):
+            if self.concurrent != "auto":
+                raise unknown("concurrent", self.concurrent, ["auto", "or a number"])
+        else:
+            _require(self.concurrent >= 1, "concurrent", self.concurrent, "at least 1, or auto")
+        _require(self.halving == 0 or self.halving >= 2, "halving", self.halving,
+                 "0, or at least 2")  # fmt: skip
 
 
 SECTIONS: dict[str, type] = {
+    "sweep": Sweep,
     "train-teacher": TrainTeacher,
     "precompute": Precompute,
     "distill": Distill,
 }
-Settings = TypeVar("Settings", TrainTeacher, Precompute, Distill)
+Settings = TypeVar("Settings", TrainTeacher, Precompute, Distill, Sweep)
 
 
 def check_blend(alpha: float, scale: Scale) -> None:

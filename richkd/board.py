@@ -1,0 +1,97 @@
+"""What a sweep shows while it runs: a row a run in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from richkd.progress import LINE_EVERY_S, Report, duration, percent
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from richkd.sweep import Entry
+
+STYLES = {"training": "bold", "done": "green", "failed": "red", "stopped": "dim", "waiting": "dim"}
+
+
+class Board:
+    """The state of all runs, for people. A context manager; without a terminal it prints lines."""
+
+    def __init__(self, entries: Sequence[Entry], report: Report) -> None:
+        self.entries = entries
+        self.report = report
+        self._live: Any = None
+        self._last_line = time.perf_counter()
+
+    def __enter__(self) -> Board:
+        if not self.report.quiet and self.report.console.is_terminal:
+            from rich.live import Live
+
+            self._live = Live(
+                get_renderable=self.render, console=self.report.console, refresh_per_second=2,
+                transient=True,
+            )  # fmt: skip
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, message: str) -> None:
+        """A line that stays, above the rows."""
+        if self._live is not None:
+            self._live.console.print(message, markup=False, highlight=False, emoji=False)
+        else:
+            self.report.say(message)
+
+    def tick(self, entry: Entry, images: int) -> None:
+        """Some images of a run's epoch have been trained on."""
+        entry.images += images
+        now = time.perf_counter()
+        if self._live is None and now - self._last_line >= LINE_EVERY_S:
+            self._last_line = now
+            self.report.say(f"sweep: {self.summary()}; {entry.label} at {entry.progress}")
+
+    def summary(self) -> str:
+        """All runs in a line."""
+        count = {state: sum(entry.state == state for entry in self.entries) for state in STYLES}
+        done = f"{count['done']} of {len(self.entries)} runs done"
+        other = [f"{count[state]} {state}" for state in ("failed", "stopped") if count[state]]
+        left = sum(entry.seconds_left for entry in self.entries)
+        return ", ".join([done, *other, *([f"about {duration(left)} left"] if left else [])])
+
+    def render(self) -> RenderableType:
+        """A row a run: those that train, then as many of the others as there is room for."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), min_width=78)
+        table.add_column("run", no_wrap=True)
+        for name in ("epoch", "top-1", "best", "left"):
+            table.add_column(name, justify="right", no_wrap=True)
+        room = max(4, self.report.console.height - 6)
+        for entry in self._shown(room):
+            left = duration(entry.seconds_left) if entry.seconds_left else entry.state
+            style = STYLES[entry.state]
+            cells = (
+                entry.label,
+                entry.progress,
+                percent(entry.accuracy),
+                percent(entry.best),
+                left,
+            )
+            table.add_row(*(Text(cell) for cell in cells), style=style)
+        hidden = len(self.entries) - min(room, len(self.entries))
+        table.caption = self.summary() + (f"; {hidden} more rows" if hidden else "")
+        table.caption_justify = "left"
+        return table
+
+    def _shown(self, room: int) -> list[Entry]:
+        """Those that train come first into the choice; the order is that of the grid."""
+        urgency = {"training": 0, "failed": 1, "done": 2, "waiting": 3, "stopped": 4}
+        numbered = sorted(enumerate(self.entries), key=lambda pair: urgency[pair[1].state])
+        return [entry for _, entry in sorted(numbered[:room], key=lambda pair: pair[0])]
