@@ -1,0 +1,264 @@
+"""The report: its statistics against scipy's, the page in a browser, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from richkd.models import create_model
+from richkd.report.cost import student_cost
+from richkd.report.runs import Run as RunFolderRead
+from richkd.report.runs import load_run
+from richkd.results import leaderboard, paired_difference
+
+Run = Callable[..., Any]
+Fails = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two students by three methods with two seeds, and a run that was cut off."""
+    from richkd.progress import Report
+    from richkd.recipe import Sweep
+    from richkd.sweep import run_sweep
+
+    folder = tmp_path_factory.mktemp("report") / "runs"
+    flags = {"cache": str(store), "epochs": 3, "batch_size": 16, "lr": 0.02, "device": "cpu"}
+    grid = Sweep(students=("resnet8", "wrn_16_1"), methods=("ce", "kd", "richkd"), seeds=2,
+                 out=str(folder))  # fmt: skip
+    run_sweep(grid, None, flags, report=Report(quiet=True))
+    cut = folder / "shapes-resnet14-kd-s0"
+    shutil.copytree(folder / "shapes-resnet8-kd-s0", cut)
+    (cut / "summary.json").unlink()
+    return folder
+
+
+def chromium(page: Path, tmp_path: Path, *flags: str) -> tuple[str, str]:
+    """The page's elements after its scripts ran, and what it said on the console."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser",
+                                                   "google-chrome", "chrome"))), None)  # fmt: skip
+    assert browser, "this test opens the page: install Chromium (Debian's package chromium)"
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--log-level=0",
+        "--virtual-time-budget=5000", "--hide-scrollbars", *flags, "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return done.stdout, "\n".join(console)
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (500, "dark")])  # Chromium's least
+def test_the_page_in_a_browser(
+    run: Run, runs: Path, tmp_path: Path, width: int, scheme: str
+) -> None:
+    done = run("report", runs, "--out", tmp_path, "--json")
+    assert done.code == 0, done.err
+    page = tmp_path / "report.html"
+    dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+    dom, console = chromium(page, tmp_path, f"--window-size={width},2000", *dark)
+    assert console == ""
+    table = dom[dom.index('<table id="leaderboard">') : dom.index("</table>")]
+    cells = [[html.unescape(re.sub(r"<[^>]+>", "", cell))
+              for cell in re.findall(r"<td.*?</td>", row)]
+             for row in re.findall(r"<tr>.*?</tr>", table, re.S)]  # fmt: skip
+    rows = [row for row in cells if row]
+    assert {tuple(row[:2]) for row in rows} == {
+        (student, method)
+        for student in ("resnet8", "wrn_16_1")
+        for method in ("ce", "kd", "richkd")
+    }
+    expected = done.json["leaderboard"]
+    for row, record in zip(rows, expected, strict=True):
+        mean, std = (100 * record[f"top1_last_{part}"] for part in ("mean", "std"))
+        assert row[2] == f"{mean:.2f} ± {std:.2f}" and row[5] == "2"
+    # three costs, the differences and a curve a student, each drawn
+    assert len(re.findall(r'class="main-svg"[^>]*>', dom)) >= 6
+    for name in ("pareto-parameters", "pareto-multiply_adds", "pareto-latency_ms", "differences",
+                 "curve-0", "curve-1"):  # fmt: skip
+        tag = re.search(rf'<div[^>]* id="{name}"[^>]*>', dom)
+        assert tag and "js-plotly-plot" in tag[0], name
+        drawn = re.compile(r'class="main-svg"[^>]* width="(\d+)').search(dom, tag.end())
+        columns = 1 if width < 700 or name == "differences" else 2  # at least
+        assert drawn and int(drawn[1]) <= width / columns, name
+    assert "shapes-resnet14-kd-s0 (3 of 3 epochs)" in dom
+    assert "src=" not in page.read_text().split("</head>")[0].split("<script>")[0]
+
+
+def test_the_statistics_are_those_of_scipy(rng: np.random.Generator) -> None:
+    a, b = rng.uniform(0, 1, 5), rng.uniform(0, 1, 5)
+    teacher = {"cnn": 0.5}
+
+    def runs(method: str, accuracies: Any, seeds: range, **more: Any) -> list[Any]:
+        return [
+            ({"student": "s", "method": method, "epochs": 9, "out": f"o{seed}", **more},
+             {"seed": seed, "top1_last": float(value), "top1_best": float(value) + 0.1,
+              "teacher": teacher, "run": f"{method}{seed}"})
+            for seed, value in zip(seeds, accuracies, strict=True)
+        ]  # fmt: skip
+
+    given = [*runs("kd", a, range(5)), *runs("crd", b, range(5)),
+             *runs("kd", a, range(5), target="fused"), *runs("ce", b[:1], range(7, 8))]  # fmt: skip
+    rows = {(row.method, *row.settings.values()): row for row in leaderboard(given)}
+    assert rows.keys() == {("kd",), ("kd", "fused"), ("crd",), ("ce",)}
+    crd = rows["crd",]
+    assert crd.last == pytest.approx((b.mean(), b.std(ddof=1)))
+    assert crd.best == pytest.approx((b.mean() + 0.1, b.std(ddof=1)))
+    test = scipy.stats.ttest_rel(b, a)
+    interval = test.confidence_interval(0.95)
+    assert crd.minus_kd is not None
+    found = (crd.minus_kd.mean, crd.minus_kd.low, crd.minus_kd.high)
+    assert found == pytest.approx(((b - a).mean(), interval.low, interval.high))
+    assert rows["kd",].minus_kd is None and rows["ce",].minus_kd is None  # no seed in common
+    assert math.isnan(rows["ce",].last[1])
+    order = [row.last[0] for row in leaderboard(given)]
+    assert order == sorted(order, reverse=True)
+    one = paired_difference([0.25])
+    assert one is not None and one.mean == 0.25 and math.isinf(one.high)
+
+
+def test_csv_and_json_say_the_same(run: Run, runs: Path, tmp_path: Path) -> None:
+    done = run("report", runs, "--out", tmp_path)
+    assert done.code == 0 and done.out.strip() == str(tmp_path / "report.html")
+    saved = json.loads((tmp_path / "report.json").read_text())
+    with (tmp_path / "leaderboard.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(saved["leaderboard"]) == 6
+    for line, row in zip(lines, saved["leaderboard"], strict=True):
+        assert line["student"] == row["student"] and json.loads(line["seeds"]) == row["seeds"]
+        assert float(line["top1_last_mean"]) == row["top1_last_mean"]
+        assert line["minus_kd_mean"] == ("" if row["minus_kd_mean"] is None
+                                         else str(row["minus_kd_mean"]))  # fmt: skip
+    assert saved["incomplete"] == [
+        {"run": str(runs / "shapes-resnet14-kd-s0"), "epochs_done": 3, "epochs": 3}
+    ]
+    assert saved["teachers"].keys() == {"cnn", "clip", "fused"}
+
+
+def test_the_command_repeats_the_run(run: Run, runs: Path, tmp_path: Path) -> None:
+    path = runs / "shapes-resnet8-richkd-s1"
+    read = load_run(path)
+    assert read is not None
+    words = shlex.split(read.command([1]))
+    assert words[0] == "richkd" and words[-2:] == ["--seed", "1"]
+    done = run(*words[1:], "--out", tmp_path / "again", "--device", "cpu")
+    assert done.code == 0, done.err
+    same = (path / "last.safetensors").read_bytes()
+    assert (tmp_path / "again" / "last.safetensors").read_bytes() == same
+    loop = read.command([0, 1])
+    assert loop.startswith("for seed in 0 1; do richkd distill") and loop.endswith("$seed; done")
+    odd = RunFolderRead(path=path, identity="i", metrics=[], summary=None, settings={
+        "cache": "my caches/$(x).zarr", "student": "resnet8", "method": "dkd", "prompts": [0, 3],
+        "options": {"dkd": {"beta": 2.0}, "kd": {"temperature": 9}},
+        "student_options": {"patch_size": 4}, "seed": 3, "alpha": 0.5,
+    })  # fmt: skip
+    assert shlex.split(odd.command([3])) == [
+        "richkd", "distill", "--cache", "my caches/$(x).zarr", "--student", "resnet8", "--method",
+        "dkd", "--prompts", "0,3", "--alpha", "0.5", "--set", "beta=2.0", "--student-set",
+        "patch_size=4", "--seed", "3",
+    ]  # fmt: skip
+
+
+def test_costs_are_counted(runs: Path) -> None:
+    read = load_run(runs / "shapes-resnet8-ce-s0")
+    assert read is not None
+    cost = student_cost(read)
+    model = create_model("resnet8", 16)
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
+    adds = 0
+
+    def count(module: Any, inputs: Any, output: Any) -> None:
+        nonlocal adds
+        if isinstance(module, torch.nn.Conv2d):
+            kernel = module.kernel_size[0] * module.kernel_size[1]
+            adds += output.numel() * kernel * module.in_channels // module.groups
+        else:
+            adds += module.in_features * module.out_features
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            module.register_forward_hook(count)
+    model.eval()(torch.zeros(1, 3, 32, 32))
+    assert cost.multiply_adds == adds
+    model.eval()
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for _ in range(20):
+            model(torch.zeros(1, 3, 32, 32))
+    own = (time.perf_counter() - start) / 20 * 1000
+    assert own / 10 < cost.latency_ms < own * 10
+
+
+def test_tensorboard_files_hold_the_metrics(run: Run, runs: Path, tmp_path: Path) -> None:
+    assert run("report", runs, "--out", tmp_path, "--tensorboard").code == 0
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "shapes-resnet8-richkd-s0")).Reload()
+    read = load_run(runs / "shapes-resnet8-richkd-s0")
+    assert read is not None
+    for tag, key in (("accuracy/test", "test_accuracy"), ("loss/total", "loss"), ("lr", "lr")):
+        found = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert found == [(r["epoch"], pytest.approx(r[key])) for r in read.metrics]
+    assert {"loss/ce", "loss/logit", "loss/feature"} <= set(events.Tags()["scalars"])
+
+
+def test_names_are_text_on_the_page(run: Run, runs: Path, tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    folder = tmp_path / "runs"
+    shutil.copytree(runs / "shapes-resnet8-kd-s0", folder / "a")
+    recipe = (folder / "a" / "recipe.toml").read_text()
+    (folder / "a" / "recipe.toml").write_text(re.sub(r'cache = ".*"', f'cache = "{evil}"', recipe))
+    assert run("report", folder).code == 0
+    page = (folder / "report.html").read_text()
+    assert evil not in page and html.escape(evil) in page
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+
+def test_mistakes(fails: Fails, runs: Path, make_store: Any, tmp_path: Path, run: Run) -> None:
+    assert "no folder nowhere; richkd sweep makes runs" in fails("report", "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "no runs in" in fails("report", tmp_path / "empty")
+
+    folder = tmp_path / "mixed"
+    shutil.copytree(runs / "shapes-resnet8-ce-s0", folder / "mine")
+    other = make_store(limit=40, out=str(tmp_path / "other.zarr"))
+    words = ["--cache", other, "--student", "resnet8", "--method", "kd", "--epochs", 1,
+             "--device", "cpu"]  # fmt: skip
+    assert run("distill", *words, "--out", folder / "other").code == 0
+    line = fails("report", folder)
+    assert "different stores" in line and str(other) in line and "--cache" in line
+    done = run("report", folder, "--cache", other, "--json")
+    assert [row["method"] for row in done.json["leaderboard"]] == ["kd"]
+    third = make_store(limit=32, out=str(tmp_path / "third.zarr"))
+    assert "was trained on" in fails("report", folder, "--cache", third)
+
+    (folder / "mine" / "summary.json").write_text("{}")
+    assert "is damaged (summary.json lacks" in fails("report", folder)
+    (folder / "mine" / "summary.json").write_text("{")
+    assert "is damaged" in fails("report", folder)
+
+
+def test_runs_that_are_not_complete_make_a_page_too(run: Run, runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "shapes-resnet14-kd-s0", tmp_path / "runs" / "cut")
+    done = run("report", tmp_path / "runs", "--json")
+    assert done.code == 0 and done.json["leaderboard"] == []
+    assert "No run is complete yet" in (tmp_path / "runs" / "report.html").read_text()
