@@ -8,10 +8,10 @@ use, so that `import richkd` costs nothing.
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from richkd import losses as losses
     from richkd.data.views import apply_views as apply_views
     from richkd.errors import RichKDError as RichKDError
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from richkd.models import forward as forward
     from richkd.store.reader import TeacherCache as TeacherCache
     from richkd.store.reader import open_cache as open_cache
-
-try:
-    __version__ = version("richkd")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
 
 _HOME = {
     "RichKDError": "richkd.errors",
@@ -46,11 +41,22 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name == "losses":
         return importlib.import_module("richkd.losses")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'richkd' has no attribute {name!r}")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("richkd")
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:
