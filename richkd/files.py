@@ -1,11 +1,15 @@
-"""Writing files: whole or not at all, and refused early where it cannot work."""
+"""Writing files: whole or not at all, by one process at a time, and refused early."""
 
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from richkd.errors import RichKDError
 
@@ -36,3 +40,52 @@ def check_writable(path: Path) -> None:
         raise RichKDError(f"cannot write {path}: {folder} is a file; choose another --out")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise RichKDError(f"cannot write {path}: no permission in {folder}; choose another --out")
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """A store or a run folder is this process's to write; a lock dies with its process.
+
+    Raises:
+        RichKDError: another process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    note = _lock_file(path)
+    lock = FileLock(note)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise _held_by(path, note) from None
+    try:
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        note.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {now}")
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+        lock.release()
+
+
+def check_not_held(path: Path) -> None:
+    """Refuse a path that another process is writing; makes nothing.
+
+    Raises:
+        RichKDError: that is so.
+    """
+    if _lock_file(path).exists():
+        with held(path):
+            pass
+
+
+def _lock_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _held_by(path: Path, note: Path) -> RichKDError:
+    try:
+        holder = note.read_text().strip()
+    except OSError:
+        holder = ""
+    return RichKDError(
+        f"{path} is being written by {holder or 'another process'}; wait for that, or choose "
+        f"another --out"
+    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from torch import Tensor
 
 from richkd import fusion
 from richkd.data.datasets import Dataset, Split, load_dataset
-from richkd.data.inputs import Inputs, make_inputs
+from richkd.data.inputs import Inputs, Normalize, make_inputs
 from richkd.data.prompts import load_prompts
 from richkd.data.views import check_num_views, views_tensor
 from richkd.errors import RichKDError
-from richkd.files import check_writable
+from richkd.files import check_not_held, check_writable, held
+from richkd.interrupt import held_back
 from richkd.models import check_fit, create_model
 from richkd.models.weights import read_safetensors
 from richkd.progress import Report, duration, percent, size
@@ -46,6 +47,7 @@ def precompute(
     overwrite: bool = False,
     dataset: Dataset | None = None,
     teacher_recipe: Mapping[str, Any] | None = None,
+    redo: Collection[Block] | None = None,
     report: Report | None = None,
 ) -> TeacherCache:
     """Run both teachers over a data set and write the store.
@@ -55,16 +57,19 @@ def precompute(
         overwrite: replace a store that is there.
         dataset: the images, where they are at hand; else `settings` say which to load.
         teacher_recipe: settings of the teacher's training, where one has to be trained.
+        redo: the store is complete but for these blocks, which are damaged.
         report: where progress goes.
 
     Raises:
         RichKDError: anything the user can mend; found before anything long starts.
+        Interrupted: by SIGINT or SIGTERM, after the block in hand.
     """
     report = report or Report(quiet=True)
     out = Path(settings.out)
     device = choose_device(settings.device)
     check_writable(out)
-    check_target(out, overwrite)
+    check_not_held(out)
+    check_target(out, overwrite, repairing=redo is not None)
     check_clip(settings.clip)
     templates = load_prompts(settings.prompts)
     training = resolve(TrainTeacher, dict(teacher_recipe or {}), {
@@ -77,6 +82,11 @@ def precompute(
     check_num_views(settings.views, space.limit)
     report.say(f"{describe(dataset)}; fingerprint {dataset.fingerprint[:12]}")
 
+    def load(weights: Path) -> CNNTeacher:
+        normalize = Normalize(dataset.mean, dataset.std, device)
+        return load_teacher(settings.teacher, weights, len(dataset.class_names),
+                            dataset.image_size, normalize, device)  # fmt: skip
+
     if weights is None:
         model = create_model(
             settings.teacher, len(dataset.class_names), image_size=dataset.image_size
@@ -85,14 +95,14 @@ def precompute(
     else:
         if not settings.teacher_weights:
             check_trained_on(weights, dataset)
-        teacher = load_teacher(settings.teacher, weights, dataset, device)
+        teacher = load(weights)
     clip = open_clip_teacher(settings.clip, device, report)
     if weights is None:
         report.say(
             f"no --teacher-weights given and none at {training.out}: training the teacher first"
         )
         train_teacher(training, dataset, report)
-        teacher = load_teacher(settings.teacher, Path(training.out), dataset, device)
+        teacher = load(Path(training.out))
     text = clip.text_embeddings(dataset.class_names, templates) if clip else None
     manifest = make_manifest(settings, dataset, teacher, clip, text, templates)
     check_room(out, manifest, report)
@@ -103,26 +113,38 @@ def precompute(
         "test": make_inputs(dataset.test.images, device),
     }
     started = time.perf_counter()
-    with StoreWriter.open(out, manifest, overwrite) as writer:
-        writer.put(f"train/{space.array}", views)
-        if text is not None:
-            writer.put("text/embeddings", text.cpu().numpy())
-        compute = BlockComputer(settings, dataset, inputs, views_tensor(views), teacher, clip, text)
-        todo = [block for block, done in zip(writer.blocks, writer.done, strict=True) if not done]
-        if len(todo) < len(writer.blocks):
-            report.say(f"going on: {len(writer.blocks) - len(todo)} of {len(writer.blocks)} "
-                       f"blocks are there already")  # fmt: skip
-        total = sum(block.stop - block.start for block in todo)
-        with report.track("precompute", total, "images") as tick:
-            for block in todo:
-                writer.write(block, compute(block, writer))
-                tick(block.stop - block.start)
-                if clip and compute.tested == len(dataset.test) and block.split == "test":
-                    report.say(f"CLIP zero-shot: {percent(compute.zero_shot)} % of the test images")
-    finish(writer, manifest)
+    with held(out):
+        with StoreWriter.open(out, manifest, overwrite, redo) as writer:
+            writer.put(f"train/{space.array}", views)
+            if text is not None:
+                writer.put("text/embeddings", text.cpu().numpy())
+            rows = BlockComputer(
+                settings, dataset, inputs, views_tensor(views), teacher, clip, text
+            )
+            write_blocks(writer, rows, report)
+        finish(writer, manifest)
     cache = open_cache(out)
     report.say(closing(cache, time.perf_counter() - started))
     return cache
+
+
+def write_blocks(writer: StoreWriter, compute: BlockComputer, report: Report) -> None:
+    """Compute and write what is not done yet; signals wait for the block in hand."""
+    todo = [block for block, done in zip(writer.blocks, writer.done, strict=True) if not done]
+    count = len(writer.blocks)
+    if len(todo) < count:
+        report.say(f"going on: {count - len(todo)} of {count} blocks are there already")
+    total = sum(block.stop - block.start for block in todo)
+    with held_back() as check_stopped, report.track("precompute", total, "images") as tick:
+        for number, block in enumerate(todo, 1):
+            writer.write(block, compute(block, writer))
+            tick(block.stop - block.start)
+            if block.split == "test" and compute.tested == len(compute.splits["test"]):
+                report.say(f"CLIP zero-shot: {percent(compute.zero_shot)} % of the test images")
+            check_stopped(
+                f"stopped with {count - len(todo) + number} of {count} blocks written; the same "
+                f"command goes on"
+            )
 
 
 class BlockComputer:
@@ -315,6 +337,8 @@ def make_manifest(
         block=schema.choose_block(widest, settings.dtype),
         recipe=to_table(settings),
         versions=versions(),
+        checksums=None,
+        seal=None,
     )
 
 

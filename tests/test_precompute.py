@@ -51,6 +51,7 @@ def test_every_training_row_is_the_teachers_forward_pass(store: Path, shapes_tea
                 torch.testing.assert_close(stored.float(), true, rtol=2**-11, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_view_ids_never_repeat(make_store: Make) -> None:
     cache = richkd.open_cache(make_store(views=162, limit=20))
     ids = cache.read("train/view_ids")

@@ -20,8 +20,18 @@ from richkd.data.views import views_tensor
 from richkd.errors import RichKDError
 from richkd.recipe import Scale, check_blend
 from richkd.store import schema
-from richkd.store.schema import Manifest
+from richkd.store.checksums import (
+    chunks_digest,
+    chunks_there,
+    metadata_digest,
+    metadata_files,
+    num_chunks,
+    sealed,
+    views_of,
+)
+from richkd.store.schema import ArraySpec, Manifest
 
+REMEDY = "mend it with richkd repair, or make it again with richkd precompute --overwrite"
 SLAB_ARRAYS = ("teacher_logits", "teacher_features", "fused_logits")
 
 
@@ -53,6 +63,7 @@ class TeacherCache:
     def __init__(self, path: Path, group: zarr.Group, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
+        self.specs = schema.array_specs(manifest)
         self._group = group
 
     def __repr__(self) -> str:
@@ -96,14 +107,30 @@ class TeacherCache:
                 values[start : start + step] = array[(*at, slice(start, start + step))]
         except Exception as error:  # codecs raise errors of many kinds
             raise RichKDError(
-                f"{self.path}: {name} is damaged ({type(error).__name__}: {error}); make the "
-                f"store again with richkd precompute --overwrite"
+                f"{self.path}: {name} is damaged ({type(error).__name__}: {error}); {REMEDY}"
             ) from error
+        self.check_chunks(name, view)
         return views_tensor(values)
+
+    def check_chunks(self, name: str, view: int | None = None) -> None:
+        """Raise RichKDError where a chunk of an array (of a view) is not the one written there."""
+        checksums = self.manifest["checksums"]
+        assert checksums is not None
+        spec = self.specs[name]
+        for number, one in enumerate(views_of(spec)):
+            if view is not None and one != view:
+                continue
+            try:
+                found = chunks_digest(self.path, name, spec, one)
+            except OSError:
+                found = "a chunk is missing"
+            if found != checksums["chunks"][name][number]:
+                where = name if one is None else f"{name}, view {one}"
+                raise RichKDError(f"{self.path}: {where} is not what was written; {REMEDY}")
 
     def require(self, name: str) -> None:
         """Raise RichKDError where the store has no array of this name."""
-        if name not in schema.array_specs(self.manifest):
+        if name not in self.specs:
             raise RichKDError(f"{self.path} has no array {name!r}" + self._why_absent(name))
 
     def slab(self, view: int, arrays: Collection[str] = SLAB_ARRAYS) -> Slab:
@@ -187,6 +214,15 @@ def open_cache(path: str | Path) -> TeacherCache:
             arrays or chunks missing or of another shape than the manifest says.
     """
     path = Path(path)
+    group, manifest = open_store(path)
+    check_sealed(path, manifest)
+    for name, spec in schema.array_specs(manifest).items():
+        _check_array(path, group, name, spec)
+    return TeacherCache(path, group, manifest)
+
+
+def open_store(path: Path) -> tuple[zarr.Group, Manifest]:
+    """The group and the manifest of a complete store; errors as of `open_cache`."""
     group = _open_group(path)
     manifest = _check_manifest(path, dict(group.attrs))
     if not manifest["complete"]:
@@ -194,9 +230,25 @@ def open_cache(path: str | Path) -> TeacherCache:
             f"{path} is incomplete: stage one was cut off; run the same richkd precompute "
             f"command again, it goes on where it stopped"
         )
-    for name, spec in schema.array_specs(manifest).items():
-        _check_array(path, group, name, spec)
-    return TeacherCache(path, group, manifest)
+    return group, manifest
+
+
+def check_sealed(path: Path, manifest: Manifest) -> None:
+    """Raise RichKDError where the manifest or another metadata file was changed."""
+    checksums = manifest["checksums"]
+    names = schema.array_specs(manifest).keys()
+    if not sealed(path) or checksums is None or checksums["chunks"].keys() != names:
+        raise RichKDError(
+            f"{path}: the manifest is not what was sealed (zarr.json was changed); make the store "
+            f"again with richkd precompute --overwrite"
+        )
+    for file in metadata_files(schema.array_specs(manifest)):
+        try:
+            found = metadata_digest(path, file)
+        except OSError:
+            found = "it is missing"
+        if found != checksums["metadata"].get(file):
+            raise RichKDError(f"{path}: {file} is missing or was changed; {REMEDY}")
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -277,21 +329,20 @@ def _manifest_fault(attributes: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _check_array(path: Path, group: zarr.Group, name: str, spec: schema.ArraySpec) -> None:
-    remedy = "make the store again with richkd precompute --overwrite"
+def _check_array(path: Path, group: zarr.Group, name: str, spec: ArraySpec) -> None:
     try:
         array = group[name]
     except Exception:  # absent, or its metadata is damaged
-        raise RichKDError(f"{path}: array {name} is missing or damaged; {remedy}") from None
+        raise RichKDError(f"{path}: array {name} is missing or damaged; {REMEDY}") from None
     if not isinstance(array, zarr.Array):
-        raise RichKDError(f"{path}: {name} is no array; {remedy}")
+        raise RichKDError(f"{path}: {name} is no array; {REMEDY}")
     if array.shape != spec.shape or str(array.dtype) != spec.dtype or array.chunks != spec.chunks:
         raise RichKDError(
             f"{path}: {name} is {array.dtype} {array.shape}, the manifest says {spec.dtype} "
-            f"{spec.shape}; {remedy}"
+            f"{spec.shape}; {REMEDY}"
         )
-    missing = array.nchunks - array.nchunks_initialized
-    if missing:
+    missing = num_chunks(spec) - chunks_there(path, name)
+    if missing > 0:
         raise RichKDError(
-            f"{path}: {missing} of {array.nchunks} chunks of {name} are gone; {remedy}"
+            f"{path}: {missing} of {num_chunks(spec)} chunks of {name} are gone; {REMEDY}"
         )

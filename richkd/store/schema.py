@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-SCHEMA = 1
+SCHEMA = 2
 FORMAT = "richkd-cache"
 CHUNK_BYTES = 4 * 2**20
 MAX_BLOCK = 8192
@@ -54,6 +54,13 @@ class ClipEntry(TypedDict):
     accuracy: float | None
 
 
+class Checksums(TypedDict):
+    """Digests of what lies beside the manifest (store/checksums.py)."""
+
+    metadata: dict[str, str]  # by file
+    chunks: dict[str, list[str]]  # by array, one a view, or one
+
+
 class Manifest(TypedDict):
     """The group attributes of a store."""
 
@@ -77,10 +84,12 @@ class Manifest(TypedDict):
     block: int
     recipe: dict[str, Any]
     versions: dict[str, str]
+    checksums: Checksums | None  # None until complete
+    seal: str | None  # of the file that the manifest is in
 
 
 # What may differ between a run that was cut off and the one that goes on with it.
-NOT_IDENTITY = frozenset({"complete", "fused_accuracy", "recipe", "versions"})
+NOT_IDENTITY = frozenset({"complete", "fused_accuracy", "recipe", "versions", "checksums", "seal"})
 
 
 @dataclass(frozen=True)
@@ -142,6 +151,13 @@ def blocks(manifest: Manifest) -> list[Block]:
     return test + train
 
 
+def num_blocks(manifest: Manifest) -> int:
+    """How many blocks there are, without listing them: a manifest may claim absurd sizes."""
+    dataset, size = manifest["dataset"], manifest["block"]
+    test, train = -(-dataset["num_test"] // size), -(-dataset["num_train"] // size)
+    return test + train * (1 + manifest["views"]["count"])
+
+
 def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
     """Every array of a store with this manifest."""
     dataset, clip, dtype = manifest["dataset"], manifest["clip"], manifest["dtype"]
@@ -177,9 +193,18 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
         prompts, width = len(manifest["prompts"]), clip["num_features"]
         add("text/embeddings", "float32",
             ("class", num_classes), ("prompt", prompts), ("clip_feature", width))  # fmt: skip
-    count = len(blocks(manifest))
-    specs["complete"] = ArraySpec((count,), "bool", (1,), ("block",))
+    specs["complete"] = ArraySpec((num_blocks(manifest),), "bool", (1,), ("block",))
     return specs
+
+
+def block_arrays(manifest: Manifest, block: Block) -> list[str]:
+    """The arrays that a block is written to."""
+    views = {"train/view_ids", "train/view_params"}  # written before the first block
+    return [
+        name for name, spec in array_specs(manifest).items()
+        if name.startswith(f"{block.split}/") and name not in views
+        and (spec.dimensions[0] == "view") == (block.view is not None)
+    ]  # fmt: skip
 
 
 def raw_bytes(manifest: Manifest) -> int:

@@ -41,21 +41,24 @@ class CNNTeacher:
         return forward(self.model, self.normalize(images))
 
 
-def load_teacher(name: str, weights: Path, dataset: Dataset, device: torch.device) -> CNNTeacher:
+def load_teacher(
+    name: str,
+    weights: Path,
+    num_classes: int,
+    image_size: int,
+    normalize: Normalize,
+    device: torch.device,
+) -> CNNTeacher:
     """A teacher from a file of weights.
 
     Raises:
         RichKDError: no such model or file, or weights of another architecture or classes.
     """
-    num_classes = len(dataset.class_names)
-    model = create_model(name, num_classes, image_size=dataset.image_size)
-    num_features = check_fit(model, name, dataset.image_size, num_classes)
+    model = create_model(name, num_classes, image_size=image_size)
+    num_features = check_fit(model, name, image_size, num_classes)
     load_into(model, read_weights(weights), name, weights)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return CNNTeacher(
-        name, model.eval(), file_sha256(weights), num_features,
-        Normalize(dataset.mean, dataset.std, device),
-    )  # fmt: skip
+    return CNNTeacher(name, model.eval(), file_sha256(weights), num_features, normalize)
 
 
 def check_output(path: Path, overwrite: bool) -> None:

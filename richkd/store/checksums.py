@@ -1,0 +1,142 @@
+"""What a complete store is sealed with, so that no byte of it changes unseen.
+
+zarr puts a CRC-32C behind every chunk and checks it when it reads. That finds a chunk that was
+damaged, not one that is gone or lies in the place of another. So the manifest keeps a digest of
+the CRCs of each array (of each view, where it has views) and one of each metadata file, and last
+of all a seal over the file that the manifest is in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from richkd.files import replacing
+from richkd.store.schema import (
+    ArraySpec,
+    Block,
+    Checksums,
+    Manifest,
+    array_specs,
+    block_arrays,
+)
+
+METADATA = "zarr.json"
+_CRC = 4  # bytes behind a chunk
+_SEAL = re.compile(rb'("seal": ?")([0-9a-f]{64})(?=")')
+
+
+def metadata_files(specs: Mapping[str, ArraySpec]) -> list[str]:
+    """The metadata file of each array and of each group but the root, relative to the store."""
+    groups = {name.rpartition("/")[0] for name in specs} - {""}
+    return [f"{name}/{METADATA}" for name in [*sorted(groups), *specs]]
+
+
+def chunk_files(name: str, spec: ArraySpec, view: int | None = None) -> Iterator[str]:
+    """The files of an array's chunks, or of one view's, in order, relative to the store."""
+    grid = [range(-(-size // chunk)) for size, chunk in zip(spec.shape, spec.chunks, strict=True)]
+    if view is not None:
+        grid[0] = range(view, view + 1)
+    for indices in itertools.product(*grid):
+        yield "/".join([name, "c", *map(str, indices)])
+
+
+def block_files(manifest: Manifest, block: Block) -> list[str]:
+    """The chunk of each array that a block is written to."""
+    specs = array_specs(manifest)
+    view = [] if block.view is None else [block.view]
+    return [
+        "/".join([name, "c", *map(str, view), str(block.start // manifest["block"]),
+                  *("0" for _ in specs[name].shape[len(view) + 1 :])])
+        for name in block_arrays(manifest, block)
+    ]  # fmt: skip
+
+
+def num_chunks(spec: ArraySpec) -> int:
+    """How many chunks an array has, without listing them: a manifest may claim absurd sizes."""
+    return math.prod(-(-size // n) for size, n in zip(spec.shape, spec.chunks, strict=True))
+
+
+def chunks_there(root: Path, name: str) -> int:
+    """How many chunks of an array are on the disk."""
+    return sum(len(files) for _, _, files in os.walk(root / name / "c"))
+
+
+def views_of(spec: ArraySpec) -> list[int | None]:
+    """The views of an array; one None where it has none."""
+    return [*range(spec.shape[0])] if spec.dimensions[0] == "view" else [None]
+
+
+def whole(path: Path) -> bool:
+    """Whether a chunk is there and its bytes are those that its CRC was computed of."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    body, crc = content[:-_CRC], content[-_CRC:]
+    return len(crc) == _CRC and google_crc32c.value(body) == int.from_bytes(crc, "little")
+
+
+def chunks_digest(root: Path, name: str, spec: ArraySpec, view: int | None = None) -> str:
+    """A digest of the CRCs of an array's chunks, or of one view's, as they lie in their places.
+
+    Raises:
+        OSError: a chunk is missing.
+    """
+    crcs = []
+    for file in chunk_files(name, spec, view):
+        with (root / file).open("rb") as chunk:
+            chunk.seek(-_CRC, os.SEEK_END)
+            crcs.append(chunk.read(_CRC))
+    return _digest(b"".join(crcs))
+
+
+def metadata_digest(root: Path, file: str) -> str:
+    """A digest of a metadata file's bytes; OSError where it is missing."""
+    return _digest((root / file).read_bytes())
+
+
+def take_checksums(root: Path, specs: Mapping[str, ArraySpec]) -> Checksums:
+    """The digests of a store as it lies there; reads 4 bytes a chunk."""
+    return {
+        "metadata": {file: metadata_digest(root, file) for file in metadata_files(specs)},
+        "chunks": {
+            name: [chunks_digest(root, name, spec, view) for view in views_of(spec)]
+            for name, spec in specs.items()
+        },
+    }
+
+
+def write_sealed(root: Path, manifest: Manifest) -> None:
+    """Put the manifest, with the seal, where the group's attributes are; whole or not at all."""
+    path = root / METADATA
+    group: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    group["attributes"] = {**manifest, "seal": "0" * 64}
+    unsealed = json.dumps(group, indent=2).encode()
+    with replacing(path) as temporary:
+        temporary.write_bytes(_SEAL.sub(rb"\g<1>" + _seal_of(unsealed).encode(), unsealed))
+
+
+def sealed(root: Path) -> bool:
+    """Whether the manifest's file is, to the byte, what was sealed."""
+    content = (root / METADATA).read_bytes()
+    seals = _SEAL.findall(content)
+    return len(seals) == 1 and seals[0][1].decode() == _seal_of(content)
+
+
+def _seal_of(content: bytes) -> str:
+    """The SHA-256 of the file with zeros in place of the seal."""
+    return hashlib.sha256(_SEAL.sub(rb"\g<1>" + b"0" * 64, content)).hexdigest()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
