@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from richkd.data.datasets import Split, load_dataset
 from richkd.data.inputs import Normalize, make_inputs
 from richkd.data.views import views_tensor
 from richkd.errors import RichKDError
+from richkd.files import held
 from richkd.losses import Widths, method_class, method_options
 from richkd.losses.method import TARGET, Method
 from richkd.models import check_fit, create_model
@@ -60,13 +62,13 @@ def distill(
     """
     report = report or Report(quiet=True)
     source = Source(settings, report)
-    run = StudentRun(source, settings, resume=resume, overwrite=overwrite)
-    report.say(run.opening())
-    with report.track("distill", run.images_to_go, "images") as tick:
-        for rows, waited in source.epochs(run.rows.values(), run.done + 1, run.settings.epochs):
-            record = run.train_epoch(rows, waited, tick)
-            report.say(epoch_line(record, run.settings.epochs))
-    return run.finish()
+    with StudentRun(source, settings, resume=resume, overwrite=overwrite) as run:
+        report.say(run.opening())
+        with report.track("distill", run.images_to_go, "images") as tick:
+            for rows, waited in source.epochs(run.rows.values(), run.done + 1, run.settings.epochs):
+                record = run.train_epoch(rows, waited, tick)
+                report.say(epoch_line(record, run.settings.epochs))
+        return run.finish()
 
 
 class Source:
@@ -181,7 +183,10 @@ class Source:
 
 
 class StudentRun:
-    """One student on its way: its method, trainer and run folder, and how far it is."""
+    """One student on its way: its method, trainer and run folder, and how far it is.
+
+    A context manager; the run folder is this process's until it ends.
+    """
 
     def __init__(
         self, source: Source, settings: Distill, *, resume: bool = False, overwrite: bool = False
@@ -209,12 +214,38 @@ class StudentRun:
         model, num_features = build_student(settings, cache)
         alpha = 1.0 if self.target is None else self.target.alpha
         method = method_type(options, source.widths(num_features, alpha))
-        going_on = self.folder.begin(*recorded, resume=resume, overwrite=overwrite)
-        self.trainer = Trainer(model, method, data, settings, source.device)
-        self.done, self.best = resume_from(self.folder, self.trainer) if going_on else (0, Best())
+        with ExitStack() as stack:
+            stack.enter_context(held(self.folder.path))
+            going_on = self.folder.begin(*recorded, resume=resume, overwrite=overwrite)
+            self.trainer = Trainer(model, method, data, settings, source.device)
+            self.done, self.best = self._go_on() if going_on else (0, Best())
+            self._held = stack.pop_all()
         self.record: EpochRecord | None = None  # of the last epoch trained here
         self.seconds = 0.0
         self.trained = 0  # epochs in these seconds
+
+    def __enter__(self) -> StudentRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the run folder free."""
+        self._held.close()
+
+    def _go_on(self) -> tuple[int, Best]:
+        """Load the run's checkpoint; epochs done and the best of them."""
+        done, best, tensors = self.folder.load(self.source.report.say)
+        try:
+            self.trainer.load_state(tensors)
+        except (RuntimeError, KeyError, IndexError) as error:
+            reason = str(error).splitlines()[0]
+            raise RichKDError(
+                f"the checkpoint in {self.folder.path} does not fit this run ({reason}); begin "
+                f"anew with --overwrite"
+            ) from None
+        return done, best
 
     @property
     def epoch_s(self) -> float:
@@ -378,21 +409,13 @@ def load_images(cache: TeacherCache, settings: Distill) -> tuple[Split, Split]:
             f"{dataset.name} is not what {cache.path} was made from (its fingerprint differs); "
             f"restore the files, or make the store again with richkd precompute"
         )
+    for images, labels in ((dataset.train, train_labels), (dataset.test, test_labels)):
+        if not torch.equal(images.labels, labels):
+            raise RichKDError(
+                f"the labels of {dataset.name} are not those in {cache.path}; make the store again "
+                f"with richkd precompute --overwrite"
+            )
     return dataset.train, dataset.test
-
-
-def resume_from(run: RunFolder, trainer: Trainer) -> tuple[int, Best]:
-    """Load the run's checkpoint into the trainer; epochs done and the best of them."""
-    done, best, tensors = run.load()
-    try:
-        trainer.load_state(tensors)
-    except (RuntimeError, KeyError, IndexError) as error:
-        reason = str(error).splitlines()[0]
-        raise RichKDError(
-            f"the checkpoint in {run.path} does not fit this run ({reason}); begin anew with "
-            f"--overwrite"
-        ) from None
-    return done, best
 
 
 def identity(cache: TeacherCache) -> str:

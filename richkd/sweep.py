@@ -356,11 +356,22 @@ def show_plan(
 
 
 def train_together(source: Source, entries: Sequence[Entry], last: int, board: Board) -> None:
-    """Train runs in step up to epoch `last`; they share every slab. A failure is an entry's own."""
+    """Train runs up to epoch `last`, each in a folder that is this process's meanwhile."""
     runs: list[tuple[Entry, StudentRun]] = []
-    for entry in entries:
-        with watching(entry, board):
-            runs.append((entry, StudentRun(source, entry.settings, resume=True)))
+    try:
+        for entry in entries:
+            with watching(entry, board):
+                runs.append((entry, StudentRun(source, entry.settings, resume=True)))
+        train_in_step(source, runs, last, board)
+    finally:
+        for _, run in runs:
+            run.close()
+
+
+def train_in_step(
+    source: Source, runs: list[tuple[Entry, StudentRun]], last: int, board: Board
+) -> None:
+    """Epoch by epoch, so that all share a slab. A failure is a run's own, and ends it here."""
     for entry, run in runs:
         entry.state, entry.done = "training", run.done
     names = {name for _, run in runs for name in run.rows.values()}
@@ -368,14 +379,16 @@ def train_together(source: Source, entries: Sequence[Entry], last: int, board: B
     for epoch, (rows, waited) in enumerate(source.epochs(names, first, last), first):
         shared = rows.to(source.device)
         for entry, run in runs:
-            if entry.state == "failed" or run.done >= epoch:  # it came further the last time
+            if run.done >= epoch:  # it came further the last time
                 continue
             with watching(entry, board) as tick:
                 record = run.train_epoch(shared, waited / len(runs), tick)
                 entry.done, entry.images, entry.epoch_s = epoch, 0, run.epoch_s
                 if record.test_accuracy is not None:
                     entry.tested[epoch] = record.test_accuracy
-        runs = [(entry, run) for entry, run in runs if entry.state != "failed"]
+            if entry.state == "failed":
+                run.close()
+        runs[:] = [(entry, run) for entry, run in runs if entry.state != "failed"]
         if not runs:
             break
     for entry, run in runs:
@@ -384,6 +397,7 @@ def train_together(source: Source, entries: Sequence[Entry], last: int, board: B
             with watching(entry, board):
                 entry.finish(run.finish())
                 board.say(f"{entry.label}: {percent(entry.accuracy)} %, {board.summary()}")
+            run.close()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import open_clip
 import pytest
 import torch
 import torchvision
+from safetensors.torch import load_file
 
 import richkd
 from richkd.data.views import PadCropFlip
@@ -126,3 +127,23 @@ def tree(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def exact(run: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], dict[str, Any]]:
+    """What a run has to have in common with the same run on another day."""
+    timed = {"seconds", "images_per_second", "slab_wait_s", "run"}
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    metrics = [{key: value for key, value in line.items() if key not in timed} for line in lines]
+    summary = json.loads((run / "summary.json").read_text())
+    return (
+        load_file(run / "last.safetensors"),
+        metrics,
+        {key: value for key, value in summary.items() if key not in timed},
+    )
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    (weights, *rest), (other, *others) = exact(a), exact(b)
+    assert weights.keys() == other.keys()
+    assert all(torch.equal(weights[name], other[name]) for name in weights), (a, b)
+    assert rest == others

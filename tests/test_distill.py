@@ -375,22 +375,6 @@ def test_a_run_is_not_replaced_or_mixed(store: Path, make_store: Make, tmp_path:
     assert tree(tmp_path / "mine") == {"notes.txt": b"precious"}
 
 
-def test_a_damaged_checkpoint_is_named(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def cut(*_: object) -> None:
-        raise CutOff
-
-    with monkeypatch.context() as patch:
-        patch.setattr("richkd.training.checkpoint.RunFolder.finish", cut)
-        with pytest.raises(CutOff):
-            train(store, tmp_path / "a", method="ce")
-    file = tmp_path / "a" / "checkpoint.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(RichKDError, match=r"checkpoint\.safetensors is damaged"):
-        train(store, tmp_path / "a", method="ce", resume=True)
-
-
 def test_an_image_folder_is_checked_against_the_store(tmp_path: Path, make_store: Make) -> None:
     import numpy as np
     from helpers import write_teacher

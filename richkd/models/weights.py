@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from richkd.errors import RichKDError
 from richkd.files import replacing
 
+_SHA256 = "richkd-sha256"
+
 # What the published checkpoints hold besides tensors: their arguments and an accuracy. These
 # are plain containers of data; every other class in a file is refused.
 _NUMPY_SCALAR = np.float64(0).__reduce__()[0]
@@ -58,12 +60,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a file; RichKDError where it is damaged."""
+    """The tensors and the metadata of a file; RichKDError where it is damaged.
+
+    The format has no checksum; files of richkd's own carry one in their metadata.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            note = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise RichKDError(f"{path} is damaged or no safetensors file: {error}") from None
+    if note.get(_SHA256, "") not in ("", tensors_sha256(tensors)):
+        raise RichKDError(f"{path} is damaged: its tensors are not those that were written")
+    return tensors, note
 
 
 def read_note(path: Path) -> dict[str, str]:
@@ -122,9 +131,14 @@ def file_sha256(path: Path) -> str:
 
 
 def state_sha256(model: nn.Module) -> str:
-    """The SHA-256 of a model's state dict: names, shapes and values, wherever they came from."""
+    """The SHA-256 of a model's state dict, wherever that came from."""
+    return tensors_sha256(model.state_dict())
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of names, shapes and values."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -133,7 +147,11 @@ def state_sha256(model: nn.Module) -> str:
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write safetensors whole or not at all."""
+    """Write safetensors whole or not at all; OSError where there is no room."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    note = {**(metadata or {}), _SHA256: tensors_sha256(plain)}
     with replacing(path) as temporary:
-        save_file(plain, temporary, dict(metadata or {}))
+        try:
+            save_file(plain, temporary, note)
+        except SafetensorError as error:  # the library's name for the system's errors
+            raise OSError(f"cannot write {path}: {error}") from None

@@ -5,6 +5,7 @@
     last.safetensors        the student after the last epoch
     best.safetensors        the student after its best tested epoch
     checkpoint.safetensors  everything that going on needs; gone once the run is complete
+    previous.safetensors    the same, an epoch earlier, should the other be damaged
     summary.json            written last: the run is complete where it is there
 
 Every file but metrics.jsonl is written whole or not at all; of that, resuming keeps the epochs
@@ -16,7 +17,8 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,7 @@ class RunFolder:
         self.check(recipe, identity, resume=resume, overwrite=overwrite)
         if not self._vacant:
             if resume and not overwrite:
-                if (self.path / "checkpoint.safetensors").is_file():
+                if self._checkpoints:
                     return True
                 # cut off in its first epoch: nothing to go on with
                 (self.path / "metrics.jsonl").unlink(missing_ok=True)
@@ -97,6 +99,12 @@ class RunFolder:
                 tomli_w.dumps({"richkd-distill": identity, **recipe}), encoding="utf-8"
             )
         return False
+
+    @property
+    def _checkpoints(self) -> list[Path]:
+        """Those that there are, the last one first."""
+        names = ("checkpoint.safetensors", "previous.safetensors")
+        return [self.path / name for name in names if (self.path / name).is_file()]
 
     @property
     def _recorded(self) -> Path:
@@ -148,10 +156,14 @@ class RunFolder:
         """How many epochs a resumed run need not train; 0 where there is no checkpoint.
 
         Raises:
-            RichKDError: the checkpoint is damaged.
+            RichKDError: all checkpoints are damaged.
         """
-        path = self.path / "checkpoint.safetensors"
-        return _epoch_and_best(path, read_note(path))[0] if path.is_file() else 0
+        for path in self._checkpoints:
+            with suppress(RichKDError):
+                return _epoch_and_best(path, read_note(path))[0]
+        if self._checkpoints:
+            raise self._nothing_to_go_on_with
+        return 0
 
     def save_epoch(
         self,
@@ -167,17 +179,29 @@ class RunFolder:
         if best.epoch == epoch:
             save_tensors(self.path / "best.safetensors", student)
         note = {"epoch": str(epoch), "best_epoch": str(best.epoch), "best": repr(best.accuracy)}
-        save_tensors(self.path / "checkpoint.safetensors", state, note)
+        last = self.path / "checkpoint.safetensors"
+        if last.is_file():
+            last.replace(self.path / "previous.safetensors")
+        save_tensors(last, state, note)
 
-    def load(self) -> tuple[int, Best, dict[str, Tensor]]:
+    def load(self, say: Callable[[str], None]) -> tuple[int, Best, dict[str, Tensor]]:
         """Epochs done, the best of them, and the tensors; trims the metrics to those epochs.
 
+        Args:
+            say: is told of a last checkpoint that is damaged; the one before is read then.
+
         Raises:
-            RichKDError: the checkpoint is damaged.
+            RichKDError: both are.
         """
-        path = self.path / "checkpoint.safetensors"
-        tensors, note = read_safetensors(path)
-        epoch, best = _epoch_and_best(path, note)
+        for path in self._checkpoints:
+            try:
+                tensors, note = read_safetensors(path)
+                epoch, best = _epoch_and_best(path, note)
+                break
+            except RichKDError as error:
+                say(f"{error}; looking for the one before")
+        else:
+            raise self._nothing_to_go_on_with
         metrics = self.path / "metrics.jsonl"
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)[:epoch]
         with replacing(metrics) as temporary:
@@ -189,7 +213,12 @@ class RunFolder:
         save_tensors(self.path / "last.safetensors", student)
         with replacing(self.path / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        (self.path / "checkpoint.safetensors").unlink(missing_ok=True)
+        for path in self._checkpoints:
+            path.unlink()
+
+    @property
+    def _nothing_to_go_on_with(self) -> RichKDError:
+        return RichKDError(f"no checkpoint in {self.path} can be read; begin anew with --overwrite")
 
 
 def _epoch_and_best(path: Path, note: Mapping[str, str]) -> tuple[int, Best]:
