@@ -9,12 +9,14 @@ import json
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from richkd import recipe as recipes
 from richkd.errors import RichKDError
+from richkd.interrupt import Interrupted, stopped_at_once
 from richkd.recipe import Distill, Precompute, Sweep, TrainTeacher, describe
 
 app = typer.Typer(
@@ -184,6 +186,39 @@ def inspect(
         _print(summary, as_json)
     else:
         show(summary, _report(as_json))
+
+
+@app.command()
+def verify(
+    cache: Annotated[str, typer.Argument(help="a complete store")],
+    teacher: Annotated[
+        str | None, typer.Option(help="the CNN teacher's weights: recompute a sample of its rows")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every byte of a store, and that its rows are what they should be."""
+    from richkd.verify import raise_faults, show_checks, verify_store
+
+    report = _report(as_json)
+    checks = verify_store(cache, teacher, report)
+    if as_json:
+        _print({"path": cache, "checks": [asdict(check) for check in checks]}, as_json)
+    else:
+        show_checks(cache, checks, report)
+    raise_faults(cache, checks)
+
+
+@app.command()
+def repair(
+    cache: Annotated[str, typer.Argument(help="a complete store that is damaged")],
+    as_json: Json = False,
+) -> None:
+    """Compute the damaged blocks of a store again, and no others."""
+    from richkd.verify import repair_store
+
+    blocks = repair_store(cache, _report(as_json))
+    if as_json:
+        _print({"path": cache, "blocks": blocks}, as_json)
 
 
 @app.command()
@@ -447,7 +482,7 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "student_options": lambda texts: _assignments("--student-set", texts),
     }
     return {
-        name: readers[name](value) if value and name in readers else value
+        name: readers[name](value) if value is not None and name in readers else value
         for name, value in given.items()
     }
 
@@ -499,11 +534,14 @@ def _assignments(flag: str, texts: list[str]) -> dict[str, Any]:
 def main() -> NoReturn:
     """Run the command line; the only place that turns errors into exit codes."""
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        with stopped_at_once():
+            code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except RichKDError as error:
         code = _fail(str(error), 2)
-    except (typer.Abort, KeyboardInterrupt):
-        code = _fail("interrupted; the same command goes on, with --resume if it was distill", 130)
+    except Interrupted as interrupted:
+        code = _fail(str(interrupted), interrupted.exit_code)
+    except typer.Abort:
+        code = _fail("interrupted", 130)
     except OSError as error:  # a disk that is full, a folder without permission, …
         code = _fail(f"{error}; make room, or see to the path and its permissions", 2)
     except Exception as error:
@@ -515,5 +553,7 @@ def main() -> NoReturn:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"richkd: {' '.join(message.split())}", file=sys.stderr)
+    from richkd.progress import harmless
+
+    print(f"richkd: {harmless(' '.join(message.split()))}", file=sys.stderr)
     return code

@@ -37,9 +37,9 @@ class Report:
         if self.quiet:
             return
         if sys.stderr.isatty():
-            self.console.print(message, markup=False, emoji=False)
+            self.console.print(harmless(message), markup=False, emoji=False)
         else:
-            print(message, file=sys.stderr, flush=True)
+            print(harmless(message), file=sys.stderr, flush=True)
 
     @contextmanager
     def track(self, task: str, total: int, unit: str) -> Iterator[Advance]:
@@ -92,7 +92,7 @@ class Report:
         from rich.text import Text
 
         table = Table(
-            title=Text(title),
+            title=Text(harmless(title)),
             show_header=any(header),
             box=box.SIMPLE_HEAD,
             title_justify="left",
@@ -105,7 +105,7 @@ class Report:
             side: JustifyMethod = "left" if number < left else "right"
             table.add_column(name, justify=side, no_wrap=number != left - 1)
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(harmless(cell)) for cell in row))
         Console().print(table)
 
 
@@ -131,6 +131,12 @@ class _Lines:
 
 def _finished(task: str, done: int, unit: str, seconds: float) -> str:
     return f"{task}: {done:,} {unit} in {duration(seconds)}, {done / max(seconds, 1e-9):,.0f}/s"
+
+
+def harmless(text: str) -> str:
+    """Text without what would command the terminal: names come from files."""
+    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}"
+                   for char in text)  # fmt: skip
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,322 @@
+"""Whether a store is what stage one wrote, and mending of one that is not.
+
+Top to bottom: the manifest's seal, the metadata files, every chunk, then the values that the
+chunks hold, then a sample of rows by the CNN teacher itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from richkd import fusion
+from richkd.data.views import NUM_VIEW_IDS
+from richkd.errors import RichKDError
+from richkd.precompute import precompute
+from richkd.progress import Report
+from richkd.recipe import Precompute, resolve
+from richkd.results import teacher_accuracies
+from richkd.store.checksums import (
+    block_files,
+    chunk_files,
+    chunks_digest,
+    chunks_there,
+    metadata_digest,
+    num_chunks,
+    sealed,
+    views_of,
+    whole,
+)
+from richkd.store.reader import TeacherCache, open_cache, open_store
+from richkd.store.schema import Block, Manifest, array_specs, blocks
+from richkd.training.loop import accuracy
+
+SAMPLED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Check:
+    """One of the things that were looked at, how many of them, and what is wrong with them."""
+
+    name: str
+    looked_at: str
+    faults: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file of the store that is not what was written, and the blocks whose rows it holds."""
+
+    file: str
+    reason: str
+    blocks: tuple[Block, ...] = ()
+
+
+def verify_store(path: str | Path, teacher: str | None, report: Report) -> list[Check]:
+    """Everything that can be known about a store.
+
+    Args:
+        path: of a complete store.
+        teacher: weights of the CNN teacher, to compute a random sample of its rows again.
+        report: where progress goes.
+
+    Raises:
+        RichKDError: there is no complete store, or its manifest was changed, without which
+            nothing can be known about the rest.
+    """
+    path = Path(path)
+    manifest = sealed_manifest(path)
+    damage = list(find_damage(path, manifest, report))
+    files = sum(map(num_chunks, array_specs(manifest).values()))
+    checks = [
+        Check("manifest", "the seal", ()),
+        Check("files", f"{files:,} chunks", tuple(f"{d.file}: {d.reason}" for d in damage)),
+    ]
+    if damage:
+        return checks  # what values they hold is no longer the question
+    cache = open_cache(path)
+    checks += [Check(name, what, tuple(check(cache))) for name, what, check in VALUES]
+    if teacher is not None:
+        checks.append(Check("teacher", f"{SAMPLED_ROWS} rows again",
+                            tuple(check_teacher(cache, Path(teacher), report))))  # fmt: skip
+    return checks
+
+
+def raise_faults(path: str | Path, checks: list[Check]) -> None:
+    """Raise RichKDError where a check found something; the first of it, and what to do."""
+    faults = [(check.name, fault) for check in checks for fault in check.faults]
+    if not faults:
+        return
+    remedy = (
+        "richkd repair computes those blocks again" if faults[0][0] == "files" else
+        "the store was written so: make it again with richkd precompute --overwrite"
+    )  # fmt: skip
+    more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+    raise RichKDError(f"{path} is not right: {faults[0][1]}{more}; {remedy}")
+
+
+def show_checks(path: str | Path, checks: list[Check], report: Report, most: int = 8) -> None:
+    """A table of the checks, with the first faults of each."""
+    rows = []
+    for check in checks:
+        state = f"{len(check.faults)} wrong" if check.faults else "right"
+        rows.append((check.name, check.looked_at, state))
+        rows += [("", fault, "") for fault in check.faults[:most]]
+        if len(check.faults) > most:
+            rows.append(("", f"and {len(check.faults) - most} more", ""))
+    report.table(f"{path}", ("", "looked at", ""), rows, left=2)
+
+
+def repair_store(path: str | Path, report: Report) -> list[str]:
+    """Compute the damaged blocks again, by the settings in the store; the names of the blocks.
+
+    Raises:
+        RichKDError: as `verify_store` and `precompute`; the data and the teachers must be where
+            they were, and be the same.
+    """
+    path = Path(path)
+    manifest = sealed_manifest(path)
+    damage = list(find_damage(path, manifest, report))
+    if not damage:
+        report.say(f"{path}: every byte is as it was written; nothing to repair")
+        return []
+    damaged = {block for one in damage for block in one.blocks}
+    redo = [block for block in blocks(manifest) if block in damaged]
+    for one in damage:
+        report.say(f"{one.file}: {one.reason}")
+    settings = resolve(Precompute, manifest["recipe"], {"out": str(path)})
+    report.say(f"computing {len(redo)} of {len(blocks(manifest))} blocks again")
+    precompute(settings, redo=redo, report=report)
+    return [block.name for block in redo]
+
+
+def sealed_manifest(path: Path) -> Manifest:
+    """The manifest of a complete store, as it was sealed; RichKDError where it is not."""
+    _, manifest = open_store(path)
+    if not sealed(path) or manifest["checksums"] is None:
+        raise RichKDError(
+            f"{path}: the manifest is not what was sealed (zarr.json was changed), so that nothing "
+            f"in the store can be trusted; make it again with richkd precompute --overwrite"
+        )
+    specs = array_specs(manifest)
+    claimed = sum(map(num_chunks, specs.values()))
+    there = sum(chunks_there(path, name) for name in specs)
+    if claimed > 2 * there + 1000:  # nobody loses so many; and nobody can check a billion
+        raise RichKDError(
+            f"{path}: the manifest claims {claimed:,} chunks and there are {there:,}; make the "
+            f"store again with richkd precompute --overwrite"
+        )
+    return manifest
+
+
+def find_damage(path: Path, manifest: Manifest, report: Report) -> Iterator[Damage]:
+    """Files that are missing, damaged, or in the place of others; reads every byte once."""
+    checksums = manifest["checksums"]
+    assert checksums is not None
+    specs = array_specs(manifest)
+    for file, recorded in checksums["metadata"].items():
+        try:
+            found = metadata_digest(path, file)
+        except OSError:
+            found = ""
+        if found != recorded:
+            yield Damage(file, "changed" if found else "missing")
+    block_of = {file: block for block in blocks(manifest) for file in block_files(manifest, block)}
+    total = sum(spec.nbytes for spec in specs.values())
+    with report.track("verify", total, "bytes") as tick:
+        for name, spec in specs.items():
+            for number, view in enumerate(views_of(spec)):
+                files = list(chunk_files(name, spec, view))
+                bad = [file for file in files if not whole(path / file)]
+                for file in bad:
+                    reason = "damaged" if (path / file).exists() else "missing"
+                    yield Damage(file, reason, tuple({block_of[file]} if file in block_of else ()))
+                recorded = checksums["chunks"][name][number]
+                if not bad and chunks_digest(path, name, spec, view) != recorded:
+                    where = name if view is None else f"{name} view {view}"
+                    own = tuple(block_of[file] for file in files if file in block_of)
+                    yield Damage(where, "chunks are not those that were written here", own)
+                tick(spec.nbytes // len(views_of(spec)))
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def check_labels(cache: TeacherCache) -> Iterator[str]:
+    """Labels are classes."""
+    for split in ("train", "test"):
+        labels = cache.read(f"{split}/labels")
+        wrong = ((labels < 0) | (labels >= cache.num_classes)).sum()
+        if wrong:
+            yield f"{split}/labels: {wrong} are not in 0..{cache.num_classes - 1}"
+
+
+def check_views(cache: TeacherCache) -> Iterator[str]:
+    """View ids are in range and no sample has one twice; boxes of photographs have a size."""
+    if cache.manifest["views"]["space"] == "pad-crop-flip":
+        ids = cache.read("train/view_ids").int()
+        if int(ids.max()) >= NUM_VIEW_IDS or int(ids.min()) < 0:
+            yield f"train/view_ids: some are not in 0..{NUM_VIEW_IDS - 1}"
+        repeated = (ids.sort(0).values.diff(dim=0) == 0).any(0).sum()
+        if repeated:
+            yield f"train/view_ids: {repeated} samples have a view twice"
+        return
+    boxes = cache.read("train/view_params")
+    good = (boxes >= 0).all(2) & (boxes[..., 2:4] >= 1).all(2) & (boxes[..., 4] <= 1)
+    if not good.all():
+        yield f"train/view_params: {(~good).sum()} boxes have no size, or lie outside"
+
+
+def check_finite(cache: TeacherCache) -> Iterator[str]:
+    """No NaN, no infinity."""
+    for name, spec in cache.specs.items():
+        if spec.dtype.startswith("float"):
+            for view in views_of(spec):
+                if not torch.isfinite(cache.read(name, view)).all():
+                    yield f"{name}: NaN or infinity" + ("" if view is None else f" in view {view}")
+
+
+def check_units(cache: TeacherCache) -> Iterator[str]:
+    """CLIP's features and the text embeddings have unit length, up to rounding."""
+    if cache.manifest["clip"] is None:
+        return
+    for name in ("train/clip_features", "test/clip_features", "text/embeddings"):
+        far = (cache.read(name).float().norm(dim=-1) - 1).abs() > 4 * rounding(cache)
+        if far.any():
+            yield f"{name}: {far.sum()} are not of unit length"
+
+
+def check_blend(cache: TeacherCache) -> Iterator[str]:
+    """Cosines are those of the features, and fused logits the blend of their parts."""
+    if cache.manifest["clip"] is None:
+        return
+    classes = fusion.class_embeddings(cache.text_embeddings)
+    for split in ("train", "test"):
+        similarity = cache.read(f"{split}/clip_similarity")
+        again = fusion.clip_similarity(cache.read(f"{split}/clip_features"), classes)
+        if ((similarity - again).abs() > 4 * rounding(cache)).any():
+            yield f"{split}/clip_similarity is not that of the features and the text embeddings"
+        for view in views_of(cache.specs[f"{split}/fused_logits"]):
+            teacher = cache.read(f"{split}/teacher_logits", view).float()
+            fused = cache.read(f"{split}/fused_logits", view).float()
+            parts = cache.blend(teacher, similarity, alpha=None, scale=None)
+            # each of the two was rounded, by half a unit in its last place or less
+            room = 2 * rounding(cache) * (teacher.abs() + fused.abs() + 1e-3)
+            wrong = ((fused - parts).abs() > room).any(1).sum()
+            if wrong:
+                where = "" if view is None else f" view {view}"
+                yield f"{split}/fused_logits{where}: {wrong} rows are not the blend of their parts"
+
+
+def check_accuracies(cache: TeacherCache) -> Iterator[str]:
+    """The accuracies of the manifest are those of the rows."""
+    arrays = {"cnn": "teacher_logits", "clip": "clip_similarity", "fused": "fused_logits"}
+    labels = cache.read("test/labels")
+    for kind, stored in teacher_accuracies(cache.manifest).items():
+        if stored is not None and kind in arrays:
+            counted = accuracy(cache.read(f"test/{arrays[kind]}"), labels, 1)
+            if abs(counted - stored) > 1e-6:
+                yield f"manifest: accuracy of {kind} is {stored}, its rows have {counted}"
+
+
+VALUES: tuple[tuple[str, str, Callable[[TeacherCache], Iterator[str]]], ...] = (
+    ("labels", "are classes", check_labels),
+    ("views", "in range, none twice", check_views),
+    ("numbers", "finite", check_finite),
+    ("features", "of unit length", check_units),
+    ("blend", "fused logits = blend of parts", check_blend),
+    ("accuracies", "as counted from rows", check_accuracies),
+)
+
+
+def check_teacher(cache: TeacherCache, weights: Path, report: Report) -> Iterator[str]:
+    """Some training rows, drawn afresh, are what the CNN teacher gives on their views."""
+    from richkd.distill import Source
+    from richkd.recipe import Distill
+    from richkd.teachers.cnn import load_teacher
+
+    manifest = cache.manifest
+    source = Source(Distill(cache=str(cache.path)), report)
+    teacher = load_teacher(
+        manifest["teacher"]["name"], weights, cache.num_classes, manifest["image_size"],
+        source.data.normalize, source.device,
+    )  # fmt: skip
+    if teacher.sha256 != manifest["teacher"]["sha256"]:
+        yield (f"{weights} are other weights (SHA-256 {teacher.sha256[:12]}) than those of the "
+               f"store ({manifest['teacher']['sha256'][:12]})")  # fmt: skip
+    each = -(-SAMPLED_ROWS // cache.num_views)
+    for view in range(cache.num_views):
+        slab = cache.slab(view, ("teacher_logits", "teacher_features"))
+        assert slab.teacher_logits is not None and slab.teacher_features is not None
+        index = torch.randperm(cache.num_samples)[:each].sort().values
+        found = [teacher.rows(images)
+                 for _, images in source.data.train.batches(index, slab.views, 256)]  # fmt: skip
+        for name, rows, again in (
+            ("teacher_logits", slab.teacher_logits, torch.cat([row[0] for row in found])),
+            ("teacher_features", slab.teacher_features, torch.cat([row[1] for row in found])),
+        ):
+            stored = rows[index].float()
+            far = (stored - again.cpu()).abs() > another_device(cache) * largest(stored)
+            if far.any():
+                sample = int(index[far.any(1).nonzero()[0, 0]])
+                yield f"train/{name} view {view}: sample {sample} is not what the teacher gives"
+
+
+def rounding(cache: TeacherCache) -> float:
+    """The relative error of a stored row: half a unit in its last place."""
+    bits = cache.manifest["keep_bits"]
+    return 2.0 ** -(1 + (bits or (10 if cache.manifest["dtype"] == "float16" else 23)))
+
+
+def another_device(cache: TeacherCache) -> float:
+    """How far rows may differ, of a row's largest: rounding, and another device's arithmetic."""
+    return max(4 * rounding(cache), 0.01)
+
+
+def largest(rows: Tensor) -> Tensor:
+    """Of each row, [N,1]."""
+    return rows.abs().amax(1, keepdim=True).clamp(min=1e-3)
