@@ -1,0 +1,188 @@
+"""Files from elsewhere: none runs code, writes where it should not, or fills the memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import tree
+
+from richkd.models.weights import save_tensors
+from richkd.store.checksums import metadata_digest, write_sealed
+from richkd.store.reader import read_manifest
+
+Run = Callable[..., Any]
+Fails = Callable[..., str]
+pytestmark = pytest.mark.fault
+
+
+class Bomb:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def bombs(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A bare pickle, one by torch.save, and what they make when they go off."""
+    crater = tmp_path / "crater"
+    bare, zipped = tmp_path / "bare.pth", tmp_path / "zipped.pth"
+    bare.write_bytes(pickle.dumps({"model": Bomb(crater)}))
+    torch.save({"model": Bomb(crater)}, zipped)
+    pickle.loads(bare.read_bytes())
+    assert crater.exists()  # they are bombs
+    crater.rmdir()
+    return bare, zipped, crater
+
+
+def test_pickle_bombs_as_teacher_weights(
+    fails: Fails, bombs: tuple[Path, Path, Path], store: Path, clip_dir: Path, tmp_path: Path
+) -> None:
+    *files, crater = bombs
+    for file in files:
+        line = fails("precompute", "--dataset", "shapes", "--limit", 16, "--teacher", "resnet8",
+                     "--teacher-weights", file, "--clip", clip_dir,
+                     "--out", tmp_path / "s.zarr")  # fmt: skip
+        assert "refused to read" in line and "could run code" in line
+        fails("verify", store, "--teacher", file)
+    assert not crater.exists() and not (tmp_path / "s.zarr").exists()
+
+
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+def test_pickle_bombs_as_clip_weights(
+    fails: Fails, bombs: tuple[Path, Path, Path], clip_dir: Path, shapes_teacher: Path,
+    tmp_path: Path, name: str,
+) -> None:  # fmt: skip
+    *files, crater = bombs
+    for number, file in enumerate(files):
+        clip = tmp_path / f"clip-{number}"
+        clip.mkdir()
+        shutil.copy(clip_dir / "open_clip_config.json", clip)
+        shutil.copy(file, clip / name)
+        fails("precompute", "--dataset", "shapes", "--limit", 16, "--teacher", "resnet8",
+              "--teacher-weights", shapes_teacher, "--clip", clip,
+              "--out", tmp_path / "s.zarr")  # fmt: skip
+    assert not crater.exists() and not (tmp_path / "s.zarr").exists()
+
+
+def test_pickle_bombs_as_a_checkpoint_and_as_weights_of_a_run(
+    run: Run, fails: Fails, bombs: tuple[Path, Path, Path], store: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    *files, crater = bombs
+    words = ["distill", "--cache", store, "--student", "resnet8", "--epochs", 2, "--batch-size", 16,
+             "--device", "cpu", "--method", "kd", "--out", tmp_path / "run"]  # fmt: skip
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("richkd.training.checkpoint.RunFolder.finish", cut)
+        assert run(*words).code == 130
+    for name, file in zip(("checkpoint", "previous"), files, strict=True):
+        shutil.copy(file, tmp_path / "run" / f"{name}.safetensors")
+    assert "no checkpoint in" in fails(*words, "--resume")
+    assert run(*words, "--overwrite").code == 0
+    shutil.copy(files[1], tmp_path / "run" / "last.safetensors")
+    assert "no safetensors file" in fails("export", tmp_path / "run")
+    assert not crater.exists()
+
+
+NASTY = ["a\x1b[31mred", "[bold]markup[/bold]", "<script>alert(1)</script>", "../../outside",
+         "</script><img src=x onerror=alert(1)>"]  # fmt: skip
+
+
+def test_names_with_markup_and_paths(run: Run, fails: Fails, store: Path, tmp_path: Path) -> None:
+    """Class names in a store and names in a recipe are text, wherever they are shown."""
+    copy = tmp_path / "inside" / "nasty.zarr"
+    shutil.copytree(store, copy)
+    manifest: Any = read_manifest(copy)
+    manifest["class_names"][: len(NASTY)] = NASTY
+    manifest["dataset"]["name"] = "<script>alert(1)</script>/../x"
+    write_sealed(copy, manifest)
+    recipe = tmp_path / "inside" / "r.toml"
+    recipe.write_text('about = "<script>alert(2)</script>"\n[distill]\nbatch_size = 16\n')
+    runs = tmp_path / "inside" / "runs"
+    before = set(tmp_path.iterdir())
+    done = run("distill", "--cache", copy, "--recipe", recipe, "--student", "resnet8", "--method",
+               "kd", "--epochs", 1, "--device", "cpu", "--out", runs / "<b>run<")  # fmt: skip
+    assert done.code == 0, done.err
+    shown = run("inspect", copy)
+    assert shown.code == 0 and "\x1b" not in shown.out and "[bold]markup" in shown.out
+    assert run("report", runs).code == 0
+    page = (runs / "report.html").read_text()
+    body = page[page.index("<body>") :]
+    assert "alert(1)" not in body and "<b>run" not in body
+    assert set(tmp_path.iterdir()) == before
+    line = fails("distill", "--cache", copy, "--recipe", "../../outside")
+    assert "outside" in line
+
+
+def test_archive_members_do_not_leave_their_folder(store: Path, tmp_path: Path) -> None:
+    """Names of tensors are no paths: a file of weights with such names is only another network."""
+    from richkd.errors import RichKDError
+    from richkd.models import create_model
+    from richkd.models.weights import load_into, read_weights
+
+    path = tmp_path / "w.safetensors"
+    save_tensors(path, {"../../outside": torch.ones(2)})
+    with pytest.raises(RichKDError, match="another architecture"):
+        load_into(create_model("resnet8", 16), read_weights(path), "resnet8", path)
+    assert list(tree(tmp_path)) == ["w.safetensors"]
+
+
+LIMITED = """
+import resource, sys
+import richkd.distill, richkd.inspect, richkd.results, richkd.verify
+from richkd.cli import main
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 2 * 2**30
+resource.setrlimit(resource.RLIMIT_AS, (used, used))
+store, out = sys.argv[1:]
+for words in (["distill", "--cache", store, "--out", out], ["verify", store], ["inspect", store]):
+    sys.argv = ["richkd", *words]
+    try:
+        main()
+    except SystemExit as end:
+        print(words[0], end.code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["samples", "views", "classes", "prompts", "metadata too"])
+def test_absurd_sizes_take_no_memory(store: Path, tmp_path: Path, what: str) -> None:
+    copy = Path(shutil.copytree(store, tmp_path / "s.zarr"))
+    manifest: Any = read_manifest(copy)
+    if what == "views":
+        manifest["views"]["count"] = 10**11
+    elif what == "classes":
+        manifest["teacher"]["num_features"] = 10**11
+    elif what == "prompts":
+        manifest["clip"]["num_features"] = 10**11
+    else:
+        manifest["dataset"]["num_train"] = 10**12
+    if what == "metadata too":
+        for path in copy.glob("train/*/zarr.json"):
+            document = json.loads(path.read_text())
+            document["shape"] = [10**12 if size == 48 else size for size in document["shape"]]
+            path.write_text(json.dumps(document))
+            file = str(path.relative_to(copy))
+            manifest["checksums"]["metadata"][file] = metadata_digest(copy, file)
+    write_sealed(copy, manifest)
+    words = [sys.executable, "-c", LIMITED, str(copy), str(tmp_path / "run")]
+    done = subprocess.run(words, check=True, capture_output=True, text=True, timeout=60)
+    assert "distill 2\nverify 2\n" in done.stdout and "inspect 1" not in done.stdout
+    assert "Traceback" not in done.stderr and "MemoryError" not in done.stderr
+    assert not (tmp_path / "run").exists()
