@@ -64,6 +64,7 @@ def test_the_published_pairs_are_all_there() -> None:
         assert content.table("distill").get("lr", 0.05) == (0.01 if light else 0.05), name
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(run: Run, tiny: Callable[..., list[Any]]) -> None:
     command = tiny("kd-t4")
     first = run(*command, "--json").json
@@ -78,6 +79,7 @@ def test_what_is_done_is_not_done_again(run: Run, tiny: Callable[..., list[Any]]
     assert tree(Path("cache")) == before[0]
 
 
+@pytest.mark.slow
 def test_a_store_or_run_of_other_settings_is_named(
     run: Run, fails: Fails, tiny: Callable[..., list[Any]]
 ) -> None:
@@ -95,6 +97,7 @@ def test_a_store_or_run_of_other_settings_is_named(
     assert tree(Path()) == before
 
 
+@pytest.mark.slow
 def test_options_of_the_method_that_was_chosen(run: Run, tiny: Callable[..., list[Any]]) -> None:
     import tomllib
 
@@ -104,6 +107,7 @@ def test_options_of_the_method_that_was_chosen(run: Run, tiny: Callable[..., lis
     assert recorded["options"] == {"dkd": {"nckd_weight": 6.0, "warmup": 3}}
 
 
+@pytest.mark.slow
 def test_listings(run: Run, fails: Fails) -> None:
     assert set(run("recipes", "--json").json) == set(NAMES)
     methods = run("methods", "--json").json

@@ -114,6 +114,7 @@ def newton(z: Any, labels: Any, penalty: float) -> Any:
     return flat.view(-1, 3)
 
 
+@pytest.mark.slow
 def test_a_probe_is_the_penalised_maximum_of_likelihood_out_of_fold(
     rng: np.random.Generator,
 ) -> None:

@@ -111,6 +111,7 @@ def test_a_setting_that_a_model_does_not_take() -> None:
         richkd.create_model("resnet8", 5, patch_size=4)
 
 
+@pytest.mark.slow
 def test_importing_the_zoo_warns_of_nothing() -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", "import richkd.models"],
                           capture_output=True, text=True, check=False)  # fmt: skip
