@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from richkd.errors import RichKDError
+
+# by `replacing`, and by zarr
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp|.+\.[0-9a-f]{32}\.partial")
 
 
 @contextmanager
@@ -27,6 +31,17 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Delete what a killed process was in the middle of writing; the caller holds the folder."""
+    for path in [*filter(is_temporary, folder.rglob("*"))]:
+        path.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file was to take the place of another."""
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def check_writable(path: Path) -> None:

@@ -9,16 +9,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import tomllib
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from richkd.data import catalog
 from richkd.errors import RichKDError, nearest, unknown
+from richkd.typecheck import fits, hints
 
 Scale = float | Literal["native", "raw"]
 Alpha = float | Literal["auto"]
@@ -262,8 +260,8 @@ def parse_scale(text: str) -> Scale:
     try:
         return float(text)
     except ValueError:
-        check_blend(0.0, typing.cast(Scale, text))
-        return typing.cast(Scale, text)
+        check_blend(0.0, cast(Scale, text))
+        return cast(Scale, text)
 
 
 def parse_alpha(text: str) -> Alpha:
@@ -307,7 +305,7 @@ def load(path_or_name: str) -> Recipe:
     about, published = content.pop("about", ""), content.pop("published", {})
     if not isinstance(about, str):
         raise RichKDError(f"recipe {path}: about = {about!r} should be text")
-    if not isinstance(published, dict) or not all(_fits(v, float) for v in published.values()):
+    if not isinstance(published, dict) or not all(fits(v, float) for v in published.values()):
         raise RichKDError(f"recipe {path}: [published] should be a table of numbers")
     for section, values in content.items():
         if section not in SECTIONS or not isinstance(values, dict):
@@ -371,32 +369,10 @@ def _find(path_or_name: str) -> Path:
     )
 
 
-@cache
-def _types(settings: type) -> dict[str, Any]:
-    return typing.get_type_hints(settings)
-
-
 def _check_key(settings: type, name: str, value: object, where: str) -> None:
-    known = _types(settings)
+    known = hints(settings)
     if name not in known:
         raise RichKDError(f"{where}: unknown key {name!r}; {nearest(name, known)}")
-    if not _fits(value, known[name]):
+    if not fits(value, known[name]):
         wanted = getattr(known[name], "__name__", None) or str(known[name]).replace("typing.", "")
         raise RichKDError(f"{where}: {name} = {value!r} should be {wanted}")
-
-
-def _fits(value: object, hint: Any) -> bool:  # noqa: PLR0911
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in arguments)
-    if origin is Literal:
-        return value in arguments or isinstance(value, str)  # check_blend names the choices
-    if origin is tuple:
-        return isinstance(value, (list, tuple)) and all(_fits(v, arguments[0]) for v in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if hint is type(None):
-        return value is None
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))

@@ -129,6 +129,11 @@ def tree(folder: Path) -> dict[str, bytes]:
     }
 
 
+def changed(was: dict[str, bytes], now: dict[str, bytes]) -> list[str]:
+    """The files of two trees that are not the same; short where whole trees would be shown."""
+    return sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
+
+
 def exact(run: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], dict[str, Any]]:
     """What a run has to have in common with the same run on another day."""
     timed = {"seconds", "images_per_second", "slab_wait_s", "run"}

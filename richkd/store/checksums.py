@@ -76,6 +76,11 @@ def views_of(spec: ArraySpec) -> list[int | None]:
     return [*range(spec.shape[0])] if spec.dimensions[0] == "view" else [None]
 
 
+def num_digests(spec: ArraySpec) -> int:
+    """How many digests an array has, without listing its views."""
+    return spec.shape[0] if spec.dimensions[0] == "view" else 1
+
+
 def whole(path: Path) -> bool:
     """Whether a chunk is there and its bytes are those that its CRC was computed of."""
     try:

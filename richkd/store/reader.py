@@ -26,6 +26,7 @@ from richkd.store.checksums import (
     metadata_digest,
     metadata_files,
     num_chunks,
+    num_digests,
     sealed,
     views_of,
 )
@@ -236,8 +237,12 @@ def open_store(path: Path) -> tuple[zarr.Group, Manifest]:
 def check_sealed(path: Path, manifest: Manifest) -> None:
     """Raise RichKDError where the manifest or another metadata file was changed."""
     checksums = manifest["checksums"]
-    names = schema.array_specs(manifest).keys()
-    if not sealed(path) or checksums is None or checksums["chunks"].keys() != names:
+    digests = {name: num_digests(spec) for name, spec in schema.array_specs(manifest).items()}
+    if (
+        not sealed(path)
+        or checksums is None
+        or {name: len(each) for name, each in checksums["chunks"].items()} != digests
+    ):
         raise RichKDError(
             f"{path}: the manifest is not what was sealed (zarr.json was changed); make the store "
             f"again with richkd precompute --overwrite"
@@ -291,42 +296,13 @@ def _check_manifest(path: Path, attributes: Mapping[str, Any]) -> Manifest:
             f"{path} has schema {attributes.get('schema')!r}, this richkd reads "
             f"{schema.SCHEMA}; make the store again with richkd precompute --overwrite"
         )
-    fault = _manifest_fault(attributes)
+    fault = schema.manifest_fault(attributes)
     if fault is not None:
         raise RichKDError(
             f"{path}: the manifest is damaged ({fault}); make the store again with richkd "
             f"precompute --overwrite"
         )
     return cast(Manifest, dict(attributes))
-
-
-def _manifest_fault(attributes: Mapping[str, Any]) -> str | None:
-    """What is wrong with the entries that the reader relies on, or None."""
-    kinds: dict[str, tuple[type, ...]] = {
-        "complete": (bool,), "dataset": (dict,), "class_names": (list,), "image_size": (int,),
-        "mean": (list,), "std": (list,), "views": (dict,), "teacher": (dict,),
-        "clip": (dict, type(None)), "prompts": (list,), "alpha": (int, float),
-        "scale": (int, float, str), "dtype": (str,), "block": (int,), "recipe": (dict,),
-    }  # fmt: skip
-    for name, types in kinds.items():
-        if not isinstance(attributes.get(name), types):
-            return f"{name} is {attributes.get(name)!r}"
-    counts = {
-        "dataset": ("num_train", "num_test"), "views": ("count", "seed"),
-        "teacher": ("num_features",), "clip": ("num_features",),
-    }  # fmt: skip
-    for entry, names in counts.items():
-        for name in names:
-            if attributes[entry] is None:
-                continue
-            value = attributes[entry].get(name)
-            if not isinstance(value, int) or not 0 <= value < 2**40:
-                return f"{entry}.{name} is {value!r}"
-    if attributes["dtype"] not in ("float16", "float32") or attributes["block"] < 1:
-        return f"dtype is {attributes['dtype']!r}, block {attributes['block']!r}"
-    if attributes["clip"] is not None and not math.isfinite(attributes["clip"]["logit_scale"]):
-        return "clip.logit_scale is not finite"
-    return None
 
 
 def _check_array(path: Path, group: zarr.Group, name: str, spec: ArraySpec) -> None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
+
+from richkd.typecheck import misfit
 
 SCHEMA = 2
 FORMAT = "richkd-cache"
 CHUNK_BYTES = 4 * 2**20
 MAX_BLOCK = 8192
+MOST = 2**40  # of anything that a manifest counts
 
 
 class DatasetEntry(TypedDict):
@@ -212,25 +215,53 @@ def raw_bytes(manifest: Manifest) -> int:
     return sum(spec.nbytes for spec in array_specs(manifest).values())
 
 
+def manifest_fault(attributes: Mapping[str, Any]) -> str | None:
+    """What is wrong with a manifest from anywhere, or None: types, and numbers out of range."""
+    return misfit(attributes, Manifest) or next(_out_of_range(cast(Manifest, attributes)), None)
+
+
+def _out_of_range(manifest: Manifest) -> Iterator[str]:
+    for name, value in _flat("", {**manifest, "recipe": {}}):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{name} is not finite"
+        if isinstance(value, int) and not 0 <= value < MOST:
+            yield f"{name} is {value!r}"
+    dtype, space = manifest["dtype"], manifest["views"]["space"]
+    if dtype not in ("float16", "float32"):
+        yield f"dtype is {dtype!r}"
+    if space not in ("pad-crop-flip", "resized-crop-flip"):
+        yield f"views.space is {space!r}"
+    if manifest["block"] < 1 or manifest["image_size"] < 1:
+        yield f"block is {manifest['block']}, image_size {manifest['image_size']}"
+    mean, std = manifest["mean"], manifest["std"]
+    if not len(mean) == len(std) == 3 or min(std) <= 0:
+        yield f"mean is {mean!r}, std {std!r}"
+
+
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """The first setting in which two manifests tell different stores, or None."""
 
-    def flat(prefix: str, value: object) -> Iterator[tuple[str, object]]:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                if key != "accuracy":
-                    yield from flat(f"{prefix}.{key}" if prefix else key, inner)
-        else:
-            yield prefix, value
-
     was, now = (
-        dict(flat("", {k: v for k, v in manifest.items() if k not in NOT_IDENTITY}))
+        {
+            name: value
+            for name, value in _flat("", manifest)
+            if name.partition(".")[0] not in NOT_IDENTITY and not name.endswith(".accuracy")
+        }
         for manifest in (old, new)
     )
     for name in sorted(was.keys() | now.keys()):
         if was.get(name) != now.get(name):
             return f"{name} was {_short(was.get(name))} and is now {_short(now.get(name))}"
     return None
+
+
+def _flat(prefix: str, value: object) -> Iterator[tuple[str, object]]:
+    """The entries of a manifest that have no entries themselves, by their dotted names."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(f"{prefix}.{key}" if prefix else key, inner)
+    else:
+        yield prefix, value
 
 
 def _short(value: object) -> str:

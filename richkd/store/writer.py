@@ -23,6 +23,7 @@ from torch import Tensor
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from richkd.errors import RichKDError
+from richkd.files import remove_temporary
 from richkd.store import schema
 from richkd.store.checksums import (
     METADATA,
@@ -80,6 +81,7 @@ class StoreWriter:
                 f"{path} is a store begun with other settings ({changed}); go on with those, "
                 f"choose another --out, or begin anew with --overwrite"
             )
+        remove_temporary(path)
         if redo is not None:
             unseal(path, manifest, redo)
         else:

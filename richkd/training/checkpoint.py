@@ -27,7 +27,7 @@ import tomli_w
 from torch import Tensor
 
 from richkd.errors import RichKDError
-from richkd.files import check_writable, replacing
+from richkd.files import check_writable, is_temporary, remove_temporary, replacing
 from richkd.models.weights import read_note, read_safetensors, save_tensors
 
 _NOT_TRAINING = {"device", "data_root", "dataset", "cache", "out"}
@@ -85,6 +85,7 @@ class RunFolder:
         Arguments and errors are those of `check`.
         """
         self.check(recipe, identity, resume=resume, overwrite=overwrite)
+        remove_temporary(self.path)
         if not self._vacant:
             if resume and not overwrite:
                 if self._checkpoints:
@@ -112,7 +113,9 @@ class RunFolder:
 
     @property
     def _vacant(self) -> bool:
-        return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
+        return not self.path.exists() or (
+            self.path.is_dir() and all(map(is_temporary, self.path.iterdir()))
+        )
 
     @property
     def complete(self) -> bool:

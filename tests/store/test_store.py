@@ -1,8 +1,11 @@
 """The store as a file format: what plain zarr sees, what is refused, what is rounded."""
 
+import functools
 import json
+import operator
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +75,9 @@ def test_slabs(store: Path) -> None:
         cache.slab(3)
 
 
+GONE = object()
+
+
 def copy(store: Path, tmp_path: Path) -> Path:
     target = tmp_path / "copy.zarr"
     shutil.copytree(store, target)
@@ -85,14 +91,16 @@ def edit(store: Path, change: Callable[[dict[str, Any]], object], file: str = "z
     path.write_text(json.dumps(content))
 
 
+def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    return lambda store: edit(store, lambda content: change(content["attributes"]))
+
+
 def attribute(name: str, value: object) -> Callable[[Path], None]:
-    return lambda store: edit(store, lambda content: content["attributes"].update({name: value}))
+    return edited(lambda manifest: manifest.update({name: value}))
 
 
 def nested(entry: str, name: str, value: object) -> Callable[[Path], None]:
-    return lambda store: edit(
-        store, lambda content: content["attributes"][entry].update({name: value})
-    )
+    return edited(lambda manifest: manifest[entry].update({name: value}))
 
 
 def forged(damage: Callable[[Path], object]) -> Callable[[Path], None]:
@@ -123,7 +131,16 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (forged(nested("dataset", "num_train", 47)), "the manifest says"),
     (forged(nested("dataset", "num_train", 10**12)), "the manifest says"),
     (nested("views", "count", -1), r"views.count is -1"),
-    (nested("clip", "logit_scale", float("nan")), "logit_scale"),
+    (nested("clip", "logit_scale", float("nan")), "logit_scale is not finite"),
+    (nested("dataset", "embedded", None), "manifest is damaged.*dataset.embedded is None"),
+    (edited(lambda m: m["clip"].pop("logit_scale")), "clip.logit_scale is missing"),
+    (edited(lambda m: m.pop("checksums")), "checksums is missing"),
+    (edited(lambda m: m["checksums"]["chunks"].update(complete=[7])), "chunks.complete.0. is 7"),
+    (forged(edited(lambda m: m["checksums"]["chunks"].update(complete=[]))), "not what was sealed"),
+    (edited(lambda m: m["class_names"].append(None)), r"class_names\[16\] is None"),
+    (attribute("std", [1.0, 0.0, 1.0]), "std"),
+    (nested("views", "space", "all"), "views.space is 'all'"),
+    (nested("teacher", "num_features", True), "teacher.num_features is True"),
     (lambda s: shutil.rmtree(s / "train" / "labels"), "train/labels/zarr.json is missing"),
     (lambda s: (s / "train/fused_logits/zarr.json").write_text("[]"), "train/fused_logits"),
     (
@@ -146,6 +163,38 @@ def test_damaged_stores_are_refused(
     damage(target)
     with pytest.raises(RichKDError, match=message):
         richkd.open_cache(target)
+
+
+def test_no_entry_of_a_manifest_can_be_missing_or_of_another_type(
+    store: Path, tmp_path: Path
+) -> None:
+    """Whoever knows how to seal a store cannot make its reader stumble either."""
+    target = copy(store, tmp_path)
+    original: Any = richkd.store.reader.read_manifest(target)
+
+    def entries(table: dict[str, Any], *above: str) -> Iterator[tuple[str, ...]]:
+        for name, value in table.items():
+            yield (*above, name)
+            if isinstance(value, dict):
+                yield from entries(value, *above, name)
+
+    refused, tried = 0, 0
+    for *above, name in entries({**original, "recipe": {}, "versions": {}, "checksums": None}):
+        for value in (GONE, None, True, -1, 2**70, 1e400, "", [], {}, [[]]):
+            manifest = deepcopy(original)
+            inner = functools.reduce(operator.getitem, above, manifest)
+            del inner[name]
+            inner |= {} if value is GONE else {name: value}
+            write_sealed(target, manifest)
+            tried += 1
+            try:
+                cache = richkd.open_cache(target)
+                cache.slab(0)
+                cache.fuse(1)
+            except RichKDError:
+                refused += 1
+    print(f"{refused} of {tried} manifests refused")
+    assert refused > 0.8 * tried
 
 
 def test_a_flipped_byte_in_what_is_read_is_found(store: Path, tmp_path: Path) -> None:
