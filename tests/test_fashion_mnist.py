@@ -112,4 +112,4 @@ def test_a_sweep_and_its_report(
     seconds = time.perf_counter() - start
     print(f"{seconds:.0f} s: " + json.dumps({f"{s} {m}": round(row["top1_last_mean"], 4)
                                             for (s, m), row in rows.items()}))  # fmt: skip
-    assert seconds <= 360
+    assert seconds <= 300  # of the eight minutes that both sweeps have
