@@ -209,6 +209,29 @@ def verify(
 
 
 @app.command()
+def analyze(
+    cache: Annotated[str, typer.Argument(help="a complete store")],
+    threshold: Annotated[
+        float, typer.Option(help="top probability from which a prediction is confident")
+    ] = 0.8,
+    split: Annotated[str, typer.Option(help="test, or train (its first view)")] = "test",
+    out: Annotated[
+        str | None, typer.Option(help="folder for the page; default where the store is")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Put the teachers of a store under the lens: a page, from the store alone."""
+    from richkd.report.analysis import show, write_analysis
+
+    report = _report(as_json)
+    result = write_analysis(cache, report, threshold=threshold, split=split, out=out)
+    show(result, report)
+    _print(result, as_json)
+    if not as_json:
+        typer.echo(result["files"]["html"])
+
+
+@app.command()
 def repair(
     cache: Annotated[str, typer.Argument(help="a complete store that is damaged")],
     as_json: Json = False,
@@ -387,6 +410,49 @@ def write_report(
     _print(result, as_json)
     if not as_json:
         typer.echo(result["files"]["report.html"])
+
+
+@app.command()
+def evaluate(
+    runs: Annotated[list[str], typer.Argument(help="complete runs; compared with the first")],
+    weights: Annotated[str, typer.Option(help="last, or best")] = "last",
+    threshold: Annotated[
+        float, typer.Option(help="top probability from which a prediction is confident")
+    ] = 0.8,
+    limit: Annotated[int | None, typer.Option(help="only the first N test images")] = None,
+    corruptions: Annotated[
+        bool, typer.Option("--corruptions", help="under 15 corruptions at five severities")
+    ] = False,
+    corruption_files: Annotated[
+        str | None, typer.Option(help="folder of CIFAR-10-C or CIFAR-100-C, rather than made here")
+    ] = None,
+    shift: Annotated[
+        str | None, typer.Option(help="other images of the same classes, a folder a class")
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="the store, where it is not where the run says")
+    ] = None,
+    data_root: DataRoot = None,
+    seed: Annotated[int, typer.Option(help="of the noise in corruptions")] = 0,
+    device: Device = None,
+    out: Annotated[
+        str | None, typer.Option(help="folder for the page; default the first run's")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Put students under the lens: calibration, classes, corruptions, shifts; a page."""
+    from richkd.report.evaluation import show, write_evaluation
+
+    report = _report(as_json)
+    result = write_evaluation(
+        runs, report, out=out, weights=weights, threshold=threshold, limit=limit, cache=cache,
+        data_root=data_root, corruptions=corruptions, corruption_files=corruption_files,
+        shift=shift, seed=seed, device=device or "auto",
+    )  # fmt: skip
+    show(result, report)
+    _print(result, as_json)
+    if not as_json:
+        typer.echo(result["files"]["html"])
 
 
 @app.command()

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from richkd.errors import RichKDError
 from richkd.files import check_writable, replacing
-from richkd.models import create_model
-from richkd.models.weights import load_into, read_safetensors
-from richkd.report.runs import load_run
+from richkd.run_folders import complete_run, load_student
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 TOLERANCE = 1e-3  # of logits, relative to the largest
@@ -63,10 +61,11 @@ def export(
     """
     if kind not in SUFFIXES:
         raise RichKDError(f"unknown format {kind!r}; choose from {', '.join(SUFFIXES)}")
-    if weights not in ("last", "best"):
-        raise RichKDError(f"unknown weights {weights!r}; choose from best, last")
     path = Path(out) if out else Path(run) / f"student{SUFFIXES[kind]}"
-    student, side, labels = load_student(Path(run), weights)
+    trained = complete_run(Path(run))
+    about = trained.complete
+    student = Pixels(load_student(trained, weights), about["mean"], about["std"]).eval()
+    side, labels = about["image_size"], about["class_names"]
     check_writable(path)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.rand(n, 3, side, side, generator=generator) for n in (2, 5)]
@@ -85,24 +84,6 @@ def export(
                 f"try --format {'torch' if kind == 'onnx' else 'onnx'}"
             )
     return {"file": str(path), "format": kind, "image_size": side, "relative_error": error}
-
-
-def load_student(folder: Path, weights: str) -> tuple[Pixels, int, list[str]]:
-    """The trained student of a complete run, its image size and the names of its classes."""
-    run = load_run(folder) if (folder / "recipe.toml").is_file() else None
-    if run is None:
-        raise RichKDError(f"{folder} is no run folder; richkd distill makes one")
-    if run.summary is None:
-        raise RichKDError(f"{folder} is not complete; finish it with richkd distill … --resume")
-    summary = run.summary
-    side = summary["image_size"]
-    model = create_model(
-        summary["student"], summary["num_classes"], image_size=side,
-        **run.settings.get("student_options", {}),
-    )  # fmt: skip
-    file = folder / f"{weights}.safetensors"
-    load_into(model, read_safetensors(file)[0], summary["student"], file)
-    return Pixels(model, summary["mean"], summary["std"]).eval(), side, summary["class_names"]
 
 
 def write_onnx(

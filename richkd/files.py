@@ -33,6 +33,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write(path: Path, text: str) -> None:
+    """A text file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def remove_temporary(folder: Path) -> None:
     """Delete what a killed process was in the middle of writing; the caller holds the folder."""
     for path in [*filter(is_temporary, folder.rglob("*"))]:

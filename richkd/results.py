@@ -119,8 +119,8 @@ def leaderboard(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> 
                 method=own["method"],
                 settings={name: own[name] for name in sorted(differing) if name in own},
                 runs=dict(sorted(by_seed.items())),
-                last=_mean_std([run["top1_last"] for run in by_seed.values()]),
-                best=_mean_std([run["top1_best"] for run in by_seed.values()]),
+                last=mean_and_std([run["top1_last"] for run in by_seed.values()]),
+                best=mean_and_std([run["top1_best"] for run in by_seed.values()]),
                 minus_kd=_minus_kd(own, by_seed, groups.values()),
             )
         )
@@ -151,7 +151,7 @@ def paired_difference(differences: Sequence[float]) -> Difference | None:
     """Mean and 95 % interval; the interval is infinite for one pair, None without any."""
     if not differences:
         return None
-    mean, std = _mean_std(differences)
+    mean, std = mean_and_std(differences)
     n = len(differences)
     if n == 1:
         return Difference(mean=mean, low=-math.inf, high=math.inf, n=1)
@@ -161,7 +161,8 @@ def paired_difference(differences: Sequence[float]) -> Difference | None:
     return Difference(mean=mean, low=mean - half, high=mean + half, n=n)
 
 
-def _mean_std(values: Sequence[float]) -> tuple[float, float]:
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation of a sample; of one value, NaN."""
     std = statistics.stdev(values) if len(values) > 1 else math.nan
     return statistics.fmean(values), std
 

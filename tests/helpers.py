@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import pickle
+import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -152,3 +154,19 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert weights.keys() == other.keys()
     assert all(torch.equal(weights[name], other[name]) for name in weights), (a, b)
     assert rest == others
+
+
+def chromium(page: Path, tmp_path: Path, *flags: str) -> tuple[str, str]:
+    """The page's elements after its scripts ran, and what it said on the console."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser",
+                                                   "google-chrome", "chrome"))), None)  # fmt: skip
+    assert browser, "this test opens the page: install Chromium (Debian's package chromium)"
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--log-level=0",
+        "--virtual-time-budget=5000", "--hide-scrollbars", *flags, "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return done.stdout, "\n".join(console)

@@ -19,6 +19,7 @@ import torch
 import richkd
 from richkd import recipe
 from richkd.data.datasets import load_dataset
+from richkd.distill import distill
 from richkd.precompute import precompute
 from richkd.recipe import Images
 from richkd.teachers.tiny_clip import train_tiny_clip
@@ -60,15 +61,33 @@ def stage_one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     return folder / "cache" / "fashion-mnist.zarr", took
 
 
+METHODS = ("ce", "kd", "richkd-l", "richkd")
+
+
+@pytest.fixture(scope="module")
+def students(
+    stage_one: tuple[Path, dict[str, float]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """Summaries of students by each method, with the settings of the recipe."""
+    folder = tmp_path_factory.mktemp("students")
+    table = recipe.load("fashion-mnist").table("distill")
+    return {
+        method: distill(recipe.resolve(recipe.Distill, table, {
+            "cache": str(stage_one[0]), "method": method, "out": str(folder / method)}))
+        for method in METHODS
+    }  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.real_data
 def test_teacher_clip_store_and_students(
-    run: Callable[..., Any], stage_one: tuple[Path, dict[str, float]], tmp_path: Path
-) -> None:
+    run: Callable[..., Any], stage_one: tuple[Path, dict[str, float]],
+    students: dict[str, dict[str, Any]],
+) -> None:  # fmt: skip
     store, took = stage_one
     took = dict(took)
-    summary = run("inspect", store, "--json").json
-    assert summary["manifest"]["views"]["count"] == 8
+    inspected = run("inspect", store, "--json").json
+    assert inspected["manifest"]["views"]["count"] == 8
 
     cache = richkd.open_cache(store)
     labels = cache.read("test/labels").numpy()
@@ -76,14 +95,11 @@ def test_teacher_clip_store_and_students(
     for kind, array in (("cnn", "teacher_logits"), ("clip", "clip_similarity"),
                         ("fused", "fused_logits")):  # fmt: skip
         recount = (cache.read(f"test/{array}").numpy().argmax(1) == labels).mean()
-        assert summary["accuracy"][kind] == pytest.approx(recount, abs=1e-6)
-    accuracy = dict(summary["accuracy"])
-    for method in ("ce", "kd", "richkd-l", "richkd"):
-        done = run("distill", "--recipe", "fashion-mnist", "--cache", store, "--method", method,
-                   "--out", tmp_path / method, "--json")  # fmt: skip
-        assert done.code == 0, done.err
-        accuracy[method] = done.json["top1_last"]
-        took[method] = done.json["seconds"]
+        assert inspected["accuracy"][kind] == pytest.approx(recount, abs=1e-6)
+    accuracy = dict(inspected["accuracy"])
+    for method, summary in students.items():
+        accuracy[method] = summary["top1_last"]
+        took[method] = summary["seconds"]
     seconds = sum(took.values())
     print(json.dumps({"accuracy": accuracy, "seconds": took, "all": seconds}, indent=2))
     assert all(value > 0.5 for value in accuracy.values())
@@ -113,3 +129,45 @@ def test_a_sweep_and_its_report(
     print(f"{seconds:.0f} s: " + json.dumps({f"{s} {m}": round(row["top1_last_mean"], 4)
                                             for (s, m), row in rows.items()}))  # fmt: skip
     assert seconds <= 300  # of the eight minutes that both sweeps have
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_the_teachers_under_the_lens(
+    run: Callable[..., Any], stage_one: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    """10,000 images, 12 prompts and more, at most a minute; CLIP saw other images."""
+    start = time.perf_counter()
+    done = run("analyze", stage_one[0], "--out", tmp_path, "--json")
+    seconds = time.perf_counter() - start
+    assert done.code == 0, done.err
+    result = done.json
+    assert result["samples"] == 10_000 and len(result["blend"]["prompt"]) >= 12
+    teachers = result["teachers"]
+    print(f"{seconds:.0f} s: " + json.dumps(teachers, indent=2))
+    assert {"cnn", "clip", "fused", "raw"} == teachers.keys()
+    assert teachers["fused"]["top1"] > teachers["cnn"]["top1"]
+    assert seconds <= 60
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_the_students_under_corruptions(
+    run: Callable[..., Any], students: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """15 corruptions, five severities, 1,000 images, two students: at most five minutes."""
+    folders = [students[method]["run"] for method in ("kd", "richkd-l")]
+    start = time.perf_counter()
+    done = run("evaluate", *folders, "--corruptions", "--limit", 1000, "--out", tmp_path, "--json")
+    seconds = time.perf_counter() - start
+    assert done.code == 0, done.err
+    found = {part["method"]: part for part in done.json["runs"]}
+    print(f"{seconds:.0f} s: " + json.dumps({
+        method: {"top1": part["top1"], "ece": part["ece"], "minus_first": part["minus_first"],
+                 **{key: part["corruptions"][key] for key in ("mean_error", "mce", "relative_mce")}}
+        for method, part in found.items()}, indent=2))  # fmt: skip
+    for part in found.values():
+        each = part["corruptions"]["top1"]
+        assert len(each) == 15 and all(len(accuracies) == 5 for accuracies in each.values())
+        assert 1 - part["corruptions"]["mean_error"] < part["top1"]  # they do harm
+    assert seconds <= 300

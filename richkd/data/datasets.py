@@ -242,8 +242,6 @@ def _download_with_torchvision(name: str, root: Path, offline: str) -> Any:
 
 
 def _image_folder(path: Path, image_size: int) -> Parts:
-    from torchvision.datasets import ImageFolder
-
     if not path.is_dir():
         raise RichKDError(f"imagefolder:{path}: there is no such folder")
     held_out = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
@@ -254,17 +252,9 @@ def _image_folder(path: Path, image_size: int) -> Parts:
         )
     splits, classes = [], []
     for folder in (path / "train", held_out):
-        try:
-            listing = ImageFolder(str(folder))
-        except FileNotFoundError as error:  # no class, or a class with no image
-            raise RichKDError(f"imagefolder:{path}: {error}") from None
-        classes.append(listing.classes)
-        # interleave the classes, so that --limit N does not take the first classes only
-        samples = _spread(listing.samples)
-        paths = tuple(str(Path(file).relative_to(folder)) for file, _ in samples)
-        sizes = _image_sizes(folder, paths)
-        labels = torch.tensor([label for _, label in samples])
-        splits.append(Split(ImageFiles(folder, paths, sizes, image_size), labels))
+        names, split = class_folders(folder, image_size)
+        classes.append(names)
+        splits.append(split)
     if classes[0] != classes[1]:
         different = sorted(set(classes[0]) ^ set(classes[1]))
         raise RichKDError(
@@ -272,6 +262,26 @@ def _image_folder(path: Path, image_size: int) -> Parts:
             f"{path / 'train'} and {held_out} only"
         )
     return tuple(name.replace("_", " ") for name in classes[0]), splits[0], splits[1]
+
+
+def class_folders(folder: Path, image_size: int) -> tuple[list[str], Split]:
+    """Images in a folder a class, and the folders' names.
+
+    Raises:
+        RichKDError: no class, a class without images, or a file that is no image.
+    """
+    from torchvision.datasets import ImageFolder
+
+    try:
+        listing = ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        raise RichKDError(f"{folder}: {error}") from None
+    # interleave the classes, so that --limit N does not take the first classes only
+    samples = _spread(listing.samples)
+    paths = tuple(str(Path(file).relative_to(folder)) for file, _ in samples)
+    sizes = _image_sizes(folder, paths)
+    labels = torch.tensor([label for _, label in samples])
+    return listing.classes, Split(ImageFiles(folder, paths, sizes, image_size), labels)
 
 
 def _spread(samples: list[tuple[str, int]]) -> list[tuple[str, int]]:

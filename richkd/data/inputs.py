@@ -55,7 +55,7 @@ class FileInputs:
             samples,
             batch_size=batch_size,
             sampler=order.tolist(),
-            num_workers=min(os.cpu_count() or 1, 8) if len(order) > 4 * batch_size else 0,
+            num_workers=num_workers(len(order), batch_size),
             pin_memory=self.device.type == "cuda",
         )
         for index, images in loader:
@@ -63,6 +63,11 @@ class FileInputs:
                 index.to(self.device, non_blocking=True),
                 images.to(self.device, non_blocking=True),
             )
+
+
+def num_workers(count: int, batch_size: int) -> int:
+    """Data-loader processes for so many images; none where starting them would take longer."""
+    return min(os.cpu_count() or 1, 8) if count > 4 * batch_size else 0
 
 
 class _FileViews(IndexedSamples):

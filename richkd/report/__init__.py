@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from richkd.files import check_writable, replacing
+from richkd.files import check_writable, replacing, write
 from richkd.progress import Report
 from richkd.report.cost import Cost, student_cost
-from richkd.report.page import render
-from richkd.report.runs import load_runs
+from richkd.report.evaluation import Evaluated, evaluated
+from richkd.report.sweep import render
 from richkd.report.tensorboard import write_tensorboard
 from richkd.results import Standing, leaderboard
+from richkd.run_folders import load_runs
 
 
 def write_report(
@@ -52,7 +53,8 @@ def write_report(
             tick(1)
     by_path = {str(run.path): run for run in runs}
     cost_of = [costs[by_path[path_of(standing)].key] for standing in standings]
-    rows = [leaderboard_row(*pair) for pair in zip(standings, cost_of, strict=True)]
+    extra = [evaluated(standing) for standing in standings]
+    rows = [leaderboard_row(*each) for each in zip(standings, cost_of, extra, strict=True)]
     result = {
         "store": runs[0].settings["cache"],
         "leaderboard": rows,
@@ -63,7 +65,7 @@ def write_report(
     }  # fmt: skip
     files = {name: out / name for name in ("report.html", "leaderboard.csv", "report.json")}
     out.mkdir(parents=True, exist_ok=True)
-    write(files["report.html"], render(runs, standings, cost_of, result))
+    write(files["report.html"], render(runs, standings, cost_of, extra, result))
     write_csv(files["leaderboard.csv"], rows)
     if tensorboard:
         files["tensorboard"] = out / "tensorboard"
@@ -77,7 +79,7 @@ def path_of(standing: Standing) -> str:
     return str(next(iter(standing.runs.values()))["run"])
 
 
-def leaderboard_row(standing: Standing, cost: Cost) -> dict[str, Any]:
+def leaderboard_row(standing: Standing, cost: Cost, extra: Evaluated | None) -> dict[str, Any]:
     """A row as a script wants it: accuracies in 0..1, no NaN."""
     difference = standing.minus_kd
     finite = difference is not None and difference.n > 1
@@ -95,16 +97,12 @@ def leaderboard_row(standing: Standing, cost: Cost) -> dict[str, Any]:
         "minus_kd_mean": difference.mean if difference else None,
         "minus_kd_low": difference.low if difference and finite else None,
         "minus_kd_high": difference.high if difference and finite else None,
+        "ece_mean": extra.ece[0] if extra else None,
+        "top1_corrupted_mean": extra.corrupted[0] if extra and extra.corrupted else None,
         "parameters": cost.parameters,
         "multiply_adds": cost.multiply_adds,
         "latency_ms": cost.latency_ms,
     }
-
-
-def write(path: Path, text: str) -> None:
-    """A text file, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

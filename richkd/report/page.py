@@ -1,31 +1,18 @@
-"""The page: one HTML file with everything in it, from the template beside this module."""
+"""Pages: one HTML file with everything in it, from the templates beside this module."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import plotly.graph_objects as go
-import torch
 from plotly.offline import get_plotlyjs
 
-from richkd.progress import duration, percent
-from richkd.report import plots
-from richkd.report.cost import Cost
-from richkd.report.runs import Run
-from richkd.results import Standing, mean_std, minus_kd
-from richkd.training.device import hardware
 
-
-def render(
-    runs: Sequence[Run],
-    standings: Sequence[Standing],
-    costs: Sequence[Cost],
-    result: Mapping[str, Any],
-) -> str:
-    """The whole page; every name in it is escaped."""
+def fill(template: str, **values: Any) -> str:
+    """A whole page from a template's name; every name in it is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -33,72 +20,11 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    cost_plots = {f"pareto-{name}": plots.pareto(standings, costs, name)
-                  for name in plots.COSTS if standings}  # fmt: skip
-    students = dict.fromkeys(standing.student for standing in standings)
-    curves = [plots.learning_curves(standings, runs, student) for student in students]
-    return environment.get_template("page.html.jinja").render(
-        plotly=get_plotlyjs(),
-        store=result["store"],
-        teachers=teachers(result["teachers"]),
-        rows=[table_row(*pair) for pair in zip(standings, costs, strict=True)],
-        details=[detail(standing, runs) for standing in standings],
-        incomplete=result["incomplete"],
-        key=plots.key(standings),
-        plots={
-            "Accuracy against cost": as_json(cost_plots),
-            "Difference to KD": as_json({"differences": plots.differences(standings)}),
-            "Learning curves": as_json({f"curve-{i}": curve for i, curve in enumerate(curves)}),
-        },
-        runs=len(runs),
-        cpu=hardware(torch.device("cpu")),
-    )
+    page = environment.get_template(f"{template}.html.jinja")
+    return page.render(plotly=get_plotlyjs(), **values)
 
 
 def as_json(figures: Mapping[str, go.Figure | None]) -> dict[str, str]:
     """Figures that there are, to stand in a script element; the page draws them."""
     return {name: figure.to_json().replace("<", "\\u003c") for name, figure in figures.items()
             if figure is not None}  # fmt: skip
-
-
-def teachers(accuracies: Mapping[str, float | None] | None) -> list[tuple[str, str]]:
-    """Names and accuracies of those that the store knows."""
-    names = {"cnn": "CNN teacher", "clip": "CLIP zero-shot", "fused": "fused, as stored"}
-    return [(names[kind], percent(value)) for kind, value in (accuracies or {}).items()
-            if value is not None and kind in names]  # fmt: skip
-
-
-def table_row(standing: Standing, cost: Cost) -> dict[str, str]:
-    """A row of the leaderboard, as text."""
-    return {
-        "student": standing.student,
-        "method": standing.method,
-        "settings": ", ".join(f"{key} {value}" for key, value in standing.settings.items()),
-        "n": str(len(standing.runs)),
-        "last": mean_std(standing.last),
-        "best": mean_std(standing.best),
-        "minus_kd": minus_kd(standing.minus_kd),
-        "parameters": f"{cost.parameters / 1e6:.2f} M",
-        "multiply_adds": f"{cost.multiply_adds / 1e6:,.1f} M",
-        "latency": f"{cost.latency_ms:.1f} ms",
-    }
-
-
-def detail(standing: Standing, runs: Sequence[Run]) -> dict[str, Any]:
-    """What a configuration's settings were, how its target did, and how to repeat it."""
-    paths = {str(summary["run"]) for summary in standing.runs.values()}
-    own = [run for run in runs if str(run.path) in paths]
-    summary = own[0].summary or {}
-    target = summary.get("target")
-    return {
-        "label": standing.label,
-        "command": own[0].command(list(standing.runs)),
-        "settings": {key: value for key, value in own[0].settings.items() if key != "seed"},
-        "target": f"{target['kind']}, {percent(target['top1'])} %" if target else "none",
-        "hardware": summary.get("hardware", ""),
-        "time": duration(sum((run.summary or {}).get("seconds", 0.0) for run in own)),
-        "runs": [
-            (seed, percent(run["top1_last"]), percent(run["top1_best"]), run["epoch_best"])
-            for seed, run in standing.runs.items()
-        ],
-    }

@@ -11,8 +11,8 @@ from typing import Any
 import plotly.graph_objects as go
 
 from richkd.report.cost import Cost
-from richkd.report.runs import Run
 from richkd.results import Standing, mean_std, minus_kd
+from richkd.run_folders import Run
 
 # Okabe and Ito's palette, which colour-blind people tell apart, without black and yellow
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -68,16 +68,16 @@ def pareto(standings: Sequence[Standing], costs: Sequence[Cost], cost: str) -> g
             error_y={"type": "data", "array": [_spread(s.last) for _, _, s in own],
                      "thickness": 1, "width": 3},
         )  # fmt: skip
-    low, high = _widened([math.log10(x) for x, _, _ in points], 0.18)
+    low, high = widened([math.log10(x) for x, _, _ in points], 0.18)
     for names, x, y in _labels(points, 0.2 * (high - low)):
         figure.add_annotation(x=x, y=y, text="<br>".join(names), showarrow=False, yanchor="bottom",
                               yshift=6)  # fmt: skip
-    figure.update_xaxes(title=title, type="log", range=(low, high), **_ticks(low, high))
-    bottom, top = _widened([y + sign * (_spread(s.last) or 0) for _, y, s in points
+    figure.update_xaxes(title=title, type="log", range=(low, high), **ticks(low, high))
+    bottom, top = widened([y + sign * (_spread(s.last) or 0) for _, y, s in points
                             for sign in (-1, 1)], 0.08)  # fmt: skip
     room = 0.09 * max(len(names) for names, _, _ in _labels(points, 0.2 * (high - low)))
     figure.update_yaxes(title="top-1, %", range=(bottom, top + room * (top - bottom)))
-    return _plain(figure)
+    return plain(figure)
 
 
 def _labels(
@@ -99,14 +99,14 @@ def _labels(
     return labels
 
 
-def _widened(values: Sequence[float], share: float) -> tuple[float, float]:
+def widened(values: Sequence[float], share: float) -> tuple[float, float]:
     """The range of values with some room on both sides."""
     low, high = min(values), max(values)
     room = share * (high - low) or 0.3
     return low - room, high + room
 
 
-def _ticks(low: float, high: float) -> dict[str, Any]:
+def ticks(low: float, high: float) -> dict[str, Any]:
     """1, 2, 5, 10, … within a logarithmic range; plotly's own ticks are 2 to 9 without a decade."""
     values = [digit * 10.0**decade for decade in range(math.floor(low), math.ceil(high) + 1)
               for digit in (1, 2, 5)]  # fmt: skip
@@ -139,7 +139,7 @@ def differences(standings: Sequence[Standing]) -> go.Figure | None:
     figure.add_vline(x=0, line={"color": "#888888", "width": 1})
     figure.update_xaxes(title="top-1 minus KD's, points")
     figure.update_yaxes(automargin=True)
-    return _plain(figure, height=90 + 26 * len(shown))
+    return plain(figure, height=90 + 26 * len(shown))
 
 
 def learning_curves(
@@ -168,15 +168,15 @@ def learning_curves(
         seen += means
     if not ends:
         return None
-    bottom, top = _widened(seen, 0.05)
-    places = _apart([end[0] for end in ends], 0.075 * (top - bottom))
+    bottom, top = widened(seen, 0.05)
+    places = apart([end[0] for end in ends], 0.075 * (top - bottom))
     for y, (_, x, name, colour) in zip(places, ends, strict=True):
         figure.add_annotation(x=x, y=y, text=f" {name}", showarrow=False, xanchor="left",
                               font={"color": colour})  # fmt: skip
     figure.update_xaxes(title="epoch")
     figure.update_yaxes(title="top-1, %", range=(bottom, max(top, *places)))
     widest = max(len(name) for _, _, name, _ in ends)
-    return _plain(figure, right=14 + 7 * widest, title=student)
+    return plain(figure, right=14 + 7 * widest, title=student)
 
 
 def _tested(run: Run) -> dict[int, float]:
@@ -188,7 +188,7 @@ def _spread(pair: tuple[float, float]) -> float | None:
     return None if pair[1] != pair[1] else 100 * pair[1]
 
 
-def _apart(values: Sequence[float], gap: float) -> list[float]:
+def apart(values: Sequence[float], gap: float) -> list[float]:
     """Where labels go so that they do not lie on each other, about the middle of the values."""
     order = sorted(range(len(values)), key=values.__getitem__)
     placed = list(values)
@@ -198,7 +198,7 @@ def _apart(values: Sequence[float], gap: float) -> list[float]:
     return [value - shift for value in placed]
 
 
-def _plain(figure: go.Figure, **looks: Any) -> go.Figure:
+def plain(figure: go.Figure, **looks: Any) -> go.Figure:
     """No background of its own, so that it goes with a light and a dark page."""
     title = looks.get("title", "")
     figure.update_layout(

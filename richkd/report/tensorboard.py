@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from richkd.errors import RichKDError
-from richkd.report.runs import Run
+from richkd.run_folders import Run
 
 
 def write_tensorboard(runs: Sequence[Run], folder: Path) -> None:

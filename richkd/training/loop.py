@@ -19,7 +19,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from richkd.data.inputs import Inputs, Normalize
+from richkd.data.inputs import Batches, Inputs, Normalize
 from richkd.losses.method import Batch, Method
 from richkd.models import forward
 from richkd.recipe import Training
@@ -164,16 +164,12 @@ class Trainer:
             correct = (logits.argmax(1) == labels).sum()
         return correct, {name: term.detach() for name, term in terms.items()}
 
-    @torch.inference_mode()
     def evaluate(self) -> tuple[float, float]:
         """Top-1 and top-5 accuracy on the test split, in 0..1."""
         self.model.eval()
         data = self.data
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            logits = torch.cat([
-                self.model(data.normalize(images))
-                for _, images in data.test.batches(data.tested, data.test_views, EVAL_BATCH)
-            ])  # fmt: skip
+        batches = data.test.batches(data.tested, data.test_views, EVAL_BATCH)
+        logits = predict(self.model, batches, data.normalize, self.device, self.half)
         labels = data.test_labels[data.tested]
         return accuracy(logits, labels, 1), accuracy(logits, labels, 5)
 
@@ -201,6 +197,15 @@ class Trainer:
             self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(
                 momentum
             )
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, batches: Batches, normalize: Normalize, device: torch.device, half: bool
+) -> Tensor:
+    """Logits [N,C] f32 of a model in eval mode, on the device."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        return torch.cat([model(normalize(images)) for _, images in batches]).float()
 
 
 def accuracy(logits: Tensor, labels: Tensor, k: int) -> float:

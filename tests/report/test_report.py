@@ -9,7 +9,6 @@ import math
 import re
 import shlex
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +18,14 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from helpers import chromium
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from richkd.models import create_model
 from richkd.report.cost import student_cost
-from richkd.report.runs import Run as RunFolderRead
-from richkd.report.runs import load_run
 from richkd.results import leaderboard, paired_difference
+from richkd.run_folders import Run as RunFolderRead
+from richkd.run_folders import load_run
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]
@@ -47,22 +47,6 @@ def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "shapes-resnet8-kd-s0", cut)
     (cut / "summary.json").unlink()
     return folder
-
-
-def chromium(page: Path, tmp_path: Path, *flags: str) -> tuple[str, str]:
-    """The page's elements after its scripts ran, and what it said on the console."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser",
-                                                   "google-chrome", "chrome"))), None)  # fmt: skip
-    assert browser, "this test opens the page: install Chromium (Debian's package chromium)"
-    command = [
-        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--log-level=0",
-        "--virtual-time-budget=5000", "--hide-scrollbars", *flags, "--dump-dom", page.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return done.stdout, "\n".join(console)
 
 
 @pytest.mark.slow

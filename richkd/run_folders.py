@@ -1,4 +1,4 @@
-"""Run folders as a report reads them. What lies in them is data: nothing is executed."""
+"""Trained runs as reports read them. What lies in their folders is data: nothing is executed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from richkd.distill import identity
 from richkd.errors import RichKDError
+from richkd.models import create_model
+from richkd.models.weights import load_into, read_safetensors
 from richkd.recipe import Distill
 from richkd.store.reader import open_cache
 from richkd.training.checkpoint import RunFolder
@@ -35,6 +39,12 @@ class Run:
     def key(self) -> str:
         """What two runs share whose students cost the same."""
         return repr((self.settings["student"], self.settings.get("student_options")))
+
+    @property
+    def complete(self) -> Mapping[str, Any]:
+        """The summary of a run that is known to have one."""
+        assert self.summary is not None
+        return self.summary
 
     def command(self, seeds: list[int]) -> str:
         """What repeats this run with each of some seeds."""
@@ -120,3 +130,35 @@ def load_run(path: Path) -> Run | None:
         ) from None
     return Run(path=path, identity=identity, settings=settings, metrics=folder.metrics(),
                summary=summary)  # fmt: skip
+
+
+def complete_run(folder: Path) -> Run:
+    """A run that went to its end.
+
+    Raises:
+        RichKDError: no run folder, or not complete.
+    """
+    run = load_run(folder) if (folder / "recipe.toml").is_file() else None
+    if run is None:
+        raise RichKDError(f"{folder} is no run folder; richkd distill makes one")
+    if run.summary is None:
+        raise RichKDError(f"{folder} is not complete; finish it with richkd distill … --resume")
+    return run
+
+
+def load_student(run: Run, weights: str) -> nn.Module:
+    """The trained student of a complete run, on the CPU; `weights` are last or best.
+
+    Raises:
+        RichKDError: other weights were asked for, or the file is not what it should be.
+    """
+    if weights not in ("last", "best"):
+        raise RichKDError(f"unknown weights {weights!r}; choose from best, last")
+    summary = run.complete
+    model = create_model(
+        summary["student"], summary["num_classes"], image_size=summary["image_size"],
+        **run.settings.get("student_options", {}),
+    )  # fmt: skip
+    file = run.path / f"{weights}.safetensors"
+    load_into(model, read_safetensors(file)[0], summary["student"], file)
+    return model.eval()

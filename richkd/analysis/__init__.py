@@ -1,0 +1,1 @@
+"""Why it works: teachers and students by more than accuracy."""

@@ -1,0 +1,198 @@
+"""Test images under 15 corruptions at five severities (Hendrycks and Dietterich, 2019).
+
+Either the published files, CIFAR-10-C and CIFAR-100-C, which hold the whole test split in order,
+or made here by the library imagecorruptions, whose severities are those of ImageNet-C: on images
+of 32 pixels they are harsher than CIFAR-C's, and figures of the two do not compare.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from richkd.data.datasets import ImageFiles
+from richkd.data.inputs import ArrayInputs, Batches, num_workers
+from richkd.data.views import CLEAN_VIEW_ID, ResizedCropFlip, resized_crop
+from richkd.errors import RichKDError
+from richkd.training.loop import EVAL_BATCH, derive_seed
+
+NAMES = (
+    "gaussian_noise", "shot_noise", "impulse_noise",
+    "defocus_blur", "glass_blur", "motion_blur", "zoom_blur",
+    "snow", "frost", "fog", "brightness",
+    "contrast", "elastic_transform", "pixelate", "jpeg_compression",
+)  # fmt: skip
+SEVERITIES = 5
+SMALLEST = 32  # pixels, of what the library takes
+
+Cell = tuple[str, int, Batches]  # corruption, severity from 1, batches as those of an Inputs
+
+
+class PublishedCorruptions:
+    """A folder of NAME.npy [5·N,H,W,3] uint8, severity after severity, and labels.npy [5·N]."""
+
+    def __init__(self, folder: Path, labels: Tensor) -> None:
+        """`labels` [N] are those of the whole test split, in order.
+
+        Raises:
+            RichKDError: a file is missing, is of another length, or is for other labels.
+        """
+        self.folder = folder
+        self.about = f"the files in {folder}"
+        count = SEVERITIES * len(labels)
+        found = _array(folder / "labels.npy", count, False)
+        if not np.array_equal(found, np.tile(labels.numpy(), SEVERITIES)):
+            raise RichKDError(
+                f"{folder / 'labels.npy'} holds other labels than the test images, five times; it "
+                f"is of another data set, or of another order"
+            )
+        self.arrays = {name: _array(folder / f"{name}.npy", count, True) for name in NAMES}
+
+    def cells(self, tested: Tensor, device: torch.device) -> Iterator[Cell]:
+        """Every corruption and severity of the samples `tested`."""
+        for name, array in self.arrays.items():
+            each = len(array) // SEVERITIES
+            for severity in range(1, SEVERITIES + 1):
+                part = np.array(array[(severity - 1) * each : severity * each])  # one read
+                inputs = ArrayInputs(torch.from_numpy(part), device)
+                clean = torch.full((each,), CLEAN_VIEW_ID)
+                yield name, severity, inputs.batches(tested, clean, EVAL_BATCH)
+
+
+def _array(path: Path, rows: int, images: bool) -> Any:
+    """A memory-mapped .npy file with so many rows, of images or labels; never one of pickles."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise RichKDError(
+            f"{path} is missing; CIFAR-10-C and CIFAR-100-C have a file for each of the "
+            f"{len(NAMES)} corruptions, and labels.npy"
+        ) from None
+    except (OSError, ValueError, EOFError) as error:
+        raise RichKDError(f"cannot read {path}: {error}; fetch it again") from None
+    found = len(array) if array.ndim else 0
+    if found != rows:
+        raise RichKDError(
+            f"{path} has {found:,} rows; {SEVERITIES} severities of {rows // SEVERITIES:,} test "
+            f"images are {rows:,}"
+        )
+    if images and (array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8):
+        raise RichKDError(f"{path} is {array.dtype} {array.shape}; images are uint8 [N,H,W,3]")
+    return array
+
+
+class MadeCorruptions:
+    """Made on the way, by data-loader workers; the same bytes for the same seed and sample."""
+
+    def __init__(self, images: Tensor | ImageFiles, seed: int) -> None:
+        """Images of the test split, whole; `seed` is that of the noise.
+
+        Raises:
+            RichKDError: the library is not installed, or the images are too small for it.
+        """
+        try:
+            import imagecorruptions
+        except ImportError as error:
+            raise RichKDError(
+                f"making corrupted images needs imagecorruptions ({error}): pip install "
+                f"'richkd[corruptions]', or name the published files by --corruption-files"
+            ) from None
+        side = images.image_size if isinstance(images, ImageFiles) else min(images.shape[1:3])
+        if side < SMALLEST:
+            raise RichKDError(f"images of {side} pixels: corruptions need {SMALLEST} or more")
+        self.images = images
+        self.seed = seed
+        self.about = f"made by imagecorruptions, severities of ImageNet-C, seed {seed}"
+        # compiles glass_blur's inner loop once, before there are workers
+        imagecorruptions.corrupt(np.zeros((SMALLEST, SMALLEST, 3), np.uint8), 1, "glass_blur")
+
+    def cells(self, tested: Tensor, device: torch.device) -> Iterator[Cell]:
+        """Every corruption and severity of the samples `tested`."""
+        chunks = torch.split(tested.cpu(), EVAL_BATCH)
+        order = [(name, severity) for name in NAMES for severity in range(1, SEVERITIES + 1)]
+        loader = DataLoader(
+            _Corrupted(self.images, self.seed),
+            batch_sampler=[[(*cell, int(sample)) for sample in chunk]
+                           for cell in order for chunk in chunks],
+            num_workers=num_workers(len(order) * len(tested), EVAL_BATCH),
+            pin_memory=device.type == "cuda",
+        )  # fmt: skip
+        batches = iter(loader)
+        for name, severity in order:
+            yield name, severity, (
+                (index.to(device), images.to(device))
+                for index, images in islice(batches, len(chunks))
+            )  # fmt: skip
+
+
+class _Corrupted(TorchDataset[tuple[int, Tensor]]):
+    def __init__(self, images: Tensor | ImageFiles, seed: int) -> None:
+        self.images = images
+        self.seed = seed
+
+    def __getitem__(self, at: tuple[str, int, int]) -> tuple[int, Tensor]:
+        name, severity, sample = at
+        seed = derive_seed(self.seed, NAMES.index(name), severity, sample)
+        return sample, torch.from_numpy(corrupt(self._clean(sample), name, severity, seed))
+
+    def _clean(self, sample: int) -> np.ndarray[Any, Any]:
+        if not isinstance(self.images, ImageFiles):
+            return self.images[sample].numpy()
+        files = self.images
+        image = torch.from_numpy(np.array(files.open(sample))).permute(2, 0, 1)
+        space = ResizedCropFlip(files.sizes[sample : sample + 1], files.image_size)
+        return resized_crop(image, space.clean(1)[0], files.image_size).numpy()
+
+
+def corrupt(
+    image: np.ndarray[Any, Any], name: str, severity: int, seed: int
+) -> np.ndarray[Any, Any]:
+    """One image [H,W,3] uint8 under one corruption: the same bytes for the same seed."""
+    import imagecorruptions
+
+    seed %= 2**32
+    np.random.seed(seed)
+    takes = inspect.signature(imagecorruptions.corruption_dict[name]).parameters
+    own = {"seed": seed} if "seed" in takes else {}  # two of them have a stream beside it
+    return np.array(imagecorruptions.corrupt(image, severity, name, **own))
+
+
+Corruptions = PublishedCorruptions | MadeCorruptions
+
+
+def mean_corruption_error(top1: Mapping[str, Sequence[float]]) -> float:
+    """The mean error over corruptions and severities, of accuracies in 0..1; not normalised."""
+    return 1 - fmean(fmean(each) for each in top1.values())
+
+
+def relative_errors(
+    top1: Mapping[str, Sequence[float]],
+    clean: float,
+    base: Mapping[str, Sequence[float]],
+    base_clean: float,
+) -> tuple[float, float | None]:
+    """Robustness against another model's (Hendrycks and Dietterich, 2019, section 4).
+
+    Returns:
+        The mean corruption error, normalised: of each corruption, the errors over severities by
+        those of the other model; averaged. And the relative one, of what the corruption adds to
+        the clean error; None where it adds nothing to the other's.
+    """
+    ratios, relative = [], []
+    for name, each in top1.items():
+        error, other = (SEVERITIES - sum(e) for e in (each, base[name]))
+        ratios.append(error / other if other else float(error > 0))
+        added, others = error - SEVERITIES * (1 - clean), other - SEVERITIES * (1 - base_clean)
+        relative.append(added / others if others > 0 else None)
+    known = [value for value in relative if value is not None]
+    return fmean(ratios), fmean(known) if len(known) == len(relative) else None

@@ -1,0 +1,291 @@
+"""The teachers under the lens, from a store alone: no model is loaded.
+
+    stored rows ─▶ logits of each teacher ─▶ scores, reliability, disagreement, class similarity
+    parts of the blend ─▶ the effect of α, scale and prompts
+
+Every teacher is judged on the same samples: all test images, or the training images in their
+first view, which is what students are told about.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from richkd import fusion
+from richkd.analysis import metrics
+from richkd.errors import RichKDError
+from richkd.progress import Report
+from richkd.store.reader import TeacherCache, open_cache
+from richkd.training.loop import accuracy
+
+ALPHAS = tuple(round(0.05 * step, 2) for step in range(21))
+SCALES = tuple(2.0**step for step in range(-4, 5))  # times CLIP's own
+SUBSETS = 8  # of prompts, of each size
+CHANGED = 10  # classes that gain, and that lose
+EXAMPLES = 4  # images of each of them
+NAMES = {"cnn": "CNN teacher", "clip": "CLIP", "fused": "fused", "raw": "fused, raw scale",
+         "native": "fused, native scale"}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What a store has on one split."""
+
+    labels: Tensor  # [N]
+    teacher: Tensor  # logits [N,C] f32
+    features: Tensor  # [N,F]
+    clip_features: Tensor | None  # [N,D]
+    similarity: Tensor | None  # CLIP's cosines [N,C]
+
+
+def analyze(
+    path: str | Path, *, threshold: float = 0.8, split: str = "test", report: Report | None = None
+) -> dict[str, Any]:
+    """Everything that can be read from a store about its teachers.
+
+    Args:
+        path: of a complete store.
+        threshold: the top probability from which a prediction counts as confident.
+        split: test, or train (its first view).
+        report: where progress goes.
+
+    Returns:
+        A dictionary as it is in analysis.json; accuracies and shares in 0..1, NLL in nats. What
+        needs CLIP is None in a store without it.
+
+    Raises:
+        RichKDError: no complete store, or a setting out of range.
+    """
+    if not 0 < threshold < 1:
+        raise RichKDError(f"threshold = {threshold}: must be between 0 and 1")
+    if split not in ("test", "train"):
+        raise RichKDError(f"split = {split!r}: choose from test, train")
+    report = report or Report(quiet=True)
+    cache = open_cache(path)
+    rows = read_rows(cache, split)
+    logits = teacher_logits(cache, rows)
+    has_clip = rows.similarity is not None
+    steps = 5 if has_clip else 1
+    with report.track("analyze", steps, "parts") as tick:
+        result: dict[str, Any] = {
+            "store": str(path),
+            "dataset": cache.manifest["dataset"]["name"],
+            "split": split,
+            "samples": len(rows.labels),
+            "classes": cache.num_classes,
+            "threshold": threshold,
+            "alpha": cache.manifest["alpha"],
+            "scale": cache.manifest["scale"],
+            "teachers": {
+                kind: metrics.score(own, rows.labels, threshold) for kind, own in logits.items()
+            },
+            "reliability": {
+                kind: [asdict(bin) for bin in metrics.reliability(own, rows.labels)]
+                for kind, own in logits.items()
+            },
+        }
+        tick(1)
+        for name, part in (
+            ("disagreement", disagreement),
+            ("consistency", consistency),
+            ("class_changes", class_changes),
+            ("blend", blend_effects),
+        ):
+            result[name] = part(cache, rows, logits) if has_clip else None
+            tick(int(has_clip))
+    return result
+
+
+def read_rows(cache: TeacherCache, split: str) -> Rows:
+    """The arrays of a split, in f32."""
+    view = 0 if split == "train" else None
+    has_clip = cache.manifest["clip"] is not None
+    return Rows(
+        labels=cache.read(f"{split}/labels"),
+        teacher=cache.read(f"{split}/teacher_logits", view).float(),
+        features=cache.read(f"{split}/teacher_features", view).float(),
+        clip_features=cache.read(f"{split}/clip_features").float() if has_clip else None,
+        similarity=cache.similarity(split) if has_clip else None,
+    )
+
+
+def teacher_logits(cache: TeacherCache, rows: Rows) -> dict[str, Tensor]:
+    """Logits of each teacher: CNN, CLIP at its own scale, their blend as stored, raw and native."""
+    clip = cache.manifest["clip"]
+    if clip is None or rows.similarity is None:
+        return {"cnn": rows.teacher}
+    stored = cache.manifest["scale"]
+    logits = {
+        "cnn": rows.teacher,
+        "clip": clip["logit_scale"] * rows.similarity,
+        "fused": cache.blend(rows.teacher, rows.similarity, alpha=None, scale=None),
+    }
+    for scale in ("native", "raw"):
+        if scale != stored:
+            logits[scale] = cache.blend(rows.teacher, rows.similarity, alpha=None, scale=scale)
+    return logits
+
+
+def disagreement(
+    cache: TeacherCache, rows: Rows, logits: Mapping[str, Tensor]
+) -> list[dict[str, Any]]:
+    """Where the two teachers are right, alone or both, and where they err: what the blend says."""
+    right = {kind: logits[kind].argmax(1) == rows.labels for kind in ("cnn", "clip", "fused")}
+    same = logits["cnn"].argmax(1) == logits["clip"].argmax(1)
+    cnn, clip = right["cnn"], right["clip"]
+    cases = {
+        "both right": cnn & clip,
+        "only the CNN teacher right": cnn & ~clip,
+        "only CLIP right": ~cnn & clip,
+        "both wrong, the same class": ~cnn & ~clip & same,
+        "both wrong, different classes": ~cnn & ~clip & ~same,
+    }
+    return [
+        {"case": name, "share": case.double().mean().item(),
+         "fused_top1": right["fused"][case].double().mean().item() if case.any() else None}
+        for name, case in cases.items()
+    ]  # fmt: skip
+
+
+def consistency(
+    cache: TeacherCache, rows: Rows, logits: Mapping[str, Tensor]
+) -> dict[str, dict[str, float | None]]:
+    """Whether classes that are alike get probability: by teacher, the rank correlation of the
+    similarity of its soft labels with that of the text embeddings, and of the CNN's features."""
+    yardsticks = {
+        "text": metrics.cosines(fusion.class_embeddings(cache.text_embeddings)),
+        "features": metrics.mean_similarity(rows.features, rows.labels, cache.num_classes),
+    }
+    return {
+        kind: {
+            name: metrics.rank_correlation(
+                metrics.soft_label_similarity(own, rows.labels), yardstick
+            )
+            for name, yardstick in yardsticks.items()
+        }
+        for kind, own in logits.items()
+    }
+
+
+def class_changes(
+    cache: TeacherCache, rows: Rows, logits: Mapping[str, Tensor]
+) -> dict[str, list[dict[str, Any]]]:
+    """The classes whose accuracy gains, and loses, most by the blend, with samples that changed."""
+    cnn, clip, fused = (
+        metrics.class_accuracy(logits[kind], rows.labels) for kind in ("cnn", "clip", "fused")
+    )
+    change = (fused - cnn).nan_to_num(0)
+    was = logits["cnn"].argmax(1) == rows.labels
+    now = logits["fused"].argmax(1) == rows.labels
+
+    def table(order: list[int], turned: Tensor) -> list[dict[str, Any]]:
+        return [
+            {
+                "class": cache.manifest["class_names"][number],
+                "cnn": cnn[number].item(),
+                "clip": clip[number].item(),
+                "fused": fused[number].item(),
+                "samples": torch.nonzero(turned & (rows.labels == number))[:EXAMPLES, 0].tolist(),
+            }
+            for number in order
+        ]
+
+    gains = [n for n in change.argsort(descending=True, stable=True).tolist() if change[n] > 0]
+    losses = [n for n in change.argsort(stable=True).tolist() if change[n] < 0]
+    return {
+        "gain": table(gains[:CHANGED], ~was & now),
+        "lose": table(losses[:CHANGED], was & ~now),
+    }
+
+
+def blend_effects(
+    cache: TeacherCache, rows: Rows, logits: Mapping[str, Tensor]
+) -> dict[str, list[dict[str, Any]]]:
+    """Accuracy and NLL of the blend by α, by scale, by the number of prompts, and by prompt."""
+    clip = cache.manifest["clip"]
+    assert clip is not None and rows.similarity is not None
+    alpha, native = cache.manifest["alpha"], clip["logit_scale"]
+    scales = {"raw": 1.0, "native": native}
+    stored = fusion.resolve_scale(cache.manifest["scale"], native)  # type: ignore[arg-type]
+    return {
+        "alpha": [
+            {"scale": name, "alpha": a, **_fit(rows, rows.similarity, a, scale)}
+            for name, scale in scales.items() for a in ALPHAS
+        ],
+        "scale": [
+            {"scale": native * factor, "of_native": factor,
+             **_fit(rows, rows.similarity, alpha, native * factor)}
+            for factor in SCALES
+        ],
+        "num_prompts": _by_num_prompts(cache, rows, alpha, stored),
+        "prompt": _by_prompt(cache, rows, alpha, stored),
+    }  # fmt: skip
+
+
+def _fit(rows: Rows, similarity: Tensor, alpha: float, scale: float) -> dict[str, float]:
+    fused = fusion.fuse_logits(rows.teacher, similarity, alpha, scale)
+    return {"top1": accuracy(fused, rows.labels, 1),
+            "nll": F.cross_entropy(fused, rows.labels).item()}  # fmt: skip
+
+
+def _by_num_prompts(
+    cache: TeacherCache, rows: Rows, alpha: float, scale: float
+) -> list[dict[str, Any]]:
+    """Means over random subsets of the prompts, of each size; all of them are one subset."""
+    count = cache.text_embeddings.shape[1]
+    generator = np.random.default_rng(0)
+    found = []
+    for size in sorted({*range(1, min(count, 8)), *range(8, count, 8), count}):
+        subsets = [generator.permutation(count)[:size].tolist()
+                   for _ in range(1 if size == count else SUBSETS)]  # fmt: skip
+        each = [_by_prompts(cache, rows, prompts, alpha, scale) for prompts in subsets]
+        found.append(
+            {"prompts": size}
+            | {name: float(np.mean([one[name] for one in each])) for name in each[0]}
+        )
+    return found
+
+
+def _by_prompt(cache: TeacherCache, rows: Rows, alpha: float, scale: float) -> list[dict[str, Any]]:
+    """Each prompt alone, CLIP's best first."""
+    found = [
+        {"prompt": prompt, **_by_prompts(cache, rows, [number], alpha, scale)}
+        for number, prompt in enumerate(cache.manifest["prompts"])
+    ]
+    return sorted(found, key=lambda row: -row["clip_top1"])
+
+
+def _by_prompts(
+    cache: TeacherCache, rows: Rows, prompts: list[int], alpha: float, scale: float
+) -> dict[str, float]:
+    """Accuracies of CLIP and of the blend with only some of the prompts."""
+    assert rows.clip_features is not None
+    classes = fusion.class_embeddings(cache.text_embeddings, prompts)
+    similarity = fusion.clip_similarity(rows.clip_features, classes)
+    return {"clip_top1": accuracy(similarity, rows.labels, 1),
+            "fused_top1": _fit(rows, similarity, alpha, scale)["top1"]}  # fmt: skip
+
+
+def pictures(cache: TeacherCache, split: str, samples: list[int]) -> dict[int, str]:
+    """Images of some samples as PNG data URIs; none where the store has no images."""
+    if not cache.manifest["dataset"]["embedded"] or not samples:
+        return {}
+    from PIL import Image
+
+    images = cache.read(f"{split}/images")
+    found = {}
+    for sample in samples:
+        buffer = io.BytesIO()
+        Image.fromarray(images[sample].numpy()).save(buffer, "PNG")
+        found[sample] = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return found

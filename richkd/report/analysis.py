@@ -1,0 +1,225 @@
+"""What an analysis of a store's teachers looks like: tables in a terminal, and a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from richkd.analysis.metrics import CELLS
+from richkd.analysis.teachers import NAMES, analyze, pictures
+from richkd.files import check_writable, write
+from richkd.progress import Report, percent
+from richkd.report import lens_plots
+from richkd.report.page import as_json, fill
+from richkd.store.reader import TeacherCache, open_cache
+
+SCORES = ("top-1, %", "top-5, %", "NLL", "Brier", "ECE, %")
+CELL_HEADS = tuple(lens_plots.CELL_NAMES[cell] for cell in CELLS)
+WITHOUT_CLIP = (
+    "The store has no CLIP: what needs one (disagreement, class consistency, gains and losses, the "
+    "effect of α, scale and prompts) is left out."
+)
+
+
+def write_analysis(
+    cache: str, report: Report, *, threshold: float, split: str, out: str | None
+) -> dict[str, Any]:
+    """Analyze a store and write NAME-analysis.html and .json; arguments and errors of `analyze`.
+
+    Returns:
+        The analysis, and the paths of the two files.
+    """
+    store = Path(cache)
+    base = Path(out or store.parent) / f"{store.stem}-analysis"
+    files = {"html": base.with_suffix(".html"), "json": base.with_suffix(".json")}
+    check_writable(files["html"])
+    result = analyze(store, threshold=threshold, split=split, report=report)
+    write(files["html"], render(open_cache(store), result))
+    write(files["json"], json.dumps(result, indent=2) + "\n")
+    return {**result, "files": {name: str(path) for name, path in files.items()}}
+
+
+def score_row(name: str, scores: Mapping[str, float]) -> tuple[str, ...]:
+    """A model's scores as text."""
+    return (name, percent(scores["top1"]), percent(scores["top5"]), f"{scores['nll']:.3f}",
+            f"{scores['brier']:.3f}", percent(scores["ece"]))  # fmt: skip
+
+
+def cell_row(name: str, scores: Mapping[str, float]) -> tuple[str, ...]:
+    """A model's confidence table as text."""
+    return (name, *(percent(scores[cell]) for cell in CELLS))
+
+
+def what_fusion_does(teachers: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """In words, how the blends change confident-correct and confidently wrong predictions."""
+    cnn = teachers["cnn"]
+    said = []
+    for kind in ("fused", "native", "raw"):
+        if kind in teachers:
+            right, wrong = (_change(cnn[cell], teachers[kind][cell])
+                            for cell in ("confident_correct", "confident_wrong"))  # fmt: skip
+            said.append(f"{NAMES[kind]}: confident and correct {right}, confidently wrong {wrong}")
+    return said
+
+
+def _change(was: float, now: float) -> str:
+    relative = f" ({100 * (now / was - 1):+.1f} % of it)" if was else ""
+    points = f"{100 * (now - was):+.2f} points"
+    return (points + relative).replace("-", "−")
+
+
+def disagreement_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Cases, how often, and how often the blend is right."""
+    return [(row["case"], percent(row["share"]), percent(row["fused_top1"]))
+            for row in result["disagreement"]]  # fmt: skip
+
+
+def consistency_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rank correlations by teacher."""
+    return [
+        (NAMES[kind], *("–" if value is None else f"{value:.3f}" for value in row.values()))
+        for kind, row in result["consistency"].items()
+    ]
+
+
+def change_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The classes that gain and lose most."""
+    return [
+        (row["class"], percent(row["cnn"]), percent(row["clip"]), percent(row["fused"]),
+         f"{100 * (row['fused'] - row['cnn']):+.2f}".replace("-", "−"))
+        for row in [*result["class_changes"]["gain"], *result["class_changes"]["lose"][::-1]]
+    ]  # fmt: skip
+
+
+def best_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The best of each setting of the blend; on these very samples, so a ceiling."""
+    blend = result["blend"]
+    rows: list[tuple[str, ...]] = []
+    for name in ("raw", "native"):
+        own = [row for row in blend["alpha"] if row["scale"] == name]
+        best, likely = max(own, key=lambda r: r["top1"]), min(own, key=lambda r: r["nll"])
+        rows.append((f"α, {name} scale", f"{best['alpha']:g}", percent(best["top1"]),
+                     f"{likely['alpha']:g}", f"{likely['nll']:.3f}"))  # fmt: skip
+    best = max(blend["scale"], key=lambda r: r["top1"])
+    likely = min(blend["scale"], key=lambda r: r["nll"])
+    rows.append((f"scale, α {result['alpha']:g}", f"{best['scale']:.3g}", percent(best["top1"]),
+                 f"{likely['scale']:.3g}", f"{likely['nll']:.3f}"))  # fmt: skip
+    return rows
+
+
+def prompt_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Each prompt alone."""
+    return [(row["prompt"], percent(row["clip_top1"]), percent(row["fused_top1"]))
+            for row in result["blend"]["prompt"]]  # fmt: skip
+
+
+CONSISTENCY_HEAD = ("rank correlation of classes", "with the text", "with CNN features")
+DISAGREEMENT_HEAD = ("samples, %", "how many", "blend right")
+CHANGE_HEAD = ("class accuracy, %", "CNN", "CLIP", "fused", "fused − CNN")
+BEST_HEAD = ("best setting of", "by top-1", "top-1, %", "by NLL", "NLL")
+PROMPT_HEAD = ("prompt alone, top-1 in %", "CLIP", "fused")
+
+
+def show(result: Mapping[str, Any], report: Report) -> None:
+    """The analysis as tables on standard output."""
+    teachers = result["teachers"]
+    title = f"{result['store']}: {result['samples']:,} {result['split']} images"
+    report.table(title, ("teacher", *SCORES),
+                 [score_row(NAMES[kind], row) for kind, row in teachers.items()])  # fmt: skip
+    report.table(
+        f"Share of images, %; confident: a top probability of {result['threshold']:g} or more",
+        ("teacher", *(head.replace(", ", "\n") for head in CELL_HEADS)),
+        [cell_row(NAMES[kind], row) for kind, row in teachers.items()],
+    )
+    if result["disagreement"] is None:
+        report.say(WITHOUT_CLIP)
+        return
+    for line in what_fusion_does(teachers):
+        report.say(line)
+    report.table("", DISAGREEMENT_HEAD, disagreement_rows(result))
+    report.table("", CONSISTENCY_HEAD, consistency_rows(result))
+    report.table("", CHANGE_HEAD, change_rows(result))
+    report.table("", BEST_HEAD, best_rows(result))
+    report.table("", PROMPT_HEAD, prompt_rows(result))
+
+
+def render(cache: TeacherCache, result: Mapping[str, Any]) -> str:
+    """The whole page."""
+    teachers = result["teachers"]
+    named = {NAMES[kind]: row for kind, row in teachers.items()}
+    figures = {
+        "confidence": lens_plots.confidence_bars(named),
+        "reliability": lens_plots.reliability_diagram(
+            {NAMES[kind]: bins for kind, bins in result["reliability"].items()}
+        ),
+    }
+    has_clip = result["disagreement"] is not None
+    changed = [] if not has_clip else [
+        {"title": title, "rows": examples(cache, result["split"], result["class_changes"][kind])}
+        for kind, title in (("gain", "now right"), ("lose", "now wrong"))
+        if any(row["samples"] for row in result["class_changes"][kind])
+    ]  # fmt: skip
+    if has_clip:
+        figures |= blend_figures(result)
+    return fill(
+        "analysis",
+        title=f"Teachers of {Path(result['store']).name}",
+        result=result,
+        names=NAMES,
+        percent=percent,
+        cells=lens_plots.CELL_NAMES,
+        cell_colours=lens_plots.CELL_COLOURS,
+        without_clip=None if has_clip else WITHOUT_CLIP,
+        fusion=what_fusion_does(teachers),
+        tables={
+            "scores": (("teacher", *SCORES), [score_row(*pair) for pair in named.items()]),
+            **({} if not has_clip else {
+                "disagreement": (DISAGREEMENT_HEAD, disagreement_rows(result)),
+                "consistency": (CONSISTENCY_HEAD, consistency_rows(result)),
+                "best": (BEST_HEAD, best_rows(result)),
+                "prompts": (PROMPT_HEAD, prompt_rows(result)),
+            }),
+        },
+        changed=changed,
+        figures={name: as_json({name: figure}) for name, figure in figures.items()},
+    )  # fmt: skip
+
+
+def blend_figures(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The plots that need CLIP."""
+    blend = result["blend"]
+    changes = [*result["class_changes"]["gain"], *result["class_changes"]["lose"][::-1]]
+    stored = [(result["alpha"], "stored")]
+    counted = [
+        {"kind": name, "prompts": row["prompts"], "top1": row[key]}
+        for name, key in (("CLIP", "clip_top1"), ("fused", "fused_top1"))
+        for row in blend["num_prompts"]
+    ]
+    figures = {
+        "alpha-top1": lens_plots.lines(
+            lens_plots.series(blend["alpha"], "scale", "alpha", "top1", 100),
+            "α (0: CLIP alone, 1: CNN teacher alone)", "top-1, %", marks=stored),
+        "alpha-nll": lens_plots.lines(
+            lens_plots.series(blend["alpha"], "scale", "alpha", "nll"),
+            "α", "NLL, nats", marks=stored),
+        "scale": lens_plots.lines(
+            {"top-1": [(row["scale"], 100 * row["top1"]) for row in blend["scale"]]},
+            f"scale of CLIP's cosines at α {result['alpha']:g}", "top-1, %", log=True),
+        "num-prompts": lens_plots.lines(
+            lens_plots.series(counted, "kind", "prompts", "top1", 100),
+            "prompts (means over random subsets)", "top-1, %"),
+    }  # fmt: skip
+    if changes:
+        figures["class-changes"] = lens_plots.class_changes(changes)
+    return figures
+
+
+def examples(
+    cache: TeacherCache, split: str, rows: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, list[str]]]:
+    """Class names with pictures of samples that changed."""
+    found = pictures(cache, split, [sample for row in rows for sample in row["samples"]])
+    return [(row["class"], [found[sample] for sample in row["samples"]])
+            for row in rows if row["samples"]] if found else []  # fmt: skip

@@ -1,0 +1,297 @@
+"""`richkd evaluate`: students on clean, corrupted and other images, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import richkd
+from richkd.analysis import corruptions
+from richkd.analysis.corruptions import NAMES, MadeCorruptions, corrupt
+from richkd.analysis.students import read_evaluation
+from richkd.distill import distill
+from richkd.recipe import Distill
+
+Run = Callable[..., Any]
+Fails = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two students of one store; the second chose its α on a fifth of the test images."""
+    folder = tmp_path_factory.mktemp("students")
+    paths = []
+    for student, alpha in (("resnet8", None), ("ShuffleV2", "auto")):
+        settings = Distill(
+            cache=str(store), student=student, method="richkd", epochs=2, batch_size=16, lr=0.02,
+            device="cpu", alpha=alpha, out=str(folder / student),
+        )  # fmt: skip
+        distill(settings)
+        paths.append(folder / student)
+    return paths
+
+
+def logits_of(run: Path, images: torch.Tensor) -> np.ndarray:
+    """By hand: weights from the file, pixels normalised by the summary."""
+    summary = json.loads((run / "summary.json").read_text())
+    model = richkd.create_model(summary["student"], summary["num_classes"])
+    model.load_state_dict(load_file(run / "last.safetensors"))
+    pixels = images.permute(0, 3, 1, 2) / 255.0
+    mean, std = (torch.tensor(summary[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        return model.eval()((pixels - mean) / std).double().numpy()
+
+
+def test_scores_are_those_of_the_weights(run: Run, runs: list[Path], store: Path) -> None:
+    done = run("evaluate", runs[0], "--device", "cpu", "--json")
+    assert done.code == 0, done.err
+    part = done.json["runs"][0]
+    cache = richkd.open_cache(store)
+    labels = cache.read("test/labels").numpy()
+    logits = logits_of(runs[0], cache.read("test/images"))
+    assert part["samples"] == len(labels)
+    assert part["top1"] == pytest.approx(np.mean(logits.argmax(1) == labels))
+    summary = json.loads((runs[0] / "summary.json").read_text())
+    assert part["top1"] == summary["top1_last"] and part["top5"] == summary["top5_last"]
+    p = scipy.special.softmax(logits, axis=1)
+    assert part["nll"] == pytest.approx(-np.log(p[np.arange(len(labels)), labels]).mean(), rel=1e-4)
+    assert json.loads((runs[0] / "evaluation.json").read_text()) == part
+    assert read_evaluation(runs[0]) is not None
+    page = (runs[0] / "evaluation.html").read_text()
+    assert "Most frequent mistakes" in page and "Under corruptions" not in page
+
+
+def test_runs_are_compared_on_the_same_images(
+    run: Run, runs: list[Path], store: Path, tmp_path: Path
+) -> None:
+    """Those that the second held out for α are left out for both; the interval is scipy's."""
+    done = run("evaluate", *runs, "--out", tmp_path, "--device", "cpu", "--json")
+    assert done.code == 0, done.err
+    first, second = done.json["runs"]
+    cache = richkd.open_cache(store)
+    held_out = 40 // 5
+    assert first["samples"] == second["samples"] == 40 - held_out
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(
+        richkd.training.loop.derive_seed(0, 40, 4)))  # fmt: skip
+    tested = order[held_out:].sort().values
+    images, labels = cache.read("test/images")[tested], cache.read("test/labels")[tested].numpy()
+    a, b = (logits_of(path, images).argmax(1) == labels for path in runs)
+    assert second["top1"] == json.loads((runs[1] / "summary.json").read_text())["top1_last"]
+    interval = scipy.stats.ttest_rel(b * 1.0, a * 1.0).confidence_interval(0.95)
+    found = second["minus_first"]
+    assert found["n"] == len(labels) and first["minus_first"] is None
+    assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
+    assert (tmp_path / "evaluation.html").is_file()
+    shown = run("evaluate", *runs, "--out", tmp_path, "--device", "cpu")
+    assert max(map(len, shown.out.splitlines()[:-1])) <= 80
+
+
+# --- corruptions ---------------------------------------------------------------------------------
+
+
+def published(folder: Path, images: torch.Tensor, labels: torch.Tensor) -> Path:
+    """CIFAR-100-C's layout: severity s darkens, so that a row tells where it came from."""
+    folder.mkdir()
+    np.save(folder / "labels.npy", np.tile(labels.numpy(), 5).astype(np.uint8))
+    for place, name in enumerate((*NAMES, "saturate")):
+        severities = [images.numpy() // (1 + severity) + place for severity in range(1, 6)]
+        np.save(folder / f"{name}.npy", np.concatenate(severities).astype(np.uint8))
+    return folder
+
+
+def test_the_published_files(run: Run, runs: list[Path], store: Path, tmp_path: Path) -> None:
+    cache = richkd.open_cache(store)
+    images, labels = cache.read("test/images"), cache.read("test/labels")
+    folder = published(tmp_path / "CIFAR-100-C", images, labels)
+    done = run("evaluate", runs[0], "--corruption-files", folder, "--limit", 30, "--device", "cpu",
+               "--out", tmp_path, "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    found = done.json["runs"][0]["corruptions"]
+    assert str(folder) in found["source"] and list(found["top1"]) == list(NAMES)
+    errors = []
+    for name in NAMES:
+        array = np.load(folder / f"{name}.npy")
+        for severity in range(5):
+            part = torch.from_numpy(array[40 * severity : 40 * severity + 30])
+            right = np.mean(logits_of(runs[0], part).argmax(1) == labels[:30].numpy())
+            assert found["top1"][name][severity] == pytest.approx(right), (name, severity)
+            errors.append(1 - right)
+    assert found["mean_error"] == pytest.approx(np.mean(errors))
+    assert found["mce"] == pytest.approx(1)
+    assert "Under corruptions" in (tmp_path / "evaluation.html").read_text()
+
+
+def test_published_files_that_are_wrong(
+    fails: Fails, runs: list[Path], store: Path, tmp_path: Path
+) -> None:
+    cache = richkd.open_cache(store)
+    images, labels = cache.read("test/images"), cache.read("test/labels")
+    folder = published(tmp_path / "c", images, labels)
+    words = ["evaluate", runs[0], "--corruption-files", folder, "--device", "cpu"]
+    before = (folder / "fog.npy").read_bytes()
+    np.save(folder / "fog.npy", np.zeros((199, 32, 32, 3), np.uint8))
+    line = fails(*words)
+    assert "fog.npy has 199 rows; 5 severities of 40 test images are 200" in line
+    np.save(folder / "fog.npy", np.zeros((200, 32, 32), np.uint8))
+    assert "fog.npy is uint8 (200, 32, 32)" in fails(*words)
+    np.save(folder / "fog.npy", np.array([{"a": 1}] * 200, object), allow_pickle=True)
+    assert "cannot read" in fails(*words)
+    (folder / "fog.npy").unlink()
+    assert "fog.npy is missing" in fails(*words)
+    (folder / "fog.npy").write_bytes(before)
+    np.save(folder / "labels.npy", np.tile(labels.numpy()[::-1], 5))
+    assert "holds other labels" in fails(*words)
+    assert "labels.npy is missing" in fails(*words[:3], tmp_path / "nowhere", *words[4:])
+
+
+def test_made_corruptions_are_the_same_for_a_seed(store: Path) -> None:
+    """By sample, whatever the batches, the workers, and the state of numpy's own stream."""
+    images = richkd.open_cache(store).read("test/images")
+
+    def cells(seed: int, tested: list[int]) -> dict[Any, torch.Tensor]:
+        made = MadeCorruptions(images, seed)
+        device = torch.device("cpu")
+        return {
+            (name, severity): torch.cat([batch for _, batch in batches])
+            for name, severity, batches in made.cells(torch.tensor(tested), device)
+        }
+
+    np.random.seed(5)
+    all_of_them, some = cells(0, list(range(40))), cells(0, [3, 17, 39])
+    assert len(all_of_them) == 75
+    assert all(torch.equal(some[cell], all_of_them[cell][[3, 17, 39]]) for cell in some)
+    other = cells(1, [3, 17, 39])
+    drawn = {"gaussian_noise", "shot_noise", "impulse_noise", "glass_blur", "motion_blur", "snow",
+             "frost", "fog", "elastic_transform"}  # fmt: skip
+    changed = {cell[0] for cell in some if not torch.equal(some[cell], other[cell])}
+    assert changed == drawn
+    for cell, batch in some.items():
+        assert batch.shape == (3, 32, 32, 3) and batch.dtype == torch.uint8
+        assert not torch.equal(batch, images[[3, 17, 39]]), cell
+    noise = [(some["gaussian_noise", s].float() - images[[3, 17, 39]]).abs().mean()
+             for s in range(1, 6)]  # fmt: skip
+    assert noise == sorted(noise)
+
+
+def test_workers_make_the_same(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = richkd.open_cache(store).read("test/images")
+    monkeypatch.setattr(corruptions, "NAMES", ("glass_blur", "snow"))
+    tested, device = torch.arange(6), torch.device("cpu")
+    monkeypatch.setattr(corruptions, "num_workers", lambda *_: 2)
+    made = MadeCorruptions(images, 3).cells(tested, device)
+    for name, severity, batches in made:
+        got = torch.cat([batch for _, batch in batches])
+        for sample in range(6):
+            seed = richkd.training.loop.derive_seed(3, ["glass_blur", "snow"].index(name), severity,
+                                                    sample)  # fmt: skip
+            own = corrupt(images[sample].numpy(), name, severity, seed)
+            assert np.array_equal(got[sample].numpy(), own)
+
+
+@pytest.mark.slow
+def test_two_students_under_corruptions(run: Run, runs: list[Path], tmp_path: Path) -> None:
+    done = run("evaluate", *runs, "--corruptions", "--limit", 20, "--device", "cpu", "--out",
+               tmp_path, "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    first, second = (part["corruptions"] for part in done.json["runs"])
+    assert first["mce"] == pytest.approx(1) and "imagecorruptions" in first["source"]
+    errors = [sum(1 - a for a in second["top1"][n]) / sum(1 - a for a in first["top1"][n])
+              for n in NAMES]  # fmt: skip
+    assert second["mce"] == pytest.approx(np.mean(errors))
+    shown = run("evaluate", runs[0], "--corruptions", "--limit", 5, "--device", "cpu", "--out",
+                tmp_path)  # fmt: skip
+    assert "relative mCE" in shown.out and max(map(len, shown.out.splitlines()[:-1])) <= 80
+
+
+def test_images_that_are_too_small_for_the_library(store: Path) -> None:
+    with pytest.raises(richkd.RichKDError, match="images of 28 pixels"):
+        MadeCorruptions(torch.zeros(3, 28, 28, 3, dtype=torch.uint8), 0)
+
+
+def test_without_the_library(
+    fails: Fails, runs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "imagecorruptions", None)
+    line = fails("evaluate", runs[0], "--corruptions", "--device", "cpu")
+    assert "pip install 'richkd[corruptions]'" in line
+
+
+# --- shift ---------------------------------------------------------------------------------------
+
+
+def test_other_images_of_some_of_the_classes(
+    run: Run, fails: Fails, runs: list[Path], store: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Only the classes that there are can be guessed."""
+    cache = richkd.open_cache(store)
+    names = cache.manifest["class_names"]
+    kept = [2, 5, 11]
+    labels = []
+    for label in kept:
+        folder = tmp_path / "shift" / names[label].replace(" ", "_").upper()
+        folder.mkdir(parents=True)
+        for number in range(4):
+            pixels = rng.integers(0, 256, (50, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+            labels.append(label)
+    done = run("evaluate", runs[0], "--shift", tmp_path / "shift", "--device", "cpu", "--json",
+               "--out", tmp_path)  # fmt: skip
+    assert done.code == 0, done.err
+    found = done.json["runs"][0]["shift"]
+    assert (found["samples"], found["classes"]) == (12, 3)
+    assert found["top5"] == 1.0  # of three
+    right = 0
+    for label in kept:
+        for number in range(4):
+            name = names[label].replace(" ", "_").upper()
+            with Image.open(tmp_path / "shift" / name / f"{number}.png") as image:
+                # the central square, 7/8 of the shorter side
+                box = image.crop((2, 7, 37, 42)).resize((32, 32), Image.Resampling.BILINEAR)
+            logits = logits_of(runs[0], torch.from_numpy(np.array(box))[None])
+            right += kept[logits[0, kept].argmax()] == label
+    assert abs(found["top1"] * 12 - right) <= 1  # torchvision's resizing rounds otherwise
+    assert "On shifted images" in (tmp_path / "evaluation.html").read_text()
+
+    (tmp_path / "shift" / "zeppelin").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "shift" / "zeppelin" / "1.png")
+    line = fails("evaluate", runs[0], "--shift", tmp_path / "shift", "--device", "cpu")
+    assert "zeppelin: no class of" in line
+    assert "no folder" in fails("evaluate", runs[0], "--shift", tmp_path / "no", "--device", "cpu")
+
+
+# --- what cannot be ------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_evaluated(
+    fails: Fails, run: Run, runs: list[Path], store: Path, tmp_path: Path,
+    make_store: Callable[..., Path],
+) -> None:  # fmt: skip
+    assert "is no run folder" in fails("evaluate", tmp_path)
+    assert "threshold = 0.0" in fails("evaluate", runs[0], "--threshold", 0)
+    assert "limit = 0" in fails("evaluate", runs[0], "--limit", 0)
+    assert "unknown weights 'all'" in fails("evaluate", runs[0], "--weights", "all")
+    moved = tmp_path / "moved"
+    shutil.copytree(runs[0], moved)
+    recipe = (moved / "recipe.toml").read_text().replace(str(store), "/gone/s.zarr")
+    (moved / "recipe.toml").write_text(recipe)
+    line = fails("evaluate", moved)
+    assert "was trained from /gone/s.zarr, which is gone" in line and "--cache" in line
+    assert run("evaluate", moved, "--cache", store, "--device", "cpu").code == 0
+    other = make_store(limit=16, views=1)
+    assert "trained on other data" in fails("evaluate", moved, "--cache", other)
+    cut = tmp_path / "cut"
+    shutil.copytree(runs[0], cut)
+    (cut / "summary.json").unlink()
+    assert "is not complete" in fails("evaluate", cut)
+    (moved / "evaluation.json").write_text('{"weights": "last", "samples": 3}')
+    assert "evaluation.json is damaged (ece is missing)" in fails("report", moved)
