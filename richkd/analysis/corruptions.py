@@ -32,6 +32,7 @@ NAMES = (
     "snow", "frost", "fog", "brightness",
     "contrast", "elastic_transform", "pixelate", "jpeg_compression",
 )  # fmt: skip
+PUBLISHED = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}  # folders, as they unpack
 SEVERITIES = 5
 SMALLEST = 32  # pixels, of what the library takes
 
@@ -103,9 +104,13 @@ class MadeCorruptions:
         try:
             import imagecorruptions
         except ImportError as error:
+            remedy = (
+                "install Debian's libgl1, or opencv-python-headless in place of opencv-python"
+                if "libGL" in str(error) else "pip install 'richkd[corruptions]'"
+            )  # fmt: skip
             raise RichKDError(
-                f"making corrupted images needs imagecorruptions ({error}): pip install "
-                f"'richkd[corruptions]', or name the published files by --corruption-files"
+                f"making corrupted images needs imagecorruptions ({error}); {remedy}, or name the "
+                f"published files by --corruption-files"
             ) from None
         side = images.image_size if isinstance(images, ImageFiles) else min(images.shape[1:3])
         if side < SMALLEST:

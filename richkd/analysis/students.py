@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from richkd.analysis import metrics
 from richkd.analysis.corruptions import (
     NAMES,
+    PUBLISHED,
     SEVERITIES,
     Corruptions,
     MadeCorruptions,
@@ -86,7 +87,8 @@ def evaluate(
         limit: only the first so many test images.
         cache: the store, where it is not at the place that the run names.
         data_root: where the data set is, likewise.
-        corruptions: evaluate under corruptions that are made here.
+        corruptions: evaluate under corruptions: the published ones, where they lie beside the data
+            set (data/CIFAR-100-C), else some that are made here.
         corruption_files: evaluate under those of CIFAR-10-C or CIFAR-100-C in this folder.
         shift: a folder with a folder of other images a class, whose names are classes.
         seed: of the noise in corruptions.
@@ -108,10 +110,12 @@ def evaluate(
     runs = [complete_run(Path(folder)) for folder in dict.fromkeys(map(str, folders))]
     settings = [resolve(Distill, dict(run.settings), {}) for run in runs]
     store = open_store_of(runs, cache)
-    test = load_images(store, replace(settings[0], data_root=data_root or settings[0].data_root))[1]
+    root = data_root or settings[0].data_root
+    test = load_images(store, replace(settings[0], data_root=root))[1]
     tested = tested_by_all(len(test), settings)[:limit]
     chosen = choose_device(device)
-    corrupted = find_corruptions(test, corruptions, corruption_files, seed)
+    dataset = store.manifest["dataset"]["name"]
+    corrupted = find_corruptions(test, dataset, root, corruptions, corruption_files, seed)
     shifted = load_shift(Path(shift), store) if shift else None
     students = [prepare(run, own, store, weights, chosen)
                 for run, own in zip(runs, settings, strict=True)]  # fmt: skip
@@ -148,7 +152,7 @@ def evaluate(
     add_differences(parts, logits, labels)
     for part, run in zip(parts, runs, strict=True):
         write(run.path / EVALUATION, json.dumps(part, indent=2) + "\n")
-    return {"dataset": store.manifest["dataset"]["name"], "runs": parts}
+    return {"dataset": dataset, "runs": parts}
 
 
 # --- what to evaluate, and on what ---------------------------------------------------------------
@@ -194,8 +198,14 @@ def prepare(
     return Student(run, model, normalize, device, half_precision(settings.precision, device))
 
 
-def find_corruptions(test: Split, make: bool, folder: str | None, seed: int) -> Corruptions | None:
-    """The published files where a folder is named, else corruptions made here, if asked for."""
+def find_corruptions(
+    test: Split, dataset: str, data_root: str, make: bool, folder: str | None, seed: int
+) -> Corruptions | None:
+    """The published files in the folder that is named; or, if corruptions are asked for at all,
+    those beside the data set's own files, else corruptions made here."""
+    beside = Path(data_root) / PUBLISHED.get(dataset, "-")
+    if folder is None and make and beside.is_dir():
+        folder = str(beside)
     if folder is not None:
         return PublishedCorruptions(Path(folder), test.labels)
     return MadeCorruptions(test.images, seed) if make else None

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 import richkd
 from richkd.analysis import corruptions
-from richkd.analysis.corruptions import NAMES, MadeCorruptions, corrupt
-from richkd.analysis.students import read_evaluation
+from richkd.analysis.corruptions import NAMES, MadeCorruptions, PublishedCorruptions, corrupt
+from richkd.analysis.students import find_corruptions, read_evaluation
+from richkd.data.datasets import Split
 from richkd.distill import distill
 from richkd.recipe import Distill
 
@@ -129,6 +130,16 @@ def test_the_published_files(run: Run, runs: list[Path], store: Path, tmp_path: 
     assert found["mean_error"] == pytest.approx(np.mean(errors))
     assert found["mce"] == pytest.approx(1)
     assert "Under corruptions" in (tmp_path / "evaluation.html").read_text()
+
+
+def test_published_files_are_found_beside_the_data(store: Path, tmp_path: Path) -> None:
+    cache = richkd.open_cache(store)
+    test = Split(cache.read("test/images"), cache.read("test/labels"))
+    published(tmp_path / "CIFAR-100-C", cache.read("test/images"), test.labels)
+    for dataset, make, kind in (("cifar100", True, PublishedCorruptions),
+                                ("cifar10", True, MadeCorruptions),
+                                ("cifar100", False, type(None))):  # fmt: skip
+        assert type(find_corruptions(test, dataset, str(tmp_path), make, None, 0)) is kind
 
 
 def test_published_files_that_are_wrong(
