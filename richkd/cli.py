@@ -414,23 +414,37 @@ def write_report(
 
 @app.command()
 def evaluate(
-    runs: Annotated[list[str], typer.Argument(help="complete runs; compared with the first")],
+    runs: Annotated[
+        list[str], typer.Argument(help="complete runs of one data set; compared with the first")
+    ],
     weights: Annotated[str, typer.Option(help="last, or best")] = "last",
     threshold: Annotated[
         float, typer.Option(help="top probability from which a prediction is confident")
     ] = 0.8,
-    limit: Annotated[int | None, typer.Option(help="only the first N test images")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="only the first N test images, of those that no run chose its α on"),
+    ] = None,
     corruptions: Annotated[
-        bool, typer.Option("--corruptions", help="under 15 corruptions at five severities")
+        bool,
+        typer.Option(
+            "--corruptions",
+            help="15 corruptions, five severities: DATA_ROOT/CIFAR-100-C or -10-C, else made here "
+            "(richkd[corruptions])",
+        ),
     ] = False,
     corruption_files: Annotated[
-        str | None, typer.Option(help="folder of CIFAR-10-C or CIFAR-100-C, rather than made here")
+        str | None, typer.Option(help="the same from this folder, in the layout of CIFAR-100-C")
     ] = None,
     shift: Annotated[
-        str | None, typer.Option(help="other images of the same classes, a folder a class")
+        str | None,
+        typer.Option(help="other images: a folder a class, by the classes' names or numbers"),
     ] = None,
     cache: Annotated[
         str | None, typer.Option(help="the store, where it is not where the run says")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="imagefolder:PATH, where a folder of images has moved")
     ] = None,
     data_root: DataRoot = None,
     seed: Annotated[int, typer.Option(help="of the noise in corruptions")] = 0,
@@ -440,14 +454,17 @@ def evaluate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Put students under the lens: calibration, classes, corruptions, shifts; a page."""
+    """Put students under the lens: calibration, classes, corruptions, shifts; a page.
+
+    What concerns one run stays in its folder (evaluation.json), where richkd report finds it.
+    """
     from richkd.report.evaluation import show, write_evaluation
 
     report = _report(as_json)
     result = write_evaluation(
         runs, report, out=out, weights=weights, threshold=threshold, limit=limit, cache=cache,
-        data_root=data_root, corruptions=corruptions, corruption_files=corruption_files,
-        shift=shift, seed=seed, device=device or "auto",
+        dataset=dataset, data_root=data_root, corruptions=corruptions,
+        corruption_files=corruption_files, shift=shift, seed=seed, device=device or "auto",
     )  # fmt: skip
     show(result, report)
     _print(result, as_json)

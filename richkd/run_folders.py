@@ -22,7 +22,8 @@ from richkd.store.reader import open_cache
 from richkd.training.checkpoint import RunFolder
 
 SUMMARY_KEYS = {"student", "method", "seed", "top1_last", "top1_best", "epoch_best", "teacher",
-                "num_classes", "image_size", "parameters", "seconds"}  # fmt: skip
+                "num_classes", "image_size", "class_names", "mean", "std",
+                "parameters", "seconds"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

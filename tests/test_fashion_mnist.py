@@ -163,8 +163,8 @@ def test_the_students_under_corruptions(
     assert done.code == 0, done.err
     found = {part["method"]: part for part in done.json["runs"]}
     print(f"{seconds:.0f} s: " + json.dumps({
-        method: {"top1": part["top1"], "ece": part["ece"], "minus_first": part["minus_first"],
-                 **{key: part["corruptions"][key] for key in ("mean_error", "mce", "relative_mce")}}
+        method: {"top1": part["top1"], "ece": part["ece"], "comparison": part["comparison"],
+                 "mean_error": part["corruptions"]["mean_error"]}
         for method, part in found.items()}, indent=2))  # fmt: skip
     for part in found.values():
         each = part["corruptions"]["top1"]

@@ -42,22 +42,23 @@ Cell = tuple[str, int, Batches]  # corruption, severity from 1, batches as those
 class PublishedCorruptions:
     """A folder of NAME.npy [5·N,H,W,3] uint8, severity after severity, and labels.npy [5·N]."""
 
-    def __init__(self, folder: Path, labels: Tensor) -> None:
-        """`labels` [N] are those of the whole test split, in order.
+    def __init__(self, folder: Path, labels: Tensor, side: int) -> None:
+        """`labels` [N] are those of the whole test split, in order; `side` is its images'.
 
         Raises:
-            RichKDError: a file is missing, is of another length, or is for other labels.
+            RichKDError: a file is missing, of another shape, or for other labels.
         """
         self.folder = folder
         self.about = f"the files in {folder}"
         count = SEVERITIES * len(labels)
-        found = _array(folder / "labels.npy", count, False)
+        found = _array(folder / "labels.npy", (count,))
         if not np.array_equal(found, np.tile(labels.numpy(), SEVERITIES)):
             raise RichKDError(
                 f"{folder / 'labels.npy'} holds other labels than the test images, five times; it "
                 f"is of another data set, or of another order"
             )
-        self.arrays = {name: _array(folder / f"{name}.npy", count, True) for name in NAMES}
+        shape = (count, side, side, 3)
+        self.arrays = {name: _array(folder / f"{name}.npy", shape) for name in NAMES}
 
     def cells(self, tested: Tensor, device: torch.device) -> Iterator[Cell]:
         """Every corruption and severity of the samples `tested`."""
@@ -70,25 +71,30 @@ class PublishedCorruptions:
                 yield name, severity, inputs.batches(tested, clean, EVAL_BATCH)
 
 
-def _array(path: Path, rows: int, images: bool) -> Any:
-    """A memory-mapped .npy file with so many rows, of images or labels; never one of pickles."""
+def _array(path: Path, shape: tuple[int, ...]) -> Any:
+    """A memory-mapped .npy file of a shape, never one of pickles."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise RichKDError(
             f"{path} is missing; CIFAR-10-C and CIFAR-100-C have a file for each of the "
-            f"{len(NAMES)} corruptions, and labels.npy"
+            f"{len(NAMES)} corruptions, and labels.npy: complete the folder, or move it away to "
+            f"have corruptions made here"
         ) from None
     except (OSError, ValueError, EOFError) as error:
         raise RichKDError(f"cannot read {path}: {error}; fetch it again") from None
-    found = len(array) if array.ndim else 0
-    if found != rows:
+    if not isinstance(array, np.ndarray):
+        raise RichKDError(f"cannot read {path}: it is an archive, no array; fetch it again")
+    if array.shape[:1] != shape[:1]:
         raise RichKDError(
-            f"{path} has {found:,} rows; {SEVERITIES} severities of {rows // SEVERITIES:,} test "
-            f"images are {rows:,}"
+            f"{path} has {array.shape[0] if array.ndim else 0:,} rows; {SEVERITIES} severities of "
+            f"{shape[0] // SEVERITIES:,} test images are {shape[0]:,}"
         )
-    if images and (array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8):
-        raise RichKDError(f"{path} is {array.dtype} {array.shape}; images are uint8 [N,H,W,3]")
+    if array.shape != shape or (len(shape) > 1 and array.dtype != np.uint8):
+        raise RichKDError(
+            f"{path} is {array.dtype} {array.shape}, and should be uint8 {shape}; it is of other "
+            f"images"
+        )
     return array
 
 
@@ -114,7 +120,10 @@ class MadeCorruptions:
             ) from None
         side = images.image_size if isinstance(images, ImageFiles) else min(images.shape[1:3])
         if side < SMALLEST:
-            raise RichKDError(f"images of {side} pixels: corruptions need {SMALLEST} or more")
+            raise RichKDError(
+                f"the test images have {side} pixels; imagecorruptions takes {SMALLEST} or more: "
+                f"name files of your own by --corruption-files"
+            )
         self.images = images
         self.seed = seed
         self.about = f"made by imagecorruptions, severities of ImageNet-C, seed {seed}"
@@ -166,38 +175,47 @@ def corrupt(
     import imagecorruptions
 
     seed %= 2**32
-    np.random.seed(seed)
+    before = np.random.get_state()
+    np.random.seed(seed)  # the library draws from numpy's own stream
     takes = inspect.signature(imagecorruptions.corruption_dict[name]).parameters
     own = {"seed": seed} if "seed" in takes else {}  # two of them have a stream beside it
-    return np.array(imagecorruptions.corrupt(image, severity, name, **own))
+    corrupted = np.array(imagecorruptions.corrupt(image, severity, name, **own))
+    np.random.set_state(before)
+    return corrupted
 
 
 Corruptions = PublishedCorruptions | MadeCorruptions
 
 
-def mean_corruption_error(top1: Mapping[str, Sequence[float]]) -> float:
-    """The mean error over corruptions and severities, of accuracies in 0..1; not normalised."""
-    return 1 - fmean(fmean(each) for each in top1.values())
-
-
 def relative_errors(
-    top1: Mapping[str, Sequence[float]],
-    clean: float,
-    base: Mapping[str, Sequence[float]],
-    base_clean: float,
-) -> tuple[float, float | None]:
+    wrong: Mapping[str, Sequence[int]],
+    clean: int,
+    base: Mapping[str, Sequence[int]],
+    base_clean: int,
+) -> tuple[float | None, float | None]:
     """Robustness against another model's (Hendrycks and Dietterich, 2019, section 4).
 
+    Args:
+        wrong: mistakes on the same images, by corruption and severity.
+        clean: mistakes on the clean images.
+        base: mistakes of the other model.
+        base_clean: its mistakes on the clean images.
+
     Returns:
-        The mean corruption error, normalised: of each corruption, the errors over severities by
-        those of the other model; averaged. And the relative one, of what the corruption adds to
-        the clean error; None where it adds nothing to the other's.
+        The mean corruption error, normalised: of each corruption, the mistakes over severities by
+        those of the other model; averaged. And the relative one, of the mistakes that a corruption
+        adds to the clean ones. None where one of the corruptions makes the other model make none,
+        or adds none.
     """
     ratios, relative = [], []
-    for name, each in top1.items():
-        error, other = (SEVERITIES - sum(e) for e in (each, base[name]))
-        ratios.append(error / other if other else float(error > 0))
-        added, others = error - SEVERITIES * (1 - clean), other - SEVERITIES * (1 - base_clean)
+    for name, each in wrong.items():
+        count, other = sum(each), sum(base[name])
+        added, others = count - len(each) * clean, other - len(each) * base_clean
+        ratios.append(count / other if other else None)
         relative.append(added / others if others > 0 else None)
-    known = [value for value in relative if value is not None]
-    return fmean(ratios), fmean(known) if len(known) == len(relative) else None
+    return _mean(ratios), _mean(relative)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None

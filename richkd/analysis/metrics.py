@@ -13,10 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    multiclass_calibration_error,
-    multiclass_confusion_matrix,
-)
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from richkd.training.loop import accuracy
 
@@ -38,17 +35,14 @@ def score(logits: Tensor, labels: Tensor, threshold: float) -> dict[str, float]:
     samples; confident is a top probability of at least `threshold`.
     """
     probability = probabilities(logits)
-    target = F.one_hot(labels, logits.shape[1])
-    error = multiclass_calibration_error(
-        probability, labels, num_classes=logits.shape[1], n_bins=BINS, norm="l1",
-        validate_args=False,
-    )  # fmt: skip
+    right = probability.gather(1, labels[:, None])[:, 0]
+    bins = reliability(logits, labels)
     return {
         "top1": accuracy(logits, labels, 1),
         "top5": accuracy(logits, labels, 5),
         "nll": F.cross_entropy(logits.double(), labels).item(),
-        "brier": (probability - target).square().sum(1).mean().item(),
-        "ece": float(error),
+        "brier": (probability.square().sum(1) - 2 * right + 1).mean().item(),
+        "ece": sum(b.count * abs(b.accuracy - b.confidence) for b in bins) / len(labels),
         **confidence_table(probability, labels, threshold),
     }
 

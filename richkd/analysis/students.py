@@ -4,14 +4,14 @@
     test images ────────────┴▶ logits ─▶ scores, classes, confusions
     corrupted, shifted images ─▶ logits ─▶ robustness
 
-Several runs see the very same images, so what sets them apart is paired, sample by sample.
+Several runs see the very same images, so what sets them apart is paired, image by image.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -26,15 +26,14 @@ from richkd.analysis.corruptions import (
     Corruptions,
     MadeCorruptions,
     PublishedCorruptions,
-    mean_corruption_error,
     relative_errors,
 )
-from richkd.data.datasets import Split, class_folders
+from richkd.data.datasets import ImageFiles, Split, class_folders
 from richkd.data.inputs import Batches, Normalize, make_inputs
-from richkd.data.views import views_tensor
+from richkd.data.views import ResizedCropFlip, views_tensor
 from richkd.distill import load_images
 from richkd.errors import RichKDError, nearest
-from richkd.files import write
+from richkd.files import check_writable, write
 from richkd.progress import Report
 from richkd.recipe import Distill, resolve
 from richkd.results import Difference, paired_difference
@@ -42,10 +41,8 @@ from richkd.run_folders import Run, complete_run, load_student
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.targets import held_out
 from richkd.training.device import choose_device, half_precision
-from richkd.training.loop import EVAL_BATCH, accuracy, predict
+from richkd.training.loop import EVAL_BATCH, predict
 from richkd.typecheck import misfit
-
-EVALUATION = "evaluation.json"  # in a run folder
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,18 @@ class Student:
     half: bool
 
     def logits(self, batches: Batches) -> Tensor:
-        """[N,C] f32 on the CPU."""
-        return predict(self.model, batches, self.normalize, self.device, self.half).cpu()
+        """[N,C] f32 on the CPU.
+
+        Raises:
+            RichKDError: they are not finite.
+        """
+        logits = predict(self.model, batches, self.normalize, self.device, self.half).cpu()
+        if not torch.isfinite(logits).all():
+            raise RichKDError(
+                f"the student of {self.run.path} gives NaN or infinity; it diverged: train it "
+                f"again, with a lower --lr"
+            )
+        return logits
 
 
 def evaluate(
@@ -70,6 +77,7 @@ def evaluate(
     threshold: float = 0.8,
     limit: int | None = None,
     cache: str | None = None,
+    dataset: str | None = None,
     data_root: str | None = None,
     corruptions: bool = False,
     corruption_files: str | None = None,
@@ -80,13 +88,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate the students of one or several runs on the test images of their data set.
 
+    What concerns one run alone is written to its folder (`evaluation_file`), where reports find it.
+
     Args:
         folders: of complete runs on one data set; the others are compared with the first.
         weights: last or best.
         threshold: the top probability from which a prediction counts as confident.
-        limit: only the first so many test images.
+        limit: only the first so many test images (of those that no run chose its α on).
         cache: the store, where it is not at the place that the run names.
-        data_root: where the data set is, likewise.
+        dataset: the data set, where it has moved since.
+        data_root: where data sets are, likewise.
         corruptions: evaluate under corruptions: the published ones, where they lie beside the data
             set (data/CIFAR-100-C), else some that are made here.
         corruption_files: evaluate under those of CIFAR-10-C or CIFAR-100-C in this folder.
@@ -96,27 +107,29 @@ def evaluate(
         report: where progress goes.
 
     Returns:
-        A dictionary as it is in evaluation.json of the first run, with a part for each run; each
-        run's own part is written to its folder. Accuracies and shares are in 0..1.
+        The data set, and of each run its figures, with those of the comparison with the first under
+        `comparison`. Accuracies and shares are in 0..1.
 
     Raises:
         RichKDError: anything the user can mend, before anything long.
     """
     report = report or Report(quiet=True)
-    if not 0 < threshold < 1:
-        raise RichKDError(f"threshold = {threshold}: must be between 0 and 1")
-    if limit is not None and limit < 1:
-        raise RichKDError(f"limit = {limit}: must be 1 or more")
-    runs = [complete_run(Path(folder)) for folder in dict.fromkeys(map(str, folders))]
+    check_settings(threshold, limit, seed)
+    runs = [complete_run(folder) for folder in
+            {Path(folder).resolve(): Path(folder) for folder in folders}.values()]  # fmt: skip
+    for run in runs:
+        check_writable(evaluation_file(run.path, weights))
     settings = [resolve(Distill, dict(run.settings), {}) for run in runs]
     store = open_store_of(runs, cache)
     root = data_root or settings[0].data_root
-    test = load_images(store, replace(settings[0], data_root=root))[1]
-    tested = tested_by_all(len(test), settings)[:limit]
+    place = replace(settings[0], data_root=root, dataset=dataset or settings[0].dataset)
+    test = load_images(store, place)[1]
+    share = max(own.held_out_share for own in settings)
+    tested = held_out(len(test), share)[1][:limit]  # the sets of several shares are nested
     chosen = choose_device(device)
-    dataset = store.manifest["dataset"]["name"]
-    corrupted = find_corruptions(test, dataset, root, corruptions, corruption_files, seed)
-    shifted = load_shift(Path(shift), store) if shift else None
+    name = store.manifest["dataset"]["name"]
+    corrupted = find_corruptions(test, store, root, corruptions, corruption_files, seed)
+    shifted = None if shift is None else load_shift(Path(shift), store)
     students = [prepare(run, own, store, weights, chosen)
                 for run, own in zip(runs, settings, strict=True)]  # fmt: skip
 
@@ -124,35 +137,55 @@ def evaluate(
     images = make_inputs(test.images, chosen)
     clean_views = views_tensor(test.view_space.clean(len(test)))
     logits = []
-    with report.track("evaluate", len(students), "students") as tick:
+    with report.track("evaluate", len(students) * len(tested), "images") as tick:
         for student in students:
             logits.append(student.logits(images.batches(tested, clean_views, EVAL_BATCH)))
-            tick(1)
-    names = store.manifest["class_names"]
+            tick(len(tested))
+    about = {"weights": weights, "samples": len(labels), "held_out": share}
     parts = [
-        {
-            "run": str(student.run.path),
-            "student": student.run.complete["student"],
-            "method": student.run.complete["method"],
-            "seed": student.run.complete["seed"],
-            "weights": weights,
-            "samples": len(labels),
-            "threshold": threshold,
-            **metrics.score(own, labels, threshold),
-            "reliability": [asdict(bin) for bin in metrics.reliability(own, labels)],
-            "classes": metrics.class_table(own, labels, names),
-            "confusions": metrics.confusion_pairs(own, labels, names),
-        }
+        {**describe(student), **about, **describe_logits(own, labels, threshold, store)}
         for student, own in zip(students, logits, strict=True)
     ]
+    compare(parts, "top1", [right_of(own, labels) for own in logits])
     if corrupted is not None:
-        under_corruptions(parts, students, corrupted, tested, labels, chosen, report)
+        under_corruptions(parts, students, corrupted, tested, labels, logits, report)
     if shifted is not None:
-        under_shift(parts, students, *shifted, names, chosen, threshold, report)
-    add_differences(parts, logits, labels)
+        under_shift(parts, students, shifted, logits, labels, threshold, report)
     for part, run in zip(parts, runs, strict=True):
-        write(run.path / EVALUATION, json.dumps(part, indent=2) + "\n")
-    return {"dataset": dataset, "runs": parts}
+        keep(part, evaluation_file(run.path, weights))
+    return {"dataset": name, "runs": parts}
+
+
+def check_settings(threshold: float, limit: int | None, seed: int) -> None:
+    """Refuse settings out of range."""
+    if not 0 < threshold < 1:
+        raise RichKDError(f"threshold = {threshold}: must be between 0 and 1")
+    if limit is not None and limit < 1:
+        raise RichKDError(f"limit = {limit}: must be 1 or more")
+    if not 0 <= seed < 2**32:
+        raise RichKDError(f"seed = {seed}: must be in 0..2³²−1")
+
+
+def describe(student: Student) -> dict[str, Any]:
+    """Which run it is."""
+    summary = student.run.complete
+    return {"run": str(student.run.path),
+            **{key: summary[key] for key in ("student", "method", "seed")}}  # fmt: skip
+
+
+def describe_logits(
+    logits: Tensor, labels: Tensor, threshold: float, store: TeacherCache
+) -> dict[str, Any]:
+    """What can be said of one student's logits on the clean test images."""
+    names = store.manifest["class_names"]
+    return {
+        "threshold": threshold,
+        **metrics.score(logits, labels, threshold),
+        "reliability": [asdict(bin) for bin in metrics.reliability(logits, labels)],
+        "classes": metrics.class_table(logits, labels, names),
+        "confusions": metrics.confusion_pairs(logits, labels, names),
+        "comparison": {},
+    }
 
 
 # --- what to evaluate, and on what ---------------------------------------------------------------
@@ -181,41 +214,57 @@ def open_store_of(runs: Sequence[Run], cache: str | None) -> TeacherCache:
     return store
 
 
-def tested_by_all(num_test: int, settings: Sequence[Distill]) -> Tensor:
-    """Test samples [M] that no run chose its α on; the held-out sets are nested in each other."""
-    return held_out(num_test, max(own.held_out_share for own in settings))[1]
-
-
 def prepare(
     run: Run, settings: Distill, store: TeacherCache, weights: str, device: torch.device
 ) -> Student:
     """Load a student as it was tested while it was trained."""
     summary = run.complete
-    if summary["class_names"] != store.manifest["class_names"]:
-        raise RichKDError(f"{run.path} knows other classes than {store.path}")
+    pairs = zip(summary["class_names"], store.manifest["class_names"], strict=False)
+    for number, (own, other) in enumerate(pairs):
+        if own != other:
+            raise RichKDError(
+                f"class {number} is {own!r} to {run.path} and {other!r} to {store.path}; name the "
+                f"store that the run was trained from with --cache"
+            )
+    for what in ("image_size", "num_classes"):
+        of_store = store.num_classes if what == "num_classes" else store.manifest["image_size"]
+        if summary[what] != of_store:
+            raise RichKDError(
+                f"{run.path} was trained with {what} = {summary[what]}, {store.path} has "
+                f"{of_store}; name the store that the run was trained from with --cache"
+            )
     model = load_student(run, weights).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     normalize = Normalize(tuple(summary["mean"]), tuple(summary["std"]), device)
     return Student(run, model, normalize, device, half_precision(settings.precision, device))
 
 
 def find_corruptions(
-    test: Split, dataset: str, data_root: str, make: bool, folder: str | None, seed: int
+    test: Split, store: TeacherCache, data_root: str, make: bool, folder: str | None, seed: int
 ) -> Corruptions | None:
     """The published files in the folder that is named; or, if corruptions are asked for at all,
     those beside the data set's own files, else corruptions made here."""
-    beside = Path(data_root) / PUBLISHED.get(dataset, "-")
-    if folder is None and make and beside.is_dir():
-        folder = str(beside)
+    name = PUBLISHED.get(store.manifest["dataset"]["name"])
+    if folder is None and make and name is not None and (Path(data_root) / name).is_dir():
+        folder = str(Path(data_root) / name)
     if folder is not None:
-        return PublishedCorruptions(Path(folder), test.labels)
+        return PublishedCorruptions(Path(folder), test.labels, store.manifest["image_size"])
     return MadeCorruptions(test.images, seed) if make else None
 
 
-def load_shift(folder: Path, store: TeacherCache) -> tuple[Split, list[int]]:
-    """Other images of the same classes: a folder a class, by its name.
+@dataclass(frozen=True)
+class Shift:
+    """Other images of some of a store's classes."""
 
-    Returns:
-        The images, their labels among the store's classes, and which classes there are.
+    images: ImageFiles
+    views: Tensor  # [N,5], the clean ones
+    labels: Tensor  # [N], among the store's classes
+    classes: Tensor  # which of them there are, ascending
+
+
+def load_shift(folder: Path, store: TeacherCache) -> Shift:
+    """Other images of the same classes: a folder a class, by its name or, for all, its number.
+
+    They are seen as the store's own images are: small ones whole, photographs without their rim.
 
     Raises:
         RichKDError: no folder, or one in it that is no class of the store.
@@ -225,15 +274,21 @@ def load_shift(folder: Path, store: TeacherCache) -> tuple[Split, list[int]]:
     names = store.manifest["class_names"]
     number = {plain(name): place for place, name in enumerate(names)}
     found, split = class_folders(folder, store.manifest["image_size"])
+    if {*found} == {str(place) for place in range(len(names))} and not {*found} & {*number}:
+        number = {str(place): place for place in range(len(names))}  # as ImageNet-V2 has them
     strange = [name for name in found if plain(name) not in number]
     if strange:
+        more = f", nor have {len(strange) - 1} more" if len(strange) > 1 else ""
         raise RichKDError(
             f"{folder / strange[0]}: no class of {store.path} has this name "
-            f"({nearest(plain(strange[0]), number)}), nor have {len(strange) - 1} more of "
-            f"{len(found)}; name the folders as the classes"
+            f"({nearest(plain(strange[0]), number)}){more}; name the folders as the classes, or "
+            f"all of them by numbers from 0"
         )
     classes = torch.tensor([number[plain(name)] for name in found])
-    return Split(split.images, classes[split.labels]), sorted(set(classes.tolist()))
+    assert isinstance(split.images, ImageFiles)
+    space = ResizedCropFlip(split.images.sizes, split.images.image_size)
+    views = space.clean(len(split), 8 if store.manifest["dataset"]["embedded"] else 7)
+    return Shift(split.images, views_tensor(views), classes[split.labels], classes.sort().values)
 
 
 def plain(name: str) -> str:
@@ -244,69 +299,96 @@ def plain(name: str) -> str:
 # --- robustness ----------------------------------------------------------------------------------
 
 
+@dataclass
+class Mistakes:
+    """Of one student under corruptions."""
+
+    wrong: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in NAMES})
+    right: list[Tensor] = field(default_factory=list)  # [M] bool, a corruption and severity
+
+
 def under_corruptions(
     parts: list[dict[str, Any]],
     students: Sequence[Student],
     corruptions: Corruptions,
     tested: Tensor,
     labels: Tensor,
-    device: torch.device,
+    logits: Sequence[Tensor],
     report: Report,
 ) -> None:
     """Add each student's accuracies by corruption and severity; images are made once for all."""
-    top1: list[dict[str, list[float]]] = [{name: [] for name in NAMES} for _ in students]
+    found = [Mistakes() for _ in students]
     total = len(NAMES) * SEVERITIES * len(tested)
     with report.track("corruptions", total, "images") as tick:
-        for name, _, batches in corruptions.cells(tested, device):
-            images = list(batches)
-            for own, student in zip(top1, students, strict=True):
-                own[name].append(accuracy(student.logits(iter(images)), labels, 1))
-            tick(len(tested))
-    for part, own in zip(parts, top1, strict=True):
-        mce, relative = relative_errors(own, part["top1"], top1[0], parts[0]["top1"])
-        part["corruptions"] = {
-            "source": corruptions.about,
-            "top1": own,
-            "mean_error": mean_corruption_error(own),
-            "mce": mce,
-            "relative_mce": relative,
-        }
+        for name, _, batches in corruptions.cells(tested, students[0].device):
+            right: list[list[Tensor]] = [[] for _ in students]
+            for batch, own_labels in zip(batches, torch.split(labels, EVAL_BATCH), strict=True):
+                for own, student in zip(right, students, strict=True):
+                    own.append(right_of(student.logits(iter([batch])), own_labels))
+                tick(len(own_labels))
+            for mistakes, own in zip(found, right, strict=True):
+                mistakes.right.append(torch.cat(own))
+                mistakes.wrong[name].append(int((~mistakes.right[-1]).sum()))
+    clean = [int((~right_of(own, labels)).sum()) for own in logits]
+    for part, mistakes, own_clean in zip(parts, found, clean, strict=True):
+        top1 = {name: [1 - count / len(tested) for count in each]
+                for name, each in mistakes.wrong.items()}  # fmt: skip
+        mean_error = sum(map(sum, mistakes.wrong.values())) / total
+        part["corruptions"] = {"source": corruptions.about, "top1": top1, "mean_error": mean_error}
+        mce, relative = relative_errors(mistakes.wrong, own_clean, found[0].wrong, clean[0])
+        part["comparison"] |= {"mce": mce, "relative_mce": relative}
+    compare(parts, "corrupted_top1",
+            [torch.stack(mistakes.right).double().mean(0) for mistakes in found])  # fmt: skip
 
 
 def under_shift(
     parts: list[dict[str, Any]],
     students: Sequence[Student],
-    split: Split,
-    classes: list[int],
-    names: Sequence[str],
-    device: torch.device,
+    shift: Shift,
+    logits: Sequence[Tensor],
+    labels: Tensor,
     threshold: float,
     report: Report,
 ) -> None:
-    """Add each student's scores on other images; of classes that they lack, nobody guesses one."""
-    images = make_inputs(split.images, device)
-    views = views_tensor(split.view_space.clean(len(split)))
-    kept = torch.tensor(classes)
-    place = torch.full((len(names),), -1)
-    place[kept] = torch.arange(len(kept))
-    with report.track("shift", len(students) * len(split), "images") as tick:
-        for part, student in zip(parts, students, strict=True):
-            batches = images.batches(torch.arange(len(split)), views, EVAL_BATCH)
-            logits = student.logits(batches)[:, kept]
-            scores = metrics.score(logits, place[split.labels], threshold)
-            part["shift"] = {"samples": len(split), "classes": len(kept), **scores}
-            tick(len(split))
+    """Add each student's scores on other images, and on the clean ones of the same classes.
+
+    Of classes that the other images lack, nobody guesses one in either.
+    """
+    count = len(shift.labels)
+    place = torch.full((logits[0].shape[1],), -1)
+    place[shift.classes] = torch.arange(len(shift.classes))
+    kept = place[labels] >= 0
+    right = []
+    with report.track("shift", len(students) * count, "images") as tick:
+        for part, student, own in zip(parts, students, logits, strict=True):
+            images = make_inputs(shift.images, student.device)
+            batches = images.batches(torch.arange(count), shift.views, EVAL_BATCH)
+            shifted = student.logits(batches)[:, shift.classes]
+            right.append(right_of(shifted, place[shift.labels]))
+            part["shift"] = {
+                "samples": count,
+                "classes": len(shift.classes),
+                **metrics.score(shifted, place[shift.labels], threshold),
+                "clean_top1": right_of(own[kept][:, shift.classes], place[labels[kept]])
+                .double().mean().item() if kept.any() else None,
+            }  # fmt: skip
+            tick(count)
+    compare(parts, "shifted_top1", right)
 
 
 # --- comparison ----------------------------------------------------------------------------------
 
 
-def add_differences(parts: list[dict[str, Any]], logits: list[Tensor], labels: Tensor) -> None:
-    """Add to each run but the first the difference of its top-1, paired by test image."""
-    right = [(own.argmax(1) == labels).double() for own in logits]
-    for part, own in zip(parts, right, strict=True):
-        difference = None if own is right[0] else paired_difference((own - right[0]).tolist())
-        part["minus_first"] = difference and finite(difference)
+def right_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which samples were classified correctly, [N] bool."""
+    return logits.argmax(1) == labels
+
+
+def compare(parts: list[dict[str, Any]], name: str, right: Sequence[Tensor]) -> None:
+    """Add to each run but the first how its accuracy differs, paired by image."""
+    for part, own in zip(parts[1:], right[1:], strict=True):
+        difference = paired_difference((own.double() - right[0].double()).tolist())
+        part["comparison"][name] = difference and finite(difference)
 
 
 def finite(difference: Difference) -> dict[str, float | int | None]:
@@ -316,14 +398,14 @@ def finite(difference: Difference) -> dict[str, float | int | None]:
             "high": difference.high if known else None}  # fmt: skip
 
 
-# --- what reports show of it ---------------------------------------------------------------------
+# --- what a run folder keeps, and reports show ---------------------------------------------------
 
 
 class Scores(TypedDict):
     """What a report reads of an evaluation."""
 
-    weights: str
     samples: int
+    held_out: float
     ece: float
 
 
@@ -334,21 +416,43 @@ class Robustness(TypedDict):
     mean_error: float
 
 
+def evaluation_file(folder: Path, weights: str) -> Path:
+    """Where the evaluation of a run's last or best weights is."""
+    return folder / ("evaluation.json" if weights == "last" else f"evaluation-{weights}.json")
+
+
+def keep(part: Mapping[str, Any], path: Path) -> None:
+    """Write what concerns the run alone; corruptions of an earlier evaluation on the same images
+    stay."""
+    kept = {key: value for key, value in part.items() if key != "comparison"}
+    earlier = read_json(path)
+    alike = all(earlier.get(key) == part[key] for key in ("samples", "held_out"))
+    if "corruptions" not in kept and alike and "corruptions" in earlier:
+        kept["corruptions"] = earlier["corruptions"]
+    write(path, json.dumps(kept, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What an earlier evaluation wrote; nothing where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def read_evaluation(folder: Path) -> tuple[Scores, Robustness | None] | None:
     """What an earlier evaluation of a run's last weights found; None where there is none.
 
     Raises:
         RichKDError: the file is damaged.
     """
-    path = folder / EVALUATION
+    path = evaluation_file(folder, "last")
     if not path.is_file():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        robustness = found.get("corruptions")
-        fault = misfit(found, Scores) or misfit(robustness, Robustness | None, "corruptions")
-    except (OSError, ValueError, AttributeError) as error:
-        fault = str(error)
+    found = read_json(path)
+    robustness = found.get("corruptions")
+    fault = misfit(found, Scores) or misfit(robustness, Robustness | None, "corruptions")
     if fault:
         raise RichKDError(f"{path} is damaged ({fault}); run richkd evaluate again, or remove it")
-    return (found, robustness) if found["weights"] == "last" else None
+    return found, robustness  # type: ignore[return-value]

@@ -13,8 +13,9 @@ import base64
 import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,12 +26,13 @@ from richkd import fusion
 from richkd.analysis import metrics
 from richkd.errors import RichKDError
 from richkd.progress import Report
+from richkd.recipe import Scale
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.training.loop import accuracy
 
 ALPHAS = tuple(round(0.05 * step, 2) for step in range(21))
 SCALES = tuple(2.0**step for step in range(-4, 5))  # times CLIP's own
-SUBSETS = 8  # of prompts, of each size
+SUBSETS = 8  # of prompts, of each size, at most
 CHANGED = 10  # classes that gain, and that lose
 EXAMPLES = 4  # images of each of them
 NAMES = {"cnn": "CNN teacher", "clip": "CLIP", "fused": "fused", "raw": "fused, raw scale",
@@ -75,8 +77,7 @@ def analyze(
     rows = read_rows(cache, split)
     logits = teacher_logits(cache, rows)
     has_clip = rows.similarity is not None
-    steps = 5 if has_clip else 1
-    with report.track("analyze", steps, "parts") as tick:
+    with report.track("analyze", 5, "parts") as tick:
         result: dict[str, Any] = {
             "store": str(path),
             "dataset": cache.manifest["dataset"]["name"],
@@ -86,6 +87,7 @@ def analyze(
             "threshold": threshold,
             "alpha": cache.manifest["alpha"],
             "scale": cache.manifest["scale"],
+            "blend_scale": blend_scale(cache),
             "teachers": {
                 kind: metrics.score(own, rows.labels, threshold) for kind, own in logits.items()
             },
@@ -96,14 +98,23 @@ def analyze(
         }
         tick(1)
         for name, part in (
-            ("disagreement", disagreement),
             ("consistency", consistency),
+            ("disagreement", disagreement),
             ("class_changes", class_changes),
             ("blend", blend_effects),
         ):
-            result[name] = part(cache, rows, logits) if has_clip else None
-            tick(int(has_clip))
+            needs_clip = part is not consistency
+            result[name] = part(cache, rows, logits) if has_clip or not needs_clip else None
+            tick(1)
     return result
+
+
+def blend_scale(cache: TeacherCache) -> float | None:
+    """The number that stands for the store's scale of CLIP's cosines; None without CLIP."""
+    clip = cache.manifest["clip"]
+    if clip is None:
+        return None
+    return fusion.resolve_scale(cast(Scale, cache.manifest["scale"]), clip["logit_scale"])
 
 
 def read_rows(cache: TeacherCache, split: str) -> Rows:
@@ -124,15 +135,21 @@ def teacher_logits(cache: TeacherCache, rows: Rows) -> dict[str, Tensor]:
     clip = cache.manifest["clip"]
     if clip is None or rows.similarity is None:
         return {"cnn": rows.teacher}
-    stored = cache.manifest["scale"]
+    stored = blend_scale(cache)
     logits = {
         "cnn": rows.teacher,
         "clip": clip["logit_scale"] * rows.similarity,
         "fused": cache.blend(rows.teacher, rows.similarity, alpha=None, scale=None),
     }
-    for scale in ("native", "raw"):
+    for name, scale in (("native", clip["logit_scale"]), ("raw", 1.0)):
         if scale != stored:
-            logits[scale] = cache.blend(rows.teacher, rows.similarity, alpha=None, scale=scale)
+            logits[name] = cache.blend(rows.teacher, rows.similarity, alpha=None, scale=scale)
+    for name, own in logits.items():
+        if not torch.isfinite(own).all():
+            raise RichKDError(
+                f"{cache.path}: logits of {NAMES[name]} hold NaN or infinity; richkd verify says "
+                f"where"
+            )
     return logits
 
 
@@ -161,11 +178,12 @@ def consistency(
     cache: TeacherCache, rows: Rows, logits: Mapping[str, Tensor]
 ) -> dict[str, dict[str, float | None]]:
     """Whether classes that are alike get probability: by teacher, the rank correlation of the
-    similarity of its soft labels with that of the text embeddings, and of the CNN's features."""
+    similarity of its soft labels with that of the CNN's mean features, and of text embeddings."""
     yardsticks = {
-        "text": metrics.cosines(fusion.class_embeddings(cache.text_embeddings)),
         "features": metrics.mean_similarity(rows.features, rows.labels, cache.num_classes),
     }
+    if cache.manifest["clip"] is not None:
+        yardsticks["text"] = metrics.cosines(fusion.class_embeddings(cache.text_embeddings))
     return {
         kind: {
             name: metrics.rank_correlation(
@@ -215,17 +233,19 @@ def blend_effects(
     clip = cache.manifest["clip"]
     assert clip is not None and rows.similarity is not None
     alpha, native = cache.manifest["alpha"], clip["logit_scale"]
+    stored = blend_scale(cache)
+    assert stored is not None
     scales = {"raw": 1.0, "native": native}
-    stored = fusion.resolve_scale(cache.manifest["scale"], native)  # type: ignore[arg-type]
+    if stored not in scales.values():
+        scales[f"{stored:g}"] = stored
+    swept = sorted({*(native * factor for factor in SCALES), 1.0, stored})
     return {
         "alpha": [
             {"scale": name, "alpha": a, **_fit(rows, rows.similarity, a, scale)}
             for name, scale in scales.items() for a in ALPHAS
         ],
         "scale": [
-            {"scale": native * factor, "of_native": factor,
-             **_fit(rows, rows.similarity, alpha, native * factor)}
-            for factor in SCALES
+            {"scale": scale, **_fit(rows, rows.similarity, alpha, scale)} for scale in swept
         ],
         "num_prompts": _by_num_prompts(cache, rows, alpha, stored),
         "prompt": _by_prompt(cache, rows, alpha, stored),
@@ -241,13 +261,15 @@ def _fit(rows: Rows, similarity: Tensor, alpha: float, scale: float) -> dict[str
 def _by_num_prompts(
     cache: TeacherCache, rows: Rows, alpha: float, scale: float
 ) -> list[dict[str, Any]]:
-    """Means over random subsets of the prompts, of each size; all of them are one subset."""
+    """Means over subsets of the prompts, of each size: each one alone, some random ones, all."""
     count = cache.text_embeddings.shape[1]
     generator = np.random.default_rng(0)
     found = []
     for size in sorted({*range(1, min(count, 8)), *range(8, count, 8), count}):
-        subsets = [generator.permutation(count)[:size].tolist()
-                   for _ in range(1 if size == count else SUBSETS)]  # fmt: skip
+        subsets: list[list[int]] = (
+            [*map(list, combinations(range(count), size))] if size in (1, count) else
+            [generator.permutation(count)[:size].tolist() for _ in range(SUBSETS)]
+        )  # fmt: skip
         each = [_by_prompts(cache, rows, prompts, alpha, scale) for prompts in subsets]
         found.append(
             {"prompts": size}

@@ -136,10 +136,10 @@ class ResizedCropFlip:
             views[view] = np.concatenate([top, left, box_height, box_width, flip], axis=1)
         return views
 
-    def clean(self, num_samples: int) -> NDArray[np.float32]:
+    def clean(self, num_samples: int, eighths: int = 7) -> NDArray[np.float32]:
         """Parameters [N,5] of the clean view: the central square, 7/8 of the shorter side."""
         height, width = self.sizes[:num_samples].T
-        side = np.maximum(1, np.minimum(height, width) * 7 // 8)
+        side = np.maximum(1, np.minimum(height, width) * eighths // 8)
         top, left = (height - side) // 2, (width - side) // 2
         return np.stack([top, left, side, side, np.zeros_like(side)], axis=1).astype(np.float32)
 

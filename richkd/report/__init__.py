@@ -53,11 +53,12 @@ def write_report(
             tick(1)
     by_path = {str(run.path): run for run in runs}
     cost_of = [costs[by_path[path_of(standing)].key] for standing in standings]
-    extra = [evaluated(standing) for standing in standings]
+    extra, about = evaluated(standings)
     rows = [leaderboard_row(*each) for each in zip(standings, cost_of, extra, strict=True)]
     result = {
         "store": runs[0].settings["cache"],
         "leaderboard": rows,
+        "evaluation": about,
         "teachers": complete[0][1]["teacher"] if complete else None,
         "incomplete": [{"run": str(run.path), "epochs_done": len(run.metrics),
                         "epochs": run.settings["epochs"]}

@@ -18,8 +18,8 @@ from richkd.store.reader import TeacherCache, open_cache
 SCORES = ("top-1, %", "top-5, %", "NLL", "Brier", "ECE, %")
 CELL_HEADS = tuple(lens_plots.CELL_NAMES[cell] for cell in CELLS)
 WITHOUT_CLIP = (
-    "The store has no CLIP: what needs one (disagreement, class consistency, gains and losses, the "
-    "effect of α, scale and prompts) is left out."
+    "The store has no CLIP: what needs one (disagreement, gains and losses, the effect of α, scale "
+    "and prompts) is left out."
 )
 
 
@@ -32,12 +32,12 @@ def write_analysis(
         The analysis, and the paths of the two files.
     """
     store = Path(cache)
-    base = Path(out or store.parent) / f"{store.stem}-analysis"
-    files = {"html": base.with_suffix(".html"), "json": base.with_suffix(".json")}
+    folder = store.parent if out is None else Path(out)
+    files = {kind: folder / f"{store.stem}-analysis.{kind}" for kind in ("html", "json")}
     check_writable(files["html"])
     result = analyze(store, threshold=threshold, split=split, report=report)
     write(files["html"], render(open_cache(store), result))
-    write(files["json"], json.dumps(result, indent=2) + "\n")
+    write(files["json"], json.dumps(result, indent=2, allow_nan=False) + "\n")
     return {**result, "files": {name: str(path) for name, path in files.items()}}
 
 
@@ -79,7 +79,13 @@ def disagreement_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def consistency_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Rank correlations by teacher."""
     return [
-        (NAMES[kind], *("–" if value is None else f"{value:.3f}" for value in row.values()))
+        (
+            NAMES[kind],
+            *(
+                "–" if row.get(name) is None else f"{row[name]:.3f}"
+                for name in ("features", "text")
+            ),
+        )
         for kind, row in result["consistency"].items()
     ]
 
@@ -97,7 +103,7 @@ def best_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The best of each setting of the blend; on these very samples, so a ceiling."""
     blend = result["blend"]
     rows: list[tuple[str, ...]] = []
-    for name in ("raw", "native"):
+    for name in dict.fromkeys(row["scale"] for row in blend["alpha"]):
         own = [row for row in blend["alpha"] if row["scale"] == name]
         best, likely = max(own, key=lambda r: r["top1"]), min(own, key=lambda r: r["nll"])
         rows.append((f"α, {name} scale", f"{best['alpha']:g}", percent(best["top1"]),
@@ -115,7 +121,7 @@ def prompt_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
             for row in result["blend"]["prompt"]]  # fmt: skip
 
 
-CONSISTENCY_HEAD = ("rank correlation of classes", "with the text", "with CNN features")
+CONSISTENCY_HEAD = ("rank correlation of classes", "with CNN features", "with the text")
 DISAGREEMENT_HEAD = ("samples, %", "how many", "blend right")
 CHANGE_HEAD = ("class accuracy, %", "CNN", "CLIP", "fused", "fused − CNN")
 BEST_HEAD = ("best setting of", "by top-1", "top-1, %", "by NLL", "NLL")
@@ -125,7 +131,10 @@ PROMPT_HEAD = ("prompt alone, top-1 in %", "CLIP", "fused")
 def show(result: Mapping[str, Any], report: Report) -> None:
     """The analysis as tables on standard output."""
     teachers = result["teachers"]
-    title = f"{result['store']}: {result['samples']:,} {result['split']} images"
+    title = (
+        f"{result['store']}: {result['samples']:,} {result['split']} images, "
+        f"α {result['alpha']:g}, scale {result['scale']}"
+    )
     report.table(title, ("teacher", *SCORES),
                  [score_row(NAMES[kind], row) for kind, row in teachers.items()])  # fmt: skip
     report.table(
@@ -133,13 +142,13 @@ def show(result: Mapping[str, Any], report: Report) -> None:
         ("teacher", *(head.replace(", ", "\n") for head in CELL_HEADS)),
         [cell_row(NAMES[kind], row) for kind, row in teachers.items()],
     )
+    report.table("", CONSISTENCY_HEAD, consistency_rows(result))
     if result["disagreement"] is None:
         report.say(WITHOUT_CLIP)
         return
     for line in what_fusion_does(teachers):
         report.say(line)
     report.table("", DISAGREEMENT_HEAD, disagreement_rows(result))
-    report.table("", CONSISTENCY_HEAD, consistency_rows(result))
     report.table("", CHANGE_HEAD, change_rows(result))
     report.table("", BEST_HEAD, best_rows(result))
     report.table("", PROMPT_HEAD, prompt_rows(result))
@@ -175,9 +184,9 @@ def render(cache: TeacherCache, result: Mapping[str, Any]) -> str:
         fusion=what_fusion_does(teachers),
         tables={
             "scores": (("teacher", *SCORES), [score_row(*pair) for pair in named.items()]),
+            "consistency": (CONSISTENCY_HEAD, consistency_rows(result)),
             **({} if not has_clip else {
                 "disagreement": (DISAGREEMENT_HEAD, disagreement_rows(result)),
-                "consistency": (CONSISTENCY_HEAD, consistency_rows(result)),
                 "best": (BEST_HEAD, best_rows(result)),
                 "prompts": (PROMPT_HEAD, prompt_rows(result)),
             }),
@@ -206,10 +215,11 @@ def blend_figures(result: Mapping[str, Any]) -> dict[str, Any]:
             "α", "NLL, nats", marks=stored),
         "scale": lens_plots.lines(
             {"top-1": [(row["scale"], 100 * row["top1"]) for row in blend["scale"]]},
-            f"scale of CLIP's cosines at α {result['alpha']:g}", "top-1, %", log=True),
+            f"scale of CLIP's cosines at α {result['alpha']:g}", "top-1, %", log=True,
+            marks=[(result["blend_scale"], "stored")]),
         "num-prompts": lens_plots.lines(
             lens_plots.series(counted, "kind", "prompts", "top1", 100),
-            "prompts (means over random subsets)", "top-1, %"),
+            "prompts (means over subsets)", "top-1, %"),
     }  # fmt: skip
     if changes:
         figures["class-changes"] = lens_plots.class_changes(changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from richkd.report.page import as_json, fill
 from richkd.results import Difference, Standing, mean_and_std, minus_kd
 
 WORST = 10  # classes in a terminal
-CORRUPTION_HEAD = ("under corruptions", "mean top-1, %", "mCE", "relative mCE")
-SHIFT_HEAD = ("on shifted images", *SCORES)
+CORRUPTION_HEAD = ("under corruptions", "top-1, %", "− the first [95 %]", "mCE", "relative")
+SHIFT_HEAD = ("on other images", "clean, %", "top-1, %", "− the first [95 %]", "NLL", "ECE, %")
 DIFFERENCE_HEAD = ("− the first, paired by image", "top-1, points [95 %]")
 CONFUSION_HEAD = ("class", "taken for", "times", "of its images, %")
 CLASS_HEAD = ("class", "images", "recall, %", "precision, %")
@@ -26,16 +27,19 @@ CLASS_HEAD = ("class", "images", "recall, %", "precision, %")
 def write_evaluation(
     folders: Sequence[str], report: Report, *, out: str | None, **settings: Any
 ) -> dict[str, Any]:
-    """Evaluate runs and write evaluation.html; settings and errors of `evaluate`.
+    """Evaluate runs and write evaluation.html and comparison.json; the rest is `evaluate`'s.
 
     Returns:
-        The evaluation, and the path of the page.
+        The evaluation, and the paths of the files.
     """
-    page = Path(out or folders[0]) / "evaluation.html"
-    check_writable(page)
+    folder = Path(folders[0] if out is None else out)
+    files = {"html": folder / "evaluation.html", "json": folder / "comparison.json"}
+    for path in files.values():
+        check_writable(path)
     result = evaluate(folders, report=report, **settings)
-    write(page, render(result))
-    return {**result, "files": {"html": str(page)}}
+    write(files["html"], render(result))
+    write(files["json"], json.dumps(result, indent=2, allow_nan=False) + "\n")
+    return {**result, "files": {kind: str(path) for kind, path in files.items()}}
 
 
 @dataclass(frozen=True)
@@ -46,18 +50,40 @@ class Evaluated:
     corrupted: tuple[float, float] | None  # top-1 under corruptions
 
 
-def evaluated(standing: Standing) -> Evaluated | None:
-    """Calibration and robustness of a row of the leaderboard, where all of its runs have them."""
-    found = [read_evaluation(Path(str(run["run"]))) for run in standing.runs.values()]
-    known = [one for one in found if one is not None]
-    if len(known) < len(found) or len({scores["samples"] for scores, _ in known}) > 1:
-        return None
-    robust = [robustness for _, robustness in known if robustness is not None]
-    alike = len(robust) == len(known) and len({one["source"] for one in robust}) == 1
-    return Evaluated(
-        ece=mean_and_std([scores["ece"] for scores, _ in known]),
-        corrupted=mean_and_std([1 - one["mean_error"] for one in robust]) if alike else None,
-    )
+def evaluated(standings: Sequence[Standing]) -> tuple[list[Evaluated | None], str]:
+    """Calibration and robustness of the leaderboard's rows, and on what they were measured.
+
+    Figures compare on the same images only: rows stand beside the first row that has them if all
+    of their runs were evaluated as its were.
+    """
+    images: tuple[int, float] | None = None
+    source: str | None = None
+    rows: list[Evaluated | None] = []
+    for standing in standings:
+        found = [read_evaluation(Path(str(run["run"]))) for run in standing.runs.values()]
+        known = [one for one in found if one is not None]
+        seen = {(scores["samples"], scores["held_out"]) for scores, _ in known}
+        images = images or (min(seen) if len(known) == len(found) and len(seen) == 1 else None)
+        if len(known) < len(found) or seen != {images}:
+            rows.append(None)
+            continue
+        robust = [robustness for _, robustness in known if robustness is not None]
+        sources = {one["source"] for one in robust}
+        complete = len(robust) == len(known) and len(sources) == 1
+        source = source or (min(sources) if complete else None)
+        rows.append(Evaluated(
+            ece=mean_and_std([scores["ece"] for scores, _ in known]),
+            corrupted=mean_and_std([1 - one["mean_error"] for one in robust])
+            if complete and sources == {source} else None,
+        ))  # fmt: skip
+    if images is None:
+        return rows, ""
+    about = f"ECE (expected calibration error) is on {images[0]:,} test images"
+    if source is not None:
+        about += f", corrupted is top-1 on these under 15 corruptions, {source}"
+    lacking = sum(row is None for row in rows)
+    left_out = f"; {lacking} rows were not evaluated, or otherwise" if lacking else ""
+    return rows, f"{about}; both by richkd evaluate{left_out}."
 
 
 def labels(parts: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -68,24 +94,39 @@ def labels(parts: Sequence[Mapping[str, Any]]) -> list[str]:
     return [part["run"] for part in parts]
 
 
+def difference(part: Mapping[str, Any], name: str) -> str:
+    """How a run's accuracy differs from the first's, paired by image, with its interval."""
+    found = part["comparison"].get(name)
+    if found is None:
+        return ""
+    infinite = {"low": float("-inf"), "high": float("inf")}
+    known = {key: value for key, value in found.items() if value is not None}
+    return minus_kd(Difference(**{**infinite, **known}))
+
+
 def difference_rows(parts: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Every run but the first against it."""
-    rows: list[tuple[str, ...]] = []
-    for name, part in zip(labels(parts), parts, strict=True):
-        if part["minus_first"] is not None:
-            infinite = {"low": float("-inf"), "high": float("inf")}
-            known = {key: value for key, value in part["minus_first"].items() if value is not None}
-            rows.append((name, minus_kd(Difference(**{**infinite, **known}))))
-    return rows
+    return [(name, difference(part, "top1"))
+            for name, part in list(zip(labels(parts), parts, strict=True))[1:]]  # fmt: skip
 
 
 def corruption_rows(parts: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Robustness under corruptions; errors relative to the first run's."""
     return [
-        (name, percent(1 - own["mean_error"]), f"{own['mce']:.3f}",
-         "–" if own["relative_mce"] is None else f"{own['relative_mce']:.3f}")
+        (name, percent(1 - part["corruptions"]["mean_error"]), difference(part, "corrupted_top1"),
+         *("–" if part["comparison"][key] is None else f"{part['comparison'][key]:.3f}"
+           for key in ("mce", "relative_mce")))
         for name, part in zip(labels(parts), parts, strict=True)
-        for own in [part["corruptions"]]
+    ]  # fmt: skip
+
+
+def shift_rows(parts: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Scores on other images, beside those on the clean images of the same classes."""
+    return [
+        (name, percent(own["clean_top1"]), percent(own["top1"]), difference(part, "shifted_top1"),
+         f"{own['nll']:.3f}", percent(own["ece"]))
+        for name, part in zip(labels(parts), parts, strict=True)
+        for own in [part["shift"]]
     ]  # fmt: skip
 
 
@@ -116,9 +157,9 @@ def show(result: Mapping[str, Any], report: Report) -> None:
         report.table("", DIFFERENCE_HEAD, difference_rows(parts))
     if "corruptions" in parts[0]:
         report.table("", CORRUPTION_HEAD, corruption_rows(parts))
+        report.say(f"corruptions: {parts[0]['corruptions']['source']}")
     if "shift" in parts[0]:
-        rows = [score_row(name, part["shift"]) for name, part in zip(names, parts, strict=True)]
-        report.table("", SHIFT_HEAD, rows)
+        report.table("", SHIFT_HEAD, shift_rows(parts))
     if len(parts) == 1:
         report.table("Worst classes", CLASS_HEAD, class_rows(parts[0])[:WORST])
         report.table("Most frequent mistakes", CONFUSION_HEAD, confusion_rows(parts[0]), left=2)
@@ -148,10 +189,7 @@ def render(result: Mapping[str, Any]) -> str:
             {name: part["corruptions"]["top1"] for name, part in zip(names, parts, strict=True)}
         )
     if "shift" in parts[0]:
-        tables["shift"] = (
-            SHIFT_HEAD,
-            [score_row(name, part["shift"]) for name, part in zip(names, parts, strict=True)],
-        )
+        tables["shift"] = (SHIFT_HEAD, shift_rows(parts))
     return fill(
         "evaluation",
         title=f"students on {result['dataset']}",

@@ -39,7 +39,7 @@ def confidence_bars(shares: Mapping[str, Mapping[str, float]]) -> go.Figure:
         )  # fmt: skip
     figure.update_layout(barmode="stack", bargap=0.35)
     figure.update_xaxes(title="samples, %", range=(0, 100))
-    figure.update_yaxes(automargin=True, ticksuffix=" ")
+    figure.update_yaxes(automargin=True, ticksuffix=" ", type="category")
     return plain(figure, height=110 + 38 * len(models))
 
 
@@ -55,10 +55,12 @@ def reliability_diagram(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> go
     figure.add_scatter(x=[0, 100], y=[0, 100], mode="lines", hoverinfo="skip",
                        line={"color": "#888888", "dash": "dot", "width": 1})  # fmt: skip
     ends = []
-    most = max(bin["count"] for own in bins.values() for bin in own)
+    most = max(bin["count"] for everything in bins.values() for bin in everything)
     for number, (model, everything) in enumerate(bins.items()):
         colour = COLOURS[number % len(COLOURS)]
-        own = [bin for bin in everything if bin["count"] >= FEW] or everything[-1:]
+        own = [bin for bin in everything if bin["count"] >= FEW]
+        if not own:
+            continue
         figure.add_scatter(
             x=[100 * bin["confidence"] for bin in own],
             y=[100 * bin["accuracy"] for bin in own],
@@ -73,7 +75,7 @@ def reliability_diagram(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> go
         ends.append((100 * own[-1]["accuracy"], 100 * own[-1]["confidence"], model, colour))
     places = _label_ends(figure, ends, (0, 100))
     figure.update_xaxes(title="confidence, %", range=(0, 101))
-    figure.update_yaxes(title="right, %", range=(0, max(104, *places) + 3))
+    figure.update_yaxes(title="right, %", range=(0, max([104.0, *places]) + 3))
     return plain(figure, right=14 + 7 * max(len(model) for model in bins))
 
 
@@ -84,7 +86,6 @@ def lines(
     *,
     log: bool = False,
     marks: Sequence[tuple[float, str]] = (),
-    title: str = "",
 ) -> go.Figure:
     """Curves with their names at their ends, in the order of the palette.
 
@@ -94,7 +95,6 @@ def lines(
         y_title: of the axis.
         log: whether the axis of x is logarithmic.
         marks: values of x to draw a line at, with what they are.
-        title: of the plot.
     """
     figure = go.Figure()
     seen = [y for points in curves.values() for _, y in points]
@@ -117,7 +117,7 @@ def lines(
         low, high = widened([math.log10(x) for points in curves.values() for x, _ in points], 0.03)
         figure.update_xaxes(range=(low, high), **ticks(low, high))
     figure.update_yaxes(title=y_title, range=(min(bottom, *places), max(top, *places)))
-    return plain(figure, right=14 + 7 * max(len(name) for name in curves), title=title)
+    return plain(figure, right=14 + 7 * max(len(name) for name in curves))
 
 
 def _label_ends(
@@ -125,6 +125,8 @@ def _label_ends(
     log: bool = False,
 ) -> list[float]:  # fmt: skip
     """Names at the ends (y, x, name, colour) of lines, moved off each other; where they went."""
+    if not ends:
+        return []
     places = apart([end[0] for end in ends], 0.075 * (within[1] - within[0]))
     for y, (_, x, name, colour) in zip(places, ends, strict=True):
         figure.add_annotation(x=math.log10(x) if log else x, y=y, text=f" {name}", showarrow=False,
@@ -155,7 +157,7 @@ def class_changes(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
             hovertemplate=f"%{{y}}<br>{name}: %{{x:.2f}} %<extra></extra>",
         )  # fmt: skip
     figure.update_xaxes(title="accuracy, %")
-    figure.update_yaxes(automargin=True, ticksuffix=" ")
+    figure.update_yaxes(automargin=True, ticksuffix=" ", type="category")
     return plain(figure, height=100 + 24 * len(shown))
 
 
@@ -183,7 +185,7 @@ def corruption_dots(top1: Mapping[str, Mapping[str, Sequence[float]]]) -> go.Fig
             hoverinfo="text",
         )  # fmt: skip
     figure.update_xaxes(title="top-1, mean of five severities, %")
-    figure.update_yaxes(automargin=True, ticksuffix=" ")
+    figure.update_yaxes(automargin=True, ticksuffix=" ", type="category")
     return plain(figure, height=420)
 
 

@@ -37,6 +37,7 @@ def render(
         rows=[table_row(*each) for each in zip(standings, costs, extra, strict=True)],
         details=[detail(standing, runs) for standing in standings],
         incomplete=result["incomplete"],
+        evaluation=result["evaluation"],
         key=plots.key(standings),
         plots={
             "Accuracy against cost": as_json(cost_plots),

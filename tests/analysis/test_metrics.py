@@ -9,9 +9,10 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from richkd.analysis import metrics
-from richkd.analysis.corruptions import mean_corruption_error, relative_errors
+from richkd.analysis.corruptions import relative_errors
 
 N, C = 400, 7
 
@@ -123,19 +124,39 @@ def test_similarity_of_classes(
     assert metrics.rank_correlation(torch.eye(2), torch.eye(2)) is None
 
 
+def test_confidence_that_is_all_but_certain() -> None:
+    """Probabilities that f32 rounds to one are of the last bin, with those of 0.95."""
+    logits = torch.zeros(200, 2)
+    logits[:100, 0] = 30.0
+    logits[100:, 0] = math.log(0.95 / 0.05)
+    labels = torch.zeros(200, dtype=torch.int64)
+    labels[:10] = 1
+    score = metrics.score(logits, labels, 0.5)
+    assert score["ece"] == pytest.approx(abs(0.95 - (0.5 * 1.0 + 0.5 * 0.95)), abs=1e-6)
+    assert score["top5"] == 1.0 and score["confident_wrong"] == 0.05
+
+
+def test_torchmetrics_says_the_same(drawn: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    logits, labels, p = drawn
+    other = multiclass_calibration_error(
+        torch.from_numpy(p), torch.from_numpy(labels), num_classes=C, n_bins=15
+    )
+    found = metrics.score(torch.from_numpy(logits), torch.from_numpy(labels), 0.5)["ece"]
+    assert found == pytest.approx(other.item(), abs=1e-6)
+
+
 def test_corruption_errors(rng: np.random.Generator) -> None:
-    """As Hendrycks and Dietterich (2019) define them, on two models' accuracies."""
+    """As Hendrycks and Dietterich (2019) define them, on two models' mistakes."""
     names = ["snow", "frost", "fog"]
-    ours, theirs = ({name: rng.uniform(0.2, 0.7, 5).tolist() for name in names} for _ in range(2))
-    clean, other = 0.9, 0.85
-    ce = [sum(1 - a for a in ours[n]) / sum(1 - a for a in theirs[n]) for n in names]
-    added = [
-        sum((1 - a) - (1 - clean) for a in ours[n]) / sum((1 - a) - (1 - other) for a in theirs[n])
-        for n in names
-    ]
+    ours, theirs = ({name: rng.integers(200, 700, 5).tolist() for name in names} for _ in range(2))
+    clean, other = 90, 150
+    ce = [sum(ours[n]) / sum(theirs[n]) for n in names]
+    added = [sum(w - clean for w in ours[n]) / sum(w - other for w in theirs[n]) for n in names]
     found = relative_errors(ours, clean, theirs, other)
     assert found == pytest.approx((np.mean(ce), np.mean(added)))
     assert relative_errors(theirs, other, theirs, other) == pytest.approx((1, 1))
-    assert mean_corruption_error(ours) == pytest.approx(1 - np.mean([ours[n] for n in names]))
-    perfect = {name: [1.0] * 5 for name in names}
-    assert relative_errors(perfect, 1.0, perfect, 1.0) == (0.0, None)
+    perfect = {name: [0] * 5 for name in names}
+    assert relative_errors(ours, clean, perfect, 0) == (None, None)
+    assert relative_errors(perfect, 0, theirs, 700)[0] == 0.0
+    nothing = {**theirs, "fog": [140, 160, 150, 150, 150]}  # adds none to the clean mistakes
+    assert relative_errors(ours, clean, nothing, 150)[1] is None

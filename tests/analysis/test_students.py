@@ -66,7 +66,17 @@ def test_scores_are_those_of_the_weights(run: Run, runs: list[Path], store: Path
     assert part["top1"] == summary["top1_last"] and part["top5"] == summary["top5_last"]
     p = scipy.special.softmax(logits, axis=1)
     assert part["nll"] == pytest.approx(-np.log(p[np.arange(len(labels)), labels]).mean(), rel=1e-4)
-    assert json.loads((runs[0] / "evaluation.json").read_text()) == part
+    kept = json.loads((runs[0] / "evaluation.json").read_text())
+    assert {**kept, "comparison": {}} == part
+    confident = p.max(1) >= 0.8
+    wrong = logits.argmax(1) != labels
+    assert part["confident_wrong"] == pytest.approx(np.mean(confident & wrong))
+    brier = np.mean(((p - np.eye(p.shape[1])[labels]) ** 2).sum(1))
+    assert part["brier"] == pytest.approx(brier, rel=1e-4)
+    best = run("evaluate", runs[0], "--weights", "best", "--device", "cpu", "--json")
+    assert best.json["runs"][0]["top1"] == pytest.approx(summary["top1_best"])
+    assert json.loads((runs[0] / "evaluation.json").read_text()) == kept
+    assert (runs[0] / "evaluation-best.json").is_file()
     assert read_evaluation(runs[0]) is not None
     page = (runs[0] / "evaluation.html").read_text()
     assert "Most frequent mistakes" in page and "Under corruptions" not in page
@@ -89,11 +99,13 @@ def test_runs_are_compared_on_the_same_images(
     a, b = (logits_of(path, images).argmax(1) == labels for path in runs)
     assert second["top1"] == json.loads((runs[1] / "summary.json").read_text())["top1_last"]
     interval = scipy.stats.ttest_rel(b * 1.0, a * 1.0).confidence_interval(0.95)
-    found = second["minus_first"]
-    assert found["n"] == len(labels) and first["minus_first"] is None
+    found = second["comparison"]["top1"]
+    assert found["n"] == len(labels) and first["comparison"] == {}
     assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
     assert (tmp_path / "evaluation.html").is_file()
-    shown = run("evaluate", *runs, "--out", tmp_path, "--device", "cpu")
+    saved = json.loads((tmp_path / "comparison.json").read_text())
+    assert saved["runs"] == done.json["runs"]
+    shown = run("evaluate", *runs, f"{runs[0]}/", "--out", tmp_path, "--device", "cpu")
     assert max(map(len, shown.out.splitlines()[:-1])) <= 80
 
 
@@ -128,18 +140,21 @@ def test_the_published_files(run: Run, runs: list[Path], store: Path, tmp_path: 
             assert found["top1"][name][severity] == pytest.approx(right), (name, severity)
             errors.append(1 - right)
     assert found["mean_error"] == pytest.approx(np.mean(errors))
-    assert found["mce"] == pytest.approx(1)
+    assert done.json["runs"][0]["comparison"]["mce"] == pytest.approx(1)
     assert "Under corruptions" in (tmp_path / "evaluation.html").read_text()
 
 
-def test_published_files_are_found_beside_the_data(store: Path, tmp_path: Path) -> None:
+def test_published_files_are_found_beside_the_data(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = richkd.open_cache(store)
     test = Split(cache.read("test/images"), cache.read("test/labels"))
     published(tmp_path / "CIFAR-100-C", cache.read("test/images"), test.labels)
     for dataset, make, kind in (("cifar100", True, PublishedCorruptions),
                                 ("cifar10", True, MadeCorruptions),
                                 ("cifar100", False, type(None))):  # fmt: skip
-        assert type(find_corruptions(test, dataset, str(tmp_path), make, None, 0)) is kind
+        monkeypatch.setitem(cache.manifest["dataset"], "name", dataset)  # type: ignore[misc]
+        assert type(find_corruptions(test, cache, str(tmp_path), make, None, 0)) is kind
 
 
 def test_published_files_that_are_wrong(
@@ -154,7 +169,12 @@ def test_published_files_that_are_wrong(
     line = fails(*words)
     assert "fog.npy has 199 rows; 5 severities of 40 test images are 200" in line
     np.save(folder / "fog.npy", np.zeros((200, 32, 32), np.uint8))
-    assert "fog.npy is uint8 (200, 32, 32)" in fails(*words)
+    assert "fog.npy is uint8 (200, 32, 32), and should be" in fails(*words)
+    np.save(folder / "fog.npy", np.zeros((200, 16, 48, 3), np.uint8))
+    assert "it is of other images" in fails(*words)
+    np.savez(tmp_path / "fog.npz", np.zeros(3))
+    shutil.copy(tmp_path / "fog.npz", folder / "fog.npy")
+    assert "it is an archive" in fails(*words)
     np.save(folder / "fog.npy", np.array([{"a": 1}] * 200, object), allow_pickle=True)
     assert "cannot read" in fails(*words)
     (folder / "fog.npy").unlink()
@@ -215,17 +235,29 @@ def test_two_students_under_corruptions(run: Run, runs: list[Path], tmp_path: Pa
                tmp_path, "--json")  # fmt: skip
     assert done.code == 0, done.err
     first, second = (part["corruptions"] for part in done.json["runs"])
-    assert first["mce"] == pytest.approx(1) and "imagecorruptions" in first["source"]
+    compared = [part["comparison"] for part in done.json["runs"]]
+    assert compared[0]["mce"] == pytest.approx(1) and "imagecorruptions" in first["source"]
     errors = [sum(1 - a for a in second["top1"][n]) / sum(1 - a for a in first["top1"][n])
               for n in NAMES]  # fmt: skip
-    assert second["mce"] == pytest.approx(np.mean(errors))
+    assert compared[1]["mce"] == pytest.approx(np.mean(errors))
+    difference = compared[1]["corrupted_top1"]
+    assert difference["n"] == 20
+    expected = first["mean_error"] - second["mean_error"]
+    assert difference["mean"] == pytest.approx(expected)
+    assert difference["low"] <= expected <= difference["high"]
+    # another evaluation on the same images leaves the corruptions where they are
+    assert run("evaluate", *runs, "--limit", 20, "--device", "cpu", "--out", tmp_path).code == 0
+    kept = json.loads((runs[0] / "evaluation.json").read_text())
+    assert kept["corruptions"] == first
+    assert run("evaluate", runs[0], "--limit", 4, "--device", "cpu", "--out", tmp_path).code == 0
+    assert "corruptions" not in json.loads((runs[0] / "evaluation.json").read_text())
     shown = run("evaluate", runs[0], "--corruptions", "--limit", 5, "--device", "cpu", "--out",
                 tmp_path)  # fmt: skip
-    assert "relative mCE" in shown.out and max(map(len, shown.out.splitlines()[:-1])) <= 80
+    assert "relative" in shown.out and max(map(len, shown.out.splitlines()[:-1])) <= 80
 
 
 def test_images_that_are_too_small_for_the_library(store: Path) -> None:
-    with pytest.raises(richkd.RichKDError, match="images of 28 pixels"):
+    with pytest.raises(richkd.RichKDError, match="test images have 28 pixels"):
         MadeCorruptions(torch.zeros(3, 28, 28, 3, dtype=torch.uint8), 0)
 
 
@@ -266,18 +298,48 @@ def test_other_images_of_some_of_the_classes(
         for number in range(4):
             name = names[label].replace(" ", "_").upper()
             with Image.open(tmp_path / "shift" / name / f"{number}.png") as image:
-                # the central square, 7/8 of the shorter side
-                box = image.crop((2, 7, 37, 42)).resize((32, 32), Image.Resampling.BILINEAR)
+                box = image.crop((0, 5, 40, 45)).resize((32, 32), Image.Resampling.BILINEAR)
             logits = logits_of(runs[0], torch.from_numpy(np.array(box))[None])
             right += kept[logits[0, kept].argmax()] == label
     assert abs(found["top1"] * 12 - right) <= 1  # torchvision's resizing rounds otherwise
     assert "On shifted images" in (tmp_path / "evaluation.html").read_text()
+    clean_labels = cache.read("test/labels").numpy()
+    of_kept = np.isin(clean_labels, kept)
+    clean = logits_of(runs[0], cache.read("test/images"))[of_kept][:, kept].argmax(1)
+    expected = np.mean(np.array(kept)[clean] == clean_labels[of_kept])
+    assert found["clean_top1"] == pytest.approx(expected)
 
     (tmp_path / "shift" / "zeppelin").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "shift" / "zeppelin" / "1.png")
     line = fails("evaluate", runs[0], "--shift", tmp_path / "shift", "--device", "cpu")
     assert "zeppelin: no class of" in line
     assert "no folder" in fails("evaluate", runs[0], "--shift", tmp_path / "no", "--device", "cpu")
+
+
+def test_the_test_images_themselves_are_no_shift(
+    run: Run, runs: list[Path], store: Path, tmp_path: Path
+) -> None:
+    """Written as files, in folders by number, they give the very scores of the store's arrays."""
+    cache = richkd.open_cache(store)
+    labels = cache.read("test/labels").tolist()
+    for label in range(cache.num_classes):
+        (tmp_path / "shift" / str(label)).mkdir(parents=True)
+    for number, (pixels, label) in enumerate(zip(cache.read("test/images"), labels, strict=True)):
+        Image.fromarray(pixels.numpy()).save(tmp_path / "shift" / str(label) / f"{number}.png")
+    for label in {*range(cache.num_classes)} - {*labels}:  # a class without images is refused
+        Image.new("RGB", (32, 32)).save(tmp_path / "shift" / str(label) / "none.png")
+    lacking = len({*range(cache.num_classes)} - {*labels})
+    done = run("evaluate", *runs, "--shift", tmp_path / "shift", "--device", "cpu", "--json",
+               "--out", tmp_path)  # fmt: skip
+    assert done.code == 0, done.err
+    alone = run("evaluate", runs[0], "--device", "cpu", "--json", "--out", tmp_path).json["runs"][0]
+    part = done.json["runs"][0]
+    assert part["shift"]["samples"] == len(labels) + lacking
+    if not lacking:
+        for score in ("top1", "nll", "ece", "brier"):
+            assert part["shift"][score] == pytest.approx(alone[score], abs=1e-5)
+    assert part["shift"]["clean_top1"] == pytest.approx(part["top1"])
+    assert done.json["runs"][1]["comparison"]["shifted_top1"]["n"] == len(labels) + lacking
 
 
 # --- what cannot be ------------------------------------------------------------------------------
@@ -290,6 +352,8 @@ def test_what_cannot_be_evaluated(
     assert "is no run folder" in fails("evaluate", tmp_path)
     assert "threshold = 0.0" in fails("evaluate", runs[0], "--threshold", 0)
     assert "limit = 0" in fails("evaluate", runs[0], "--limit", 0)
+    assert "seed = -1" in fails("evaluate", runs[0], "--corruptions", "--seed", -1)
+    assert "no folder ." not in fails("evaluate", runs[0], "--shift", tmp_path / "no")
     assert "unknown weights 'all'" in fails("evaluate", runs[0], "--weights", "all")
     moved = tmp_path / "moved"
     shutil.copytree(runs[0], moved)
@@ -304,5 +368,15 @@ def test_what_cannot_be_evaluated(
     shutil.copytree(runs[0], cut)
     (cut / "summary.json").unlink()
     assert "is not complete" in fails("evaluate", cut)
-    (moved / "evaluation.json").write_text('{"weights": "last", "samples": 3}')
+    (moved / "evaluation.json").write_text('{"held_out": 0.0, "samples": 3}')
     assert "evaluation.json is damaged (ece is missing)" in fails("report", moved)
+    summary = json.loads((moved / "summary.json").read_text())
+    for change, message in (
+        ({"image_size": 64}, "image_size = 64, "),
+        ({"class_names": ["x", *summary["class_names"][1:]]}, "class 0 is 'x'"),
+    ):
+        (moved / "summary.json").write_text(json.dumps({**summary, **change}))
+        assert message in fails("evaluate", moved, "--cache", store)
+    del summary["mean"]
+    (moved / "summary.json").write_text(json.dumps(summary))
+    assert "summary.json lacks mean" in fails("evaluate", moved, "--cache", store)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.special
+import scipy.stats
 import zarr
 from PIL import Image
 
@@ -36,6 +37,7 @@ def arrays(store: Path) -> dict[str, Any]:
         "cnn": group["test/teacher_logits"][:].astype(np.float64),
         "cosine": group["test/clip_similarity"][:].astype(np.float64),
         "image": group["test/clip_features"][:].astype(np.float64),
+        "features": group["test/teacher_features"][:].astype(np.float64),
         "text": group["text/embeddings"][:].astype(np.float64),
         "attributes": dict(group.attrs),
     }
@@ -81,6 +83,12 @@ def test_disagreement_is_a_partition(analysis: dict[str, Any], arrays: dict[str,
     assert cases["both right"]["share"] == pytest.approx(np.mean(cnn & clip))
     assert cases["only CLIP right"]["share"] == pytest.approx(np.mean(~cnn & clip))
     assert cases["both wrong, the same class"]["share"] == pytest.approx(np.mean(~cnn & same))
+    a, scale = arrays["attributes"]["alpha"], arrays["attributes"]["clip"]["logit_scale"]
+    fused = a * arrays["cnn"] + (1 - a) * scale * arrays["cosine"]
+    alone = ~cnn & clip
+    if alone.any():
+        expected = np.mean(fused[alone].argmax(1) == arrays["labels"][alone])
+        assert cases["only CLIP right"]["fused_top1"] == pytest.approx(expected)
     right = sum(row["share"] * (row["fused_top1"] or 0) for row in cases.values())
     assert right == pytest.approx(analysis["teachers"]["fused"]["top1"])
 
@@ -126,22 +134,43 @@ def test_the_effect_of_the_blend(analysis: dict[str, Any], arrays: dict[str, Any
     for row in blend["scale"]:
         fused = alpha * arrays["cnn"] + (1 - alpha) * row["scale"] * arrays["cosine"]
         assert row["nll"] == pytest.approx(nll(fused, labels), rel=1e-4)
-        assert row["scale"] == pytest.approx(row["of_native"] * native)
+    assert {1.0, native} <= {row["scale"] for row in blend["scale"]}
     by_prompt = {row["prompt"]: row["clip_top1"] for row in blend["prompt"]}
     for number, prompt in enumerate(arrays["attributes"]["prompts"]):
         cosine = arrays["image"] @ arrays["text"][:, number].T
         assert by_prompt[prompt] == pytest.approx(top1(cosine, labels), abs=1 / len(labels))
     counts = [row["prompts"] for row in blend["num_prompts"]]
     assert counts[0] == 1 and counts[-1] == len(by_prompt) and counts == sorted(counts)
+    mean = np.mean(list(by_prompt.values()))
+    assert blend["num_prompts"][0]["clip_top1"] == pytest.approx(mean)
     assert blend["num_prompts"][-1]["clip_top1"] == analysis["teachers"]["clip"]["top1"]
     assert blend["num_prompts"][-1]["fused_top1"] == analysis["teachers"]["fused"]["top1"]
 
 
-def test_consistency_is_a_correlation(analysis: dict[str, Any]) -> None:
-    for row in analysis["consistency"].values():
-        assert all(-1 <= value <= 1 for value in row.values())
-    # at the same temperature or another, one teacher says the same of the order of classes
-    assert analysis["consistency"].keys() == analysis["teachers"].keys()
+def test_consistency_is_spearman(analysis: dict[str, Any], arrays: dict[str, Any]) -> None:
+    """Again from the arrays, with loops over pairs of classes."""
+    labels, logits = arrays["labels"], arrays["cnn"]
+    present = sorted(set(labels.tolist()))
+    p = scipy.special.softmax(logits, axis=1)
+    text = arrays["text"].mean(1)
+    mean = {c: arrays["features"][labels == c].mean(0) for c in present}
+
+    def cosine(u: np.ndarray, v: np.ndarray) -> float:
+        return float(u @ v / np.linalg.norm(u) / np.linalg.norm(v))
+
+    rows = []
+    for a in present:
+        for b in present:
+            if a < b:
+                forth = np.mean([p[i, b] / (1 - p[i, a]) for i in np.flatnonzero(labels == a)])
+                back = np.mean([p[i, a] / (1 - p[i, b]) for i in np.flatnonzero(labels == b)])
+                rows.append((forth + back, cosine(text[a], text[b]), cosine(mean[a], mean[b])))
+    soft, by_text, by_features = np.array(rows).T
+    found = analysis["consistency"]
+    assert found.keys() == analysis["teachers"].keys()
+    for name, yardstick in (("text", by_text), ("features", by_features)):
+        expected = scipy.stats.spearmanr(soft, yardstick).statistic
+        assert found["cnn"][name] == pytest.approx(expected, abs=1e-6), name
 
 
 def test_the_training_split_is_its_first_view(store: Path) -> None:
@@ -173,6 +202,28 @@ def test_a_store_without_clip_says_what_it_can(
     done = run("analyze", store, "--json")
     assert done.code == 0, done.err
     assert list(done.json["teachers"]) == ["cnn"] and done.json["blend"] is None
+    assert done.json["consistency"]["cnn"].keys() == {"features"}
     page = (tmp_path / "plain-analysis.html").read_text()
     assert "The store has no CLIP" in page
     assert "has no CLIP" in run("analyze", store).err
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(1.0, "native"), (0.5, 20.0), (0.7, 1.0)])
+def test_stores_with_other_blends(
+    run: Run, make_store: Callable[..., Path], tmp_path: Path, alpha: float, scale: Any
+) -> None:
+    """A name with a dot in it, too."""
+    store = make_store(alpha=alpha, scale=scale, views=1, limit=16, dtype="float32",
+                       out=str(tmp_path / f"shapes-a{alpha}.zarr"))  # fmt: skip
+    done = run("analyze", store, "--json")
+    assert done.code == 0, done.err
+    assert Path(done.json["files"]["html"]).name == f"shapes-a{alpha}-analysis.html"
+    teachers = done.json["teachers"]
+    if alpha == 1.0:
+        assert teachers["fused"] == pytest.approx(teachers["cnn"], abs=1e-6)
+        assert done.json["class_changes"] == {"gain": [], "lose": []}
+    if scale == 1.0:
+        assert "raw" not in teachers  # that is the stored one
+    if scale == 20.0:
+        assert {row["scale"] for row in done.json["blend"]["alpha"]} == {"raw", "native", "20"}
+        assert 20.0 in {row["scale"] for row in done.json["blend"]["scale"]}
