@@ -73,7 +73,8 @@ def reliability_diagram(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> go
             hoverinfo="text",
         )  # fmt: skip
         ends.append((100 * own[-1]["accuracy"], 100 * own[-1]["confidence"], model, colour))
-    places = _label_ends(figure, ends, (0, 100))
+    # of many, hovering tells the names
+    places = _label_ends(figure, ends, (0, 100)) if len(ends) <= len(COLOURS) else []
     figure.update_xaxes(title="confidence, %", range=(0, 101))
     figure.update_yaxes(title="right, %", range=(0, max([104.0, *places]) + 3))
     return plain(figure, right=14 + 7 * max(len(model) for model in bins))

@@ -144,6 +144,7 @@ def test_the_published_files(run: Run, runs: list[Path], store: Path, tmp_path: 
     assert "Under corruptions" in (tmp_path / "evaluation.html").read_text()
 
 
+@pytest.mark.slow
 def test_published_files_are_found_beside_the_data(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +158,7 @@ def test_published_files_are_found_beside_the_data(
         assert type(find_corruptions(test, cache, str(tmp_path), make, None, 0)) is kind
 
 
+@pytest.mark.slow
 def test_published_files_that_are_wrong(
     fails: Fails, runs: list[Path], store: Path, tmp_path: Path
 ) -> None:
@@ -185,6 +187,7 @@ def test_published_files_that_are_wrong(
     assert "labels.npy is missing" in fails(*words[:3], tmp_path / "nowhere", *words[4:])
 
 
+@pytest.mark.slow
 def test_made_corruptions_are_the_same_for_a_seed(store: Path) -> None:
     """By sample, whatever the batches, the workers, and the state of numpy's own stream."""
     images = richkd.open_cache(store).read("test/images")
@@ -316,6 +319,7 @@ def test_other_images_of_some_of_the_classes(
     assert "no folder" in fails("evaluate", runs[0], "--shift", tmp_path / "no", "--device", "cpu")
 
 
+@pytest.mark.slow
 def test_the_test_images_themselves_are_no_shift(
     run: Run, runs: list[Path], store: Path, tmp_path: Path
 ) -> None:

@@ -208,6 +208,7 @@ def test_a_store_without_clip_says_what_it_can(
     assert "has no CLIP" in run("analyze", store).err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("alpha", "scale"), [(1.0, "native"), (0.5, 20.0), (0.7, 1.0)])
 def test_stores_with_other_blends(
     run: Run, make_store: Callable[..., Path], tmp_path: Path, alpha: float, scale: Any

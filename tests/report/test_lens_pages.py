@@ -90,6 +90,7 @@ def test_the_evaluation_in_a_browser(
     assert len(cells(dom, "classes-1")) == len(done.json["runs"][0]["classes"])
 
 
+@pytest.mark.slow
 def test_the_report_shows_what_was_evaluated(run: Run, runs: Path, tmp_path: Path) -> None:
     """Mean over seeds, of rows whose runs were all evaluated."""
     ignore = shutil.ignore_patterns("evaluation.*")
