@@ -15,10 +15,11 @@ from torch import Tensor
 
 from richkd import fusion
 from richkd.data.views import NUM_VIEW_IDS
+from richkd.distill import Source
 from richkd.errors import RichKDError
 from richkd.precompute import precompute
 from richkd.progress import Report
-from richkd.recipe import Precompute, resolve
+from richkd.recipe import Distill, Precompute, resolve
 from richkd.results import teacher_accuracies
 from richkd.store.checksums import (
     block_files,
@@ -33,6 +34,7 @@ from richkd.store.checksums import (
 )
 from richkd.store.reader import TeacherCache, open_cache, open_store
 from richkd.store.schema import Block, Manifest, array_specs, blocks
+from richkd.teachers.cnn import load_teacher
 from richkd.training.loop import accuracy
 
 SAMPLED_ROWS = 256
@@ -275,10 +277,6 @@ VALUES: tuple[tuple[str, str, Callable[[TeacherCache], Iterator[str]]], ...] = (
 
 def check_teacher(cache: TeacherCache, weights: Path, report: Report) -> Iterator[str]:
     """Some training rows, drawn afresh, are what the CNN teacher gives on their views."""
-    from richkd.distill import Source
-    from richkd.recipe import Distill
-    from richkd.teachers.cnn import load_teacher
-
     manifest = cache.manifest
     source = Source(Distill(cache=str(cache.path)), report)
     teacher = load_teacher(

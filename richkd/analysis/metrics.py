@@ -15,10 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from richkd.errors import RichKDError
 from richkd.training.loop import accuracy
 
 BINS = 15
 CELLS = ("confident_correct", "unsure_correct", "unsure_wrong", "confident_wrong")
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuse a confidence that is none."""
+    if not 0 < threshold < 1:
+        raise RichKDError(f"threshold = {threshold}: must be between 0 and 1")
 
 
 def probabilities(logits: Tensor) -> Tensor:

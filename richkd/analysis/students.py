@@ -158,8 +158,7 @@ def evaluate(
 
 def check_settings(threshold: float, limit: int | None, seed: int) -> None:
     """Refuse settings out of range."""
-    if not 0 < threshold < 1:
-        raise RichKDError(f"threshold = {threshold}: must be between 0 and 1")
+    metrics.check_threshold(threshold)
     if limit is not None and limit < 1:
         raise RichKDError(f"limit = {limit}: must be 1 or more")
     if not 0 <= seed < 2**32:

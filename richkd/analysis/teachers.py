@@ -13,8 +13,6 @@ import base64
 import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from itertools import combinations
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -27,7 +25,7 @@ from richkd.analysis import metrics
 from richkd.errors import RichKDError
 from richkd.progress import Report
 from richkd.recipe import Scale
-from richkd.store.reader import TeacherCache, open_cache
+from richkd.store.reader import TeacherCache
 from richkd.training.loop import accuracy
 
 ALPHAS = tuple(round(0.05 * step, 2) for step in range(21))
@@ -51,35 +49,34 @@ class Rows:
 
 
 def analyze(
-    path: str | Path, *, threshold: float = 0.8, split: str = "test", report: Report | None = None
-) -> dict[str, Any]:
+    cache: TeacherCache, *, threshold: float = 0.8, split: str = "test",
+    report: Report | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Everything that can be read from a store about its teachers.
 
     Args:
-        path: of a complete store.
+        cache: an open store.
         threshold: the top probability from which a prediction counts as confident.
         split: test, or train (its first view).
         report: where progress goes.
 
     Returns:
-        A dictionary as it is in analysis.json; accuracies and shares in 0..1, NLL in nats. What
-        needs CLIP is None in a store without it.
+        What report.analysis writes as JSON; accuracies and shares in 0..1, NLL in nats. What needs
+        CLIP is None of a store without it.
 
     Raises:
-        RichKDError: no complete store, or a setting out of range.
+        RichKDError: a setting out of range, or damaged rows.
     """
-    if not 0 < threshold < 1:
-        raise RichKDError(f"threshold = {threshold}: must be between 0 and 1")
+    metrics.check_threshold(threshold)
     if split not in ("test", "train"):
         raise RichKDError(f"split = {split!r}: choose from test, train")
     report = report or Report(quiet=True)
-    cache = open_cache(path)
     rows = read_rows(cache, split)
     logits = teacher_logits(cache, rows)
     has_clip = rows.similarity is not None
-    with report.track("analyze", 5, "parts") as tick:
+    with report.track("analyze", 4, "parts") as tick:
         result: dict[str, Any] = {
-            "store": str(path),
+            "store": str(cache.path),
             "dataset": cache.manifest["dataset"]["name"],
             "split": split,
             "samples": len(rows.labels),
@@ -95,16 +92,15 @@ def analyze(
                 kind: [asdict(bin) for bin in metrics.reliability(own, rows.labels)]
                 for kind, own in logits.items()
             },
+            "consistency": consistency(cache, rows, logits),
         }
         tick(1)
         for name, part in (
-            ("consistency", consistency),
             ("disagreement", disagreement),
             ("class_changes", class_changes),
             ("blend", blend_effects),
         ):
-            needs_clip = part is not consistency
-            result[name] = part(cache, rows, logits) if has_clip or not needs_clip else None
+            result[name] = part(cache, rows, logits) if has_clip else None
             tick(1)
     return result
 
@@ -184,15 +180,12 @@ def consistency(
     }
     if cache.manifest["clip"] is not None:
         yardsticks["text"] = metrics.cosines(fusion.class_embeddings(cache.text_embeddings))
+    alike = {kind: metrics.soft_label_similarity(own, rows.labels) for kind, own in logits.items()}
     return {
-        kind: {
-            name: metrics.rank_correlation(
-                metrics.soft_label_similarity(own, rows.labels), yardstick
-            )
-            for name, yardstick in yardsticks.items()
-        }
-        for kind, own in logits.items()
-    }
+        kind: {name: metrics.rank_correlation(own, yardstick)
+               for name, yardstick in yardsticks.items()}
+        for kind, own in alike.items()
+    }  # fmt: skip
 
 
 def class_changes(
@@ -239,6 +232,7 @@ def blend_effects(
     if stored not in scales.values():
         scales[f"{stored:g}"] = stored
     swept = sorted({*(native * factor for factor in SCALES), 1.0, stored})
+    alone = _by_prompt(cache, rows, alpha, stored)
     return {
         "alpha": [
             {"scale": name, "alpha": a, **_fit(rows, rows.similarity, a, scale)}
@@ -247,8 +241,8 @@ def blend_effects(
         "scale": [
             {"scale": scale, **_fit(rows, rows.similarity, alpha, scale)} for scale in swept
         ],
-        "num_prompts": _by_num_prompts(cache, rows, alpha, stored),
-        "prompt": _by_prompt(cache, rows, alpha, stored),
+        "num_prompts": _by_num_prompts(cache, rows, alone, alpha, stored),
+        "prompt": alone,
     }  # fmt: skip
 
 
@@ -259,23 +253,21 @@ def _fit(rows: Rows, similarity: Tensor, alpha: float, scale: float) -> dict[str
 
 
 def _by_num_prompts(
-    cache: TeacherCache, rows: Rows, alpha: float, scale: float
+    cache: TeacherCache, rows: Rows, alone: list[dict[str, Any]], alpha: float, scale: float
 ) -> list[dict[str, Any]]:
     """Means over subsets of the prompts, of each size: each one alone, some random ones, all."""
-    count = cache.text_embeddings.shape[1]
+    count = len(alone)
     generator = np.random.default_rng(0)
-    found = []
-    for size in sorted({*range(1, min(count, 8)), *range(8, count, 8), count}):
-        subsets: list[list[int]] = (
-            [*map(list, combinations(range(count), size))] if size in (1, count) else
-            [generator.permutation(count)[:size].tolist() for _ in range(SUBSETS)]
-        )  # fmt: skip
-        each = [_by_prompts(cache, rows, prompts, alpha, scale) for prompts in subsets]
-        found.append(
-            {"prompts": size}
-            | {name: float(np.mean([one[name] for one in each])) for name in each[0]}
-        )
-    return found
+    by_size = {1: alone}
+    for size in sorted({*range(2, min(count, 8)), *range(8, count, 8), count} - {1}):
+        draws = 1 if size == count else SUBSETS
+        subsets = [generator.permutation(count)[:size].tolist() for _ in range(draws)]
+        by_size[size] = [_by_prompts(cache, rows, prompts, alpha, scale) for prompts in subsets]
+    return [
+        {"prompts": size, **{name: float(np.mean([one[name] for one in each]))
+                             for name in ("clip_top1", "fused_top1")}}
+        for size, each in by_size.items()
+    ]  # fmt: skip
 
 
 def _by_prompt(cache: TeacherCache, rows: Rows, alpha: float, scale: float) -> list[dict[str, Any]]:

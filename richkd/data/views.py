@@ -137,7 +137,10 @@ class ResizedCropFlip:
         return views
 
     def clean(self, num_samples: int, eighths: int = 7) -> NDArray[np.float32]:
-        """Parameters [N,5] of the clean view: the central square, 7/8 of the shorter side."""
+        """Parameters [N,5] of the clean view: the central square of the shorter side's 7/8.
+
+        Other `eighths` for images that others cropped before: 8 leaves them whole.
+        """
         height, width = self.sizes[:num_samples].T
         side = np.maximum(1, np.minimum(height, width) * eighths // 8)
         top, left = (height - side) // 2, (width - side) // 2

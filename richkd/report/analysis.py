@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ def write_analysis(
     folder = store.parent if out is None else Path(out)
     files = {kind: folder / f"{store.stem}-analysis.{kind}" for kind in ("html", "json")}
     check_writable(files["html"])
-    result = analyze(store, threshold=threshold, split=split, report=report)
-    write(files["html"], render(open_cache(store), result))
+    opened = open_cache(store)
+    result = analyze(opened, threshold=threshold, split=split, report=report)
+    write(files["html"], render(opened, result))
     write(files["json"], json.dumps(result, indent=2, allow_nan=False) + "\n")
     return {**result, "files": {name: str(path) for name, path in files.items()}}
 
@@ -90,12 +91,17 @@ def consistency_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
+def changed_classes(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """From the largest gain to the largest loss."""
+    return [*result["class_changes"]["gain"], *result["class_changes"]["lose"][::-1]]
+
+
 def change_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The classes that gain and lose most."""
     return [
         (row["class"], percent(row["cnn"]), percent(row["clip"]), percent(row["fused"]),
          f"{100 * (row['fused'] - row['cnn']):+.2f}".replace("-", "−"))
-        for row in [*result["class_changes"]["gain"], *result["class_changes"]["lose"][::-1]]
+        for row in changed_classes(result)
     ]  # fmt: skip
 
 
@@ -158,20 +164,17 @@ def render(cache: TeacherCache, result: Mapping[str, Any]) -> str:
     """The whole page."""
     teachers = result["teachers"]
     named = {NAMES[kind]: row for kind, row in teachers.items()}
-    figures = {
-        "confidence": lens_plots.confidence_bars(named),
-        "reliability": lens_plots.reliability_diagram(
-            {NAMES[kind]: bins for kind, bins in result["reliability"].items()}
-        ),
+    bins = {NAMES[kind]: bins for kind, bins in result["reliability"].items()}
+    groups = {
+        "confidence": {"confidence": lens_plots.confidence_bars(named)},
+        "reliability": {"reliability": lens_plots.reliability_diagram(bins)},
     }
     has_clip = result["disagreement"] is not None
-    changed = [] if not has_clip else [
-        {"title": title, "rows": examples(cache, result["split"], result["class_changes"][kind])}
-        for kind, title in (("gain", "now right"), ("lose", "now wrong"))
-        if any(row["samples"] for row in result["class_changes"][kind])
-    ]  # fmt: skip
     if has_clip:
-        figures |= blend_figures(result)
+        groups["blend"] = blend_figures(result)
+        changes = changed_classes(result)
+        if changes:
+            groups["changes"] = {"class-changes": lens_plots.class_changes(changes)}
     return fill(
         "analysis",
         title=f"Teachers of {Path(result['store']).name}",
@@ -191,22 +194,21 @@ def render(cache: TeacherCache, result: Mapping[str, Any]) -> str:
                 "prompts": (PROMPT_HEAD, prompt_rows(result)),
             }),
         },
-        changed=changed,
-        figures={name: as_json({name: figure}) for name, figure in figures.items()},
+        changed=examples(cache, result) if has_clip else {},
+        figures={name: as_json(group) for name, group in groups.items()},
     )  # fmt: skip
 
 
 def blend_figures(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The plots that need CLIP."""
+    """The effect of α, scale and prompts."""
     blend = result["blend"]
-    changes = [*result["class_changes"]["gain"], *result["class_changes"]["lose"][::-1]]
     stored = [(result["alpha"], "stored")]
     counted = [
         {"kind": name, "prompts": row["prompts"], "top1": row[key]}
         for name, key in (("CLIP", "clip_top1"), ("fused", "fused_top1"))
         for row in blend["num_prompts"]
     ]
-    figures = {
+    return {
         "alpha-top1": lens_plots.lines(
             lens_plots.series(blend["alpha"], "scale", "alpha", "top1", 100),
             "α (0: CLIP alone, 1: CNN teacher alone)", "top-1, %", marks=stored),
@@ -221,15 +223,18 @@ def blend_figures(result: Mapping[str, Any]) -> dict[str, Any]:
             lens_plots.series(counted, "kind", "prompts", "top1", 100),
             "prompts (means over subsets)", "top-1, %"),
     }  # fmt: skip
-    if changes:
-        figures["class-changes"] = lens_plots.class_changes(changes)
-    return figures
 
 
 def examples(
-    cache: TeacherCache, split: str, rows: Sequence[Mapping[str, Any]]
-) -> list[tuple[str, list[str]]]:
-    """Class names with pictures of samples that changed."""
-    found = pictures(cache, split, [sample for row in rows for sample in row["samples"]])
-    return [(row["class"], [found[sample] for sample in row["samples"]])
-            for row in rows if row["samples"]] if found else []  # fmt: skip
+    cache: TeacherCache, result: Mapping[str, Any]
+) -> dict[str, list[tuple[str, list[str]]]]:
+    """Class names with pictures of samples that are now right, and now wrong."""
+    changes = result["class_changes"]
+    samples = [sample for rows in changes.values() for row in rows for sample in row["samples"]]
+    found = pictures(cache, result["split"], samples)
+    titles = {"gain": "now right", "lose": "now wrong"}
+    return {
+        titles[kind]: [(row["class"], [found[sample] for sample in row["samples"]])
+                       for row in rows if row["samples"]]
+        for kind, rows in changes.items() if found
+    }  # fmt: skip

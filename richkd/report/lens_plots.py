@@ -57,7 +57,7 @@ def reliability_diagram(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> go
     ends = []
     most = max(bin["count"] for everything in bins.values() for bin in everything)
     for number, (model, everything) in enumerate(bins.items()):
-        colour = COLOURS[number % len(COLOURS)]
+        colour = colour_of(number)
         own = [bin for bin in everything if bin["count"] >= FEW]
         if not own:
             continue
@@ -102,7 +102,7 @@ def lines(
     bottom, top = widened(seen, 0.06)
     ends = []
     for number, (name, points) in enumerate(curves.items()):
-        colour = COLOURS[number % len(COLOURS)]
+        colour = colour_of(number)
         x, y = ([point[axis] for point in points] for axis in (0, 1))
         figure.add_scatter(
             x=x, y=y, mode="lines+markers", marker={"size": 5}, line={"color": colour, "width": 2},
@@ -164,7 +164,12 @@ def class_changes(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
 
 def key(names: Sequence[str]) -> dict[str, str]:
     """The colour of each of several models, as in the plots."""
-    return {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
+    return {name: colour_of(number) for number, name in enumerate(names)}
+
+
+def colour_of(number: int) -> str:
+    """The palette, over and over."""
+    return COLOURS[number % len(COLOURS)]
 
 
 def corruption_dots(top1: Mapping[str, Mapping[str, Sequence[float]]]) -> go.Figure:
@@ -179,7 +184,7 @@ def corruption_dots(top1: Mapping[str, Mapping[str, Sequence[float]]]) -> go.Fig
         each = list(by_name.values())[::-1]
         figure.add_scatter(
             x=[100 * sum(values) / len(values) for values in each], y=names, mode="markers",
-            marker={"color": COLOURS[number % len(COLOURS)], "size": 9,
+            marker={"color": colour_of(number), "size": 9,
                     "symbol": ["circle", "diamond", "square"][number // len(COLOURS) % 3]},
             hovertext=[f"{run}<br>{name}: " + ", ".join(f"{100 * v:.1f}" for v in values) + " %"
                        for name, values in zip(names, each, strict=True)],

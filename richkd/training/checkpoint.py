@@ -27,7 +27,7 @@ import tomli_w
 from torch import Tensor
 
 from richkd.errors import RichKDError
-from richkd.files import check_writable, is_temporary, remove_temporary, replacing
+from richkd.files import check_writable, is_temporary, remove_temporary, write
 from richkd.models.weights import read_note, read_safetensors, save_tensors
 
 _NOT_TRAINING = {"device", "data_root", "dataset", "cache", "out"}
@@ -95,10 +95,7 @@ class RunFolder:
                 return False
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        with replacing(self._recorded) as temporary:
-            temporary.write_text(
-                tomli_w.dumps({"richkd-distill": identity, **recipe}), encoding="utf-8"
-            )
+        write(self._recorded, tomli_w.dumps({"richkd-distill": identity, **recipe}))
         return False
 
     @property
@@ -207,15 +204,13 @@ class RunFolder:
             raise self._nothing_to_go_on_with
         metrics = self.path / "metrics.jsonl"
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)[:epoch]
-        with replacing(metrics) as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
+        write(metrics, "".join(lines))
         return epoch, best, tensors
 
     def finish(self, student: Mapping[str, Tensor], summary: Mapping[str, Any]) -> None:
         """The last weights and the summary; the checkpoint has done its duty."""
         save_tensors(self.path / "last.safetensors", student)
-        with replacing(self.path / "summary.json") as temporary:
-            temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
         for path in self._checkpoints:
             path.unlink()
 

@@ -25,7 +25,7 @@ Fails = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def analysis(store: Path) -> dict[str, Any]:
-    return analyze(store, threshold=0.3)
+    return analyze(open_cache(store), threshold=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +174,8 @@ def test_consistency_is_spearman(analysis: dict[str, Any], arrays: dict[str, Any
 
 
 def test_the_training_split_is_its_first_view(store: Path) -> None:
-    found = analyze(store, split="train")
     cache = open_cache(store)
+    found = analyze(cache, split="train")
     labels = cache.read("train/labels").numpy()
     logits = cache.read("train/teacher_logits", 0).double().numpy()
     assert found["samples"] == len(labels)

@@ -31,6 +31,14 @@ def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def opened(page: Path, tmp_path: Path, width: int, scheme: str) -> str:
+    """The page's elements in a window of a width; its scripts have nothing to complain of."""
+    dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+    dom, console = chromium(page, tmp_path, f"--window-size={width},4000", *dark)
+    assert console == ""
+    return dom
+
+
 def drawn(dom: str, names: set[str], width: int) -> None:
     """Each plot is there, was drawn, and fits the window."""
     tags = [tag for tag in re.finditer(r"<div[^>]*>", dom) if "js-plotly-plot" in tag[0]]
@@ -57,9 +65,7 @@ def test_the_analysis_in_a_browser(
     done = run("analyze", store, "--out", tmp_path, "--json")
     assert done.code == 0, done.err
     page = Path(done.json["files"]["html"])
-    dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
-    dom, console = chromium(page, tmp_path, f"--window-size={width},4000", *dark)
-    assert console == ""
+    dom = opened(page, tmp_path, width, scheme)
     drawn(dom, {"confidence", "reliability", "alpha-top1", "alpha-nll", "scale", "num-prompts",
                 "class-changes"}, width)  # fmt: skip
     shown = {row[0]: row[1:] for row in cells(dom, "scores")}
@@ -80,10 +86,7 @@ def test_the_evaluation_in_a_browser(
     done = run("evaluate", *paths, "--corruptions", "--limit", 5, "--device", "cpu", "--out",
                tmp_path, "--json")  # fmt: skip
     assert done.code == 0, done.err
-    dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
-    dom, console = chromium(Path(done.json["files"]["html"]), tmp_path,
-                            f"--window-size={width},4000", *dark)  # fmt: skip
-    assert console == ""
+    dom = opened(Path(done.json["files"]["html"]), tmp_path, width, scheme)
     drawn(dom, {"confidence", "reliability", "corruptions"}, width)
     assert len(cells(dom, "scores")) == len(cells(dom, "corruptions")) == 4
     assert len(cells(dom, "differences")) == 3
