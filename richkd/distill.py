@@ -396,9 +396,13 @@ def load_images(cache: TeacherCache, settings: Distill) -> tuple[Split, Split]:
             limit=entry["num_train"],
             data_root=settings.data_root,
             image_size=cache.manifest["image_size"],
-        )
+        ),
+        skipped=entry["skipped"],
     )
-    if list(dataset.class_names) != cache.manifest["class_names"]:
+    photographs = catalog.split_name(dataset.name)[0] == catalog.IMAGE_FOLDER  # named at will
+    if len(dataset.class_names) != cache.num_classes or (
+        not photographs and list(dataset.class_names) != cache.manifest["class_names"]
+    ):
         raise RichKDError(
             f"{cache.path} is for other classes than {dataset.name}: "
             f"{len(cache.manifest['class_names'])} against {len(dataset.class_names)}, or by other "

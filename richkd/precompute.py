@@ -303,6 +303,7 @@ def make_manifest(
             "num_train": len(dataset.train),
             "num_test": len(dataset.test),
             "embedded": isinstance(dataset.train.images, Tensor),
+            "skipped": list(dataset.skipped),
         },
         class_names=list(dataset.class_names),
         image_size=dataset.image_size,

@@ -43,7 +43,11 @@ class Images:
     dataset: str = _key("", "shapes, fashion-mnist, cifar10, cifar100 or imagefolder:PATH")
     limit: int | None = _key(None, "take the first N training samples")
     data_root: str = _key("data", "folder where data sets lie, or are downloaded to")
-    image_size: int | None = _key(None, "side of the square images of an imagefolder")
+    image_size: int | None = _key(
+        None, "side of an imagefolder's square images; its own suggest it"
+    )
+    class_names: str = _key("", "file of an imagefolder's class names, a line a class")
+    broken: str = _key("refuse", "files of an imagefolder that are no whole images: refuse or skip")
 
     def __post_init__(self) -> None:
         if not self.dataset:
@@ -54,6 +58,10 @@ class Images:
             _require(kind == catalog.IMAGE_FOLDER, "image_size", self.image_size,
                      f"left out for {kind}, whose images have one size")  # fmt: skip
             _require(self.image_size >= 8, "image_size", self.image_size, "at least 8")
+        _require(not self.class_names or kind == catalog.IMAGE_FOLDER, "class_names",
+                 self.class_names, f"left out for {kind}, whose classes have names")  # fmt: skip
+        if self.broken not in ("refuse", "skip"):
+            raise unknown("choice for --broken", self.broken, ["refuse", "skip"])
 
 
 @dataclass(frozen=True, kw_only=True)

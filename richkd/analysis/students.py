@@ -28,7 +28,8 @@ from richkd.analysis.corruptions import (
     PublishedCorruptions,
     relative_errors,
 )
-from richkd.data.datasets import ImageFiles, Split, class_folders
+from richkd.data.datasets import ImageFiles, Split, files_split
+from richkd.data.folders import class_words, list_images
 from richkd.data.inputs import Batches, Normalize, make_inputs
 from richkd.data.views import ResizedCropFlip, views_tensor
 from richkd.distill import load_images
@@ -272,7 +273,9 @@ def load_shift(folder: Path, store: TeacherCache) -> Shift:
         raise RichKDError(f"no folder {folder}; it should hold a folder of images a class")
     names = store.manifest["class_names"]
     number = {plain(name): place for place, name in enumerate(names)}
-    found, split = class_folders(folder, store.manifest["image_size"])
+    listing = list_images(folder, "refuse")
+    split = files_split(listing, store.manifest["image_size"])
+    found = listing.classes
     if {*found} == {str(place) for place in range(len(names))} and not {*found} & {*number}:
         number = {str(place): place for place in range(len(names))}  # as ImageNet-V2 has them
     strange = [name for name in found if plain(name) not in number]
@@ -292,7 +295,7 @@ def load_shift(folder: Path, store: TeacherCache) -> Shift:
 
 def plain(name: str) -> str:
     """A class name without what folders write differently."""
-    return " ".join(name.replace("_", " ").split()).casefold()
+    return class_words(name).casefold()
 
 
 # --- robustness ----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from richkd.data import catalog
+from richkd.data import catalog, folders
 from richkd.data.views import PadCropFlip, ResizedCropFlip, ViewSpace
 from richkd.errors import RichKDError
 from richkd.recipe import Images
@@ -59,6 +60,8 @@ class ImageFiles:
         from PIL import Image
 
         with Image.open(self.root / self.paths[index]) as image:
+            if image.mode == "P" and "transparency" in image.info:
+                return image.convert("RGBA").convert("RGB")
             return image.convert("RGB")
 
 
@@ -104,6 +107,7 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int
+    skipped: tuple[str, ...] = ()  # files of a folder that are no whole images
 
     @cached_property
     def fingerprint(self) -> str:
@@ -122,37 +126,50 @@ class Dataset:
         return digest.hexdigest()
 
 
-def load_dataset(settings: Images) -> Dataset:
+def load_dataset(settings: Images, skipped: Collection[str] | None = None) -> Dataset:
     """Read a data set by name, its first `limit` training samples.
+
+    Args:
+        settings: which images.
+        skipped: of a folder of images, the files that stage one left out, where that is known;
+            else every file is decoded once to find those that are broken.
 
     Raises:
         RichKDError: an unknown name, missing or damaged files, or no network to fetch them.
     """
     kind, path = catalog.split_name(settings.dataset)
     root = Path(settings.data_root)
-    image_size = settings.image_size or catalog.DATASETS[kind].image_size
     if kind == catalog.IMAGE_FOLDER:
         assert path is not None
-        class_names, train, test = _image_folder(path, image_size)
+        parts = _image_folder(settings, path, skipped)
     elif kind == "shapes":
-        class_names, train, test = _shapes(settings.limit)
+        parts = _shapes(settings.limit)
     elif kind == "fashion-mnist":
-        class_names, train, test = _fashion_mnist(root)
+        parts = _fashion_mnist(root)
     else:
-        class_names, train, test = _cifar(kind, root)
+        parts = _cifar(kind, root)
     mean, std = _STATISTICS[kind]
     return Dataset(
         name=settings.dataset,
-        class_names=class_names,
-        train=train.first(settings.limit),
-        test=test,
+        class_names=parts.class_names,
+        train=parts.train.first(settings.limit),
+        test=parts.test,
         mean=mean,
         std=std,
-        image_size=image_size,
+        image_size=parts.image_size,
+        skipped=parts.skipped,
     )
 
 
-Parts = tuple[tuple[str, ...], Split, Split]
+@dataclass(frozen=True)
+class Parts:
+    """What differs between kinds of data sets."""
+
+    class_names: tuple[str, ...]
+    train: Split
+    test: Split
+    image_size: int = 32
+    skipped: tuple[str, ...] = ()
 
 
 def _shapes(limit: int | None) -> Parts:
@@ -162,7 +179,7 @@ def _shapes(limit: int | None) -> Parts:
     for part, count in (("train", limit or SHAPES_TRAIN), ("test", SHAPES_TEST)):
         drawing = shapes.draw(count, seed=SHAPES_SEEDS[part])
         splits.append(Split(torch.from_numpy(drawing.images), torch.from_numpy(drawing.labels)))
-    return shapes.CLASS_NAMES, splits[0], splits[1]
+    return Parts(shapes.CLASS_NAMES, *splits)
 
 
 def _fashion_mnist(root: Path) -> Parts:
@@ -183,7 +200,7 @@ def _fashion_mnist(root: Path) -> Parts:
         Split(_pad_to_32_rgb(images), torch.from_numpy(labels.astype(np.int64)))
         for images, labels in ((train_images, train_labels), (test_images, test_labels))
     ]
-    return _FASHION_CLASSES, splits[0], splits[1]
+    return Parts(_FASHION_CLASSES, *splits)
 
 
 def _read_idx(path: Path) -> NDArray[np.uint8]:
@@ -220,7 +237,7 @@ def _cifar(kind: str, root: Path) -> Parts:
     for train in (True, False):
         data = reader(root, train=train)
         splits.append(Split(torch.from_numpy(data.data), torch.tensor(data.targets)))
-    return tuple(name.replace("_", " ") for name in data.classes), splits[0], splits[1]
+    return Parts(tuple(name.replace("_", " ") for name in data.classes), *splits)
 
 
 def _download_with_torchvision(name: str, root: Path, offline: str) -> Any:
@@ -241,7 +258,7 @@ def _download_with_torchvision(name: str, root: Path, offline: str) -> Any:
     return reader
 
 
-def _image_folder(path: Path, image_size: int) -> Parts:
+def _image_folder(settings: Images, path: Path, skipped: Collection[str] | None) -> Parts:
     if not path.is_dir():
         raise RichKDError(f"imagefolder:{path}: there is no such folder")
     held_out = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
@@ -250,62 +267,28 @@ def _image_folder(path: Path, image_size: int) -> Parts:
             f"imagefolder:{path} needs the layout {path}/train/CLASS/image.jpg and "
             f"{path}/val/CLASS/image.jpg"
         )
-    splits, classes = [], []
-    for folder in (path / "train", held_out):
-        names, split = class_folders(folder, image_size)
-        classes.append(names)
-        splits.append(split)
-    if classes[0] != classes[1]:
-        different = sorted(set(classes[0]) ^ set(classes[1]))
+    train, test = (
+        folders.list_images(folder, settings.broken, skipped)
+        for folder in (path / "train", held_out)
+    )
+    if train.classes != test.classes:
+        different = sorted({*train.classes} ^ {*test.classes})
         raise RichKDError(
             f"imagefolder:{path}: {different[0]!r} is a class of one of "
             f"{path / 'train'} and {held_out} only"
         )
-    return tuple(name.replace("_", " ") for name in classes[0]), splits[0], splits[1]
+    image_size = settings.image_size or folders.suggest_image_size(train.sizes)
+    names = (
+        folders.read_class_names(Path(settings.class_names), train.classes)
+        if settings.class_names else tuple(map(folders.class_words, train.classes))
+    )  # fmt: skip
+    return Parts(
+        names, files_split(train, image_size), files_split(test, image_size), image_size,
+        (*train.skipped, *test.skipped),
+    )  # fmt: skip
 
 
-def class_folders(folder: Path, image_size: int) -> tuple[list[str], Split]:
-    """Images in a folder a class, and the folders' names.
-
-    Raises:
-        RichKDError: no class, a class without images, or a file that is no image.
-    """
-    from torchvision.datasets import ImageFolder
-
-    try:
-        listing = ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise RichKDError(f"{folder}: {error}") from None
-    # interleave the classes, so that --limit N does not take the first classes only
-    samples = _spread(listing.samples)
-    paths = tuple(str(Path(file).relative_to(folder)) for file, _ in samples)
-    sizes = _image_sizes(folder, paths)
-    labels = torch.tensor([label for _, label in samples])
-    return listing.classes, Split(ImageFiles(folder, paths, sizes, image_size), labels)
-
-
-def _spread(samples: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """The samples in an order in which every prefix holds the classes evenly."""
-    seen: dict[int, int] = {}
-    keyed = []
-    for file, label in samples:
-        seen[label] = seen.get(label, 0) + 1
-        keyed.append((seen[label], label, file))
-    return [(file, label) for _, label, file in sorted(keyed)]
-
-
-def _image_sizes(folder: Path, paths: tuple[str, ...]) -> NDArray[np.int64]:
-    """Heights and widths from the files' headers; a file that is no image is named."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from PIL import Image
-
-    def size(path: str) -> tuple[int, int]:
-        try:
-            with Image.open(folder / path) as image:
-                return image.height, image.width
-        except (OSError, Image.DecompressionBombError) as error:
-            raise RichKDError(f"cannot read image {folder / path}: {error}; remove it") from None
-
-    with ThreadPoolExecutor(8) as pool:
-        return np.array(list(pool.map(size, paths)), np.int64).reshape(-1, 2)
+def files_split(listing: folders.Listing, image_size: int) -> Split:
+    """Images that stay files."""
+    files = ImageFiles(listing.folder, listing.paths, listing.sizes, image_size)
+    return Split(files, torch.tensor(listing.labels))

@@ -13,7 +13,7 @@ from typing import Any, TypedDict, cast
 
 from richkd.typecheck import misfit
 
-SCHEMA = 2
+SCHEMA = 3
 FORMAT = "richkd-cache"
 CHUNK_BYTES = 4 * 2**20
 MAX_BLOCK = 8192
@@ -28,6 +28,7 @@ class DatasetEntry(TypedDict):
     num_train: int
     num_test: int
     embedded: bool
+    skipped: list[str]  # files of a folder that are no whole images
 
 
 class ViewsEntry(TypedDict):
