@@ -44,6 +44,8 @@ Dataset = Annotated[str | None, _option(Precompute, "dataset")]
 Limit = Annotated[int | None, _option(Precompute, "limit")]
 DataRoot = Annotated[str | None, _option(Precompute, "data_root")]
 ImageSize = Annotated[int | None, _option(Precompute, "image_size")]
+ClassNames = Annotated[str | None, _option(Precompute, "class_names")]
+Broken = Annotated[str | None, _option(Precompute, "broken")]
 Epochs = Annotated[int | None, _shared("epochs")]
 BatchSize = Annotated[int | None, _shared("batch_size")]
 LearningRate = Annotated[float | None, _shared("lr")]
@@ -107,6 +109,8 @@ def train_teacher(
     seed: Seed = None,
     data_root: DataRoot = None,
     image_size: ImageSize = None,
+    class_names: ClassNames = None,
+    broken: Broken = None,
     device: Device = None,
     precision: Precision = None,
     recipe: Recipe = None,
@@ -145,6 +149,8 @@ def precompute(
     seed: Annotated[int | None, _option(Precompute, "seed")] = None,
     data_root: DataRoot = None,
     image_size: ImageSize = None,
+    class_names: ClassNames = None,
+    broken: Broken = None,
     device: Device = None,
     recipe: Recipe = None,
     overwrite: Overwrite = False,

@@ -43,11 +43,9 @@ class Images:
     dataset: str = _key("", "shapes, fashion-mnist, cifar10, cifar100 or imagefolder:PATH")
     limit: int | None = _key(None, "take the first N training samples")
     data_root: str = _key("data", "folder where data sets lie, or are downloaded to")
-    image_size: int | None = _key(
-        None, "side of an imagefolder's square images; its own suggest it"
-    )
+    image_size: int | None = _key(None, "side of an imagefolder's images; they suggest one")
     class_names: str = _key("", "file of an imagefolder's class names, a line a class")
-    broken: str = _key("refuse", "files of an imagefolder that are no whole images: refuse or skip")
+    broken: str = _key("refuse", "an imagefolder's damaged files: refuse or skip")
 
     def __post_init__(self) -> None:
         if not self.dataset:

@@ -179,7 +179,7 @@ def _shapes(limit: int | None) -> Parts:
     for part, count in (("train", limit or SHAPES_TRAIN), ("test", SHAPES_TEST)):
         drawing = shapes.draw(count, seed=SHAPES_SEEDS[part])
         splits.append(Split(torch.from_numpy(drawing.images), torch.from_numpy(drawing.labels)))
-    return Parts(shapes.CLASS_NAMES, *splits)
+    return Parts(shapes.CLASS_NAMES, splits[0], splits[1])
 
 
 def _fashion_mnist(root: Path) -> Parts:
@@ -200,7 +200,7 @@ def _fashion_mnist(root: Path) -> Parts:
         Split(_pad_to_32_rgb(images), torch.from_numpy(labels.astype(np.int64)))
         for images, labels in ((train_images, train_labels), (test_images, test_labels))
     ]
-    return Parts(_FASHION_CLASSES, *splits)
+    return Parts(_FASHION_CLASSES, splits[0], splits[1])
 
 
 def _read_idx(path: Path) -> NDArray[np.uint8]:
@@ -237,7 +237,8 @@ def _cifar(kind: str, root: Path) -> Parts:
     for train in (True, False):
         data = reader(root, train=train)
         splits.append(Split(torch.from_numpy(data.data), torch.tensor(data.targets)))
-    return Parts(tuple(name.replace("_", " ") for name in data.classes), *splits)
+    class_names = tuple(name.replace("_", " ") for name in data.classes)
+    return Parts(class_names, splits[0], splits[1])
 
 
 def _download_with_torchvision(name: str, root: Path, offline: str) -> Any:
@@ -267,10 +268,8 @@ def _image_folder(settings: Images, path: Path, skipped: Collection[str] | None)
             f"imagefolder:{path} needs the layout {path}/train/CLASS/image.jpg and "
             f"{path}/val/CLASS/image.jpg"
         )
-    train, test = (
-        folders.list_images(folder, settings.broken, skipped)
-        for folder in (path / "train", held_out)
-    )
+    train = folders.list_images(path / "train", settings.broken, skipped)
+    test = folders.list_images(held_out, settings.broken, skipped)
     if train.classes != test.classes:
         different = sorted({*train.classes} ^ {*test.classes})
         raise RichKDError(

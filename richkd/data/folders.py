@@ -54,8 +54,8 @@ def list_images(folder: Path, broken: str, known: Collection[str] | None = None)
         raise RichKDError(f"{folder}: {error}") from None
     # interleave the classes, so that --limit N does not take the first classes only
     samples = [(str(Path(file).relative_to(folder)), label)
-               for file, label in _spread(listing.samples)
-               if f"{folder.name}/{Path(file).relative_to(folder)}" not in (known or ())]  # fmt: skip
+               for file, label in _spread(listing.samples)]  # fmt: skip
+    samples = [sample for sample in samples if f"{folder.name}/{sample[0]}" not in (known or ())]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         found = [*pool.map(lambda s: _size(folder / s[0], decode=known is None), samples)]
     faults = [(path, size) for (path, _), size in zip(samples, found, strict=True)
