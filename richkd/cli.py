@@ -125,7 +125,8 @@ def train_teacher(
     from richkd.data.datasets import load_dataset
     from richkd.teachers import cnn
 
-    cnn.check_output(Path(settings.out), overwrite)
+    if settings.out:
+        cnn.check_output(Path(settings.out), overwrite)
     report = _report(as_json)
     summary = cnn.train_teacher(settings, load_dataset(settings), report, overwrite=overwrite)
     _print(summary, as_json)

@@ -337,7 +337,7 @@ def with_defaults(settings: Distill, cache: TeacherCache, runs: str = "runs") ->
         runs: the folder for a run without a name.
     """
     dataset = cache.manifest["dataset"]["name"]
-    student = settings.student or catalog.defaults(dataset).student
+    student = settings.student or catalog.networks(dataset, cache.manifest["image_size"])[1]
     alpha = "" if settings.alpha is None else f"-a{settings.alpha}"
     name = f"{cache.path.stem}-{student}-{settings.method}{alpha}-s{settings.seed}"
     out = settings.out or str(Path(runs) / name.replace("/", "-"))

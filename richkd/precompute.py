@@ -40,6 +40,8 @@ from richkd.teachers.cnn import CNNTeacher, load_teacher, train_teacher
 from richkd.training.device import choose_device, versions
 from richkd.training.loop import accuracy
 
+PREVIEWED = 256  # test images that CLIP sees before anything long
+
 
 def precompute(
     settings: Precompute,
@@ -72,15 +74,19 @@ def precompute(
     check_target(out, overwrite, repairing=redo is not None)
     check_clip(settings.clip)
     templates = load_prompts(settings.prompts)
+    check_given(settings)
+    dataset = dataset or load_dataset(settings)
+    settings = settings.for_size(dataset.image_size)
     training = resolve(TrainTeacher, dict(teacher_recipe or {}), {
         "dataset": settings.dataset, "limit": settings.limit, "data_root": settings.data_root,
         "image_size": settings.image_size, "model": settings.teacher, "device": settings.device,
     })  # fmt: skip
     weights = teacher_weights(settings, training)
-    dataset = dataset or load_dataset(settings)
     space = dataset.train.view_space
     check_num_views(settings.views, space.limit)
     report.say(f"{describe(dataset)}; fingerprint {dataset.fingerprint[:12]}")
+    for path in dataset.skipped:
+        report.say(f"left out, for it is no whole image: {path}")
 
     def load(weights: Path) -> CNNTeacher:
         normalize = Normalize(dataset.mean, dataset.std, device)
@@ -97,13 +103,16 @@ def precompute(
             check_trained_on(weights, dataset)
         teacher = load(weights)
     clip = open_clip_teacher(settings.clip, device, report)
+    text = clip.text_embeddings(dataset.class_names, templates) if clip else None
+    if clip is not None and text is not None:
+        preview(clip, text, templates, dataset, device, report)
     if weights is None:
         report.say(
-            f"no --teacher-weights given and none at {training.out}: training the teacher first"
+            f"no --teacher-weights given and none at {training.out}: training the teacher, "
+            f"{settings.teacher}, first"
         )
         train_teacher(training, dataset, report)
         teacher = load(Path(training.out))
-    text = clip.text_embeddings(dataset.class_names, templates) if clip else None
     manifest = make_manifest(settings, dataset, teacher, clip, text, templates)
     check_room(out, manifest, report)
 
@@ -239,20 +248,41 @@ class BlockComputer:
         return similarity
 
 
-def teacher_weights(settings: Precompute, training: TrainTeacher) -> Path | None:
-    """The teacher's weights: those given, else those trained before, else None.
+def check_given(settings: Precompute) -> None:
+    """Refuse teacher weights that are given and not there, before any image is read."""
+    path = Path(settings.teacher_weights)
+    if settings.teacher_weights and not path.is_file():
+        raise RichKDError(
+            f"no teacher weights at {path}; pass a file of {settings.teacher or 'its'} weights, or "
+            f"leave --teacher-weights out to train one"
+        )
 
-    Raises:
-        RichKDError: weights were given and are not there.
-    """
+
+def preview(
+    clip: ClipTeacher, text: Tensor, templates: tuple[str, ...], dataset: Dataset,
+    device: torch.device, report: Report,
+) -> None:  # fmt: skip
+    """Say, before anything long, what CLIP will be asked and how well it answers so far."""
+    names = dataset.class_names
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    report.say(f"classes: {shown}")
+    asked = "; ".join(template.replace("{}", names[0]) for template in templates[:3])
+    more = f"; and {len(templates) - 3} more" if len(templates) > 3 else ""
+    report.say(f"prompts a class: {len(templates)}: {asked}{more}")
+    count = min(PREVIEWED, len(dataset.test))
+    inputs = make_inputs(dataset.test.first(count).images, device)
+    similarity = fusion.clip_similarity(
+        clip.image_features(inputs, 0, count, PREVIEWED), fusion.class_embeddings(text)
+    )
+    top1 = accuracy(similarity.cpu(), dataset.test.labels[:count], 1)
+    report.say(f"CLIP zero-shot on {count} of the test images: {percent(top1)} % (chance "
+               f"{percent(1 / len(names))} %)")  # fmt: skip
+
+
+def teacher_weights(settings: Precompute, training: TrainTeacher) -> Path | None:
+    """The teacher's weights: those given, else those trained before, else None."""
     if settings.teacher_weights:
-        path = Path(settings.teacher_weights)
-        if not path.is_file():
-            raise RichKDError(
-                f"no teacher weights at {path}; pass a file of {settings.teacher} weights, or "
-                f"leave --teacher-weights out to train one"
-            )
-        return path
+        return Path(settings.teacher_weights)
     trained = Path(training.out)
     return trained if trained.is_file() else None
 

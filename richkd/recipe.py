@@ -10,7 +10,7 @@ import dataclasses
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -103,13 +103,17 @@ class TrainTeacher(Images, Training):
     def __post_init__(self) -> None:
         Images.__post_init__(self)
         Training.__post_init__(self)
-        if not self.model:
-            object.__setattr__(self, "model", catalog.defaults(self.dataset).teacher)
-        if not self.out:
+        object.__setattr__(self, "model", self.model or catalog.defaults(self.dataset).teacher)
+        if not self.out and self.model:
             limit = f"-{self.limit}" if self.limit else ""
             name = f"{catalog.short_name(self.dataset)}{limit}-{self.model}.safetensors"
             object.__setattr__(self, "out", str(Path("teachers") / name))
-        _require(self.out.endswith(".safetensors"), "out", self.out, "a .safetensors file")
+        _require(not self.out or self.out.endswith(".safetensors"), "out", self.out,
+                 "a .safetensors file")  # fmt: skip
+
+    def for_size(self, image_size: int) -> TrainTeacher:
+        """With the network that suits images of this size, where none was named."""
+        return replace(self, model=self.model or catalog.networks(self.dataset, image_size)[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +153,10 @@ class Precompute(Images):
         most = 10 if self.dtype == "float16" else 23
         _require(self.keep_bits is None or 1 <= self.keep_bits <= most, "keep_bits",
                  self.keep_bits, f"in 1..{most} for {self.dtype}")  # fmt: skip
+
+    def for_size(self, image_size: int) -> Precompute:
+        """With the teacher that suits images of this size, where none was named."""
+        return replace(self, teacher=self.teacher or catalog.networks(self.dataset, image_size)[0])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict
     })  # fmt: skip
     if not flags.get("cache") and "out" not in one:
         out = Path(stage_one.out)
-        named = out.with_name(f"{out.stem}-{stage_one.teacher}{out.suffix}")
+        named = out.with_name("-".join(filter(None, [out.stem, stage_one.teacher])) + out.suffix)
         stage_one = replace(stage_one, out=str(named))
     two = recipe.table("distill")
     stage_two = resolve(Distill, two, {

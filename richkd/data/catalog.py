@@ -18,7 +18,6 @@ class Defaults:
     student: str
     teacher_epochs: int
     clip: str
-    image_size: int = 32
 
 
 _OPENAI = "ViT-L-14-quickgelu:openai"  # the CLIP of the RichKD release
@@ -34,10 +33,17 @@ DATASETS: dict[str, Defaults] = {
     "cifar100": Defaults(
         teacher="resnet32x4", student="resnet8x4", teacher_epochs=240, clip=_OPENAI
     ),
-    IMAGE_FOLDER: Defaults(
-        teacher="resnet50", student="resnet18", teacher_epochs=90, clip=_OPENAI, image_size=224
-    ),
+    # networks: by the size of the images, once that is known (`networks`)
+    IMAGE_FOLDER: Defaults(teacher="", student="", teacher_epochs=90, clip=_OPENAI),
 }
+SMALL = 64  # pixels: up to here the CIFAR zoo is at home, beyond it timm's networks are
+
+
+def networks(dataset: str, image_size: int) -> tuple[str, str]:
+    """Teacher and student that suit a data set with images of a size."""
+    suggested = defaults(dataset)
+    by_size = ("resnet32x4", "resnet8x4") if image_size <= SMALL else ("resnet50", "resnet18")
+    return suggested.teacher or by_size[0], suggested.student or by_size[1]
 
 
 def split_name(dataset: str) -> tuple[str, Path | None]:

@@ -120,10 +120,13 @@ def class_words(folder: str) -> str:
 
 @cache
 def _lemmas() -> dict[str, str]:
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
-    described = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
-    return {synset: lemmas.split(",")[0] for synset, lemmas in described.items()}
+    known = ImageNetInfo("imagenet-22k")
+    return {
+        synset: known.label_name_to_description(synset).split(",")[0]
+        for synset in known.label_names()  # type: ignore[no-untyped-call]
+    }
 
 
 def read_class_names(file: Path, folders: Sequence[str]) -> tuple[str, ...]:

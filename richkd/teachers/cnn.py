@@ -82,6 +82,7 @@ def train_teacher(
     Raises:
         RichKDError: anything the user can mend, found before training starts.
     """
+    settings = settings.for_size(dataset.image_size)
     out = Path(settings.out)
     check_output(out, overwrite)
     device = choose_device(settings.device)
