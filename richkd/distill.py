@@ -397,7 +397,7 @@ def load_images(cache: TeacherCache, settings: Distill) -> tuple[Split, Split]:
             data_root=settings.data_root,
             image_size=cache.manifest["image_size"],
         ),
-        skipped=entry["skipped"],
+        skipped=entry.get("skipped", []),
     )
     photographs = catalog.split_name(dataset.name)[0] == catalog.IMAGE_FOLDER  # named at will
     if len(dataset.class_names) != cache.num_classes or (

@@ -12,7 +12,7 @@ from typing import Any, Literal
 @cache
 def hints(of: type) -> dict[str, Any]:
     """The type hints of a dataclass or a TypedDict by name."""
-    return typing.get_type_hints(of)
+    return typing.get_type_hints(of, include_extras=True)
 
 
 def fits(value: object, hint: Any) -> bool:
@@ -27,8 +27,12 @@ def misfit(value: object, hint: Any, place: str = "") -> str | None:
     if typing.is_typeddict(hint) and isinstance(value, Mapping):
         for name, wanted in hints(hint).items():
             at = f"{place}.{name}" if place else name
-            lacks = f"{at} is missing"
-            inner.append(misfit(value[name], wanted, at) if name in value else lacks)
+            if name in value:
+                inner.append(misfit(value[name], wanted, at))
+            elif typing.get_origin(wanted) is not typing.NotRequired:
+                inner.append(f"{at} is missing")
+    elif origin is typing.NotRequired:
+        return misfit(value, arguments[0], place)
     elif origin in (typing.Union, types.UnionType):
         # of several, the last one's complaint is the one to hear: `| None` has none of its own
         found = [misfit(value, option, place) for option in arguments if option is not type(None)]

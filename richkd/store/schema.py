@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from richkd.typecheck import misfit
 
-SCHEMA = 3
+SCHEMA = 2
 FORMAT = "richkd-cache"
 CHUNK_BYTES = 4 * 2**20
 MAX_BLOCK = 8192
@@ -28,7 +28,7 @@ class DatasetEntry(TypedDict):
     num_train: int
     num_test: int
     embedded: bool
-    skipped: list[str]  # files of a folder that are no whole images
+    skipped: NotRequired[list[str]]  # files of a folder that are no whole images
 
 
 class ViewsEntry(TypedDict):
