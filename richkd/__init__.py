@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from richkd.errors import RichKDError as RichKDError
     from richkd.models import create_model as create_model
     from richkd.models import forward as forward
+    from richkd.samples import torch_dataset as torch_dataset
     from richkd.store.reader import TeacherCache as TeacherCache
     from richkd.store.reader import open_cache as open_cache
 
@@ -27,6 +28,7 @@ _HOME = {
     "create_model": "richkd.models",
     "forward": "richkd.models",
     "open_cache": "richkd.store.reader",
+    "torch_dataset": "richkd.samples",
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "forward",
     "losses",
     "open_cache",
+    "torch_dataset",
 ]
 
 

@@ -347,12 +347,7 @@ def sweep(
     report = _report(as_json)
     result = run_sweep(settings, read, _given(arguments), dry_run=dry_run, report=report)
     _print(result, as_json)
-    if result["failed"]:
-        names = ", ".join(failure["run"] for failure in result["failed"])
-        raise RichKDError(
-            f"{len(result['failed'])} of the runs failed: {names}; the same command tries them "
-            f"again, each from its last epoch"
-        )
+    _check_failed(result)
 
 
 @app.command()
@@ -372,23 +367,32 @@ def run(
         str | None, typer.Option(help="the store; default cache/DATASET-TEACHER.zarr")
     ] = None,
     out: Annotated[
-        str | None, typer.Option(help="run folder; default runs/RECIPE/STUDENT-METHOD-sSEED")
+        str | None,
+        typer.Option(
+            help="run folder; default runs/RECIPE/STUDENT-METHOD-sSEED, and runs/RECIPE for a sweep"
+        ),
     ] = None,
     data_root: DataRoot = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """A recipe from end to end: teacher, stage one, stage two; what is done is not done again."""
+    """A recipe from end to end: teacher, stage one, stage two or its sweep, and the report.
+
+    What is done is not done again. A recipe with a [sweep] trains its grid; --student, --method,
+    --target, --set or --seed ask for that one run instead.
+    """
     given = _given(locals())
     from richkd.results import results_table
     from richkd.run import run_recipe
 
     report = _report(as_json)
-    summary = run_recipe(recipes.load(recipe), given, report)
-    if as_json:
-        _print(summary, as_json)
-    else:
-        results_table(report, f"{summary['run']}", [summary])
+    result = run_recipe(recipes.load(recipe), given, report)
+    if "run" in result:  # a sweep has shown its leaderboard
+        results_table(report, f"{result['run']}", [result])
+    _print(result, as_json)
+    _check_failed(result)
+    if not as_json:
+        typer.echo(result["page"])
 
 
 @app.command("report")
@@ -557,6 +561,17 @@ def _report(as_json: bool) -> Any:
 def _print(result: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result, indent=2))
+
+
+def _check_failed(result: Mapping[str, Any]) -> None:
+    """Raise RichKDError where runs of a sweep failed."""
+    failed = result.get("failed")
+    if failed:
+        names = ", ".join(failure["run"] for failure in failed)
+        raise RichKDError(
+            f"{len(failed)} of the runs failed: {names}; the same command tries them again, each "
+            f"from its last epoch"
+        )
 
 
 _NOT_SETTINGS = {"recipe", "overwrite", "resume", "as_json", "dry_run"}

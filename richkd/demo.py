@@ -1,4 +1,4 @@
-"""The whole story on drawn images: two teachers, one store, three students, one table."""
+"""The whole story on drawn images: two teachers, one store, three students, and what came of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from richkd.errors import RichKDError
 from richkd.precompute import precompute
 from richkd.progress import Report, duration
 from richkd.recipe import Distill, Precompute
+from richkd.report import write_report
+from richkd.report.analysis import show_scores, write_analysis
 from richkd.results import results_table
 
 LABELLED = 1000
@@ -20,7 +22,10 @@ METHODS = ("ce", "kd", "richkd")
 
 
 def run_demo(out: str, seed: int, report: Report, *, overwrite: bool = False) -> dict[str, Any]:
-    """Stage one on `shapes`, then a student by each method; the summaries.
+    """Stage one on `shapes`, a student by each method, the analysis and the report page.
+
+    Returns:
+        The students' summaries, and the paths of the store and the two pages.
 
     Raises:
         RichKDError: `out` holds something already.
@@ -56,12 +61,19 @@ def run_demo(out: str, seed: int, report: Report, *, overwrite: bool = False) ->
             out=str(folder / f"resnet8-{method}-s{seed}"),
         )
         summaries.append(distill(settings, overwrite=overwrite, report=report))
-    report.say("")
+    report.say("\nWhat students made of it, and what fusion did")
+    analysis = write_analysis(str(cache.path), report, threshold=0.8, split="test", out=None)
+    page = write_report([folder], report)
     results_table(report, "Students of the demo", summaries)
+    show_scores(analysis, report)
     seconds = time.perf_counter() - started
+    pages = {"analysis": analysis["files"]["html"], "report": page["files"]["report.html"]}
     report.say(f"{duration(seconds)} in all. One seed shows the way, not who wins.")
+    report.say(f"the teachers' page: {pages['analysis']}\nthe students' page: {pages['report']}")
     report.say(
-        f"Next: richkd inspect {cache.path}; richkd distill --cache {cache.path} --student "
-        f"resnet14; richkd precompute --dataset cifar100"
+        f"\nTry next:\n"
+        f"  richkd distill --cache {cache.path} --student resnet14 --alpha 0.5 --epochs 30\n"
+        f"  richkd run shapes\n"
+        f"  richkd precompute --dataset imagefolder:PATH"
     )
-    return {"seconds": seconds, "cache": str(cache.path), "students": summaries}
+    return {"seconds": seconds, "cache": str(cache.path), "students": summaries, "pages": pages}

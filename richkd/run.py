@@ -1,4 +1,7 @@
-"""A recipe from end to end: CNN teacher, stage one, stage two. What is done is not done again."""
+"""A recipe from end to end: CNN teacher, stage one, stage two or a sweep, report.
+
+What is done is not done again.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +20,32 @@ from richkd.models import create_model
 from richkd.models.weights import file_sha256
 from richkd.precompute import precompute
 from richkd.progress import Report
-from richkd.recipe import Distill, Precompute, Recipe, resolve, to_table
+from richkd.recipe import Distill, Precompute, Recipe, Sweep, resolve, to_table
+from richkd.report import write_report
 from richkd.store.reader import TeacherCache, open_cache, read_manifest
+from richkd.sweep import run_sweep
 from richkd.training.checkpoint import RunFolder
 
 # Settings of stage one that do not change what is in the store; weights are compared by content.
 _NOT_IN_STORE = {"device", "batch_size", "data_root", "out", "teacher_weights"}
+# Flags that name one run where the recipe has a grid.
+ONE_RUN = ("student", "method", "target", "seed", "options")
 
 
 def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict[str, Any]:
-    """Make the store unless it is there, then the run unless it is.
+    """Make the store unless it is there, train what is not trained yet, and write the report.
+
+    A recipe with a `[sweep]` trains its grid, unless flags name one run of their own.
 
     Args:
         recipe: settings of each stage.
         flags: what overrides them, by the names of the settings; `cache` is the store, `out` the
-            run folder and `seed` the student's.
+            run folder (of a sweep, the folder of the run folders) and `seed` the student's.
         report: where progress goes.
 
     Returns:
-        The run's summary, with the recipe's published figures.
+        The run's summary or the sweep's outcome, with the recipe's published figures and the
+        report's `page`.
 
     Raises:
         RichKDError: anything the user can mend; a store or run of other settings among it.
@@ -53,17 +63,29 @@ def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict
         **_flags_of(Distill, flags, without={"dataset"}), "cache": stage_one.out,
     })  # fmt: skip
     check_names(stage_two)
+    folder = Path("runs") / recipe.name
 
     cache = make_store(stage_one, recipe, report)
-    stage_two = with_defaults(stage_two, cache)
-    if not flags.get("out") and "out" not in two:
-        name = f"{stage_two.student}-{stage_two.method}-s{stage_two.seed}"
-        stage_two = replace(stage_two, out=str(Path("runs") / recipe.name / name))
-    summary = train_student(stage_two, cache, report)
+    if "sweep" in recipe.tables and not any(flags.get(name) is not None for name in ONE_RUN):
+        grid = resolve(Sweep, {"out": str(folder), **recipe.table("sweep")}, {
+            "out": flags.get("out"),
+        })  # fmt: skip
+        folder = Path(grid.out)
+        shared = {**_flags_of(Distill, flags, without={"dataset", "out"}), "cache": stage_one.out}
+        result = run_sweep(grid, recipe, shared, report=report)
+    else:
+        stage_two = with_defaults(stage_two, cache)
+        if not flags.get("out") and "out" not in two:
+            name = f"{stage_two.student}-{stage_two.method}-s{stage_two.seed}"
+            stage_two = replace(stage_two, out=str(folder / name))
+        else:
+            folder = Path(stage_two.out)
+        result = train_student(stage_two, cache, report)
+    page = write_page(folder, cache, report)
     if recipe.published:
         figures = ", ".join(f"{name} {value:.2f}" for name, value in recipe.published.items())
         report.say(f"published by others for this recipe, top-1 in %: {figures}")
-    return {**summary, "recipe": recipe.name, "published": recipe.published}
+    return {**result, "recipe": recipe.name, "published": recipe.published, "page": page}
 
 
 def check_names(settings: Distill) -> None:
@@ -116,6 +138,17 @@ def train_student(settings: Distill, cache: TeacherCache, report: Report) -> dic
     report.say(f"{run.path} is complete already")
     summary: dict[str, Any] = json.loads((run.path / "summary.json").read_text(encoding="utf-8"))
     return summary
+
+
+def write_page(folder: Path, cache: TeacherCache, report: Report) -> str:
+    """The report on a folder of runs, written anew where a run is younger than it."""
+    page = folder / "report.html"
+    written = page.stat().st_mtime if page.is_file() else 0.0
+    if any(run.stat().st_mtime > written for run in folder.rglob("summary.json")):
+        write_report([folder], report, cache=cache.path)
+    else:
+        report.say(f"{page} is there already")
+    return str(page)
 
 
 def _flags_of(settings: type, flags: Mapping[str, Any], without: Set[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,10 @@ def tiny(
 def test_every_recipe_runs(run: Run, tiny: Callable[..., list[Any]], name: str) -> None:
     done = run(*tiny(name), "--json")
     assert done.code == 0, done.err
-    summary, content = done.json, recipe.load(name)
+    content = recipe.load(name)
+    # of a recipe with a sweep all runs are listed
+    summary = {**done.json, **done.json.get("runs", [{}])[-1]}
+    assert Path(summary["page"]).is_file()
     assert summary["student"] == content.table("distill")["student"]
     assert summary["method"] == content.table("distill").get("method", "richkd")
     assert summary["published"] == content.published
@@ -77,6 +81,26 @@ def test_what_is_done_is_not_done_again(run: Run, tiny: Callable[..., list[Any]]
     other = run(*command, "--method", "ce", "--seed", 1, "--json").json
     assert other["run"] != first["run"] and other["method"] == "ce"
     assert tree(Path("cache")) == before[0]
+
+
+@pytest.mark.slow
+def test_a_sweep_and_its_report(run: Run, tiny: Callable[..., list[Any]]) -> None:
+    command = tiny("shapes")
+    outcome = run(*command, "--json").json
+    runs = {(one["method"], one["seed"]) for one in outcome["runs"]}
+    assert runs == {(m, s) for m in ("ce", "kd", "richkd-l", "richkd") for s in range(3)}
+    assert outcome["page"] == "runs/shapes/report.html"
+    rows = json.loads(Path("runs/shapes/report.json").read_text())["leaderboard"]
+    assert {row["method"]: row["n"] for row in rows} == {m: 3 for m, _ in runs}
+    before = tree(Path("cache")), tree(Path("runs"))
+    again = run(*command)
+    assert again.code == 0 and again.out.strip().endswith(outcome["page"])
+    assert "report.html is there already" in again.err
+    assert (tree(Path("cache")), tree(Path("runs"))) == before
+    one = run(*command, "--method", "kd", "--seed", 7, "--json").json
+    assert one["method"] == "kd" and one["seed"] == 7
+    rows = json.loads(Path("runs/shapes/report.json").read_text())["leaderboard"]
+    assert {row["method"]: row["n"] for row in rows} == {**{m: 3 for m, _ in runs}, "kd": 4}
 
 
 @pytest.mark.slow

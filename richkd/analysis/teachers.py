@@ -46,6 +46,7 @@ class Rows:
     features: Tensor  # [N,F]
     clip_features: Tensor | None  # [N,D]
     similarity: Tensor | None  # CLIP's cosines [N,C]
+    fused: Tensor | None  # the stored blend [N,C]
 
 
 def analyze(
@@ -123,19 +124,20 @@ def read_rows(cache: TeacherCache, split: str) -> Rows:
         features=cache.read(f"{split}/teacher_features", view).float(),
         clip_features=cache.read(f"{split}/clip_features").float() if has_clip else None,
         similarity=cache.similarity(split) if has_clip else None,
+        fused=cache.read(f"{split}/fused_logits", view).float() if has_clip else None,
     )
 
 
 def teacher_logits(cache: TeacherCache, rows: Rows) -> dict[str, Tensor]:
     """Logits of each teacher: CNN, CLIP at its own scale, their blend as stored, raw and native."""
     clip = cache.manifest["clip"]
-    if clip is None or rows.similarity is None:
+    if clip is None or rows.similarity is None or rows.fused is None:
         return {"cnn": rows.teacher}
     stored = blend_scale(cache)
     logits = {
         "cnn": rows.teacher,
         "clip": clip["logit_scale"] * rows.similarity,
-        "fused": cache.blend(rows.teacher, rows.similarity, alpha=None, scale=None),
+        "fused": rows.fused,
     }
     for name, scale in (("native", clip["logit_scale"]), ("raw", 1.0)):
         if scale != stored:

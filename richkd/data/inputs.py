@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,8 +77,20 @@ class _FileViews(IndexedSamples):
         self.views = views.numpy()
 
     def __getitem__(self, index: int) -> tuple[int, Tensor]:
-        image = torch.from_numpy(np.array(self.files.open(index))).permute(2, 0, 1)
-        return index, resized_crop(image, self.views[index], self.files.image_size)
+        return index, _file_view(self.files, index, self.views[index])
+
+
+def _file_view(files: ImageFiles, index: int, view: Any) -> Tensor:
+    image = torch.from_numpy(np.array(files.open(index))).permute(2, 0, 1)
+    return resized_crop(image, view, files.image_size)
+
+
+def image_views(images: Tensor | ImageFiles, index: Tensor, views: Tensor) -> Tensor:
+    """Views [B] or [B,5] of the samples index [B], in this process: [B,H,W,3] uint8."""
+    if isinstance(images, ImageFiles):
+        pairs = zip(index.tolist(), views.numpy(), strict=True)
+        return torch.stack([_file_view(images, number, view) for number, view in pairs])
+    return gather_views(images, index, views)
 
 
 Inputs = ArrayInputs | FileInputs

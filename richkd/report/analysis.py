@@ -134,8 +134,8 @@ BEST_HEAD = ("best setting of", "by top-1", "top-1, %", "by NLL", "NLL")
 PROMPT_HEAD = ("prompt alone, top-1 in %", "CLIP", "fused")
 
 
-def show(result: Mapping[str, Any], report: Report) -> None:
-    """The analysis as tables on standard output."""
+def show_scores(result: Mapping[str, Any], report: Report) -> None:
+    """How good the teachers are and what fusion did, as tables on standard output."""
     teachers = result["teachers"]
     title = (
         f"{result['store']}: {result['samples']:,} {result['split']} images, "
@@ -148,12 +148,17 @@ def show(result: Mapping[str, Any], report: Report) -> None:
         ("teacher", *(head.replace(", ", "\n") for head in CELL_HEADS)),
         [cell_row(NAMES[kind], row) for kind, row in teachers.items()],
     )
+    for line in what_fusion_does(teachers):
+        report.say(line)
+
+
+def show(result: Mapping[str, Any], report: Report) -> None:
+    """The whole analysis as tables on standard output."""
+    show_scores(result, report)
     report.table("", CONSISTENCY_HEAD, consistency_rows(result))
     if result["disagreement"] is None:
         report.say(WITHOUT_CLIP)
         return
-    for line in what_fusion_does(teachers):
-        report.say(line)
     report.table("", DISAGREEMENT_HEAD, disagreement_rows(result))
     report.table("", CHANGE_HEAD, change_rows(result))
     report.table("", BEST_HEAD, best_rows(result))

@@ -144,7 +144,9 @@ def test_the_effect_of_the_blend(analysis: dict[str, Any], arrays: dict[str, Any
     mean = np.mean(list(by_prompt.values()))
     assert blend["num_prompts"][0]["clip_top1"] == pytest.approx(mean)
     assert blend["num_prompts"][-1]["clip_top1"] == analysis["teachers"]["clip"]["top1"]
-    assert blend["num_prompts"][-1]["fused_top1"] == analysis["teachers"]["fused"]["top1"]
+    # one is blended anew and the other rounded to f16
+    fused = analysis["teachers"]["fused"]["top1"]
+    assert blend["num_prompts"][-1]["fused_top1"] == pytest.approx(fused, abs=1.01 / len(labels))
 
 
 def test_consistency_is_spearman(analysis: dict[str, Any], arrays: dict[str, Any]) -> None:
