@@ -85,8 +85,7 @@ def precompute(
     space = dataset.train.view_space
     check_num_views(settings.views, space.limit)
     report.say(f"{describe(dataset)}; fingerprint {dataset.fingerprint[:12]}")
-    for path in dataset.skipped:
-        report.say(f"left out, for it is no whole image: {path}")
+    say_left_out(dataset, report)
 
     def load(weights: Path) -> CNNTeacher:
         normalize = Normalize(dataset.mean, dataset.std, device)
@@ -255,6 +254,17 @@ def check_given(settings: Precompute) -> None:
         raise RichKDError(
             f"no teacher weights at {path}; pass a file of {settings.teacher or 'its'} weights, or "
             f"leave --teacher-weights out to train one"
+        )
+
+
+def say_left_out(dataset: Dataset, report: Report) -> None:
+    """Name the files of a folder that are not in the data set."""
+    for path in dataset.skipped:
+        report.say(f"left out, for it is no whole image: {path}")
+    if dataset.ignored:
+        report.say(
+            f"ignored, for they are not called images: {len(dataset.ignored)} files, "
+            f"{dataset.ignored[0]} among them"
         )
 
 

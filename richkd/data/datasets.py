@@ -108,6 +108,7 @@ class Dataset:
     std: tuple[float, ...]
     image_size: int
     skipped: tuple[str, ...] = ()  # files of a folder that are no whole images
+    ignored: tuple[str, ...] = ()  # and those that are not called images
 
     @cached_property
     def fingerprint(self) -> str:
@@ -158,6 +159,7 @@ def load_dataset(settings: Images, skipped: Collection[str] | None = None) -> Da
         std=std,
         image_size=parts.image_size,
         skipped=parts.skipped,
+        ignored=parts.ignored,
     )
 
 
@@ -170,6 +172,7 @@ class Parts:
     test: Split
     image_size: int = 32
     skipped: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
 
 def _shapes(limit: int | None) -> Parts:
@@ -283,7 +286,7 @@ def _image_folder(settings: Images, path: Path, skipped: Collection[str] | None)
     )  # fmt: skip
     return Parts(
         names, files_split(train, image_size), files_split(test, image_size), image_size,
-        (*train.skipped, *test.skipped),
+        (*train.skipped, *test.skipped), (*train.ignored, *test.ignored),
     )  # fmt: skip
 
 

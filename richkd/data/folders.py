@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from richkd.errors import RichKDError, nearest
 
+# As torchvision has them, and those of GIF.
+SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 _SYNSET = re.compile(r"n\d{8}")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _NUMBERED = re.compile(r"\d+[._-]+(?=\D)")  # as in 001.Black_footed_Albatross
@@ -33,6 +35,7 @@ class Listing:
     labels: tuple[int, ...]
     sizes: NDArray[np.int64]  # [N,2], height and width
     skipped: tuple[str, ...]  # files that are no whole images, relative to what folder is in
+    ignored: tuple[str, ...]  # likewise: files that are not called images
 
 
 def list_images(folder: Path, broken: str, known: Collection[str] | None = None) -> Listing:
@@ -48,8 +51,17 @@ def list_images(folder: Path, broken: str, known: Collection[str] | None = None)
     """
     from torchvision.datasets import ImageFolder
 
+    ignored = []
+
+    def is_image(file: str) -> bool:
+        path = Path(file)
+        called = path.suffix.lower() in SUFFIXES
+        if not called and not path.name.startswith("."):
+            ignored.append(f"{folder.name}/{path.relative_to(folder)}")
+        return called
+
     try:
-        listing = ImageFolder(str(folder))
+        listing = ImageFolder(str(folder), is_valid_file=is_image)
     except FileNotFoundError as error:
         raise RichKDError(f"{folder}: {error}") from None
     # interleave the classes, so that --limit N does not take the first classes only
@@ -78,6 +90,7 @@ def list_images(folder: Path, broken: str, known: Collection[str] | None = None)
         labels=tuple(label for _, label, _ in good),
         sizes=np.array([size for _, _, size in good], np.int64).reshape(-1, 2),
         skipped=tuple(f"{folder.name}/{path}" for path, _ in faults),
+        ignored=tuple(ignored),
     )
 
 

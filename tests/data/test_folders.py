@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from helpers import write_teacher
 from PIL import Image
 
+import richkd
 from richkd.data.datasets import load_dataset
 from richkd.data.folders import class_words, list_images, read_class_names, suggest_image_size
 from richkd.errors import RichKDError
 from richkd.recipe import Images
+
+Run = Callable[..., Any]
+Fails = Callable[..., str]
 
 WORDS = {
     "polar_bear": "polar bear", "PolarBear": "Polar Bear",
@@ -91,3 +99,112 @@ def test_the_image_size_that_most_images_have() -> None:
     assert suggest_image_size(sizes) == 224
     assert suggest_image_size(np.array([[30, 30]])) == 32
     assert suggest_image_size(np.array([[70, 300], [64, 64]])) == 64
+
+
+OWN = {
+    "polar_bear": "polar bear", "PolarFox": "Polar Fox", "n02123045": "tabby",
+    "seeLöwe": "see Löwe",
+    "猫": "猫", "aquarium-fish": "aquarium fish", "01.Ære": "Ære", "zebra": "zebra",
+}  # fmt: skip
+BROKEN = {"train/zebra/cut.jpg", "train/猫/text.png", "val/zebra/empty.webp"}
+
+
+@pytest.fixture
+def zoo(tmp_path: Path, rng: np.random.Generator) -> Path:
+    """Eight classes of odd images: sizes, modes, formats of all kinds; three broken files."""
+
+    def picture(number: int, mode: str) -> Image.Image:
+        height, width = (int(side) for side in rng.integers(33, 90, 2))
+        if number % 5 == 4:
+            height = 400  # a tall one
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        return Image.fromarray(pixels).convert(mode)
+
+    kinds = [("RGB", "jpg"), ("L", "jpeg"), ("P", "gif"), ("CMYK", "jpg"), ("RGBA", "png"),
+             ("P", "png"), ("1", "png"), ("LA", "png"), ("RGB", "webp"), ("RGB", "JPG"),
+             ("RGB", "bmp"), ("CMYK", "tif")]  # fmt: skip
+    for part, count in (("train", 12), ("val", 5)):
+        for name in OWN:
+            folder = tmp_path / "zoo" / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                mode, suffix = kinds[number]
+                picture(number, mode).save(folder / f"bild {number} ü.{suffix}")
+    train, val = tmp_path / "zoo" / "train", tmp_path / "zoo" / "val"
+    whole = (train / "zebra" / "bild 0 ü.jpg").read_bytes()
+    (train / "zebra" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (train / "猫" / "text.png").write_text("no image at all")
+    (val / "zebra" / "empty.webp").touch()
+    (train / "zebra" / "readme.txt").write_text("ignored")
+    (train / "notes.txt").write_text("ignored")
+    return tmp_path / "zoo"
+
+
+@pytest.mark.slow
+def test_a_users_folder_through_both_stages(
+    zoo: Path, run: Run, fails: Fails, clip_dir: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("one.toml").write_text("[train-teacher]\nepochs = 1\neval_every = 1\n")
+    stage_one = ("precompute", "--dataset", f"imagefolder:{zoo}", "--clip", clip_dir, "--views", 2,
+                 "--recipe", "one.toml")  # fmt: skip
+    line = fails(*stage_one)
+    assert re.search(r"no image that can be read .*remove such files, or .*--broken skip", line)
+    assert not Path("cache").exists() and not Path("teachers").exists()
+
+    done = run(*stage_one, "--broken", "skip")
+    assert done.code == 0, done.err
+    said = done.err
+    for file in BROKEN:
+        assert f"left out, for it is no whole image: {file}" in said
+    assert "not called images: 1 files, train/zebra/readme.txt among them" in said
+    order = ("classes: Ære", "prompts a class: 12: a photo of a Ære", "CLIP zero-shot on 40",
+             "training the teacher, resnet32x4", "is complete")  # fmt: skip
+    places = [said.index(text) for text in order]
+    assert places == sorted(places), said
+    cache = richkd.open_cache("cache/zoo.zarr")
+    assert {*cache.manifest["class_names"]} == {*OWN.values()}
+    assert {*cache.manifest["dataset"]["skipped"]} == BROKEN
+    assert (cache.num_samples, cache.manifest["dataset"]["num_test"]) == (96, 40)
+    assert cache.manifest["image_size"] == 32  # a quarter of them has no side of 48
+
+    stage_two = ("distill", "--cache", "cache/zoo.zarr", "--epochs", 1)
+    done = run(*stage_two, "--method", "richkd-l", "--json")
+    assert done.code == 0, done.err
+    assert done.json["student"] == "resnet8x4" and done.json["num_classes"] == 8
+    samples = richkd.torch_dataset(cache, 1)
+    assert samples[7]["image"].shape == (3, 32, 32)
+
+    weights = "teachers/zoo-resnet32x4.safetensors"
+    assert run("verify", "cache/zoo.zarr", "--teacher", weights).code == 0
+    assert run("analyze", "cache/zoo.zarr").code == 0
+    assert run("evaluate", "runs/zoo-resnet8x4-richkd-l-s0", "--shift", zoo / "train").code == 2
+    shift = tmp_path / "shift"
+    for name in OWN:
+        (shift / name).mkdir(parents=True)
+        Image.new("RGB", (50, 40)).save(shift / name / "a.png")
+    assert run("evaluate", "runs/zoo-resnet8x4-richkd-l-s0", "--shift", shift).code == 0
+
+    # what was whole and is broken now is named before training
+    (zoo / "val" / "zebra" / "bild 0 ü.jpg").write_bytes(b"gone")
+    line = fails(*stage_two, "--out", "runs/other")
+    assert "bild 0 ü.jpg is no image that can be read" in line
+
+
+def test_names_from_a_file_reach_the_prompts(
+    zoo: Path, run: Run, fails: Fails, clip_dir: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    write_teacher(tmp_path / "t.safetensors", "resnet8", 8)
+    Path("names.txt").write_text("猫: cat\nn02123045: tabby cat\n", encoding="utf-8")
+    done = run("precompute", "--dataset", f"imagefolder:{zoo}", "--clip", clip_dir, "--views", 1,
+               "--broken", "skip", "--class-names", "names.txt", "--image-size", 16, "--teacher",
+               "resnet8", "--teacher-weights", "t.safetensors", "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    names = richkd.open_cache("cache/zoo.zarr").manifest["class_names"]
+    assert {"cat", "tabby cat", "polar bear"} < {*names} and "猫" not in names
+    assert "class_names = 'names.txt': must be left out for shapes" in fails(
+        "precompute", "--dataset", "shapes", "--class-names", "names.txt"
+    )
