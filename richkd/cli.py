@@ -520,6 +520,18 @@ def bench(
     _print(result, as_json)
 
 
+@app.command()
+def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
+    """Say what this machine has, and what is missing for which command."""
+    from richkd import doctor as doctors
+
+    report = _report(as_json)
+    findings = doctors.examine(data_root or "data", report)
+    doctors.show(findings, report)
+    _print(doctors.as_json(findings), as_json)
+    doctors.raise_missing(findings)
+
+
 @app.command("recipes")
 def list_recipes(as_json: Json = False) -> None:
     """List the recipes that richkd brings along."""

@@ -22,10 +22,14 @@ BATCH_SIZE = 64
 NAME = "demo-clip-1"  # a new number whenever the drawings or the training change
 
 
+def home() -> Path:
+    """The user's cache folder."""
+    return Path(os.environ.get("RICHKD_HOME") or Path.home() / ".cache" / "richkd")
+
+
 def demo_clip(report: Report) -> Path:
     """The directory of the demo CLIP, trained first where it is not there."""
-    home = Path(os.environ.get("RICHKD_HOME") or Path.home() / ".cache" / "richkd")
-    folder = home / NAME
+    folder = home() / NAME
     if not folder.is_dir():
         report.say(f"training the demo CLIP on {DRAWINGS:,} drawn captions, kept in {folder}")
         drawing = shapes.draw(DRAWINGS, seed=DRAWINGS_SEED)
