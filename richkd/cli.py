@@ -5,6 +5,7 @@ What the user can mend is one line on standard error and exit code 2; a bug is a
 
 from __future__ import annotations
 
+import inspect as inspection
 import json
 import sys
 import tomllib
@@ -27,8 +28,35 @@ app = typer.Typer(
 )
 
 
+# The help's headings.
+START, STAGES, RESULTS = "Start here", "The two stages", "Look at results"
+STORES, LISTS = "Keep stores", "What there is"
+
+
+def _command(heading: str, *examples: str, name: str | None = None) -> Callable[..., Any]:
+    """A command of the app: its docstring and examples are its help."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        text, epilog = _help_of(function), _plain("\n\n".join(("Examples:", *examples)))
+        app.command(name, help=text, epilog=epilog, rich_help_panel=heading)(function)
+        return function
+
+    return register
+
+
+def _help_of(function: Callable[..., None]) -> str:
+    """Its docstring, a line a paragraph."""
+    paragraphs = inspection.cleandoc(function.__doc__ or "").split("\n\n")
+    return _plain("\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))
+
+
+def _plain(text: str) -> str:
+    """Text that rich does not read as its markup."""
+    return text.replace("[", "\\[")
+
+
 def _option(settings: type, name: str, *flags: str) -> Any:
-    return typer.Option(*flags, help=describe(settings, name), show_default=False)
+    return typer.Option(*flags, help=_plain(describe(settings, name)), show_default=False)
 
 
 def _shared(name: str) -> Any:
@@ -66,7 +94,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def top(
     version: Annotated[
         bool, typer.Option("--version", help="say which richkd this is", callback=_version,
@@ -80,7 +107,10 @@ def top(
     """
 
 
-@app.command()
+app.callback(help=_help_of(top))(top)
+
+
+@_command(START, "richkd demo", "richkd demo --out runs/demo-1 --seed 1")
 def demo(
     out: Annotated[str, typer.Option(help="where everything goes")] = "runs/demo",
     seed: Annotated[int, typer.Option(help="seed of students and teacher")] = 0,
@@ -93,7 +123,12 @@ def demo(
     _print(run_demo(out, seed, _report(as_json), overwrite=overwrite), as_json)
 
 
-@app.command("train-teacher")
+@_command(
+    STAGES,
+    "richkd train-teacher --dataset cifar100 --model resnet32x4",
+    "richkd train-teacher --dataset shapes --limit 1000 --epochs 24 --schedule cosine",
+    name="train-teacher",
+)
 def train_teacher(
     dataset: Dataset = None,
     model: Annotated[str | None, _option(TrainTeacher, "model")] = None,
@@ -132,7 +167,12 @@ def train_teacher(
     _print(summary, as_json)
 
 
-@app.command()
+@_command(
+    STAGES,
+    "richkd precompute --dataset cifar100",
+    "richkd precompute --dataset cifar100 --teacher-weights resnet32x4.pth --views 16",
+    "richkd precompute --dataset imagefolder:my-images --class-names names.txt --broken skip",
+)
 def precompute(
     dataset: Dataset = None,
     limit: Limit = None,
@@ -180,7 +220,7 @@ def precompute(
         typer.echo(f"next: richkd distill --cache {cache.path}")
 
 
-@app.command()
+@_command(STORES, "richkd inspect cache/cifar100.zarr")
 def inspect(
     cache: Annotated[str, typer.Argument(help="a store, complete or not")],
     as_json: Json = False,
@@ -195,7 +235,11 @@ def inspect(
         show(summary, _report(as_json))
 
 
-@app.command()
+@_command(
+    STORES,
+    "richkd verify cache/cifar100.zarr",
+    "richkd verify cache/cifar100.zarr --teacher teachers/cifar100-resnet32x4.safetensors",
+)
 def verify(
     cache: Annotated[str, typer.Argument(help="a complete store")],
     teacher: Annotated[
@@ -215,7 +259,11 @@ def verify(
     raise_faults(cache, checks)
 
 
-@app.command()
+@_command(
+    RESULTS,
+    "richkd analyze cache/cifar100.zarr",
+    "richkd analyze cache/cifar100.zarr --split train --threshold 0.9",
+)
 def analyze(
     cache: Annotated[str, typer.Argument(help="a complete store")],
     threshold: Annotated[
@@ -238,7 +286,7 @@ def analyze(
         typer.echo(result["files"]["html"])
 
 
-@app.command()
+@_command(STORES, "richkd repair cache/cifar100.zarr")
 def repair(
     cache: Annotated[str, typer.Argument(help="a complete store that is damaged")],
     as_json: Json = False,
@@ -251,7 +299,12 @@ def repair(
         _print({"path": cache, "blocks": blocks}, as_json)
 
 
-@app.command()
+@_command(
+    STAGES,
+    "richkd distill --cache cache/cifar100.zarr",
+    "richkd distill --cache cache/cifar100.zarr --student ShuffleV2 --method dkd --target fused",
+    "richkd distill --cache cache/cifar100.zarr --alpha auto --set temperature=4",
+)
 def distill(
     cache: Annotated[str | None, _option(Distill, "cache")] = None,
     student: Annotated[str | None, _option(Distill, "student")] = None,
@@ -302,7 +355,11 @@ def distill(
         results_table(report, f"{summary['run']}", [summary])
 
 
-@app.command()
+@_command(
+    STAGES,
+    "richkd sweep --cache cache/cifar100.zarr --students resnet8x4,ShuffleV2 --dry-run",
+    "richkd sweep --cache cache/cifar100.zarr --students resnet20 --methods kd,richkd --seeds 5",
+)
 def sweep(
     cache: Annotated[str | None, _option(Distill, "cache")] = None,
     students: Annotated[str | None, _option(Sweep, "students")] = None,
@@ -350,7 +407,12 @@ def sweep(
     _check_failed(result)
 
 
-@app.command()
+@_command(
+    START,
+    "richkd run shapes",
+    "richkd run richkd --teacher-weights resnet32x4.pth",
+    "richkd run mine.toml --method kd --seed 1",
+)
 def run(
     recipe: Annotated[str, typer.Argument(help="TOML file, or a name that richkd recipes lists")],
     method: Annotated[str | None, _option(Distill, "method")] = None,
@@ -395,7 +457,12 @@ def run(
         typer.echo(result["page"])
 
 
-@app.command("report")
+@_command(
+    RESULTS,
+    "richkd report runs",
+    "richkd report runs --cache cache/cifar100.zarr --tensorboard",
+    name="report",
+)
 def write_report(
     runs: Annotated[list[str], typer.Argument(help="folders with runs in them")],
     out: Annotated[
@@ -423,7 +490,11 @@ def write_report(
         typer.echo(result["files"]["report.html"])
 
 
-@app.command()
+@_command(
+    RESULTS,
+    "richkd evaluate runs/A runs/B --corruptions",
+    "richkd evaluate runs/A --shift other-images --limit 1000",
+)
 def evaluate(
     runs: Annotated[
         list[str], typer.Argument(help="complete runs of one data set; compared with the first")
@@ -441,7 +512,7 @@ def evaluate(
         typer.Option(
             "--corruptions",
             help="15 corruptions, five severities: DATA_ROOT/CIFAR-100-C or -10-C, else made here "
-            "(richkd[corruptions])",
+            "(richkd\\[corruptions])",
         ),
     ] = False,
     corruption_files: Annotated[
@@ -483,7 +554,7 @@ def evaluate(
         typer.echo(result["files"]["html"])
 
 
-@app.command()
+@_command(RESULTS, "richkd export runs/A", "richkd export runs/A --format torch --weights best")
 def export(
     run: Annotated[str, typer.Argument(help="a complete run")],
     kind: Annotated[str, typer.Option("--format", help="onnx, or torch (torch.export)")] = "onnx",
@@ -502,7 +573,7 @@ def export(
         typer.echo(f"{result['file']}: logits within {result['relative_error']:.0e} of PyTorch's")
 
 
-@app.command()
+@_command(LISTS, "richkd bench --quick", "richkd bench --cache cache/cifar100.zarr --json")
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="fewer rounds, within 3 minutes")] = False,
     cache: Annotated[
@@ -520,7 +591,7 @@ def bench(
     _print(result, as_json)
 
 
-@app.command()
+@_command(START, "richkd doctor")
 def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
     """Say what this machine has, and what is missing for which command."""
     from richkd import doctor as doctors
@@ -532,7 +603,7 @@ def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
     doctors.raise_missing(findings)
 
 
-@app.command("recipes")
+@_command(LISTS, "richkd recipes", name="recipes")
 def list_recipes(as_json: Json = False) -> None:
     """List the recipes that richkd brings along."""
     from richkd.listing import show_recipes
@@ -540,7 +611,7 @@ def list_recipes(as_json: Json = False) -> None:
     _print(show_recipes(_report(as_json)), as_json)
 
 
-@app.command("methods")
+@_command(LISTS, "richkd methods", "richkd methods dkd", name="methods")
 def list_methods(
     name: Annotated[str | None, typer.Argument(help="only this one, with its options")] = None,
     as_json: Json = False,
@@ -551,7 +622,7 @@ def list_methods(
     _print(show_methods(name, _report(as_json)), as_json)
 
 
-@app.command("models")
+@_command(LISTS, "richkd models", "richkd models 'mobilenet*'", name="models")
 def list_models(
     pattern: Annotated[
         str | None, typer.Argument(help="of names, e.g. 'mobilenet*': zoo and timm; else the zoo")

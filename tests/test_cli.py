@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import torch
 from helpers import changed, tree
 
 import richkd
+from richkd.cli import app
 from richkd.data.datasets import SHAPES_SEEDS
 
 Run = Callable[..., Any]
@@ -44,7 +46,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert done.stdout.split() == []
 
 
-@pytest.mark.parametrize("command", ["demo", "train-teacher", "precompute", "inspect", "distill"])
+@pytest.mark.parametrize("command", ["demo", "precompute", "distill", "run", "evaluate"])
 def test_help_of_a_command_fits_80_columns(command: str) -> None:
     done = fresh(command, "--help", env={**os.environ, "COLUMNS": "80", "TERM": "dumb"})
     assert done.returncode == 0
@@ -323,3 +325,23 @@ def test_json_of_a_store_without_clip(run: Run, make_store: Callable[..., Path])
     assert run("inspect", path, "--json").json["manifest"]["clip"] is None
     assert "CLIP" in run("inspect", path).out
     assert json.loads((path / "zarr.json").read_text())["attributes"]["complete"] is True
+
+
+def test_every_command_has_examples_that_parse() -> None:
+    import typer
+
+    group = typer.main.get_command(app)
+    context = typer.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        heading, *examples = command.epilog.replace("\\[", "[").split("\n\n")
+        assert heading == "Examples:" and examples, name
+        for example in examples:
+            program, verb, *arguments = shlex.split(example)
+            assert (program, verb) == ("richkd", name)
+            assert command.make_context(verb, arguments)
+
+
+def test_help_shows_brackets(run: Run) -> None:
+    assert "[sweep]" in fresh("run", "--help").stdout
+    assert "(richkd[corruptions])" in " ".join(fresh("evaluate", "--help").stdout.split())
