@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ class Report:
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
 
-    @property
+    @cached_property
     def console(self) -> Console:
-        """A console on standard error."""
+        """The console on standard error: one, so that lines appear above a bar, not in it."""
         from rich.console import Console
 
         return Console(stderr=True, quiet=self.quiet, highlight=False)
@@ -72,7 +73,7 @@ class Report:
                 nonlocal done
                 done += count
                 rate = done / max(time.perf_counter() - start, 1e-9)
-                bar.update(handle, advance=count, rate=f"{rate:,.0f} {unit}/s")
+                bar.update(handle, advance=count, rate=f"{_amount(rate, unit)}/s")
 
             yield advance
         self.say(_finished(task, done, unit, time.perf_counter() - start))
@@ -124,13 +125,18 @@ class _Lines:
             self.last = now
             rate = self.done / (now - self.start)
             self.say(
-                f"{self.task}: {100 * self.done / self.total:.0f} %, {rate:,.0f} {self.unit}/s, "
+                f"{self.task}: {100 * self.done / self.total:.0f} %, {_amount(rate, self.unit)}/s, "
                 f"{duration((self.total - self.done) / rate)} left"
             )
 
 
 def _finished(task: str, done: int, unit: str, seconds: float) -> str:
-    return f"{task}: {done:,} {unit} in {duration(seconds)}, {done / max(seconds, 1e-9):,.0f}/s"
+    rate = _amount(done / max(seconds, 1e-9), unit).removesuffix(f" {unit}")
+    return f"{task}: {_amount(done, unit)} in {duration(seconds)}, {rate}/s"
+
+
+def _amount(count: float, unit: str) -> str:
+    return size(count) if unit == "bytes" else f"{count:,.0f} {unit}"
 
 
 def harmless(text: str) -> str:
