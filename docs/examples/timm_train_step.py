@@ -1,4 +1,4 @@
-"""timm's network, optimizer, schedule and moving average around one distillation step."""
+"""timm's training step: its network, optimizer, schedule and moving average around the KD loss."""
 
 import timm
 import torch

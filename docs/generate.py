@@ -1,0 +1,121 @@
+"""The parts of the documentation that are read off the code, as Markdown."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from richkd import recipe as recipes
+from richkd.cli import app
+from richkd.losses import METHODS, describe_method
+from richkd.typecheck import hints
+
+
+def write_all(folder: Path) -> None:
+    """Write every part that changed, so that only its page is built again."""
+    folder.mkdir(exist_ok=True)
+    for name, part in (
+        ("settings", settings), ("methods", methods), ("recipes", recipe_table),
+        ("commands", commands), ("examples", examples),
+    ):  # fmt: skip
+        text = "\n".join(part()) + "\n"
+        file = folder / f"{name}.md"
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            file.write_text(text, encoding="utf-8")
+
+
+def settings() -> Iterator[str]:
+    """Every key of a recipe."""
+    for section in ("train-teacher", "precompute", "distill", "sweep"):
+        kind = recipes.SECTIONS[section]
+        yield f"### `[{section}]`\n\n| key | type | default | what |\n|---|---|---|---|"
+        for field in dataclasses.fields(kind):
+            default = _default(field)
+            what = _cell(recipes.describe(kind, field.name))
+            yield f"| `{field.name}` | {_type(hints(kind)[field.name])} | {default} | {what} |"
+        yield ""
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    value = field.default
+    if value is dataclasses.MISSING or value is None or value in ("", ()):
+        return ""
+    return f"`{list(value) if isinstance(value, tuple) else value}`".replace("'", '"')
+
+
+def _type(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type(one) for one in arguments if one is not type(None))
+    if origin is typing.Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin is tuple:
+        return f"list of {_type(arguments[0])}"
+    names = {str: "text", int: "integer", float: "number", bool: "true or false"}
+    return names.get(origin or hint, "table")
+
+
+def methods() -> Iterator[str]:
+    """The distillation methods with their options."""
+    yield "| method | what | matches | options and defaults |\n|---|---|---|---|"
+    for name in sorted(METHODS):
+        entry = describe_method(name)
+        options = ", ".join(f"`{key}={value}`" for key, value in entry["options"].items())
+        target = f"logits (`{entry['target']}`)" if entry["target"] else ""
+        features = "features" if any("features" in read for read in entry["reads"]) else ""
+        matched = ", ".join(filter(None, (target, features)))
+        yield f"| `{name}` | {_cell(entry['about'])} | {matched} | {options} |"
+
+
+def recipe_table() -> Iterator[str]:
+    """The recipes that richkd brings along."""
+    yield "| recipe | what | published by others, top-1 in % |\n|---|---|---|"
+    for path in sorted(recipes.packaged().glob("*.toml")):
+        recipe = recipes.load(str(path))
+        figures = ", ".join(f"{name} {value:.2f}" for name, value in recipe.published.items())
+        yield f"| `{recipe.name}` | {_cell(recipe.about)} | {figures} |"
+
+
+def commands() -> Iterator[str]:
+    """Every command as its help has it."""
+    group: Any = typer.main.get_command(app)
+    context = typer.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        yield f"## richkd {name}\n\n{_plain(command.help)}\n"
+        examples = _plain(command.epilog).split("\n\n")[1:]
+        yield "```console\n" + "\n".join(f"$ {example}" for example in examples) + "\n```\n"
+        yield "| option | what |\n|---|---|"
+        for parameter in command.params:
+            if parameter.name == "help":
+                continue
+            flags = ", ".join(f"`{flag}`" for flag in (*parameter.opts, *parameter.secondary_opts))
+            if parameter.param_type_name == "argument":
+                flags = f"`{parameter.name.upper()}`"
+            yield f"| {flags} | {_cell(_plain(parameter.help or ''))} |"
+        yield ""
+
+
+def examples() -> Iterator[str]:
+    """The example files, each under what it says of itself."""
+    for path in sorted((Path(__file__).parent / "examples").glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        about = ast.get_docstring(ast.parse(source)) or path.stem
+        title, _, rest = about.partition(": ")
+        code = source.split('"""', 2)[2].strip()
+        yield f"## {title}\n\n{rest[:1].upper()}{rest[1:]}\n\n```python\n{code}\n```\n"
+
+
+def _plain(text: str) -> str:
+    return text.replace("\\[", "[")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*")

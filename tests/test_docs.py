@@ -1,0 +1,200 @@
+"""The documentation: it builds without a warning, its links lead somewhere, its commands work.
+
+A fence says what it is. `python` runs. Commands are `bash` and run too, page by page in one folder,
+unless the line before says what they need (`<!-- network -->`, `<!-- gpu -->`) or which test runs
+them (`<!-- tested: FILE -->`); those are still parsed by the command line. The README's two `sh`
+blocks are what CI itself runs. `text` and `toml` are shown only.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import richkd
+from richkd import recipe as recipes
+from richkd.cli import app
+from richkd.losses import METHODS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "cache" / "README.md",
+         *sorted((ROOT / "docs").glob("*.md"))]  # fmt: skip
+FENCE = re.compile(r"(?:^<!-- (?P<mark>.*?) -->\n)?^```(?P<kind>[^\n]*)\n(?P<code>.*?)^```$",
+                   re.MULTILINE | re.DOTALL)  # fmt: skip
+SHOWN = {"text", "toml"}
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    kind: str
+    mark: str
+    code: str
+
+
+def blocks(page: Path) -> list[Block]:
+    found = FENCE.finditer(page.read_text(encoding="utf-8"))
+    return [Block(page, m["kind"], m["mark"] or "", m["code"]) for m in found
+            if not m["kind"].startswith("{")]  # fmt: skip
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The commands of a block, words apart."""
+    lines = block.code.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+ALL = [block for page in PAGES for block in blocks(page)]
+
+
+# --- the site ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d",
+         str(out / "trees"), str(ROOT / "docs"), str(out / "html")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return out / "html"
+
+
+class Links(HTMLParser):
+    """What a page points to, what it loads, and the anchors that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.loaded: list[str] = []
+        self.anchors: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if given.get("id"):
+            self.anchors.add(str(given["id"]))
+        if tag == "a" and given.get("href"):
+            self.targets.append(str(given["href"]))
+        loads = given.get("src") or (given.get("href") if tag == "link" else None)
+        if loads:
+            self.loaded.append(loads)
+
+
+@pytest.mark.slow
+def test_links_lead_somewhere_and_nothing_is_loaded_from_the_network(site: Path) -> None:
+    pages = {}
+    for file in site.rglob("*.html"):
+        pages[file] = Links()
+        pages[file].feed(file.read_text(encoding="utf-8"))
+    assert len(pages) >= 9
+    checked = 0
+    for file, page in pages.items():
+        assert not [url for url in page.loaded if re.match(r"(https?:)?//", url)], file
+        for target in page.targets + page.loaded:
+            if re.match(r"[a-z]+:", target):
+                continue
+            path, _, anchor = target.partition("#")
+            there = (file.parent / path.partition("?")[0]).resolve() if path else file
+            assert there.exists(), f"{file.name}: {target}"
+            if anchor and there.suffix == ".html":
+                assert anchor in pages[there].anchors, f"{file.name}: {target}"
+            checked += 1
+    assert checked > 200
+
+
+@pytest.mark.slow
+def test_the_site_has_every_key_method_command_and_public_name(site: Path) -> None:
+    def text(page: str) -> str:
+        return re.sub(r"<[^>]+>", "", (site / f"{page}.html").read_text(encoding="utf-8"))
+
+    settings = text("methods-and-recipes")
+    for kind in recipes.SECTIONS.values():
+        for field in fields(kind):
+            assert re.search(rf"\b{field.name}\b", settings), field.name
+    assert all(re.search(rf"^{re.escape(name)}$", settings, re.MULTILINE) for name in METHODS)
+    assert all(f"richkd {name}" in text("command-line") for name in group().commands)
+    assert all(name in text("python") for name in richkd.__all__)
+    for example in (ROOT / "docs" / "examples").glob("*.py"):
+        assert example.read_text().removeprefix('"""').split(":")[0] in text("examples")
+    assert "<math" in (site / "method.html").read_text()
+
+
+# --- what is in fences ---------------------------------------------------------------------------
+
+
+def group() -> Any:
+    return typer.main.get_command(app)
+
+
+def test_every_fence_says_what_it_is() -> None:
+    for block in ALL:
+        where = f"{block.page.relative_to(ROOT)}: {block.code[:60]!r}"
+        assert block.kind in {*SHOWN, "python", "bash", "sh"}, where
+        if block.kind == "sh":
+            assert block.page == ROOT / "README.md", where
+        if block.mark.startswith("tested: "):
+            assert (ROOT / block.mark.removeprefix("tested: ")).is_file(), where
+        elif block.kind == "bash":
+            assert block.mark in ("", "network", "gpu") or block.mark.startswith("/"), where
+        if block.kind == "toml":
+            assert tomllib.loads(block.code), where
+    assert len([block for block in blocks(ROOT / "README.md") if block.kind == "sh"]) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [words for block in ALL if block.kind == "bash" for words in commands(block)
+     if words[0] == "richkd"],
+    ids=" ".join,
+)  # fmt: skip
+def test_every_command_that_is_shown_parses(words: list[str]) -> None:
+    if words[1].startswith("--"):
+        return
+    command = group().get_command(typer.Context(group()), words[1])
+    assert command is not None, words
+    assert command.make_context(words[1], words[2:])
+
+
+def test_the_recipe_that_is_shown_is_one(tmp_path: Path) -> None:
+    shown = [block for block in ALL if block.kind == "toml"]
+    assert shown
+    for block in shown:
+        file = tmp_path / "shown.toml"
+        file.write_text(block.code, encoding="utf-8")
+        assert recipes.load(str(file)).tables
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CONTRIBUTING.md"],
+                         ids=lambda page: f"{page.parent.name}-{page.stem}")  # fmt: skip
+def test_what_a_page_shows_runs(
+    page: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    run: Callable[..., Any],
+) -> None:  # fmt: skip
+    """In a folder where the store that pages speak of stands in for that of CIFAR-100."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(store, tmp_path / "cache" / "cifar100.zarr")
+    for block in blocks(page):
+        if block.kind == "python":
+            done = subprocess.run([sys.executable, "-c", block.code], capture_output=True,
+                                  text=True, check=False)  # fmt: skip
+            assert done.returncode == 0, f"{block.code}\n{done.stderr}"
+        elif block.kind == "bash" and not block.mark:
+            for words in commands(block):
+                assert words[0] == "richkd", words
+                outcome = run(*words[1:])
+                assert outcome.code == 0, f"{words}\n{outcome.err}"
