@@ -17,6 +17,7 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build", "generated"]
 html_theme = "furo"
 html_title = "richkd"
+html_show_copyright = False
 html_static_path: list[str] = []
 html_extra_path = ["two-stages.svg"]
 html_theme_options = {"source_edit_link": None, "footer_icons": []}
@@ -45,5 +46,6 @@ def _inline(writer: Any, node: nodes.Node) -> None:
 
 
 def _block(writer: Any, node: nodes.Node) -> None:
-    writer.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    equation = tex2mathml(node.astext(), as_block=True)
+    writer.body.append(f'<div class="math" style="margin: 1em 0">{equation}</div>')
     raise nodes.SkipNode
