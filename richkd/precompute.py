@@ -333,18 +333,20 @@ def make_manifest(
 ) -> Manifest:
     """Everything that is known before the first block."""
     widest = max(len(dataset.class_names), teacher.num_features)
+    images = schema.DatasetEntry(
+        name=dataset.name,
+        fingerprint=dataset.fingerprint,
+        num_train=len(dataset.train),
+        num_test=len(dataset.test),
+        embedded=isinstance(dataset.train.images, Tensor),
+    )
+    if dataset.skipped:
+        images["skipped"] = list(dataset.skipped)
     return Manifest(
         format=schema.FORMAT,
         schema=schema.SCHEMA,
         complete=False,
-        dataset={
-            "name": dataset.name,
-            "fingerprint": dataset.fingerprint,
-            "num_train": len(dataset.train),
-            "num_test": len(dataset.test),
-            "embedded": isinstance(dataset.train.images, Tensor),
-            "skipped": list(dataset.skipped),
-        },
+        dataset=images,
         class_names=list(dataset.class_names),
         image_size=dataset.image_size,
         mean=list(dataset.mean),
