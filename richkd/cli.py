@@ -163,7 +163,9 @@ def train_teacher(
     if settings.out:
         cnn.check_output(Path(settings.out), overwrite)
     report = _report(as_json)
-    summary = cnn.train_teacher(settings, load_dataset(settings), report, overwrite=overwrite)
+    summary = cnn.train_teacher(
+        settings, load_dataset(settings, report=report), report, overwrite=overwrite
+    )
     _print(summary, as_json)
 
 

@@ -90,7 +90,7 @@ class Source:
     @cached_property
     def data(self) -> Data:
         """Images and labels of both splits on the device, all test samples being tested on."""
-        train, test = load_images(self.cache, self.settings)
+        train, test = load_images(self.cache, self.settings, self.report)
         manifest = self.cache.manifest
         return Data(
             train=make_inputs(train.images, self.device),
@@ -371,7 +371,9 @@ def build_student(settings: Distill, cache: TeacherCache) -> tuple[torch.nn.Modu
     return model, width
 
 
-def load_images(cache: TeacherCache, settings: Distill) -> tuple[Split, Split]:
+def load_images(
+    cache: TeacherCache, settings: Distill, report: Report | None = None
+) -> tuple[Split, Split]:
     """Images and labels of both splits, from the store or from the data set that it names.
 
     Raises:
@@ -398,6 +400,7 @@ def load_images(cache: TeacherCache, settings: Distill) -> tuple[Split, Split]:
             image_size=cache.manifest["image_size"],
         ),
         skipped=entry.get("skipped", []),
+        report=report,
     )
     photographs = catalog.split_name(dataset.name)[0] == catalog.IMAGE_FOLDER  # named at will
     if len(dataset.class_names) != cache.num_classes or (

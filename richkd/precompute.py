@@ -75,7 +75,7 @@ def precompute(
     check_clip(settings.clip)
     templates = load_prompts(settings.prompts)
     check_given(settings)
-    dataset = dataset or load_dataset(settings)
+    dataset = dataset or load_dataset(settings, report=report)
     settings = settings.for_size(dataset.image_size)
     training = resolve(TrainTeacher, dict(teacher_recipe or {}), {
         "dataset": settings.dataset, "limit": settings.limit, "data_root": settings.data_root,

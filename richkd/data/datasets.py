@@ -22,6 +22,7 @@ from torch import Tensor
 from richkd.data import catalog, folders
 from richkd.data.views import PadCropFlip, ResizedCropFlip, ViewSpace
 from richkd.errors import RichKDError
+from richkd.progress import Report
 from richkd.recipe import Images
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -127,13 +128,16 @@ class Dataset:
         return digest.hexdigest()
 
 
-def load_dataset(settings: Images, skipped: Collection[str] | None = None) -> Dataset:
+def load_dataset(
+    settings: Images, skipped: Collection[str] | None = None, report: Report | None = None
+) -> Dataset:
     """Read a data set by name, its first `limit` training samples.
 
     Args:
         settings: which images.
         skipped: of a folder of images, the files that stage one left out, where that is known;
             else every file is decoded once to find those that are broken.
+        report: where the progress of that goes.
 
     Raises:
         RichKDError: an unknown name, missing or damaged files, or no network to fetch them.
@@ -142,7 +146,7 @@ def load_dataset(settings: Images, skipped: Collection[str] | None = None) -> Da
     root = Path(settings.data_root)
     if kind == catalog.IMAGE_FOLDER:
         assert path is not None
-        parts = _image_folder(settings, path, skipped)
+        parts = _image_folder(settings, path, skipped, report or Report(quiet=True))
     elif kind == "shapes":
         parts = _shapes(settings.limit)
     elif kind == "fashion-mnist":
@@ -262,7 +266,9 @@ def _download_with_torchvision(name: str, root: Path, offline: str) -> Any:
     return reader
 
 
-def _image_folder(settings: Images, path: Path, skipped: Collection[str] | None) -> Parts:
+def _image_folder(
+    settings: Images, path: Path, skipped: Collection[str] | None, report: Report
+) -> Parts:
     if not path.is_dir():
         raise RichKDError(f"imagefolder:{path}: there is no such folder")
     held_out = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
@@ -271,8 +277,8 @@ def _image_folder(settings: Images, path: Path, skipped: Collection[str] | None)
             f"imagefolder:{path} needs the layout {path}/train/CLASS/image.jpg and "
             f"{path}/val/CLASS/image.jpg"
         )
-    train = folders.list_images(path / "train", settings.broken, skipped)
-    test = folders.list_images(held_out, settings.broken, skipped)
+    train = folders.list_images(path / "train", settings.broken, skipped, report)
+    test = folders.list_images(held_out, settings.broken, skipped, report)
     if train.classes != test.classes:
         different = sorted({*train.classes} ^ {*test.classes})
         raise RichKDError(

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from richkd.errors import RichKDError, nearest
+from richkd.progress import Report
 
 # As torchvision has them, and those of GIF.
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
@@ -38,13 +39,19 @@ class Listing:
     ignored: tuple[str, ...]  # likewise: files that are not called images
 
 
-def list_images(folder: Path, broken: str, known: Collection[str] | None = None) -> Listing:
+def list_images(
+    folder: Path,
+    broken: str,
+    known: Collection[str] | None = None,
+    report: Report | None = None,
+) -> Listing:
     """Read a folder of class folders.
 
     Args:
         folder: with a folder a class.
         broken: what to do with files that cannot be decoded to their end: refuse or skip.
         known: the broken files, as an earlier listing skipped them: none is decoded then.
+        report: where progress goes.
 
     Raises:
         RichKDError: no class, a class without images, or a broken file that is to be refused.
@@ -68,8 +75,14 @@ def list_images(folder: Path, broken: str, known: Collection[str] | None = None)
     samples = [(str(Path(file).relative_to(folder)), label)
                for file, label in _spread(listing.samples)]  # fmt: skip
     samples = [sample for sample in samples if f"{folder.name}/{sample[0]}" not in (known or ())]
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        found = [*pool.map(lambda s: _size(folder / s[0], decode=known is None), samples)]
+    report, found = report or Report(quiet=True), []
+    with (
+        ThreadPoolExecutor(os.cpu_count() or 1) as pool,
+        report.track(f"looking at {folder}", len(samples), "files") as tick,
+    ):
+        for size in pool.map(lambda s: _size(folder / s[0], decode=known is None), samples):
+            found.append(size)
+            tick(1)
     faults = [(path, size) for (path, _), size in zip(samples, found, strict=True)
               if isinstance(size, str)]  # fmt: skip
     if faults and (broken == "refuse" or known is not None):
