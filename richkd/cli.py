@@ -575,6 +575,54 @@ def export(
         typer.echo(f"{result['file']}: logits within {result['relative_error']:.0e} of PyTorch's")
 
 
+@_command(
+    RESULTS,
+    "richkd push cache/cifar100.zarr me/cifar100-teachers",
+    "richkd push runs/A me/resnet8x4-cifar100 --private",
+)
+def push(
+    path: Annotated[str, typer.Argument(help="a complete store, or a complete run")],
+    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME; made where it is not there")],
+    private: Annotated[bool, typer.Option("--private", help="not for everybody's eyes")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put a store (as a data set) or a student (as a model) on the Hugging Face hub, with a card.
+
+    Images that a store embeds go with it, and so do the paths that its recipe names.
+    """
+    from richkd.hub import push
+
+    result = push(path, repo_id, _report(as_json), private=private)
+    _print(result, as_json)
+    if not as_json:
+        typer.echo(result["url"])
+
+
+@_command(
+    RESULTS,
+    "richkd pull me/cifar100-teachers",
+    "richkd pull me/resnet8x4-cifar100 --out runs/theirs --revision v1",
+)
+def pull(
+    repo_id: Annotated[
+        str, typer.Argument(help="OWNER/NAME; with datasets/ or models/ before it if it is both")
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(help="default cache/NAME.zarr for a store, runs/NAME for a student"),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch a store or a student from the Hugging Face hub; every byte of it is checked."""
+    from richkd.hub import pull
+
+    result = pull(repo_id, _report(as_json), out=out, revision=revision)
+    _print(result, as_json)
+    if not as_json:
+        typer.echo(result["path"])
+
+
 @_command(LISTS, "richkd bench --quick", "richkd bench --cache cache/cifar100.zarr --json")
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="fewer rounds, within 3 minutes")] = False,
