@@ -18,7 +18,8 @@ exclude_patterns = ["_build", "generated"]
 html_theme = "furo"
 html_title = "richkd"
 html_show_copyright = False
-html_static_path: list[str] = []
+html_static_path = ["style.css"]
+html_css_files = ["style.css"]
 html_extra_path = ["two-stages.svg"]
 html_theme_options = {"source_edit_link": None, "footer_icons": []}
 myst_enable_extensions = ["dollarmath", "colon_fence"]
@@ -47,5 +48,5 @@ def _inline(writer: Any, node: nodes.Node) -> None:
 
 def _block(writer: Any, node: nodes.Node) -> None:
     equation = tex2mathml(node.astext(), as_block=True)
-    writer.body.append(f'<div class="math" style="margin: 1em 0">{equation}</div>')
+    writer.body.append(f'<div class="equation">{equation}</div>')
     raise nodes.SkipNode

@@ -83,7 +83,7 @@ class Report:
     ) -> None:
         """A table on standard output: the first `left` columns to the left, the others right.
 
-        The last of those to the left wraps where there is no room.
+        Where there is no room, those to the left wrap, but not the first of several.
         """
         if self.quiet:
             return
@@ -104,7 +104,8 @@ class Report:
         )
         for number, name in enumerate(header):
             side: JustifyMethod = "left" if number < left else "right"
-            table.add_column(name, justify=side, no_wrap=number != left - 1)
+            wraps = number in range(min(1, left - 1), left)
+            table.add_column(name, justify=side, no_wrap=not wraps, overflow="fold")
         for row in rows:
             table.add_row(*(Text(harmless(cell)) for cell in row))
         Console().print(table)

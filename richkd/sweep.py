@@ -283,6 +283,8 @@ def try_student(settings: Distill, source: Source) -> Estimate:
     seconds = {}
     for stage in ("train", "train", "test"):
         model.train(stage == "train")
+        if stage == "train":
+            saved.clear()  # of one step: the next one's tensors may lie elsewhere
         wait_for(device)
         start = time.perf_counter()
         with (

@@ -43,3 +43,14 @@ def test_what_is_missing_or_too_old_is_named(run: Run, monkeypatch: pytest.Monke
     assert max(map(len, done.out.splitlines())) <= 80
     rows = json.loads(run("doctor", "--json").out)["packages"]
     assert [row["found"] for row in rows if row["what"] == "no-such-package"] == ["not installed"]
+
+
+def test_a_home_with_a_long_path_is_shown_whole(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("HOME", str(tmp_path / "on a share of the institute" / "people" / "someone"))
+    done = run("doctor", "--data-root", tmp_path / ("somewhere-" * 6))
+    assert "…" not in done.out and max(map(len, done.out.splitlines())) <= 80
+    assert "stores: cache/ " in done.out and "someone/.cache/" in done.out
+    assert "somewhere-" * 6 in "".join(done.out.split())

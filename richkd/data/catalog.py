@@ -16,25 +16,18 @@ class Defaults:
 
     teacher: str
     student: str
-    teacher_epochs: int
     clip: str
 
 
 _OPENAI = "ViT-L-14-quickgelu:openai"  # the CLIP of the RichKD release
 
 DATASETS: dict[str, Defaults] = {
-    "shapes": Defaults(teacher="resnet20", student="resnet8", teacher_epochs=30, clip="demo"),
-    "fashion-mnist": Defaults(
-        teacher="resnet20", student="resnet8", teacher_epochs=30, clip=_OPENAI
-    ),
-    "cifar10": Defaults(
-        teacher="resnet32x4", student="resnet8x4", teacher_epochs=240, clip=_OPENAI
-    ),
-    "cifar100": Defaults(
-        teacher="resnet32x4", student="resnet8x4", teacher_epochs=240, clip=_OPENAI
-    ),
+    "shapes": Defaults(teacher="resnet20", student="resnet8", clip="demo"),
+    "fashion-mnist": Defaults(teacher="resnet20", student="resnet8", clip=_OPENAI),
+    "cifar10": Defaults(teacher="resnet32x4", student="resnet8x4", clip=_OPENAI),
+    "cifar100": Defaults(teacher="resnet32x4", student="resnet8x4", clip=_OPENAI),
     # networks: by the size of the images, once that is known (`networks`)
-    IMAGE_FOLDER: Defaults(teacher="", student="", teacher_epochs=90, clip=_OPENAI),
+    IMAGE_FOLDER: Defaults(teacher="", student="", clip=_OPENAI),
 }
 SMALL = 64  # pixels: up to here the CIFAR zoo is at home, beyond it timm's networks are
 
