@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from richkd.data import catalog, folders
+from richkd.data.folders import Paths
 from richkd.data.views import PadCropFlip, ResizedCropFlip, ViewSpace
 from richkd.errors import RichKDError
 from richkd.progress import Report
@@ -49,7 +50,7 @@ class ImageFiles:
     """Images that stay files until a view of them is wanted."""
 
     root: Path
-    paths: tuple[str, ...]  # relative to root
+    paths: Paths  # relative to root
     sizes: NDArray[np.int64]  # [N,2], height and width
     image_size: int  # side of the square views
 
@@ -120,7 +121,7 @@ class Dataset:
             if isinstance(images, ImageFiles):
                 for path in images.paths:
                     size = (images.root / path).stat().st_size
-                    digest.update(f"{path}\0{size}\0".encode())
+                    digest.update(f"{path}\0{size}\0".encode(errors="surrogateescape"))
             else:
                 digest.update(str(tuple(images.shape)).encode())
                 digest.update(np.ascontiguousarray(images.numpy()).data)
@@ -299,4 +300,4 @@ def _image_folder(
 def files_split(listing: folders.Listing, image_size: int) -> Split:
     """Images that stay files."""
     files = ImageFiles(listing.folder, listing.paths, listing.sizes, image_size)
-    return Split(files, torch.tensor(listing.labels))
+    return Split(files, torch.from_numpy(listing.labels))

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +23,49 @@ from richkd.progress import Report
 
 # As torchvision has them, and those of GIF.
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
+LOOKED_AT = 4096  # files that wait for a thread at once
 _SYNSET = re.compile(r"n\d{8}")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _NUMBERED = re.compile(r"\d+[._-]+(?=\D)")  # as in 001.Black_footed_Albatross
+
+
+@dataclass(frozen=True, eq=False)
+class Paths(Sequence[str]):
+    """Many paths in two arrays.
+
+    A forked data-loader worker shares their pages; strings are objects, and counting the references
+    to them would copy every page that they lie on.
+    """
+
+    text: NDArray[np.uint8]  # in UTF-8
+    bounds: NDArray[np.int64]  # [N,2]: where in the text a path begins and ends
+
+    @classmethod
+    def of(cls, paths: Iterable[str]) -> Paths:
+        """The same paths, taken in one by one."""
+        text, ends = bytearray(), array("q", [0])
+        for path in paths:
+            text += path.encode("utf-8", "surrogateescape")
+            ends.append(len(text))
+        limits = np.array(ends, np.int64)
+        return cls(np.frombuffer(text, np.uint8), np.stack([limits[:-1], limits[1:]], axis=1))
+
+    def take(self, which: slice | NDArray[np.generic]) -> Paths:
+        """Some of them, by a slice, their numbers or a mask."""
+        return Paths(self.text, self.bounds[which])
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Paths: ...
+    def __getitem__(self, index: int | slice) -> str | Paths:
+        if isinstance(index, slice):
+            return self.take(index)
+        begin, end = self.bounds[index]
+        return self.text[begin:end].tobytes().decode("utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True)
@@ -32,8 +74,8 @@ class Listing:
 
     folder: Path
     classes: tuple[str, ...]  # names of folders
-    paths: tuple[str, ...]  # relative to folder
-    labels: tuple[int, ...]
+    paths: Paths  # relative to folder
+    labels: NDArray[np.int64]  # [N]
     sizes: NDArray[np.int64]  # [N,2], height and width
     skipped: tuple[str, ...]  # files that are no whole images, relative to what folder is in
     ignored: tuple[str, ...]  # likewise: files that are not called images
@@ -56,65 +98,91 @@ def list_images(
     Raises:
         RichKDError: no class, a class without images, or a broken file that is to be refused.
     """
-    from torchvision.datasets import ImageFolder
-
-    ignored = []
-
-    def is_image(file: str) -> bool:
-        path = Path(file)
-        called = path.suffix.lower() in SUFFIXES
-        if not called and not path.name.startswith("."):
-            ignored.append(f"{folder.name}/{path.relative_to(folder)}")
-        return called
-
-    try:
-        listing = ImageFolder(str(folder), is_valid_file=is_image)
-    except FileNotFoundError as error:
-        raise RichKDError(f"{folder}: {error}") from None
-    # interleave the classes, so that --limit N does not take the first classes only
-    samples = [(str(Path(file).relative_to(folder)), label)
-               for file, label in _spread(listing.samples)]  # fmt: skip
-    samples = [sample for sample in samples if f"{folder.name}/{sample[0]}" not in (known or ())]
-    report, found = report or Report(quiet=True), []
-    with (
-        ThreadPoolExecutor(os.cpu_count() or 1) as pool,
-        report.track(f"looking at {folder}", len(samples), "files") as tick,
-    ):
-        for size in pool.map(lambda s: _size(folder / s[0], decode=known is None), samples):
-            found.append(size)
-            tick(1)
-    faults = [(path, size) for (path, _), size in zip(samples, found, strict=True)
-              if isinstance(size, str)]  # fmt: skip
+    classes, paths, labels, ignored = _find(folder)
+    left_out = {*(known or ())}
+    if left_out:
+        kept = np.array([f"{folder.name}/{path}" not in left_out for path in paths])
+        paths, labels = paths.take(kept), labels[kept]
+    sizes, faults = _look(folder, paths, known is None, report or Report(quiet=True))
     if faults and (broken == "refuse" or known is not None):
+        first, reason = next(iter(faults.items()))
         more = f", nor {len(faults) - 1} more" if len(faults) > 1 else ""
         raise RichKDError(
-            f"{folder / faults[0][0]} is no image that can be read ({faults[0][1]}){more}; remove "
+            f"{folder / paths[first]} is no image that can be read ({reason}){more}; remove "
             f"such files, or leave them out with --broken skip"
         )
-    good = [(*sample, size) for sample, size in zip(samples, found, strict=True)
-            if not isinstance(size, str)]  # fmt: skip
-    lacking = sorted({*range(len(listing.classes))} - {label for _, label, _ in good})
+    whole = np.ones(len(paths), bool)
+    whole[[*faults]] = False
+    lacking = sorted({*range(len(classes))} - {*labels[whole].tolist()})
     if lacking:
-        raise RichKDError(f"{folder / listing.classes[lacking[0]]}: no image in it can be read")
+        raise RichKDError(f"{folder / classes[lacking[0]]}: no image in it can be read")
     return Listing(
         folder=folder,
-        classes=tuple(listing.classes),
-        paths=tuple(path for path, _, _ in good),
-        labels=tuple(label for _, label, _ in good),
-        sizes=np.array([size for _, _, size in good], np.int64).reshape(-1, 2),
-        skipped=tuple(f"{folder.name}/{path}" for path, _ in faults),
+        classes=classes,
+        paths=paths.take(whole),
+        labels=labels[whole],
+        sizes=sizes[whole],
+        skipped=tuple(f"{folder.name}/{paths[number]}" for number in faults),
         ignored=tuple(ignored),
     )
 
 
-def _spread(samples: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """The samples in an order in which every prefix holds the classes evenly."""
-    seen: dict[int, int] = {}
-    keyed = []
-    for file, label in samples:
-        seen[label] = seen.get(label, 0) + 1
-        keyed.append((seen[label], label, file))
-    return [(file, label) for _, label, file in sorted(keyed)]
+def _find(folder: Path) -> tuple[tuple[str, ...], Paths, NDArray[np.int64], list[str]]:
+    """The classes, every file called an image with its label, and the files that are not.
+
+    The order is one in which every prefix holds the classes evenly, so that --limit N does not take
+    the first classes only.
+    """
+    from torchvision.datasets.folder import find_classes, make_dataset
+
+    ignored: list[str] = []
+    above = str(folder / "_")[:-1]
+
+    def is_image(file: str) -> bool:
+        called = os.path.splitext(file)[1].lower() in SUFFIXES  # noqa: PTH122
+        if not called and not os.path.basename(file).startswith("."):  # noqa: PTH119
+            ignored.append(f"{folder.name}/{file.removeprefix(above)}")
+        return called
+
+    def in_classes(numbers: dict[str, int]) -> Iterator[str]:
+        """The paths, class by class: the lists of all at once would be much larger."""
+        for name, number in numbers.items():
+            samples = make_dataset(str(folder), {name: number}, is_valid_file=is_image)
+            counts[number] = len(samples)
+            yield from (file.removeprefix(above) for file, _ in samples)
+
+    try:
+        classes, numbers = find_classes(str(folder))
+        counts = np.zeros(len(classes), np.int64)
+        paths = Paths.of(in_classes(numbers))
+    except FileNotFoundError as error:
+        raise RichKDError(f"{folder}: {error}") from None
+    labels = np.repeat(np.arange(len(classes)), counts)
+    place = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)  # in its class
+    order = np.lexsort((labels, place))
+    return tuple(classes), paths.take(order), labels[order], ignored
+
+
+def _look(
+    folder: Path, paths: Paths, decode: bool, report: Report
+) -> tuple[NDArray[np.int64], dict[int, str]]:
+    """The sizes [N,2] of all images, and why those have none that cannot be read."""
+    sizes = np.zeros((len(paths), 2), np.int64)
+    faults: dict[int, str] = {}
+    with (
+        ThreadPoolExecutor(os.cpu_count() or 1) as pool,
+        report.track(f"looking at {folder}", len(paths), "files") as tick,
+    ):
+        for start in range(0, len(paths), LOOKED_AT):
+            span = range(start, min(start + LOOKED_AT, len(paths)))
+            found = pool.map(lambda number: _size(folder / paths[number], decode), span)
+            for number, size in zip(span, found, strict=True):
+                if isinstance(size, str):
+                    faults[number] = size
+                else:
+                    sizes[number] = size
+                tick(1)
+    return sizes, faults
 
 
 def _size(path: Path, decode: bool) -> tuple[int, int] | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,13 @@ from PIL import Image
 
 import richkd
 from richkd.data.datasets import load_dataset
-from richkd.data.folders import class_words, list_images, read_class_names, suggest_image_size
+from richkd.data.folders import (
+    Paths,
+    class_words,
+    list_images,
+    read_class_names,
+    suggest_image_size,
+)
 from richkd.errors import RichKDError
 from richkd.recipe import Images
 
@@ -67,13 +74,46 @@ def test_broken_files_are_refused_or_skipped(own: Path) -> None:
         load_dataset(Images(dataset=f"imagefolder:{own}", broken="skip"))
 
 
+def test_paths_are_a_sequence_of_text_without_objects(rng: np.random.Generator) -> None:
+    names = ["a/b.jpg", "", "猫/bild ü.png", "a/b.jpg", "broken \udcff.gif"]
+    paths = Paths.of(iter(names))
+    assert [*paths] == names and len(paths) == 5 and paths[-1] == names[-1]
+    assert [*paths[1:4]] == names[1:4] and "猫/bild ü.png" in paths
+    order = rng.permutation(5)
+    assert [*paths.take(order)] == [names[number] for number in order]
+    assert [*paths.take(np.array([True, False, False, False, True]))] == [names[0], names[4]]
+    with pytest.raises(IndexError):
+        paths[5]
+    assert [*pickle.loads(pickle.dumps(paths))] == names  # as spawned workers get them
+    many = Paths.of(f"class/{number}.jpg" for number in range(10_000))
+    assert many.bounds.nbytes + many.text.nbytes < 32 * 10_000
+
+
+def test_every_prefix_of_a_listing_holds_the_classes_evenly(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    counts = rng.integers(1, 9, 5)
+    wanted = []
+    for label, count in enumerate(counts):
+        (tmp_path / f"c{label}" / "below").mkdir(parents=True)
+        files = [f"c{label}/{k}.png" for k in range(1, count)] + [f"c{label}/below/0.png"]
+        for file in files:
+            Image.new("RGB", (label + 1, 3)).save(tmp_path / file)
+        wanted += [(place, label, file) for place, file in enumerate(files)]
+    listing = list_images(tmp_path, "refuse")
+    assert [*zip(listing.labels, listing.paths, strict=True)] == [
+        (label, file) for _, label, file in sorted(wanted)
+    ]
+    assert (listing.sizes == np.stack([np.full(len(wanted), 3), listing.labels + 1], 1)).all()
+
+
 def test_what_is_known_to_be_broken_is_not_decoded_again(
     own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = list_images(own / "train", "skip")
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
     again = list_images(own / "train", "refuse", found.skipped)
-    assert again.paths == found.paths and (again.sizes == found.sizes).all()
+    assert [*again.paths] == [*found.paths] and (again.sizes == found.sizes).all()
 
 
 def test_class_names_from_a_file(own: Path, tmp_path: Path) -> None:
