@@ -21,6 +21,7 @@ PAD = 4
 OFFSETS = 2 * PAD + 1
 NUM_VIEW_IDS = OFFSETS * OFFSETS * 2
 CLEAN_VIEW_ID = (PAD * OFFSETS + PAD) * 2
+DRAWN_AT_ONCE = 16_384  # samples; what is drawn does not depend on it
 
 
 def apply_views(images: Tensor, view_ids: Tensor) -> Tensor:
@@ -77,8 +78,8 @@ class PadCropFlip:
         check_num_views(num_views, self.limit)
         stream = np.random.Philox(seed)
         views = np.empty((num_views, num_samples), np.uint16)
-        for start in range(0, num_samples, 65_536):
-            stop = min(start + 65_536, num_samples)
+        for start in range(0, num_samples, DRAWN_AT_ONCE):
+            stop = min(start + DRAWN_AT_ONCE, num_samples)
             keys = stream.random_raw((stop - start) * NUM_VIEW_IDS).reshape(-1, NUM_VIEW_IDS)
             views[:, start:stop] = keys.argsort(axis=1, kind="stable")[:, :num_views].T
         return views
@@ -106,35 +107,41 @@ class ResizedCropFlip:
     def draw(self, seed: int, num_samples: int, num_views: int) -> NDArray[np.float32]:
         """View parameters [V,N,5]."""
         check_num_views(num_views, self.limit)
-        height, width = self.sizes[:num_samples].astype(np.float64).T[..., None]  # each [N,1]
         views = np.empty((num_views, num_samples, 5), np.float32)
         for view in range(num_views):
             # a stream a view; row i of it belongs to sample i
             stream = np.random.Philox(np.random.SeedSequence([seed, view]))
-            numbers = stream.random_raw(num_samples * (4 * self.attempts + 1))
-            uniform = (numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53
-            uniform = uniform.reshape(num_samples, -1)
-            area, aspect, down, right = np.split(uniform[:, :-1], 4, axis=1)  # each [N,attempts]
-            area = height * width * (0.08 + 0.92 * area)
-            aspect = np.exp(np.log(3 / 4) + np.log(16 / 9) * aspect)
-            box_height = np.rint(np.sqrt(area / aspect))
-            box_width = np.rint(np.sqrt(area * aspect))
-            fits = (box_height >= 1) & (box_height <= height) & (box_width >= 1)
-            fits &= box_width <= width
-            # the last resort, as torchvision's: the largest box in the middle of a valid aspect
-            tall = np.minimum(height, np.rint(width / (3 / 4)))
-            wide = np.minimum(width, np.rint(height * (4 / 3)))
-            pick = fits.argmax(axis=1)[:, None]
-            found = np.take_along_axis(fits, pick, 1)
-            box_height = np.where(found, np.take_along_axis(box_height, pick, 1), tall)
-            box_width = np.where(found, np.take_along_axis(box_width, pick, 1), wide)
-            top = np.floor(np.take_along_axis(down, pick, 1) * (height - box_height + 1))
-            left = np.floor(np.take_along_axis(right, pick, 1) * (width - box_width + 1))
-            top = np.where(found, top, (height - box_height) // 2)
-            left = np.where(found, left, (width - box_width) // 2)
-            flip = uniform[:, -1:] < 0.5
-            views[view] = np.concatenate([top, left, box_height, box_width, flip], axis=1)
+            for start in range(0, num_samples, DRAWN_AT_ONCE):
+                span = slice(start, min(start + DRAWN_AT_ONCE, num_samples))
+                views[view, span] = self._draw(stream, self.sizes[span])
         return views
+
+    def _draw(self, stream: np.random.Philox, sizes: NDArray[np.int64]) -> NDArray[np.float64]:
+        """One view [n,5] of each of the next samples of a stream, by their sizes [n,2]."""
+        height, width = sizes.astype(np.float64).T[..., None]  # each [n,1]
+        numbers = stream.random_raw(len(sizes) * (4 * self.attempts + 1))
+        uniform = (numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        uniform = uniform.reshape(len(sizes), -1)
+        area, aspect, down, right = np.split(uniform[:, :-1], 4, axis=1)  # each [n,attempts]
+        area = height * width * (0.08 + 0.92 * area)
+        aspect = np.exp(np.log(3 / 4) + np.log(16 / 9) * aspect)
+        box_height = np.rint(np.sqrt(area / aspect))
+        box_width = np.rint(np.sqrt(area * aspect))
+        fits = (box_height >= 1) & (box_height <= height) & (box_width >= 1)
+        fits &= box_width <= width
+        # the last resort, as torchvision's: the largest box in the middle of a valid aspect
+        tall = np.minimum(height, np.rint(width / (3 / 4)))
+        wide = np.minimum(width, np.rint(height * (4 / 3)))
+        pick = fits.argmax(axis=1)[:, None]
+        found = np.take_along_axis(fits, pick, 1)
+        box_height = np.where(found, np.take_along_axis(box_height, pick, 1), tall)
+        box_width = np.where(found, np.take_along_axis(box_width, pick, 1), wide)
+        top = np.floor(np.take_along_axis(down, pick, 1) * (height - box_height + 1))
+        left = np.floor(np.take_along_axis(right, pick, 1) * (width - box_width + 1))
+        top = np.where(found, top, (height - box_height) // 2)
+        left = np.where(found, left, (width - box_width) // 2)
+        flip = uniform[:, -1:] < 0.5
+        return np.concatenate([top, left, box_height, box_width, flip], axis=1)
 
     def clean(self, num_samples: int, eighths: int = 7) -> NDArray[np.float32]:
         """Parameters [N,5] of the clean view: the central square of the shorter side's 7/8.

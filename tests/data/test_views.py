@@ -1,5 +1,8 @@
 """Views: the gather against torchvision's operations, and how views are drawn."""
 
+import hashlib
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +75,60 @@ def test_resized_crops_lie_inside_and_have_the_asked_areas_and_aspects() -> None
     assert 0.7 < aspect.min() and aspect.max() < 1.4
     assert set(np.unique(flip)) == {0.0, 1.0} and 0.4 < flip.mean() < 0.6
     assert (ResizedCropFlip(sizes[:50], 32).draw(1, 50, 2) == views[:2, :50]).all()
+
+
+def one_view(seed: int, view: int, sample: int, size: tuple[int, int]) -> list[float]:
+    """A view of one photograph as torchvision's loop finds it, from the numbers of its row."""
+    stream = np.random.Philox(np.random.SeedSequence([seed, view]))
+    raw = stream.random_raw((sample + 1) * 41)[-41:]
+    areas, aspects, downs, rights = ((raw[:40] >> np.uint64(11)) / 2**53).reshape(4, 10)
+    height, width = size
+    flip = float((raw[40] >> np.uint64(11)) / 2**53 < 0.5)
+    for area, aspect, down, right in zip(areas, aspects, downs, rights, strict=True):
+        wanted = height * width * (0.08 + 0.92 * area)
+        ratio = np.exp(np.log(3 / 4) + np.log(16 / 9) * aspect)
+        tall, wide = round(np.sqrt(wanted / ratio)), round(np.sqrt(wanted * ratio))
+        if 0 < tall <= height and 0 < wide <= width:
+            top, left = int(down * (height - tall + 1)), int(right * (width - wide + 1))
+            return [top, left, tall, wide, flip]
+    tall, wide = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return [(height - tall) // 2, (width - wide) // 2, tall, wide, flip]
+
+
+def test_resized_crops_drawn_in_spans_are_those_of_one_stream(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = rng.integers(1, 700, (100, 2))
+    sizes[:9] = [(40, 900), (900, 40), (1, 1), (1, 9), (9, 1), (2, 3), (300, 20), (3, 800), (5, 5)]
+    seed = int(rng.integers(2**32))
+    wanted = [[one_view(seed, v, i, tuple(size)) for i, size in enumerate(sizes)] for v in range(2)]
+    assert np.array_equal(ResizedCropFlip(sizes, 32).draw(seed, 100, 2), wanted)
+    monkeypatch.setattr("richkd.data.views.DRAWN_AT_ONCE", 7)
+    assert np.array_equal(ResizedCropFlip(sizes, 32).draw(seed, 100, 2), wanted)
+    ids = PadCropFlip().draw(seed, 100, 3)
+    monkeypatch.undo()
+    assert np.array_equal(PadCropFlip().draw(seed, 100, 3), ids)
+
+
+def test_stores_keep_their_views() -> None:
+    """The views of stores that exist: the digest is of what richkd 0.1.0 drew."""
+    number = np.arange(3000)
+    sizes = np.stack([20 + number * 37 % 601, 20 + number * 91 % 733], axis=1)
+    sizes[:3] = [(40, 900), (900, 30), (1, 1)]
+    drawn = hashlib.sha256(ResizedCropFlip(sizes, 32).draw(11, 3000, 3).tobytes()).hexdigest()
+    assert drawn == "b4d04b179cd14abe41af7b989629c3eb8a4761d9eebdc6c87c95aa1e1242eaa3"
+
+
+def test_drawing_views_takes_little_more_than_the_views() -> None:
+    space = ResizedCropFlip(np.full((100_000, 2), 300), 32)
+    tracemalloc.start()
+    try:
+        views = space.draw(0, 100_000, 2)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # a span's 41 numbers, 8 arrays of 10 attempts and their like, 8 bytes each
+    assert peak - views.nbytes < 16_384 * 8 * 160 < 100_000 * 8 * 41
 
 
 def test_resized_crop_is_torchvisions(rng: np.random.Generator) -> None:
