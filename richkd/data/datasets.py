@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from richkd.data import catalog, folders
@@ -57,10 +58,8 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def open(self, index: int) -> Any:
+    def open(self, index: int) -> Image.Image:
         """The image as PIL reads it, in RGB."""
-        from PIL import Image
-
         with Image.open(self.root / self.paths[index]) as image:
             if image.mode == "P" and "transparency" in image.info:
                 return image.convert("RGBA").convert("RGB")

@@ -7,17 +7,21 @@ decoded and cropped in data-loader workers. Either way: indices and views in, ui
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from richkd.data.datasets import ImageFiles
 from richkd.data.views import gather_views, resized_crop
+
+MOST_WORKERS = 8
+UNDER_WAY = 512 * 2**20  # bytes: what stage one's workers hold at once
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -36,7 +40,8 @@ class ArrayInputs:
             yield index, gather_views(self.images, index, views[index])
 
 
-IndexedSamples = TorchDataset[tuple[int, Tensor]]
+IndexedSamples = TorchDataset[tuple[int | Tensor, ...]]
+Transform = Callable[[Image.Image], Tensor]
 
 
 class FileInputs:
@@ -48,48 +53,107 @@ class FileInputs:
 
     def batches(self, order: Tensor, views: Tensor, batch_size: int) -> Batches:
         """Yield (index [B], images [B,S,S,3] uint8) for views [N,5] of the samples in order."""
-        return self.load(order, _FileViews(self.files, views), batch_size)
+        for index, crops in self.load(order, _FileViews(self.files, views[None]), batch_size):
+            yield index, crops[:, 0]
 
-    def load(self, order: Tensor, samples: IndexedSamples, batch_size: int) -> Batches:
+    def decode_once(
+        self, spans: Sequence[range], views: Tensor, batch: int, transform: Transform | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """All views of the samples in the spans, and the images as CLIP sees them, by one decode.
+
+        One set of workers goes through all spans; no batch crosses the end of one. The batches
+        under way, two a worker and the one in hand, take up to `UNDER_WAY` bytes: where so many of
+        `batch` images would take more, batches have fewer.
+
+        Args:
+            spans: the samples, in order.
+            views: [V,N,5].
+            batch: images of a batch, at most.
+            transform: from the whole image to CLIP's pixels, on the CPU; None where none are asked.
+
+        Yields:
+            index [b], crops [b,V,S,S,3] uint8 and pixels [b,3,s,s] (or None), on the device.
+        """
+        image_bytes = len(views) * self.files.image_size**2 * 3
+        if transform is not None:
+            image_bytes += transform(Image.new("RGB", (1, 1))).nbytes
+        # the same on every machine, for a teacher's last bits depend on the batch
+        batch = min(batch, max(1, UNDER_WAY // ((2 * MOST_WORKERS + 1) * max(1, image_bytes))))
+        cut = ([*range(start, min(start + batch, span.stop))]
+               for span in spans for start in range(span.start, span.stop, batch))  # fmt: skip
+        samples = _FileViews(self.files, views, transform)
+        workers = num_workers(sum(map(len, spans)), batch)
+        for index, crops, *pixels in self._loaded(cut, samples, workers):
+            yield index, crops, pixels[0] if pixels else None
+
+    def load(
+        self, order: Tensor, samples: IndexedSamples, batch_size: int
+    ) -> Iterator[tuple[Tensor, ...]]:
         """Yield (index [B], samples, stacked) in order, computed by the workers."""
+        cut = (index.tolist() for index in torch.split(order, batch_size))
+        return self._loaded(cut, samples, num_workers(len(order), batch_size))
+
+    def _loaded(
+        self, batches: Iterable[list[int]], samples: IndexedSamples, workers: int
+    ) -> Iterator[tuple[Tensor, ...]]:
         loader = DataLoader(
             samples,
-            batch_size=batch_size,
-            sampler=order.tolist(),
-            num_workers=num_workers(len(order), batch_size),
+            batch_sampler=batches,
+            num_workers=workers,
             pin_memory=self.device.type == "cuda",
         )
-        for index, images in loader:
-            yield (
-                index.to(self.device, non_blocking=True),
-                images.to(self.device, non_blocking=True),
-            )
+        for parts in loader:
+            yield tuple(part.to(self.device, non_blocking=True) for part in parts)
 
 
 def num_workers(count: int, batch_size: int) -> int:
     """Data-loader processes for so many images; none where starting them would take longer."""
-    return min(os.cpu_count() or 1, 8) if count > 4 * batch_size else 0
+    return min(os.cpu_count() or 1, MOST_WORKERS) if count > 4 * batch_size else 0
 
 
 class _FileViews(IndexedSamples):
-    def __init__(self, files: ImageFiles, views: Tensor) -> None:
+    """Sample i: its number, its views [V,S,S,3] uint8 and, with a transform, the whole image's."""
+
+    def __init__(
+        self, files: ImageFiles, views: Tensor, transform: Transform | None = None
+    ) -> None:
         self.files = files
-        self.views = views.numpy()
+        self.views = views  # [V,N,5]
+        self.transform = transform
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor]:
-        return index, _file_view(self.files, index, self.views[index])
+    def __getitem__(self, index: int) -> tuple[int | Tensor, ...]:
+        with one_thread():
+            image = self.files.open(index)
+            crops = _crops(image, self.views[:, index], self.files.image_size)
+            return index, crops, *([self.transform(image)] if self.transform else [])
 
 
-def _file_view(files: ImageFiles, index: int, view: Any) -> Tensor:
-    image = torch.from_numpy(np.array(files.open(index))).permute(2, 0, 1)
-    return resized_crop(image, view, files.image_size)
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread here, as in a worker: on small images, several mostly wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _crops(image: Image.Image, views: Tensor, image_size: int) -> Tensor:
+    """Views [V,5] of one photograph: [V,S,S,3] uint8."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    crops = torch.empty(len(views), image_size, image_size, 3, dtype=torch.uint8)
+    for crop, view in zip(crops, views.tolist(), strict=True):
+        crop.copy_(resized_crop(pixels, view, image_size))
+    return crops
 
 
 def image_views(images: Tensor | ImageFiles, index: Tensor, views: Tensor) -> Tensor:
     """Views [B] or [B,5] of the samples index [B], in this process: [B,H,W,3] uint8."""
     if isinstance(images, ImageFiles):
-        pairs = zip(index.tolist(), views.numpy(), strict=True)
-        return torch.stack([_file_view(images, number, view) for number, view in pairs])
+        pairs = zip(index.tolist(), views, strict=True)
+        return torch.cat([_crops(images.open(number), view[None], images.image_size)
+                          for number, view in pairs])  # fmt: skip
     return gather_views(images, index, views)
 
 
