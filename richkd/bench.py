@@ -401,7 +401,7 @@ def time_slabs(
         dataset=random_dataset(n, 64, sizes.num_classes),
     )  # fmt: skip
     settings = Distill(
-        cache=str(cache.path), student=sizes.streaming_student, batch_size=sizes.batch_size,
+        cache=cache.place.name, student=sizes.streaming_student, batch_size=sizes.batch_size,
         options={"richkd": {"negatives": min(sizes.negatives, n)}}, epochs=10**6,
         eval_every=10**6, device=str(device), out=str(folder / "slabs"),
     )  # fmt: skip

@@ -217,9 +217,9 @@ def precompute(
         report=_report(as_json),
     )
     if as_json:
-        _print(summarize(cache.path), as_json)
+        _print(summarize(cache.place.name), as_json)
     else:
-        typer.echo(f"next: richkd distill --cache {cache.path}")
+        typer.echo(f"next: richkd distill --cache {cache.place}")
 
 
 @_command(STORES, "richkd inspect cache/cifar100.zarr")
@@ -273,7 +273,7 @@ def analyze(
     ] = 0.8,
     split: Annotated[str, typer.Option(help="test, or train (its first view)")] = "test",
     out: Annotated[
-        str | None, typer.Option(help="folder for the page; default where the store is")
+        str | None, typer.Option(help="folder for the page; default where the store is, or here")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -485,7 +485,7 @@ def write_report(
 
     result = write_report(
         [Path(folder) for folder in runs], _report(as_json), out=Path(out) if out else None,
-        cache=Path(cache) if cache else None, tensorboard=tensorboard,
+        cache=cache, tensorboard=tensorboard,
     )  # fmt: skip
     _print(result, as_json)
     if not as_json:

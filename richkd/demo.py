@@ -52,7 +52,7 @@ def run_demo(out: str, seed: int, report: Report, *, overwrite: bool = False) ->
     for method in METHODS:
         report.say(f"\nStage two: a student by {method}, from the store alone")
         settings = Distill(
-            cache=str(cache.path),
+            cache=cache.place.name,
             method=method,
             epochs=STUDENT_EPOCHS,
             schedule="cosine",
@@ -62,7 +62,7 @@ def run_demo(out: str, seed: int, report: Report, *, overwrite: bool = False) ->
         )
         summaries.append(distill(settings, overwrite=overwrite, report=report))
     report.say("\nWhat students made of it, and what fusion did")
-    analysis = write_analysis(str(cache.path), report, threshold=0.8, split="test", out=None)
+    analysis = write_analysis(cache.place.name, report, threshold=0.8, split="test", out=None)
     page = write_report([folder], report)
     results_table(report, "Students of the demo", summaries)
     show_scores(analysis, report)
@@ -72,8 +72,8 @@ def run_demo(out: str, seed: int, report: Report, *, overwrite: bool = False) ->
     report.say(f"the teachers' page: {pages['analysis']}\nthe students' page: {pages['report']}")
     report.say(
         f"\nTry next:\n"
-        f"  richkd distill --cache {cache.path} --student resnet14 --alpha 0.5 --epochs 30\n"
+        f"  richkd distill --cache {cache.place} --student resnet14 --alpha 0.5 --epochs 30\n"
         f"  richkd run shapes\n"
         f"  richkd precompute --dataset imagefolder:PATH"
     )
-    return {"seconds": seconds, "cache": str(cache.path), "students": summaries, "pages": pages}
+    return {"seconds": seconds, "cache": cache.place.name, "students": summaries, "pages": pages}

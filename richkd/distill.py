@@ -339,7 +339,7 @@ def with_defaults(settings: Distill, cache: TeacherCache, runs: str = "runs") ->
     dataset = cache.manifest["dataset"]["name"]
     student = settings.student or catalog.networks(dataset, cache.manifest["image_size"])[1]
     alpha = "" if settings.alpha is None else f"-a{settings.alpha}"
-    name = f"{cache.path.stem}-{student}-{settings.method}{alpha}-s{settings.seed}"
+    name = f"{cache.place.stem}-{student}-{settings.method}{alpha}-s{settings.seed}"
     out = settings.out or str(Path(runs) / name.replace("/", "-"))
     return replace(settings, student=student, out=out)
 
@@ -384,7 +384,7 @@ def load_images(
     for split, labels in (("train", train_labels), ("test", test_labels)):
         if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < cache.num_classes:
             raise RichKDError(
-                f"{cache.path}: {split}/labels are not in 0..{cache.num_classes - 1}; make the "
+                f"{cache.place}: {split}/labels are not in 0..{cache.num_classes - 1}; make the "
                 f"store again with richkd precompute --overwrite"
             )
     if entry["embedded"]:
@@ -407,20 +407,20 @@ def load_images(
         not photographs and list(dataset.class_names) != cache.manifest["class_names"]
     ):
         raise RichKDError(
-            f"{cache.path} is for other classes than {dataset.name}: "
+            f"{cache.place} is for other classes than {dataset.name}: "
             f"{len(cache.manifest['class_names'])} against {len(dataset.class_names)}, or by other "
             f"names; pass the --dataset that it was made from"
         )
     if dataset.fingerprint != entry["fingerprint"]:
         raise RichKDError(
-            f"{dataset.name} is not what {cache.path} was made from (its fingerprint differs); "
+            f"{dataset.name} is not what {cache.place} was made from (its fingerprint differs); "
             f"restore the files, or make the store again with richkd precompute"
         )
     for images, labels in ((dataset.train, train_labels), (dataset.test, test_labels)):
         if not torch.equal(images.labels, labels):
             raise RichKDError(
-                f"the labels of {dataset.name} are not those in {cache.path}; make the store again "
-                f"with richkd precompute --overwrite"
+                f"the labels of {dataset.name} are not those in {cache.place}; make the store "
+                f"again with richkd precompute --overwrite"
             )
     return dataset.train, dataset.test
 

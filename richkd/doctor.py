@@ -105,7 +105,8 @@ def places() -> Iterator[Finding]:
     """Where richkd and its libraries write, and how much room there is."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from richkd.teachers.demo_clip import NAME, home
+    from richkd.files import home
+    from richkd.teachers.demo_clip import NAME
 
     for what, folder in (
         ("stores: cache/", Path("cache")),

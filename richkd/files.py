@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +19,16 @@ from richkd.errors import RichKDError
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp|.+\.[0-9a-f]{32}\.partial")
 
 
+def home() -> Path:
+    """The user's cache folder: RICHKD_HOME, else ~/.cache/richkd."""
+    return Path(os.environ.get("RICHKD_HOME") or Path.home() / ".cache" / "richkd")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # as the user's umask has it; safetensors makes it 0600

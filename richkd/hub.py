@@ -25,7 +25,7 @@ from richkd.hub_cards import store_card, student_card
 from richkd.models.weights import read_safetensors
 from richkd.progress import Report
 from richkd.run_folders import complete_run
-from richkd.store.checksums import METADATA
+from richkd.store.place import METADATA
 from richkd.store.reader import open_cache, read_manifest
 from richkd.verify import find_damage
 
@@ -61,7 +61,7 @@ def check_store(folder: Path, report: Report) -> None:
         RichKDError: it is not complete, or damaged.
     """
     cache = open_cache(folder)
-    for damage in find_damage(folder, cache.manifest, report):
+    for damage in find_damage(cache.place, cache.manifest, report):
         raise RichKDError(f"{folder} is damaged: {damage.file}: {damage.reason}; richkd repair "
                           f"computes those blocks again")  # fmt: skip
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from richkd.progress import Report, percent, size
 from richkd.results import teacher_accuracies
 from richkd.store import schema
+from richkd.store.place import METADATA, open_place
 from richkd.store.reader import read_manifest
 
 
@@ -17,20 +19,23 @@ def summarize(path: str | Path) -> dict[str, Any]:
     Raises:
         RichKDError: nothing there, or no richkd store.
     """
-    path = Path(path)
+    place = open_place(path)
     manifest = read_manifest(path)
+    stored = Counter[str]()
+    for file, count in place.sizes().items():
+        stored[file.partition("/c/")[0].removesuffix(f"/{METADATA}")] += count
     arrays = {
         name: {
             "shape": list(spec.shape),
             "dtype": spec.dtype,
             "chunks": list(spec.chunks),
             "raw_bytes": spec.nbytes,
-            "stored_bytes": _stored_bytes(path / name),
+            "stored_bytes": stored[name],
         }
         for name, spec in schema.array_specs(manifest).items()
     }
     return {
-        "path": str(path),
+        "path": place.name,
         "complete": manifest["complete"],
         "accuracy": teacher_accuracies(manifest),
         "raw_bytes": sum(array["raw_bytes"] for array in arrays.values()),
@@ -85,7 +90,3 @@ def show(summary: dict[str, Any], report: Report) -> None:
 
 def _some(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
-
-
-def _stored_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

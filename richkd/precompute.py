@@ -3,16 +3,19 @@
     data set ─▶ views ─▶ CNN teacher ─┐
        └──────▶ CLIP image + prompts ─┴▶ fusion ─▶ store
 
-Blocks of samples go through in the order of the store's `complete` flags, so the same command goes
-on where an earlier one was cut off; writing happens in a thread beside the computing.
+Work goes in blocks of samples, each with a flag in the store, so the same command goes on where an
+earlier one was cut off. Under torchrun the processes share the blocks; the first of them makes the
+store and completes it. Writing happens in a thread beside the computing.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +24,18 @@ from torch import Tensor
 
 from richkd import fusion
 from richkd.data.datasets import Dataset, Split, load_dataset
-from richkd.data.inputs import Inputs, Normalize, make_inputs
+from richkd.data.inputs import ArrayInputs, FileInputs, Normalize, make_inputs
 from richkd.data.prompts import load_prompts
 from richkd.data.views import check_num_views, views_tensor
 from richkd.errors import RichKDError
-from richkd.files import check_not_held, check_writable, held
 from richkd.interrupt import held_back
 from richkd.models import check_fit, create_model
 from richkd.models.weights import read_safetensors
-from richkd.progress import Report, duration, percent, size
+from richkd.progress import Advance, Report, duration, percent, size
+from richkd.ranks import Ranks, joined
 from richkd.recipe import Precompute, TrainTeacher, resolve, to_table
 from richkd.store import schema
+from richkd.store.place import Folder, Place, open_place
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.store.schema import Block, Manifest
 from richkd.store.writer import StoreWriter, check_target
@@ -41,6 +45,7 @@ from richkd.training.device import choose_device, versions
 from richkd.training.loop import accuracy
 
 PREVIEWED = 256  # test images that CLIP sees before anything long
+DECODED = 16  # files a loader's batch: with the crops of all their views they are in flight
 
 
 def precompute(
@@ -66,26 +71,80 @@ def precompute(
         RichKDError: anything the user can mend; found before anything long starts.
         Interrupted: by SIGINT or SIGTERM, after the block in hand.
     """
-    report = report or Report(quiet=True)
-    out = Path(settings.out)
-    device = choose_device(settings.device)
-    check_writable(out)
-    check_not_held(out)
+    with joined() as ranks:
+        report = report if report and ranks.first else Report(quiet=True)
+        out = open_place(settings.out)
+        device = choose_device(settings.device)
+        dataset = ranks.from_first(
+            lambda: look_ahead(settings, out, overwrite, redo, dataset, report)
+        )
+        settings = settings.for_size(dataset.image_size)
+        teacher, clip, text = make_teachers(
+            settings, dataset, teacher_recipe or {}, device, ranks, report
+        )
+        manifest = make_manifest(settings, dataset, teacher, clip, text)
+        space = dataset.train.view_space
+        views = space.draw(settings.seed, len(dataset.train), settings.views)
+
+        def begin() -> StoreWriter:
+            check_room(out, manifest, report)
+            writer = StoreWriter.open(out, manifest, overwrite, redo)
+            writer.put(f"train/{space.array}", views)
+            if text is not None:
+                writer.put("text/embeddings", text.cpu().numpy())
+            return writer
+
+        started = time.perf_counter()
+        with out.held() if ranks.first else nullcontext():
+            with open_writer(begin, out, manifest, ranks) as writer:
+                classes = None if text is None else fusion.class_embeddings(text)
+                teachers = Teachers(settings, teacher, clip, classes)
+                blocks = BlockRows(dataset, views_tensor(views), device, teachers, writer)
+                write_blocks(writer, blocks, ranks, report)
+            if ranks.first:
+                finish(writer, manifest)
+            ranks.wait()
+        cache = open_cache(settings.out)
+        report.say(closing(cache, time.perf_counter() - started))
+        return cache
+
+
+def look_ahead(
+    settings: Precompute,
+    out: Place,
+    overwrite: bool,
+    redo: Collection[Block] | None,
+    dataset: Dataset | None,
+    report: Report,
+) -> Dataset:
+    """Refuse what can be refused before anything long, and read the data set."""
+    out.check_writable()
+    out.check_not_held()
     check_target(out, overwrite, repairing=redo is not None)
     check_clip(settings.clip)
-    templates = load_prompts(settings.prompts)
+    load_prompts(settings.prompts)
     check_given(settings)
     dataset = dataset or load_dataset(settings, report=report)
-    settings = settings.for_size(dataset.image_size)
-    training = resolve(TrainTeacher, dict(teacher_recipe or {}), {
+    check_num_views(settings.views, dataset.train.view_space.limit)
+    report.say(f"{describe(dataset)}; fingerprint {dataset.fingerprint[:12]}")
+    say_left_out(dataset, report)
+    return dataset
+
+
+def make_teachers(
+    settings: Precompute,
+    dataset: Dataset,
+    teacher_recipe: Mapping[str, Any],
+    device: torch.device,
+    ranks: Ranks,
+    report: Report,
+) -> tuple[CNNTeacher, ClipTeacher | None, Tensor | None]:
+    """Both teachers, the CNN one trained first where there is none, and the text embeddings."""
+    training = resolve(TrainTeacher, dict(teacher_recipe), {
         "dataset": settings.dataset, "limit": settings.limit, "data_root": settings.data_root,
         "image_size": settings.image_size, "model": settings.teacher, "device": settings.device,
     })  # fmt: skip
-    weights = teacher_weights(settings, training)
-    space = dataset.train.view_space
-    check_num_views(settings.views, space.limit)
-    report.say(f"{describe(dataset)}; fingerprint {dataset.fingerprint[:12]}")
-    say_left_out(dataset, report)
+    weights = ranks.from_first(lambda: teacher_weights(settings, training))
 
     def load(weights: Path) -> CNNTeacher:
         normalize = Normalize(dataset.mean, dataset.std, device)
@@ -101,150 +160,260 @@ def precompute(
         if not settings.teacher_weights:
             check_trained_on(weights, dataset)
         teacher = load(weights)
-    clip = open_clip_teacher(settings.clip, device, report)
-    text = clip.text_embeddings(dataset.class_names, templates) if clip else None
-    if clip is not None and text is not None:
-        preview(clip, text, templates, dataset, device, report)
+    clip = open_clip_teacher(settings.clip, device, ranks, report)
+    text = None
+    if clip is not None:
+        templates = load_prompts(settings.prompts)
+        text = clip.text_embeddings(dataset.class_names, templates)
+        if ranks.first:
+            preview(clip, text, templates, dataset, device, report)
     if weights is None:
         report.say(
             f"no --teacher-weights given and none at {training.out}: training the teacher, "
             f"{settings.teacher}, first"
         )
-        train_teacher(training, dataset, report)
+        ranks.from_first(lambda: train_teacher(training, dataset, report))
         teacher = load(Path(training.out))
-    manifest = make_manifest(settings, dataset, teacher, clip, text, templates)
-    check_room(out, manifest, report)
-
-    views = space.draw(settings.seed, len(dataset.train), settings.views)
-    inputs = {
-        "train": make_inputs(dataset.train.images, device),
-        "test": make_inputs(dataset.test.images, device),
-    }
-    started = time.perf_counter()
-    with held(out):
-        with StoreWriter.open(out, manifest, overwrite, redo) as writer:
-            writer.put(f"train/{space.array}", views)
-            if text is not None:
-                writer.put("text/embeddings", text.cpu().numpy())
-            rows = BlockComputer(
-                settings, dataset, inputs, views_tensor(views), teacher, clip, text
-            )
-            write_blocks(writer, rows, report)
-        finish(writer, manifest)
-    cache = open_cache(out)
-    report.say(closing(cache, time.perf_counter() - started))
-    return cache
+    return teacher, clip, text
 
 
-def write_blocks(writer: StoreWriter, compute: BlockComputer, report: Report) -> None:
+def open_writer(
+    begin: Callable[[], StoreWriter], out: Place, manifest: Manifest, ranks: Ranks
+) -> StoreWriter:
+    """A writer of the store that the first process begins, and what is done in it already."""
+    begun: list[StoreWriter] = []
+
+    def first() -> list[bool]:
+        begun.append(begin())
+        return begun[0].done
+
+    done = ranks.from_first(first)
+    if begun:
+        return begun[0]
+    if not out.exists:
+        raise RichKDError(
+            f"rank {ranks.rank} sees no store at {out}, where rank 0 made it; name a folder that "
+            f"all machines share, or object storage (s3://…)"
+        )
+    return StoreWriter(out, manifest, done)
+
+
+def write_blocks(writer: StoreWriter, compute: BlockRows, ranks: Ranks, report: Report) -> None:
     """Compute and write what is not done yet; signals wait for the block in hand."""
     todo = [block for block, done in zip(writer.blocks, writer.done, strict=True) if not done]
-    count = len(writer.blocks)
+    count, written = len(writer.blocks), 0
     if len(todo) < count:
         report.say(f"going on: {count - len(todo)} of {count} blocks are there already")
-    total = sum(block.stop - block.start for block in todo)
-    with held_back() as check_stopped, report.track("precompute", total, "images") as tick:
-        for number, block in enumerate(todo, 1):
-            writer.write(block, compute(block, writer))
-            tick(block.stop - block.start)
-            if block.split == "test" and compute.tested == len(compute.splits["test"]):
-                report.say(f"CLIP zero-shot: {percent(compute.zero_shot)} % of the test images")
+    phases = [ranks.own(units) for units in compute.phases(todo)]
+    own = [block for units in phases for unit in units for block in unit]
+    total = sum(block.stop - block.start for block in own)
+    with (
+        held_back() as check_stopped,
+        report.track(f"precompute{ranks.task}", total, "images") as tick,
+    ):
+
+        def check() -> None:
             check_stopped(
-                f"stopped with {count - len(todo) + number} of {count} blocks written; the same "
-                f"command goes on"
-            )
+                f"stopped with {count - len(todo) + written} of {count} blocks written; the same "
+                f"command goes on" if ranks.world == 1 else
+                f"rank {ranks.rank} stopped with {written} of its {len(own)} blocks written; the "
+                f"same job goes on"
+            )  # fmt: skip
+
+        for units in phases:
+            for block, rows in compute(units, tick, check):
+                writer.write(block, rows)
+                written += 1
+                check()
+            writer.flush()  # the next phase reads what this one wrote, whoever wrote it
+            ranks.wait()
+            if any(block.split == "test" for unit in units for block in unit):
+                compute.say_zero_shot(report)
 
 
-class BlockComputer:
-    """The rows of a block, by the teachers."""
+Unit = tuple[Block, ...]  # blocks that are computed together
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """Both teachers and how they are blended."""
+
+    settings: Precompute
+    cnn: CNNTeacher
+    clip: ClipTeacher | None
+    classes: Tensor | None  # class embeddings [C,D]
+
+    def cnn_rows(self, parts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Of the CNN teacher, batch by batch."""
+        logits, features = (torch.cat(part) for part in zip(*parts, strict=True))
+        return {"teacher_logits": logits, "teacher_features": features}
+
+    def clip_rows(self, features: Tensor) -> dict[str, Tensor]:
+        """Of CLIP, from its image features [B,D]."""
+        assert self.classes is not None
+        return {"clip_features": features,
+                "clip_similarity": fusion.clip_similarity(features, self.classes)}  # fmt: skip
+
+    def fused(self, logits: Tensor, similarity: Tensor) -> dict[str, Tensor]:
+        """Of their blend."""
+        assert self.clip is not None
+        scale = fusion.resolve_scale(self.settings.scale, self.clip.logit_scale)
+        similarity = similarity.to(logits.device)
+        return {"fused_logits": fusion.fuse_logits(logits, similarity, self.settings.alpha, scale)}
+
+
+class BlockRows:
+    """The rows of blocks, by the teachers.
+
+    Images of an array are gathered view by view, and CLIP's rows come before those of the views,
+    which read them from the store. Image files are decoded once for CLIP and all views.
+    """
 
     def __init__(
-        self,
-        settings: Precompute,
-        dataset: Dataset,
-        inputs: Mapping[str, Inputs],
-        views: Tensor,
-        teacher: CNNTeacher,
-        clip: ClipTeacher | None,
-        text: Tensor | None,
-    ) -> None:
-        self.settings = settings
+        self, dataset: Dataset, views: Tensor, device: torch.device, teachers: Teachers,
+        writer: StoreWriter,
+    ) -> None:  # fmt: skip
         self.splits: dict[str, Split] = {"train": dataset.train, "test": dataset.test}
-        self.inputs = inputs
-        self.views = views  # [V,N,…]
-        self.teacher = teacher
-        self.clip = clip
-        self.classes = None if text is None else fusion.class_embeddings(text)
-        self._similarity: tuple[Block, Tensor] | None = None  # of the last block of clean images
-        self._hits: list[Tensor] = []
+        self.inputs = {name: make_inputs(split.images, device)
+                       for name, split in self.splits.items()}  # fmt: skip
+        clean = views_tensor(dataset.test.view_space.clean(len(dataset.test)))
+        self.views = {"train": views, "test": clean[None]}  # [V,N,…] each
+        self.teachers = teachers
+        self.writer = writer
+        self._similarity: tuple[tuple[str, int], Tensor] | None = None  # of the last span read
 
-    @property
-    def tested(self) -> int:
-        """How many test images CLIP has seen here."""
-        return sum(len(hits) for hits in self._hits)
+    def phases(self, todo: Sequence[Block]) -> list[list[Unit]]:
+        """The work in parts, of which each may need what those before it wrote."""
+        test = [block for block in todo if block.split == "test"]
+        train = [block for block in todo if block.split == "train"]
+        if isinstance(self.inputs["train"], FileInputs):
+            return [
+                [tuple(blocks) for _, blocks in groupby(part, lambda block: block.start)]
+                for part in (test, train)
+            ]
+        clean = [block for block in train if block.view is None]
+        views = [block for block in train if block.view is not None]
+        return [[(block,) for block in part] for part in (test, clean, views)]
 
-    @property
-    def zero_shot(self) -> float:
-        """Top-1 of CLIP over those, in 0..1."""
-        return float(torch.cat(self._hits).float().mean())
+    def __call__(
+        self, units: Sequence[Unit], tick: Advance, check: Callable[[], None]
+    ) -> Iterator[tuple[Block, dict[str, Tensor]]]:
+        """Each block of the units with its rows by name, without the split.
 
-    def __call__(self, block: Block, writer: StoreWriter) -> dict[str, Tensor]:
-        """The arrays of a block by name, without the split."""
+        Args:
+            units: of one phase.
+            tick: is told of images as they are done.
+            check: is called where nothing is lost but what one block takes.
+        """
+        for _, alike in groupby(units, lambda unit: [block.view for block in unit]):
+            some = list(alike)
+            inputs = self.inputs[some[0][0].split]
+            if isinstance(inputs, FileInputs):
+                yield from self._decoded(inputs, some, tick, check)
+            else:
+                for block in (block for unit in some for block in unit):
+                    yield block, self._gathered(inputs, block)
+                    tick(block.stop - block.start)
+
+    def _gathered(self, inputs: ArrayInputs, block: Block) -> dict[str, Tensor]:
+        """The rows of one block of images that are an array."""
         rows: dict[str, Tensor] = {}
-        split = self.splits[block.split]
+        batch_size, clip = self.teachers.settings.batch_size, self.teachers.clip
         if block.view is None:
-            rows["labels"] = split.labels[block.start : block.stop]
-            if isinstance(split.images, Tensor):
-                rows["images"] = split.images[block.start : block.stop]
-            if self.clip is not None:
-                rows |= self._clip_rows(self.clip, block)
-        if block.split == "test":
-            clean = views_tensor(split.view_space.clean(len(split)))
-            rows |= self._teacher_rows(block, clean, writer)
-        elif block.view is not None:
-            rows |= self._teacher_rows(block, self.views[block.view], writer)
+            rows |= self._given(block)
+            if clip is not None:
+                features = clip.image_features(inputs, block.start, block.stop, batch_size)
+                rows |= self.teachers.clip_rows(features)
+        if (view := cnn_view(block)) is not None:
+            order = torch.arange(block.start, block.stop)
+            batches = inputs.batches(order, self.views[block.split][view], batch_size)
+            rows |= self.teachers.cnn_rows([self.teachers.cnn.rows(images)
+                                            for _, images in batches])  # fmt: skip
+            if clip is not None:
+                similarity = rows.get("clip_similarity")
+                if similarity is None:
+                    similarity = self._similarity_of(block)
+                rows |= self.teachers.fused(rows["teacher_logits"], similarity)
         return rows
 
-    def _clip_rows(self, clip: ClipTeacher, block: Block) -> dict[str, Tensor]:
-        features = clip.image_features(
-            self.inputs[block.split], block.start, block.stop, self.settings.batch_size
+    def _decoded(
+        self, inputs: FileInputs, units: Sequence[Unit], tick: Advance, check: Callable[[], None]
+    ) -> Iterator[tuple[Block, dict[str, Tensor]]]:
+        """The rows of spans of image files, each span to the same blocks: one pass over them."""
+        first = units[0]
+        teachers, split = self.teachers, first[0].split
+        wanted = [view for block in first if (view := cnn_view(block)) is not None]
+        clip = teachers.clip if any(block.view is None for block in first) else None
+        spans = [range(unit[0].start, unit[0].stop) for unit in units]
+        decoded = inputs.decode_once(
+            spans, self.views[split][wanted], DECODED, clip.transform if clip else None
         )
-        assert self.classes is not None
-        similarity = fusion.clip_similarity(features, self.classes)
-        self._similarity = (block, similarity)
-        if block.split == "test":
-            labels = self.splits["test"].labels[block.start : block.stop]
-            self._hits.append(similarity.argmax(1).cpu() == labels)
-        return {"clip_features": features, "clip_similarity": similarity}
+        for unit, span in zip(units, spans, strict=True):
+            features: list[Tensor] = []
+            cnn: list[list[tuple[Tensor, Tensor]]] = [[] for _ in wanted]
+            for crops, pixels in batched(decoded, len(span), teachers.settings.batch_size):
+                if clip is not None and pixels is not None:
+                    features.append(clip.encode(pixels))
+                for number, parts in enumerate(cnn):
+                    parts.append(teachers.cnn.rows(crops[:, number]))
+                tick(len(crops) * len(unit))
+                check()
+            shared = teachers.clip_rows(torch.cat(features)) if features else {}
+            for block in unit:
+                rows = {**self._given(block), **shared} if block.view is None else {}
+                if (view := cnn_view(block)) is not None:
+                    rows |= teachers.cnn_rows(cnn[wanted.index(view)])
+                    if teachers.clip is not None:
+                        similarity = shared.get("clip_similarity")
+                        if similarity is None:
+                            similarity = self._similarity_of(block)
+                        rows |= teachers.fused(rows["teacher_logits"], similarity)
+                yield block, rows
 
-    def _teacher_rows(self, block: Block, views: Tensor, writer: StoreWriter) -> dict[str, Tensor]:
-        order = torch.arange(block.start, block.stop)
-        parts = [
-            self.teacher.rows(images)
-            for _, images in self.inputs[block.split].batches(
-                order, views, self.settings.batch_size
-            )
-        ]
-        logits, features = (torch.cat(part) for part in zip(*parts, strict=True))
-        rows = {"teacher_logits": logits, "teacher_features": features}
-        if self.clip is not None:
-            scale = fusion.resolve_scale(self.settings.scale, self.clip.logit_scale)
-            similarity = self._similarity_of(block, writer).to(logits.device)
-            rows["fused_logits"] = fusion.fuse_logits(
-                logits, similarity, self.settings.alpha, scale
-            )
+    def _given(self, block: Block) -> dict[str, Tensor]:
+        """What no teacher is asked for: labels, and images that are an array."""
+        split = self.splits[block.split]
+        rows = {"labels": split.labels[block.start : block.stop]}
+        if isinstance(split.images, Tensor):
+            rows["images"] = split.images[block.start : block.stop]
         return rows
 
-    def _similarity_of(self, block: Block, writer: StoreWriter) -> Tensor:
-        """CLIP's cosines of the block's samples: just computed, or written by an earlier run."""
-        span = (block.split, block.start, block.stop)
-        if self._similarity is not None:
-            known, similarity = self._similarity
-            if (known.split, known.start, known.stop) == span:
-                return similarity
-        similarity = writer.read(f"{block.split}/clip_similarity", block.start, block.stop)
-        self._similarity = (replace(block, view=None), similarity)
-        return similarity
+    def _similarity_of(self, block: Block) -> Tensor:
+        """CLIP's cosines of the block's samples, as they were written."""
+        span = (block.split, block.start)
+        if self._similarity is None or self._similarity[0] != span:
+            name = f"{block.split}/clip_similarity"
+            self._similarity = (span, self.writer.read(name, block.start, block.stop))
+        return self._similarity[1]
+
+    def say_zero_shot(self, report: Report) -> None:
+        """CLIP's accuracy on the test images, as soon as it is known."""
+        if self.teachers.clip is not None:
+            count = len(self.splits["test"])
+            similarity = self.writer.read("test/clip_similarity", 0, count)
+            top1 = accuracy(similarity, self.splits["test"].labels, 1)
+            report.say(f"CLIP zero-shot: {percent(top1)} % of the test images")
+
+
+def cnn_view(block: Block) -> int | None:
+    """Which of its split's views a block asks the CNN teacher for; test images have but one."""
+    return 0 if block.split == "test" else block.view
+
+
+def batched(
+    decoded: Iterator[tuple[Tensor, Tensor, Tensor | None]], count: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The next `count` images in batches for a network: crops [B,V,S,S,3], CLIP's pixels."""
+    done = 0
+    parts: list[tuple[Tensor, Tensor | None]] = []
+    while done < count:
+        _, crops, pixels = next(decoded)
+        parts.append((crops, pixels))
+        done += len(crops)
+        if done == count or sum(len(crops) for crops, _ in parts) >= batch_size:
+            every = [pixels for _, pixels in parts if pixels is not None]
+            yield torch.cat([crops for crops, _ in parts]), torch.cat(every) if every else None
+            parts = []
 
 
 def check_given(settings: Precompute) -> None:
@@ -312,14 +481,16 @@ def check_trained_on(weights: Path, dataset: Dataset) -> None:
         )
 
 
-def open_clip_teacher(name: str, device: torch.device, report: Report) -> ClipTeacher | None:
+def open_clip_teacher(
+    name: str, device: torch.device, ranks: Ranks, report: Report
+) -> ClipTeacher | None:
     """The CLIP of a name; `demo` is trained first where it is not there, `none` is None."""
     if name == "none":
         return None
     if name == "demo":
         from richkd.teachers.demo_clip import demo_clip
 
-        name = str(demo_clip(report))
+        name = str(ranks.from_first(lambda: demo_clip(report)))
     return load_clip(name, device)
 
 
@@ -329,7 +500,6 @@ def make_manifest(
     teacher: CNNTeacher,
     clip: ClipTeacher | None,
     text: Tensor | None,
-    templates: tuple[str, ...],
 ) -> Manifest:
     """Everything that is known before the first block."""
     widest = max(len(dataset.class_names), teacher.num_features)
@@ -371,7 +541,7 @@ def make_manifest(
             "num_features": text.shape[-1],
             "accuracy": None,
         },
-        prompts=list(templates) if clip else [],
+        prompts=list(load_prompts(settings.prompts)) if clip else [],
         alpha=settings.alpha,
         scale=settings.scale,
         fused_accuracy=None,
@@ -385,19 +555,22 @@ def make_manifest(
     )
 
 
-def check_room(out: Path, manifest: Manifest, report: Report) -> None:
+def check_room(out: Place, manifest: Manifest, report: Report) -> None:
     """Say how big the store will be, and refuse to start on a disk without room for it.
 
     Raises:
         RichKDError: the disk has less room than the uncompressed arrays need.
     """
     wanted = schema.raw_bytes(manifest)
-    folder = next(parent for parent in out.absolute().parents if parent.is_dir())
+    expected = f"{out}: {size(wanted)} of arrays before compression"
+    expected += f", {manifest['views']['count']} views"
+    if not isinstance(out, Folder):
+        report.say(expected)
+        return
+    folder = next(parent for parent in out.path.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
-    views = manifest["views"]["count"]
-    report.say(f"{out}: {size(wanted)} of arrays before compression, {views} views; "
-               f"{size(free)} are free")  # fmt: skip
-    if wanted > free and not out.exists():
+    report.say(f"{expected}; {size(free)} are free")
+    if wanted > free and not out.path.exists():
         raise RichKDError(
             f"{out} needs {size(wanted)} and {folder} has {size(free)} free; make room, choose "
             f"fewer --views, or another --out"
@@ -432,13 +605,13 @@ def closing(cache: TeacherCache, seconds: float) -> str:
     """The last line of stage one."""
     manifest = cache.manifest
     clip = manifest["clip"]
-    stored = sum(file.stat().st_size for file in cache.path.rglob("*") if file.is_file())
+    stored = sum(cache.place.sizes().values())
     blend = (
         f", CLIP {percent(clip['accuracy'])} %, fused {percent(manifest['fused_accuracy'])} %"
         if clip
         else ""
     )
     return (
-        f"{cache.path} is complete: {size(stored)} in {duration(seconds)}; test accuracy: CNN "
+        f"{cache.place} is complete: {size(stored)} in {duration(seconds)}; test accuracy: CNN "
         f"teacher {percent(manifest['teacher']['accuracy'])} %{blend}"
     )

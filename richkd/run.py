@@ -22,6 +22,7 @@ from richkd.precompute import precompute
 from richkd.progress import Report
 from richkd.recipe import Distill, Precompute, Recipe, Sweep, resolve, to_table
 from richkd.report import write_report
+from richkd.store.place import open_place
 from richkd.store.reader import TeacherCache, open_cache, read_manifest
 from richkd.sweep import run_sweep
 from richkd.training.checkpoint import RunFolder
@@ -55,7 +56,7 @@ def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict
         **_flags_of(Precompute, flags, without={"out", "seed"}), "out": flags.get("cache"),
     })  # fmt: skip
     if not flags.get("cache") and "out" not in one:
-        out = Path(stage_one.out)
+        out = Path(stage_one.out)  # the default, which is no URL
         named = out.with_name("-".join(filter(None, [out.stem, stage_one.teacher])) + out.suffix)
         stage_one = replace(stage_one, out=str(named))
     two = recipe.table("distill")
@@ -102,8 +103,8 @@ def make_store(settings: Precompute, recipe: Recipe, report: Report) -> TeacherC
     Raises:
         RichKDError: a complete store of other settings or teacher weights is in its place.
     """
-    path = Path(settings.out)
-    if not path.exists() or not read_manifest(path)["complete"]:
+    path = settings.out
+    if not open_place(path).exists or not read_manifest(path)["complete"]:
         return precompute(settings, teacher_recipe=recipe.table("train-teacher"), report=report)
     cache = open_cache(path)
     was, now = cache.manifest["recipe"], to_table(settings)
@@ -145,7 +146,7 @@ def write_page(folder: Path, cache: TeacherCache, report: Report) -> str:
     page = folder / "report.html"
     written = page.stat().st_mtime if page.is_file() else 0.0
     if any(run.stat().st_mtime > written for run in folder.rglob("summary.json")):
-        write_report([folder], report, cache=cache.path)
+        write_report([folder], report, cache=cache.place.name)
     else:
         report.say(f"{page} is there already")
     return str(page)

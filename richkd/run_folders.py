@@ -69,7 +69,7 @@ class Run:
         return f"for seed in {' '.join(map(str, seeds))}; do {line} --seed $seed; done"
 
 
-def load_runs(folders: list[Path], cache: Path | None) -> list[Run]:
+def load_runs(folders: list[Path], cache: str | None) -> list[Run]:
     """The runs in some folders, at any depth, in the order of their paths.
 
     Args:

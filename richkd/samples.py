@@ -65,7 +65,7 @@ def torch_dataset(
         if name not in ROWS:
             raise unknown("array", name, ROWS)
         cache.require(f"{split}/{name}")
-    place = Distill(cache=str(cache.path), dataset=dataset, data_root=data_root)
+    place = Distill(cache=cache.place.name, dataset=dataset, data_root=data_root)
     images = load_images(cache, place)[0 if split == "train" else 1]
     return Samples(cache, split, view, tuple(names), images)
 

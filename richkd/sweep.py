@@ -345,7 +345,7 @@ def show_plan(
         counts = (f"{len(runs)}", f"{len(to_do)}" if to_do else "–")
         cells.append((student, method, *([alpha] if alphas else []), *counts, left, memory))
     header = ("student", "method", *(["α"] if alphas else []), "runs", "to do", "about", "memory")
-    report.table(f"{source.cache.path} → {out}/", header, cells, left=2)
+    report.table(f"{source.cache.place} → {out}/", header, cells, left=2)
     settings = entries[0].settings
     waiting = sum(entry.state == "waiting" for entry in entries)
     report.say(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,14 +26,15 @@ from richkd.store.checksums import (
     block_files,
     chunk_files,
     chunks_digest,
-    chunks_there,
     metadata_digest,
     num_chunks,
+    read_chunk,
     sealed,
     views_of,
     whole,
 )
-from richkd.store.reader import TeacherCache, open_cache, open_store
+from richkd.store.place import Folder, Place, open_place
+from richkd.store.reader import TeacherCache, copy_of, open_cache, open_store
 from richkd.store.schema import Block, Manifest, array_specs, blocks
 from richkd.teachers.cnn import load_teacher
 from richkd.training.loop import accuracy
@@ -70,9 +72,9 @@ def verify_store(path: str | Path, teacher: str | None, report: Report) -> list[
         RichKDError: there is no complete store, or its manifest was changed, without which
             nothing can be known about the rest.
     """
-    path = Path(path)
-    manifest = sealed_manifest(path)
-    damage = list(find_damage(path, manifest, report))
+    place = open_place(path)
+    manifest = sealed_manifest(place)
+    damage = list(find_damage(place, manifest, report))
     files = sum(map(num_chunks, array_specs(manifest).values()))
     checks = [
         Check("manifest", "the seal", ()),
@@ -120,11 +122,11 @@ def repair_store(path: str | Path, report: Report) -> list[str]:
         RichKDError: as `verify_store` and `precompute`; the data and the teachers must be where
             they were, and be the same.
     """
-    path = Path(path)
-    manifest = sealed_manifest(path)
-    damage = list(find_damage(path, manifest, report))
+    place = open_place(path)
+    manifest = sealed_manifest(place)
+    damage = list(find_damage(place, manifest, report))
     if not damage:
-        report.say(f"{path}: every byte is as it was written; nothing to repair")
+        report.say(f"{place}: every byte is as it was written; nothing to repair")
         return []
     damaged = {block for one in damage for block in one.blocks}
     redo = [block for block in blocks(manifest) if block in damaged]
@@ -136,33 +138,33 @@ def repair_store(path: str | Path, report: Report) -> list[str]:
     return [block.name for block in redo]
 
 
-def sealed_manifest(path: Path) -> Manifest:
+def sealed_manifest(place: Place) -> Manifest:
     """The manifest of a complete store, as it was sealed; RichKDError where it is not."""
-    _, manifest = open_store(path)
-    if not sealed(path) or manifest["checksums"] is None:
+    copy = copy_of(place)
+    _, manifest = open_store(copy)
+    if not sealed(Folder(copy.path)) or manifest["checksums"] is None:
         raise RichKDError(
-            f"{path}: the manifest is not what was sealed (zarr.json was changed), so that nothing "
-            f"in the store can be trusted; make it again with richkd precompute --overwrite"
+            f"{place}: the manifest is not what was sealed (zarr.json was changed), so that "
+            f"nothing in the store can be trusted; make it again with richkd precompute --overwrite"
         )
-    specs = array_specs(manifest)
-    claimed = sum(map(num_chunks, specs.values()))
-    there = sum(chunks_there(path, name) for name in specs)
+    claimed = sum(map(num_chunks, array_specs(manifest).values()))
+    there = sum("/c/" in file for file in place.sizes())
     if claimed > 2 * there + 1000:  # nobody loses so many; and nobody can check a billion
         raise RichKDError(
-            f"{path}: the manifest claims {claimed:,} chunks and there are {there:,}; make the "
+            f"{place}: the manifest claims {claimed:,} chunks and there are {there:,}; make the "
             f"store again with richkd precompute --overwrite"
         )
     return manifest
 
 
-def find_damage(path: Path, manifest: Manifest, report: Report) -> Iterator[Damage]:
+def find_damage(place: Place, manifest: Manifest, report: Report) -> Iterator[Damage]:
     """Files that are missing, damaged, or in the place of others; reads every byte once."""
     checksums = manifest["checksums"]
     assert checksums is not None
     specs = array_specs(manifest)
     for file, recorded in checksums["metadata"].items():
         try:
-            found = metadata_digest(path, file)
+            found = metadata_digest(place, file)
         except OSError:
             found = ""
         if found != recorded:
@@ -173,16 +175,26 @@ def find_damage(path: Path, manifest: Manifest, report: Report) -> Iterator[Dama
         for name, spec in specs.items():
             for number, view in enumerate(views_of(spec)):
                 files = list(chunk_files(name, spec, view))
-                bad = [file for file in files if not whole(path / file)]
-                for file in bad:
-                    reason = "damaged" if (path / file).exists() else "missing"
-                    yield Damage(file, reason, tuple({block_of[file]} if file in block_of else ()))
+                bad = False
+                for file, fault in zip(files, place.map(partial(chunk_fault, place), files),
+                                       strict=True):  # fmt: skip
+                    if fault is not None:
+                        bad = True
+                        yield Damage(file, fault, (block_of[file],) if file in block_of else ())
                 recorded = checksums["chunks"][name][number]
-                if not bad and chunks_digest(path, name, spec, view) != recorded:
+                if not bad and chunks_digest(place, name, spec, view) != recorded:
                     where = name if view is None else f"{name} view {view}"
                     own = tuple(block_of[file] for file in files if file in block_of)
                     yield Damage(where, "chunks are not those that were written here", own)
                 tick(spec.nbytes // len(views_of(spec)))
+
+
+def chunk_fault(place: Place, file: str) -> str | None:
+    """What is wrong with a chunk, or None."""
+    try:
+        return None if whole(read_chunk(place, file)) else "damaged"
+    except OSError:
+        return "missing"
 
 
 # --- values --------------------------------------------------------------------------------------
@@ -278,7 +290,7 @@ VALUES: tuple[tuple[str, str, Callable[[TeacherCache], Iterator[str]]], ...] = (
 def check_teacher(cache: TeacherCache, weights: Path, report: Report) -> Iterator[str]:
     """Some training rows, drawn afresh, are what the CNN teacher gives on their views."""
     manifest = cache.manifest
-    source = Source(Distill(cache=str(cache.path)), report)
+    source = Source(Distill(cache=cache.place.name), report)
     teacher = load_teacher(
         manifest["teacher"]["name"], weights, cache.num_classes, manifest["image_size"],
         source.data.normalize, source.device,

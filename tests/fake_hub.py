@@ -106,6 +106,8 @@ class Handler(BaseHTTPRequestHandler):
             self._create(json.loads(body))
         elif path == "validate-yaml":
             self._answer(200, {"errors": [], "warnings": []})
+        elif path.count("/") < 2:
+            self._answer(404, {"error": "no such thing"})
         else:
             kinds, owner, name, *rest = path.split("/")
             repo = self.server.repos.get((kinds.removesuffix("s"), f"{owner}/{name}"))

@@ -23,6 +23,7 @@ import richkd
 from richkd.data.views import PadCropFlip
 from richkd.models.weights import save_tensors
 from richkd.store import schema
+from richkd.store.place import open_place
 from richkd.store.writer import StoreWriter
 
 TINY_CLIP = {
@@ -97,7 +98,7 @@ def write_random_store(
     manifest["dataset"] |= {"num_train": num_samples, "num_test": 100}
     manifest["class_names"] = [f"class {number}" for number in range(num_classes)]
     manifest |= {"image_size": image_size, "block": schema.choose_block(num_classes, "float32")}
-    with StoreWriter.open(path, manifest, overwrite=False) as writer:
+    with StoreWriter.open(open_place(path), manifest, overwrite=False) as writer:
         writer.put("train/view_ids", PadCropFlip().draw(0, num_samples, manifest["views"]["count"]))
         writer.put("text/embeddings", np.ones((num_classes, 12, 24), np.float32))
         for block in writer.blocks:

@@ -77,7 +77,7 @@ def analyze(
     has_clip = rows.similarity is not None
     with report.track("analyze", 4, "parts") as tick:
         result: dict[str, Any] = {
-            "store": str(cache.path),
+            "store": cache.place.name,
             "dataset": cache.manifest["dataset"]["name"],
             "split": split,
             "samples": len(rows.labels),
@@ -145,7 +145,7 @@ def teacher_logits(cache: TeacherCache, rows: Rows) -> dict[str, Tensor]:
     for name, own in logits.items():
         if not torch.isfinite(own).all():
             raise RichKDError(
-                f"{cache.path}: logits of {NAMES[name]} hold NaN or infinity; richkd verify says "
+                f"{cache.place}: logits of {NAMES[name]} hold NaN or infinity; richkd verify says "
                 f"where"
             )
     return logits

@@ -22,7 +22,7 @@ def write_report(
     report: Report,
     *,
     out: Path | None = None,
-    cache: Path | None = None,
+    cache: str | None = None,
     tensorboard: bool = False,
 ) -> dict[str, Any]:
     """Write report.html, leaderboard.csv and report.json.

@@ -13,6 +13,7 @@ from richkd.files import check_writable, write
 from richkd.progress import Report, percent
 from richkd.report import lens_plots
 from richkd.report.page import as_json, fill
+from richkd.store.place import Folder, open_place
 from richkd.store.reader import TeacherCache, open_cache
 
 SCORES = ("top-1, %", "top-5, %", "NLL", "Brier", "ECE, %")
@@ -31,11 +32,12 @@ def write_analysis(
     Returns:
         The analysis, and the paths of the two files.
     """
-    store = Path(cache)
-    folder = store.parent if out is None else Path(out)
-    files = {kind: folder / f"{store.stem}-analysis.{kind}" for kind in ("html", "json")}
+    place = open_place(cache)
+    beside = place.path.parent if isinstance(place, Folder) else Path()
+    folder = beside if out is None else Path(out)
+    files = {kind: folder / f"{place.stem}-analysis.{kind}" for kind in ("html", "json")}
     check_writable(files["html"])
-    opened = open_cache(store)
+    opened = open_cache(cache)
     result = analyze(opened, threshold=threshold, split=split, report=report)
     write(files["html"], render(opened, result))
     write(files["json"], json.dumps(result, indent=2, allow_nan=False) + "\n")

@@ -12,15 +12,13 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
 
-from richkd.files import replacing
+from richkd.store.place import ATTEMPTS, METADATA, Folder, Place
 from richkd.store.schema import (
     ArraySpec,
     Block,
@@ -30,7 +28,6 @@ from richkd.store.schema import (
     block_arrays,
 )
 
-METADATA = "zarr.json"
 _CRC = 4  # bytes behind a chunk
 _SEAL = re.compile(rb'("seal": ?")([0-9a-f]{64})(?=")')
 
@@ -66,11 +63,6 @@ def num_chunks(spec: ArraySpec) -> int:
     return math.prod(-(-size // n) for size, n in zip(spec.shape, spec.chunks, strict=True))
 
 
-def chunks_there(root: Path, name: str) -> int:
-    """How many chunks of an array are on the disk."""
-    return sum(len(files) for _, _, files in os.walk(root / name / "c"))
-
-
 def views_of(spec: ArraySpec) -> list[int | None]:
     """The views of an array; one None where it has none."""
     return [*range(spec.shape[0])] if spec.dimensions[0] == "view" else [None]
@@ -81,59 +73,70 @@ def num_digests(spec: ArraySpec) -> int:
     return spec.shape[0] if spec.dimensions[0] == "view" else 1
 
 
-def whole(path: Path) -> bool:
-    """Whether a chunk is there and its bytes are those that its CRC was computed of."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return False
-    body, crc = content[:-_CRC], content[-_CRC:]
+def whole(chunk: bytes) -> bool:
+    """Whether a chunk's bytes are those that the CRC behind them was computed of."""
+    body, crc = chunk[:-_CRC], chunk[-_CRC:]
     return len(crc) == _CRC and google_crc32c.value(body) == int.from_bytes(crc, "little")
 
 
-def chunks_digest(root: Path, name: str, spec: ArraySpec, view: int | None = None) -> str:
+def read_chunk(place: Place, file: str) -> bytes:
+    """A chunk's bytes, whole or not; FileNotFoundError where there is none.
+
+    What arrives damaged from elsewhere is asked for again: it may lie there whole.
+    """
+    content = place.read(file)
+    for _ in range(0 if isinstance(place, Folder) else ATTEMPTS - 1):
+        if whole(content):
+            break
+        content = place.read(file)
+    return content
+
+
+def lies_whole(place: Place, file: str) -> bool:
+    """Whether a chunk is there, and whole."""
+    try:
+        return whole(read_chunk(place, file))
+    except OSError:
+        return False
+
+
+def chunks_digest(place: Place, name: str, spec: ArraySpec, view: int | None = None) -> str:
     """A digest of the CRCs of an array's chunks, or of one view's, as they lie in their places.
 
     Raises:
         OSError: a chunk is missing.
     """
-    crcs = []
-    for file in chunk_files(name, spec, view):
-        with (root / file).open("rb") as chunk:
-            chunk.seek(-_CRC, os.SEEK_END)
-            crcs.append(chunk.read(_CRC))
-    return _digest(b"".join(crcs))
+    files = list(chunk_files(name, spec, view))
+    return _digest(b"".join(place.map(lambda file: place.tail(file, _CRC), files)))
 
 
-def metadata_digest(root: Path, file: str) -> str:
+def metadata_digest(place: Place, file: str) -> str:
     """A digest of a metadata file's bytes; OSError where it is missing."""
-    return _digest((root / file).read_bytes())
+    return _digest(place.read(file))
 
 
-def take_checksums(root: Path, specs: Mapping[str, ArraySpec]) -> Checksums:
+def take_checksums(place: Place, specs: Mapping[str, ArraySpec]) -> Checksums:
     """The digests of a store as it lies there; reads 4 bytes a chunk."""
     return {
-        "metadata": {file: metadata_digest(root, file) for file in metadata_files(specs)},
+        "metadata": {file: metadata_digest(place, file) for file in metadata_files(specs)},
         "chunks": {
-            name: [chunks_digest(root, name, spec, view) for view in views_of(spec)]
+            name: [chunks_digest(place, name, spec, view) for view in views_of(spec)]
             for name, spec in specs.items()
         },
     }
 
 
-def write_sealed(root: Path, manifest: Manifest) -> None:
+def write_sealed(place: Place, manifest: Manifest) -> None:
     """Put the manifest, with the seal, where the group's attributes are; whole or not at all."""
-    path = root / METADATA
-    group: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    group: dict[str, Any] = json.loads(place.read(METADATA))
     group["attributes"] = {**manifest, "seal": "0" * 64}
     unsealed = json.dumps(group, indent=2).encode()
-    with replacing(path) as temporary:
-        temporary.write_bytes(_SEAL.sub(rb"\g<1>" + _seal_of(unsealed).encode(), unsealed))
+    place.write(METADATA, _SEAL.sub(rb"\g<1>" + _seal_of(unsealed).encode(), unsealed))
 
 
-def sealed(root: Path) -> bool:
+def sealed(place: Place) -> bool:
     """Whether the manifest's file is, to the byte, what was sealed."""
-    content = (root / METADATA).read_bytes()
+    content = place.read(METADATA)
     seals = _SEAL.findall(content)
     return len(seals) == 1 and seals[0][1].decode() == _seal_of(content)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import sys
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,8 +22,8 @@ from richkd.errors import RichKDError
 from richkd.recipe import Scale, check_blend
 from richkd.store import schema
 from richkd.store.checksums import (
+    chunk_files,
     chunks_digest,
-    chunks_there,
     metadata_digest,
     metadata_files,
     num_chunks,
@@ -30,6 +31,8 @@ from richkd.store.checksums import (
     sealed,
     views_of,
 )
+from richkd.store.copy import LocalCopy, open_copy
+from richkd.store.place import Folder, Place, open_place
 from richkd.store.schema import ArraySpec, Manifest
 
 REMEDY = "mend it with richkd repair, or make it again with richkd precompute --overwrite"
@@ -59,18 +62,24 @@ class Slab:
 
 
 class TeacherCache:
-    """An open, complete store. Made by `open_cache`."""
+    """An open, complete store. Made by `open_cache`.
 
-    def __init__(self, path: Path, group: zarr.Group, manifest: Manifest) -> None:
-        self.path = path
+    `place` is where it lies, and `path` the folder on this disk that is read: the store itself, or
+    of a store elsewhere the copy of what was read so far.
+    """
+
+    def __init__(self, copy: LocalCopy, group: zarr.Group, manifest: Manifest) -> None:
+        self.place = copy.place
+        self.path = copy.path
         self.manifest = manifest
         self.specs = schema.array_specs(manifest)
+        self._copy = copy
         self._group = group
 
     def __repr__(self) -> str:
         dataset = self.manifest["dataset"]
         return (
-            f"TeacherCache({str(self.path)!r}: {dataset['name']}, {dataset['num_train']} samples, "
+            f"TeacherCache({self.place.name!r}: {dataset['name']}, {dataset['num_train']} samples, "
             f"{self.num_views} views, {self.num_classes} classes)"
         )
 
@@ -97,7 +106,19 @@ class TeacherCache:
         """
         self.require(name)
         if view is not None and not 0 <= view < self.num_views:
-            raise RichKDError(f"view {view}: {self.path} has views 0..{self.num_views - 1}")
+            raise RichKDError(f"view {view}: {self.place} has views 0..{self.num_views - 1}")
+        files = list(chunk_files(name, self.specs[name], view))
+        self._copy.fetch(files)
+        try:
+            values = self._read_here(name, view)
+        except RichKDError:
+            if not self._copy.drop(files):
+                raise
+            self._copy.fetch(files)  # once more: what was kept here may have been damaged here
+            values = self._read_here(name, view)
+        return views_tensor(values)
+
+    def _read_here(self, name: str, view: int | None) -> np.ndarray[Any, Any]:
         array = cast("zarr.Array[Any]", self._group[name])
         at = () if view is None else (view,)
         values = _in_own_pages(array.shape[len(at) :], array.dtype)
@@ -108,31 +129,31 @@ class TeacherCache:
                 values[start : start + step] = array[(*at, slice(start, start + step))]
         except Exception as error:  # codecs raise errors of many kinds
             raise RichKDError(
-                f"{self.path}: {name} is damaged ({type(error).__name__}: {error}); {REMEDY}"
+                f"{self.place}: {name} is damaged ({type(error).__name__}: {error}); {REMEDY}"
             ) from error
-        self.check_chunks(name, view)
-        return views_tensor(values)
+        self._check_chunks(name, view)
+        return values
 
-    def check_chunks(self, name: str, view: int | None = None) -> None:
+    def _check_chunks(self, name: str, view: int | None) -> None:
         """Raise RichKDError where a chunk of an array (of a view) is not the one written there."""
         checksums = self.manifest["checksums"]
         assert checksums is not None
-        spec = self.specs[name]
+        spec, here = self.specs[name], Folder(self.path)
         for number, one in enumerate(views_of(spec)):
             if view is not None and one != view:
                 continue
             try:
-                found = chunks_digest(self.path, name, spec, one)
+                found = chunks_digest(here, name, spec, one)
             except OSError:
                 found = "a chunk is missing"
             if found != checksums["chunks"][name][number]:
                 where = name if one is None else f"{name}, view {one}"
-                raise RichKDError(f"{self.path}: {where} is not what was written; {REMEDY}")
+                raise RichKDError(f"{self.place}: {where} is not what was written; {REMEDY}")
 
     def require(self, name: str) -> None:
         """Raise RichKDError where the store has no array of this name."""
         if name not in self.specs:
-            raise RichKDError(f"{self.path} has no array {name!r}" + self._why_absent(name))
+            raise RichKDError(f"{self.place} has no array {name!r}" + self._why_absent(name))
 
     def slab(self, view: int, arrays: Collection[str] = SLAB_ARRAYS) -> Slab:
         """View `view` of every training sample, only the arrays that are asked for.
@@ -196,7 +217,7 @@ class TeacherCache:
         clip = self.manifest["clip"]
         if clip is None:
             raise RichKDError(
-                f"{self.path} was made with --clip none, so there is nothing to blend with the "
+                f"{self.place} was made with --clip none, so there is nothing to blend with the "
                 f"CNN teacher; use --method kd, or precompute with a CLIP"
             )
         return clip
@@ -208,52 +229,76 @@ class TeacherCache:
 
 
 def open_cache(path: str | Path) -> TeacherCache:
-    """Open a complete store.
+    """Open a complete store: a folder, or a URL (s3://, gs://, az://, hf://).
 
     Raises:
         RichKDError: nothing there, not a richkd store, of another schema, incomplete, or with
-            arrays or chunks missing or of another shape than the manifest says.
+            arrays or chunks missing or of another shape than the manifest says; or the place
+            cannot be reached.
     """
-    path = Path(path)
-    group, manifest = open_store(path)
-    check_sealed(path, manifest)
+    place = open_place(path)
+    copy = copy_of(place)
+    group, manifest = open_store(copy)
+    check_sealed(copy, manifest)
+    there = Counter(file.partition("/c/")[0] for file in place.sizes() if "/c/" in file)
     for name, spec in schema.array_specs(manifest).items():
-        _check_array(path, group, name, spec)
-    return TeacherCache(path, group, manifest)
+        _check_array(place, group, name, spec)
+        missing = num_chunks(spec) - there[name]
+        if missing > 0:
+            raise RichKDError(
+                f"{place}: {missing} of {num_chunks(spec)} chunks of {name} are gone; {REMEDY}"
+            )
+    return TeacherCache(copy, group, manifest)
 
 
-def open_store(path: Path) -> tuple[zarr.Group, Manifest]:
+def copy_of(place: Place) -> LocalCopy:
+    """What `open_copy` gives; RichKDError where nothing is there."""
+    try:
+        if place.exists:
+            return open_copy(place)
+    except FileNotFoundError:
+        pass
+    if isinstance(place, Folder) and place.path.exists():
+        raise RichKDError(f"{place} is no richkd store that can be read (no zarr.json in it)")
+    raise RichKDError(f"no store at {place}; make one: richkd precompute --out {place}")
+
+
+def open_store(copy: LocalCopy) -> tuple[zarr.Group, Manifest]:
     """The group and the manifest of a complete store; errors as of `open_cache`."""
-    group = _open_group(path)
-    manifest = _check_manifest(path, dict(group.attrs))
+    group = _open_group(copy)
+    manifest = check_manifest(copy.place, dict(group.attrs))
     if not manifest["complete"]:
         raise RichKDError(
-            f"{path} is incomplete: stage one was cut off; run the same richkd precompute "
+            f"{copy.place} is incomplete: stage one was cut off; run the same richkd precompute "
             f"command again, it goes on where it stopped"
         )
     return group, manifest
 
 
-def check_sealed(path: Path, manifest: Manifest) -> None:
+def check_sealed(copy: LocalCopy, manifest: Manifest) -> None:
     """Raise RichKDError where the manifest or another metadata file was changed."""
-    checksums = manifest["checksums"]
-    digests = {name: num_digests(spec) for name, spec in schema.array_specs(manifest).items()}
+    checksums, here = manifest["checksums"], Folder(copy.path)
+    specs = schema.array_specs(manifest)
+    digests = {name: num_digests(spec) for name, spec in specs.items()}
     if (
-        not sealed(path)
+        not sealed(here)
         or checksums is None
         or {name: len(each) for name, each in checksums["chunks"].items()} != digests
     ):
         raise RichKDError(
-            f"{path}: the manifest is not what was sealed (zarr.json was changed); make the store "
-            f"again with richkd precompute --overwrite"
+            f"{copy.place}: the manifest is not what was sealed (zarr.json was changed); make the "
+            f"store again with richkd precompute --overwrite"
         )
-    for file in metadata_files(schema.array_specs(manifest)):
+    files = metadata_files(specs)
+    copy.fetch(files)
+    for file in files:
         try:
-            found = metadata_digest(path, file)
+            found = metadata_digest(here, file)
         except OSError:
             found = "it is missing"
         if found != checksums["metadata"].get(file):
-            raise RichKDError(f"{path}: {file} is missing or was changed; {REMEDY}")
+            copy.drop([file])
+            raise RichKDError(f"{copy.place}: {file} is missing or was changed; {REMEDY}")
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -262,7 +307,8 @@ def read_manifest(path: str | Path) -> Manifest:
     Raises:
         RichKDError: nothing there, not a richkd store, or of another schema.
     """
-    return _check_manifest(Path(path), dict(_open_group(Path(path)).attrs))
+    copy = copy_of(open_place(path))
+    return check_manifest(copy.place, dict(_open_group(copy).attrs))
 
 
 def _in_own_pages(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
@@ -276,49 +322,43 @@ def _in_own_pages(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[An
     return np.frombuffer(pages, dtype, count).reshape(shape)
 
 
-def _open_group(path: Path) -> zarr.Group:
-    if not path.exists():
-        raise RichKDError(f"no store at {path}; make one: richkd precompute --out {path}")
+def _open_group(copy: LocalCopy) -> zarr.Group:
     try:
-        return zarr.open_group(path, mode="r", use_consolidated=False)
+        return zarr.open_group(copy.path, mode="r", use_consolidated=False)
     except Exception as error:  # not a group, damaged JSON, no permission, …
         reason = f"{type(error).__name__}: {error}"
-        raise RichKDError(f"{path} is no richkd store that can be read ({reason})") from None
+        raise RichKDError(f"{copy.place} is no richkd store that can be read ({reason})") from None
 
 
-def _check_manifest(path: Path, attributes: Mapping[str, Any]) -> Manifest:
+def check_manifest(place: Place, attributes: Mapping[str, Any]) -> Manifest:
+    """The attributes of a group as a manifest; RichKDError where they are none that is sound."""
     if attributes.get("format") != schema.FORMAT:
         raise RichKDError(
-            f"{path} is a Zarr group but no richkd store; richkd precompute makes one"
+            f"{place} is a Zarr group but no richkd store; richkd precompute makes one"
         )
     if attributes.get("schema") != schema.SCHEMA:
         raise RichKDError(
-            f"{path} has schema {attributes.get('schema')!r}, this richkd reads "
+            f"{place} has schema {attributes.get('schema')!r}, this richkd reads "
             f"{schema.SCHEMA}; make the store again with richkd precompute --overwrite"
         )
     fault = schema.manifest_fault(attributes)
     if fault is not None:
         raise RichKDError(
-            f"{path}: the manifest is damaged ({fault}); make the store again with richkd "
+            f"{place}: the manifest is damaged ({fault}); make the store again with richkd "
             f"precompute --overwrite"
         )
     return cast(Manifest, dict(attributes))
 
 
-def _check_array(path: Path, group: zarr.Group, name: str, spec: ArraySpec) -> None:
+def _check_array(place: Place, group: zarr.Group, name: str, spec: ArraySpec) -> None:
     try:
         array = group[name]
     except Exception:  # absent, or its metadata is damaged
-        raise RichKDError(f"{path}: array {name} is missing or damaged; {REMEDY}") from None
+        raise RichKDError(f"{place}: array {name} is missing or damaged; {REMEDY}") from None
     if not isinstance(array, zarr.Array):
-        raise RichKDError(f"{path}: {name} is no array; {REMEDY}")
+        raise RichKDError(f"{place}: {name} is no array; {REMEDY}")
     if array.shape != spec.shape or str(array.dtype) != spec.dtype or array.chunks != spec.chunks:
         raise RichKDError(
-            f"{path}: {name} is {array.dtype} {array.shape}, the manifest says {spec.dtype} "
+            f"{place}: {name} is {array.dtype} {array.shape}, the manifest says {spec.dtype} "
             f"{spec.shape}; {REMEDY}"
-        )
-    missing = num_chunks(spec) - chunks_there(path, name)
-    if missing > 0:
-        raise RichKDError(
-            f"{path}: {missing} of {num_chunks(spec)} chunks of {name} are gone; {REMEDY}"
         )

@@ -7,12 +7,11 @@ after a crash of the machine either may be lost, so whoever goes on checks what 
 
 from __future__ import annotations
 
+import json
 import os
 import queue
-import shutil
 import threading
-from collections.abc import Collection, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -21,19 +20,18 @@ import zarr
 from numcodecs import BitRound
 from torch import Tensor
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.storage import MemoryStore
 
 from richkd.errors import RichKDError
-from richkd.files import remove_temporary
 from richkd.store import schema
 from richkd.store.checksums import (
-    METADATA,
     block_files,
     chunk_files,
-    metadata_files,
+    lies_whole,
     take_checksums,
-    whole,
     write_sealed,
 )
+from richkd.store.place import METADATA, Place
 from richkd.store.schema import Block, Manifest
 
 # No chunk may be absent: an absent chunk reads as zeros, which would pass for data.
@@ -45,53 +43,50 @@ _ROOM = 4  # blocks that may wait for the disk; bounds memory
 class StoreWriter:
     """One process's hand on a store. Use as a context manager; `write` returns at once."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self._path = path
-        self._group = group = zarr.open_group(path, mode="r+", use_consolidated=False)
+    def __init__(self, place: Place, manifest: Manifest, done: Sequence[bool]) -> None:
+        self._place = place
+        with place.explained("write to"):
+            self._arrays = _open_arrays(place, schema.array_specs(manifest))
         self._manifest = manifest
         self.blocks = schema.blocks(manifest)
-        self.done: list[bool] = np.asarray(_array(group, "complete")[:]).tolist()
+        self.done = list(done)  # of the blocks
         self._queue: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue(_ROOM)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._drain, name="store-writer", daemon=True)
 
     @classmethod
     def open(
-        cls, path: Path, manifest: Manifest, overwrite: bool, redo: Collection[Block] | None = None
-    ) -> StoreWriter:
+        cls, place: Place, manifest: Manifest, overwrite: bool,
+        redo: Collection[Block] | None = None,
+    ) -> StoreWriter:  # fmt: skip
         """A new store, or the rest of one that was cut off or damaged.
 
         Args:
-            path: where it is or will be.
+            place: where it is or will be.
             manifest: what is to be in it.
             overwrite: replace a store that is there.
             redo: the store is complete but for these blocks, which are damaged.
 
         Raises:
-            RichKDError: the path holds a complete store, one of other settings, or something
+            RichKDError: the place holds a complete store, one of other settings, or something
                 else, and `overwrite` was not asked for (or what is there is no store).
         """
-        if not check_target(path, overwrite, repairing=redo is not None):
-            create_store(path, manifest)
-            return cls(path, manifest)
-        old = dict(zarr.open_group(path, mode="r", use_consolidated=False).attrs)
+        old = check_target(place, overwrite, repairing=redo is not None)
+        if old is None:
+            place.create(blank_files(manifest))
+            return cls(place, manifest, [False] * schema.num_blocks(manifest))
         changed = schema.difference(old, manifest)
         if changed is not None:
             raise RichKDError(
-                f"{path} is a store begun with other settings ({changed}); go on with those, "
+                f"{place} is a store begun with other settings ({changed}); go on with those, "
                 f"choose another --out, or begin anew with --overwrite"
             )
-        remove_temporary(path)
+        place.remove_temporary()
         if redo is not None:
-            unseal(path, manifest, redo)
+            unseal(place, manifest, redo)
         else:
-            mend_flags(path, manifest)
-        writer = cls(path, manifest)
-        for number, block in enumerate(writer.blocks):
-            files = block_files(manifest, block)
-            if writer.done[number] and not all(whole(path / file) for file in files):
-                writer.done[number] = False  # the machine went down before it was on the disk
-        return writer
+            complete_metadata(place, manifest)
+        return cls(place, manifest, written(place, manifest))
 
     def __enter__(self) -> StoreWriter:
         self._thread.start()
@@ -105,7 +100,8 @@ class StoreWriter:
 
     def put(self, name: str, values: np.ndarray[Any, Any]) -> None:
         """Write a whole array now; for what is small and known before the first block."""
-        _array(self._group, name)[...] = values
+        with self._place.explained("write to"):
+            self._arrays[name][...] = values
 
     def write(self, block: Block, rows: Mapping[str, Tensor]) -> None:
         """Hand over the rows of one block; names are relative to its split.
@@ -120,14 +116,25 @@ class StoreWriter:
             values[name] = round_bits(values[name], self._manifest["keep_bits"])
         self._queue.put((self.blocks.index(block), values))
 
+    def flush(self) -> None:
+        """Wait until everything handed over is written; errors are those of `write`."""
+        self._queue.join()
+        self._check()
+
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Rows that an earlier run wrote: [stop − start, …]."""
-        return torch.from_numpy(np.asarray(_array(self._group, name)[start:stop]))
+        array, block = self._arrays[name], self._manifest["block"]
+        rest = "/0" * (len(array.shape) - 1)
+        for number in range(start // block, -(-stop // block)):
+            # an absent chunk would read as zeros
+            if not lies_whole(self._place, f"{name}/c/{number}{rest}"):
+                raise RichKDError(f"{self._place}: {name} lacks a chunk that was written")
+        with self._place.explained("read"):
+            return torch.from_numpy(np.asarray(array[start:stop]))
 
     def finish(self, teacher: float, clip: float | None, fused: float | None) -> Manifest:
         """Mark the store complete, with the accuracies; call after the `with` block."""
-        flags = np.asarray(_array(self._group, "complete")[:])
-        if not flags.all():
+        if not all(file in self._place.sizes("complete") for file in flag_files(self._manifest)):
             raise RuntimeError("finish() before every block was written")
         manifest = self._manifest
         manifest["teacher"]["accuracy"] = teacher
@@ -137,100 +144,124 @@ class StoreWriter:
         manifest["complete"] = True
         if hasattr(os, "sync"):
             os.sync()  # what the manifest calls complete is on the disk, whatever happens next
-        manifest["checksums"] = take_checksums(self._path, schema.array_specs(manifest))
-        write_sealed(self._path, manifest)
+        manifest["checksums"] = take_checksums(self._place, schema.array_specs(manifest))
+        write_sealed(self._place, manifest)
         return manifest
 
     def _dtype(self, block: Block, name: str) -> Any:
-        return _array(self._group, f"{block.split}/{name}").dtype
+        return self._arrays[f"{block.split}/{name}"].dtype
 
     def _check(self) -> None:
+        self._place.check_still_held()
         if self._error is not None:
             raise RichKDError(
-                f"cannot write to {self._path}: {self._error}; make room or mend the disk, "
-                f"then run the same command to go on"
+                f"cannot write to {self._place}: {self._place.explain(self._error)}, then run the "
+                f"same command to go on"
             ) from self._error
+
+    def _write_block(self, block: Block, values: Mapping[str, Any]) -> None:
+        span = slice(block.start, block.stop)
+        at = span if block.view is None else (block.view, span)
+
+        def put(name: str) -> None:
+            self._arrays[f"{block.split}/{name}"][at] = values[name]
+
+        for _ in self._place.map(put, list(values)):
+            pass
 
     def _drain(self) -> None:
         while (item := self._queue.get()) is not None:
-            if self._error is not None:
-                continue  # keep taking, so that write() never waits for a dead thread
             try:
+                if self._error is not None:
+                    continue  # keep taking, so that write() never waits for a dead thread
                 index, values = item
-                block = self.blocks[index]
-                for name, rows in values.items():
-                    array = _array(self._group, f"{block.split}/{name}")
-                    if block.view is None:
-                        array[block.start : block.stop] = rows
-                    else:
-                        array[block.view, block.start : block.stop] = rows
-                _array(self._group, "complete")[index] = True
+                self._write_block(self.blocks[index], values)
+                self._arrays["complete"][index] = True
                 self.done[index] = True
             except BaseException as error:  # told to the main thread by _check
                 self._error = error
+            finally:
+                self._queue.task_done()
 
 
-def create_store(path: Path, manifest: Manifest) -> None:
-    """Arrays without chunks, and the manifest; replaces what is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unborn = path.with_name(f".{path.name}.new")
-    shutil.rmtree(unborn, ignore_errors=True)
-    group = zarr.create_group(unborn, zarr_format=3, attributes=cast(dict[str, Any], manifest))
+def blank_files(manifest: Manifest) -> dict[str, bytes]:
+    """The files of a store without chunks, the manifest first."""
+    files: dict[str, Any] = {}
+    group = zarr.create_group(MemoryStore(files), zarr_format=3,
+                              attributes=cast(dict[str, Any], manifest))  # fmt: skip
     for name, spec in schema.array_specs(manifest).items():
         group.create_array(
             name, shape=spec.shape, dtype=spec.dtype, chunks=spec.chunks,
             compressors=_codecs(spec), fill_value=0, config=_CONFIG,
             dimension_names=spec.dimensions,
         )  # fmt: skip
-    if path.exists():
-        shutil.rmtree(path)
-    unborn.rename(path)
+    return {file: files[file].to_bytes() for file in [METADATA, *sorted({*files} - {METADATA})]}
 
 
-def unseal(path: Path, manifest: Manifest, redo: Collection[Block]) -> None:
+def unseal(place: Place, manifest: Manifest, redo: Collection[Block]) -> None:
     """Mark a store incomplete but for what `redo` leaves; metadata files are as they were new."""
-    fresh = path.with_name(f".{path.name}.metadata")
-    create_store(fresh, manifest)
-    shutil.copyfile(fresh / METADATA, path / METADATA)  # incomplete, from here on
-    for file in metadata_files(schema.array_specs(manifest)):
-        (path / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(fresh / file, path / file)
-    shutil.rmtree(fresh)
-    flags = _array(zarr.open_group(path, mode="r+", use_consolidated=False), "complete")
-    flags[...] = np.array([block not in redo for block in schema.blocks(manifest)])
+    for file, content in blank_files(manifest).items():  # incomplete, from the first on
+        place.write(file, content)
+    for block, flag in zip(schema.blocks(manifest), flag_files(manifest), strict=True):
+        if block in redo:
+            place.delete(flag)
 
 
-def mend_flags(path: Path, manifest: Manifest) -> None:
-    """Flags that a crash of the machine left torn are of blocks that are not done."""
-    flags = _array(zarr.open_group(path, mode="r+", use_consolidated=False), "complete")
-    files = chunk_files("complete", schema.array_specs(manifest)["complete"])
-    for number, file in enumerate(files):
-        if (path / file).is_file() and not whole(path / file):
-            flags[number] = False
+def complete_metadata(place: Place, manifest: Manifest) -> None:
+    """Write what a store lacks that was cut off while it was made."""
+    there = place.sizes()
+    for file, content in blank_files(manifest).items():
+        if file not in there:
+            place.write(file, content)
 
 
-def check_target(path: Path, overwrite: bool, repairing: bool = False) -> bool:
-    """Whether `path` holds a store to go on with; False where a new one may be made.
+def written(place: Place, manifest: Manifest) -> list[bool]:
+    """Which blocks have their flag and all their rows.
+
+    On a disk either may be lost or torn where the machine went down, so every byte is read.
+    """
+    there = place.sizes()
+
+    def right(file: str) -> bool:
+        return file in there and (place.durable or lies_whole(place, file))
+
+    return [
+        right(flag) and all(map(right, block_files(manifest, block)))
+        for block, flag in zip(schema.blocks(manifest), flag_files(manifest), strict=True)
+    ]
+
+
+def flag_files(manifest: Manifest) -> list[str]:
+    """The chunk of `complete` of each block; it is there once the block is written."""
+    return list(chunk_files("complete", schema.array_specs(manifest)["complete"]))
+
+
+def check_target(
+    place: Place, overwrite: bool, repairing: bool = False
+) -> Mapping[str, Any] | None:
+    """The manifest of a store to go on with; None where a new one may be made.
 
     Raises:
         RichKDError: something is there that must not be replaced.
     """
-    if not path.exists():
-        return False
+    if not place.exists:
+        if place.vacant:
+            return None
+        raise RichKDError(f"{place} exists and is no richkd store; choose another --out")
     try:
-        attributes = dict(zarr.open_group(path, mode="r", use_consolidated=False).attrs)
-    except Exception:  # whatever zarr says: it is no group that can be read
+        attributes = dict(json.loads(place.read(METADATA))["attributes"])
+    except (ValueError, TypeError, KeyError):  # no group that can be read
         attributes = {}
     if attributes.get("format") != schema.FORMAT:
-        raise RichKDError(f"{path} exists and is no richkd store; choose another --out")
+        raise RichKDError(f"{place} exists and is no richkd store; choose another --out")
     if overwrite:
-        return False
+        return None
     if attributes.get("complete") and not repairing:
         raise RichKDError(
-            f"{path} exists and is complete; use it (richkd distill --cache {path}), choose "
+            f"{place} exists and is complete; use it (richkd distill --cache {place}), choose "
             f"another --out, or replace it with --overwrite"
         )
-    return True
+    return attributes
 
 
 def _codecs(spec: schema.ArraySpec) -> list[Any]:
@@ -251,8 +282,10 @@ def round_bits(values: np.ndarray[Any, Any], bits: int | None) -> np.ndarray[Any
     return rounded
 
 
-def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    return cast("zarr.Array[Any]", group[name])
+def _open_arrays(place: Place, names: Iterable[str]) -> dict[str, zarr.Array[Any]]:
+    """Arrays of a store by name, to be written to."""
+    group = zarr.open_group(place.zarr(read_only=False), mode="r+", use_consolidated=False)
+    return {name: cast("zarr.Array[Any]", group[name]) for name in names}
 
 
 def _stored(name: str, tensor: Tensor, block: Block, dtype: Any) -> np.ndarray[Any, Any]:

@@ -91,8 +91,12 @@ class ClipTeacher:
         else:
             samples = _Transformed(inputs.files, self.transform)
             batches = (pixels for _, pixels in inputs.load(order, samples, batch_size))
-        return torch.cat([F.normalize(self.model.encode_image(pixels).float(), dim=-1)
-                          for pixels in batches])  # fmt: skip
+        return torch.cat([self.encode(pixels) for pixels in batches])
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Features of preprocessed images: [B,3,S,S] -> [B,D], unit length, f32."""
+        return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
 
     @torch.inference_mode()
     def text_embeddings(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:

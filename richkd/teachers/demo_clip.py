@@ -6,12 +6,12 @@ drawings come from a seed of their own, so it has seen no image that a teacher o
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
 from richkd.data import shapes
+from richkd.files import home
 from richkd.progress import Report
 from richkd.teachers.tiny_clip import train_tiny_clip
 
@@ -20,11 +20,6 @@ DRAWINGS_SEED = 3
 EPOCHS = 3
 BATCH_SIZE = 64
 NAME = "demo-clip-1"  # a new number whenever the drawings or the training change
-
-
-def home() -> Path:
-    """The user's cache folder."""
-    return Path(os.environ.get("RICHKD_HOME") or Path.home() / ".cache" / "richkd")
 
 
 def demo_clip(report: Report) -> Path:

@@ -18,6 +18,7 @@ from helpers import tree
 
 from richkd.models.weights import save_tensors
 from richkd.store.checksums import metadata_digest, write_sealed
+from richkd.store.place import open_place
 from richkd.store.reader import read_manifest
 
 Run = Callable[..., Any]
@@ -112,7 +113,7 @@ def test_names_with_markup_and_paths(run: Run, fails: Fails, store: Path, tmp_pa
     manifest: Any = read_manifest(copy)
     manifest["class_names"][: len(NASTY)] = NASTY
     manifest["dataset"]["name"] = "<script>alert(1)</script>/../x"
-    write_sealed(copy, manifest)
+    write_sealed(open_place(copy), manifest)
     recipe = tmp_path / "inside" / "r.toml"
     recipe.write_text('about = "<script>alert(2)</script>"\n[distill]\nbatch_size = 16\n')
     runs = tmp_path / "inside" / "runs"
@@ -179,8 +180,8 @@ def test_absurd_sizes_take_no_memory(store: Path, tmp_path: Path, what: str) -> 
             document["shape"] = [10**12 if size == 48 else size for size in document["shape"]]
             path.write_text(json.dumps(document))
             file = str(path.relative_to(copy))
-            manifest["checksums"]["metadata"][file] = metadata_digest(copy, file)
-    write_sealed(copy, manifest)
+            manifest["checksums"]["metadata"][file] = metadata_digest(open_place(copy), file)
+    write_sealed(open_place(copy), manifest)
     words = [sys.executable, "-c", LIMITED, str(copy), str(tmp_path / "run")]
     done = subprocess.run(words, check=True, capture_output=True, text=True, timeout=60)
     assert "distill 2\nverify 2\n" in done.stdout and "inspect 1" not in done.stdout

@@ -19,8 +19,9 @@ from safetensors import safe_open
 
 from richkd.files import held
 from richkd.store import schema
+from richkd.store.place import open_place
 from richkd.store.reader import read_manifest
-from richkd.store.writer import StoreWriter
+from richkd.store.writer import StoreWriter, written
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]
@@ -154,7 +155,7 @@ def test_a_signal_lets_stage_one_finish_its_block(
     code, err = interrupted([*stage_one, "--out", path], newest(path, "complete/c/3"), 0.0, by)
     assert code == 128 + by and "Traceback" not in err
     said = err.strip().splitlines()[-1]
-    flags = np.asarray(StoreWriter(path, read_manifest(path)).done)
+    flags = np.asarray(written(open_place(path), read_manifest(path)))
     assert said == (
         f"richkd: stopped with {flags.sum()} of {len(flags)} blocks written; the same command goes "
         f"on"

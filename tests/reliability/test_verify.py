@@ -20,6 +20,7 @@ from richkd.models.weights import read_weights
 from richkd.progress import Report
 from richkd.recipe import Distill
 from richkd.store.checksums import take_checksums, write_sealed
+from richkd.store.place import open_place
 from richkd.store.schema import array_specs
 from richkd.verify import verify_store
 
@@ -100,8 +101,8 @@ def rewritten(path: Path, name: str, change: Callable[[np.ndarray[Any, Any]], No
     change(values)
     array[:] = values
     manifest: Any = {**richkd.store.reader.read_manifest(path)}
-    manifest["checksums"] = take_checksums(path, array_specs(manifest))
-    write_sealed(path, manifest)
+    manifest["checksums"] = take_checksums(open_place(path), array_specs(manifest))
+    write_sealed(open_place(path), manifest)
 
 
 def put(index: tuple[int, ...], value: float) -> Callable[[np.ndarray[Any, Any]], None]:

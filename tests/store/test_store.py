@@ -18,6 +18,7 @@ import richkd
 from richkd.errors import RichKDError
 from richkd.store import schema
 from richkd.store.checksums import metadata_digest, write_sealed
+from richkd.store.place import open_place
 from richkd.store.schema import Block
 from richkd.store.writer import StoreWriter, round_bits
 
@@ -111,8 +112,8 @@ def forged(damage: Callable[[Path], object]) -> Callable[[Path], None]:
         manifest = json.loads((store / "zarr.json").read_text())["attributes"]
         for file in manifest["checksums"]["metadata"]:
             if (store / file).is_file():
-                manifest["checksums"]["metadata"][file] = metadata_digest(store, file)
-        write_sealed(store, manifest)
+                manifest["checksums"]["metadata"][file] = metadata_digest(open_place(store), file)
+        write_sealed(open_place(store), manifest)
 
     return forge
 
@@ -185,7 +186,7 @@ def test_no_entry_of_a_manifest_can_be_missing_or_of_another_type(
             inner = functools.reduce(operator.getitem, above, manifest)
             del inner[name]
             inner |= {} if value is GONE else {name: value}
-            write_sealed(target, manifest)
+            write_sealed(open_place(target), manifest)
             tried += 1
             try:
                 cache = richkd.open_cache(target)
@@ -232,7 +233,7 @@ def test_chunks_in_the_place_of_others_are_found(
 @pytest.fixture
 def writer(store: Path, tmp_path: Path) -> StoreWriter:
     manifest = {**richkd.open_cache(store).manifest, "complete": False}
-    return StoreWriter.open(tmp_path / "new.zarr", manifest, overwrite=False)  # type: ignore[arg-type]
+    return StoreWriter.open(open_place(tmp_path / "new.zarr"), manifest, overwrite=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,98 @@
+"""What is read of a store, on this disk: the store itself, or a copy that grows as it is read.
+
+A copy lies in the user's cache folder. It is of one manifest: a store that was made anew has a copy
+of its own. A chunk is kept only if its bytes are those that its CRC was computed of; that they are
+the right ones is for the reader to check, as of any store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from richkd.errors import RichKDError
+from richkd.files import home, replacing
+from richkd.store.checksums import read_chunk, whole
+from richkd.store.place import METADATA, Folder, Place
+
+
+class LocalCopy:
+    """The files of a store that were read so far. `path` is a folder that zarr can open."""
+
+    def __init__(self, place: Place, path: Path) -> None:
+        self.place = place
+        self.path = path
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Bring files here that are not; those that the store lacks stay missing.
+
+        Raises:
+            RichKDError: the place cannot be read, a chunk arrives damaged again and again, or
+                this disk is full.
+        """
+        if not isinstance(self.place, Folder):
+            missing = [name for name in names if not (self.path / name).exists()]
+            for _ in self.place.map(self._fetch_one, missing):
+                pass
+
+    def drop(self, names: Iterable[str]) -> bool:
+        """Forget files whose copies were damaged here; whether there is a place to ask again."""
+        if isinstance(self.place, Folder):
+            return False
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+        return True
+
+    def _fetch_one(self, name: str) -> None:
+        chunk = "/c/" in name
+        try:
+            content = read_chunk(self.place, name) if chunk else self.place.read(name)
+        except FileNotFoundError:
+            return
+        if chunk and not whole(content):
+            raise RichKDError(
+                f"{self.place}: {name} is damaged; richkd verify says what else is, and richkd "
+                f"repair mends it"
+            )
+        keep(self.path / name, content)
+
+
+def open_copy(place: Place) -> LocalCopy:
+    """The folder itself, or the copy of a store elsewhere, its manifest newly read.
+
+    Raises:
+        RichKDError: the place cannot be read; FileNotFoundError where no store is there.
+    """
+    if isinstance(place, Folder):
+        return LocalCopy(place, place.path)
+    manifest = place.read(METADATA)
+    name, version = (hashlib.sha256(part).hexdigest()[:16]
+                     for part in (place.name.encode(), manifest))  # fmt: skip
+    copies = home() / "stores" / f"{place.stem}-{name}"
+    path = copies / f"{version}.zarr"
+    if not path.is_dir():  # of another time, when the store was another
+        for other in copies.glob("*.zarr"):
+            shutil.rmtree(other, ignore_errors=True)
+    keep(path / METADATA, manifest)
+    return LocalCopy(place, path)
+
+
+def keep(path: Path, content: bytes) -> None:
+    """Write a file of a copy.
+
+    Raises:
+        RichKDError: there is no room for it, or the folder is not ours to write.
+    """
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise RichKDError(
+            f"cannot keep a copy of what is read in {home()} ({error.strerror or error}); make "
+            f"room there, or name another folder by RICHKD_HOME"
+        ) from None

@@ -1,0 +1,128 @@
+"""A store in a data set of the Hugging Face hub, to be read: hf://datasets/OWNER/NAME[@REVISION]."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from richkd.errors import RichKDError
+from richkd.store.place import AT_ONCE, Place, first_line
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
+
+
+class Hub(Place):
+    """A store in a repository of the Hugging Face hub: hf://datasets/OWNER/NAME[/PATH]."""
+
+    durable = True
+    at_once = AT_ONCE
+
+    def __init__(self, url: str) -> None:
+        self._name = url
+
+    @property
+    def name(self) -> str:
+        """The URL."""
+        return self._name
+
+    @cached_property
+    def _files(self) -> Any:
+        from huggingface_hub import HfFileSystem
+
+        return HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT") or None)
+
+    @cached_property
+    def _api(self) -> Any:
+        from huggingface_hub import HfApi
+
+        return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+
+    @property
+    def _root(self) -> str:
+        return self.name.removeprefix("hf://").rstrip("/")
+
+    def zarr(self, *, read_only: bool) -> Store:
+        """zarr's store over fsspec."""
+        from zarr.storage import FsspecStore
+
+        return FsspecStore(self._files, path=self._root, read_only=read_only)
+
+    def read(self, file: str) -> bytes:
+        """By fsspec."""
+        with self.explained("read"):
+            return bytes(self._files.cat_file(f"{self._root}/{file}"))
+
+    def tail(self, file: str, count: int) -> bytes:
+        """By fsspec."""
+        with self.explained("read"):
+            return bytes(self._files.cat_file(f"{self._root}/{file}", start=-count))
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """From the repository's list of files."""
+        from huggingface_hub.hf_api import RepoFile
+
+        with self.explained("read"):
+            where = self._files.resolve_path(f"{self._root}/{prefix}")
+            root = self._files.resolve_path(self._root).path_in_repo
+            entries = self._api.list_repo_tree(
+                where.repo_id, where.path_in_repo or None, recursive=True,
+                revision=where.revision, repo_type=where.repo_type,
+            )  # fmt: skip
+            return {
+                entry.path.removeprefix(root).lstrip("/"): entry.size
+                for entry in entries if isinstance(entry, RepoFile)
+            }  # fmt: skip
+
+    @contextmanager
+    def explained(self, do: str) -> Iterator[None]:
+        """As of a bucket."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # of the hub, of requests, of fsspec
+            raise RichKDError(
+                f"cannot {do} {self.name}: {first_line(error)}; see to the network, the name and "
+                f"HF_TOKEN"
+            ) from None
+
+    def write(self, file: str, content: bytes) -> None:
+        """Never."""
+        raise self._only_read
+
+    def delete(self, file: str) -> None:
+        """Never."""
+        raise self._only_read
+
+    def create(self, content: Mapping[str, bytes]) -> None:
+        """Never."""
+        raise self._only_read
+
+    def check_writable(self) -> None:
+        """It is not."""
+        raise self._only_read
+
+    def held(self) -> AbstractContextManager[None]:
+        """Never."""
+        raise self._only_read
+
+    def check_not_held(self) -> None:
+        """Nobody can hold it."""
+
+    def check_still_held(self) -> None:
+        """Nobody can hold it."""
+
+    def remove_temporary(self) -> None:
+        """There is nothing half-written."""
+
+    @property
+    def _only_read(self) -> RichKDError:
+        repo = self._root.removeprefix("datasets/")
+        return RichKDError(
+            f"{self.name}: stores are not written to the hub file by file; write one here and "
+            f"share it by richkd push STORE {repo}"
+        )

@@ -1,0 +1,80 @@
+"""An S3 server on loopback, moto's, with faults in front of it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from wsgiref.types import StartResponse, WSGIEnvironment
+
+import pytest
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+logging.getLogger("werkzeug").setLevel(logging.ERROR)
+BUCKET = "bucket"
+Fault = Callable[[str, str], str | None]  # of method and path -> what goes wrong, or None
+
+
+@dataclass
+class FakeS3:
+    """`fault` is asked at every request: fail, slow, cut (the body), flip (a byte of it)."""
+
+    url: str = ""
+    fault: Fault | None = None
+    asked: list[str] = field(default_factory=list)
+    faults: int = 0
+    slow_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._moto = DomainDispatcherApplication(create_backend_app)
+
+    def __call__(self, environ: WSGIEnvironment, start: StartResponse) -> Any:
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        self.asked.append(f"{method} {path}")
+        wrong = self.fault(method, path) if self.fault else None
+        self.faults += wrong is not None
+        if wrong == "slow":
+            time.sleep(self.slow_s)
+        if wrong == "fail":
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start("503 Service Unavailable", [("Content-Length", "0")])
+            return []
+        body = b"".join(self._moto(environ, start))
+        if wrong == "cut" and method == "GET":
+            return [body[: len(body) // 2]]  # of the length that was announced
+        if wrong == "flip" and method == "GET" and "HTTP_RANGE" not in environ:
+            return [body[:-1] + bytes([body[-1] ^ 1])]
+        return [body]
+
+    def got(self, part: str) -> list[str]:
+        """The requests for the bytes of files whose path holds a text."""
+        return [line for line in self.asked if line.startswith("GET") and part in line]
+
+
+@contextmanager
+def serving(patch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
+    """A server with an empty bucket, which the environment names until the block ends."""
+    import boto3
+
+    server = FakeS3()
+    http = make_server("127.0.0.1", 0, server, threaded=True)
+    server.url = f"http://127.0.0.1:{http.server_port}"
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    for name, value in {
+        "AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any",
+        "AWS_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        patch.setenv(name, value)
+    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket=BUCKET)
+    try:
+        yield server
+    finally:
+        http.shutdown()
+        thread.join()
+        http.server_close()

@@ -1,0 +1,365 @@
+"""Stores in object storage: the same bytes as on a disk, whatever the server does meanwhile."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fake_s3
+import numpy as np
+import obstore
+import pytest
+import zarr
+from fake_hub import serving as hub_serving
+from fake_s3 import BUCKET, FakeS3
+from helpers import assert_same_run, changed, tree
+from obstore.store import from_url
+from zarr.storage import ObjectStore
+
+import richkd
+from richkd.errors import RichKDError
+from richkd.store import bucket as buckets
+from richkd.store import place
+from richkd.store.place import open_place
+from richkd.store.schema import Block
+from richkd.store.writer import StoreWriter
+
+Run = Callable[..., Any]
+Fails = Callable[..., str]
+STUDENT = ["--student", "resnet8", "--epochs", 2, "--batch-size", 16, "--lr", 0.02, "--device",
+           "cpu"]  # fmt: skip
+names = (f"s3://{BUCKET}/{number}/shapes.zarr" for number in itertools.count())
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FakeS3]:
+    with pytest.MonkeyPatch.context() as patch, fake_s3.serving(patch) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(server: FakeS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
+    monkeypatch.setenv("RICHKD_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(buckets, "HASTE_S", 1.0)
+    server.asked.clear()
+    server.faults = 0
+    yield server
+    server.fault = None
+
+
+@pytest.fixture
+def url(s3: FakeS3) -> str:
+    """Where no store is yet."""
+    return next(names)
+
+
+@pytest.fixture
+def stage_one(shapes_teacher: Path, clip_dir: Path) -> list[Any]:
+    return ["precompute", "--dataset", "shapes", "--limit", 48, "--views", 3, "--teacher",
+            "resnet8", "--teacher-weights", shapes_teacher, "--clip", clip_dir, "--device",
+            "cpu"]  # fmt: skip
+
+
+def remote_tree(url: str) -> dict[str, bytes]:
+    store: Any = from_url(url, client_options={"allow_http": True})
+    return {entry["path"]: bytes(obstore.get(store, entry["path"]).bytes())
+            for entries in obstore.list(store) for entry in entries}  # fmt: skip
+
+
+def arrays(files: dict[str, bytes]) -> dict[str, bytes]:
+    """All but the manifest, which names its own path."""
+    return {name: content for name, content in files.items() if name != "zarr.json"}
+
+
+def copy_to(url: str, store: Path) -> None:
+    remote: Any = from_url(url, client_options={"allow_http": True})
+    for name, content in tree(store).items():
+        obstore.put(remote, name, content)
+
+
+def test_the_same_store_as_on_a_disk(
+    run: Run, s3: FakeS3, url: str, store: Path, stage_one: list[Any], tmp_path: Path
+) -> None:
+    done = run(*stage_one, "--out", url)
+    assert done.code == 0, done.err
+    assert f"next: richkd distill --cache {url}" in done.out
+    assert changed(arrays(remote_tree(url)), arrays(tree(store))) == []
+    # complete comes last: after the manifest's last writing, only the lock goes
+    written = [line for line in s3.asked if line.split()[0] in ("PUT", "DELETE", "POST")]
+    assert written[-2].endswith("shapes.zarr/zarr.json") and written[-1].split()[0] != "PUT"
+
+    plain = zarr.open_group(
+        ObjectStore(from_url(url, client_options={"allow_http": True}), read_only=True), mode="r"
+    )
+    rows: Any = plain["train/fused_logits"]
+    assert np.array_equal(rows[1], richkd.open_cache(store).slab(1).fused_logits)  # type: ignore[arg-type]
+
+    for cache, out in ((url, "remote"), (store, "local")):
+        assert run("distill", "--cache", cache, *STUDENT, "--out", tmp_path / out).code == 0
+    assert_same_run(tmp_path / "remote", tmp_path / "local")
+    for command in (["verify", url], ["inspect", url], ["analyze", url, "--out", tmp_path]):
+        done = run(*command)
+        assert done.code == 0 and url in done.out, done.err
+
+
+def test_what_was_read_is_not_read_again(s3: FakeS3, url: str, store: Path) -> None:
+    copy_to(url, store)
+    cache = richkd.open_cache(url)
+    assert not s3.got("/c/")  # nothing but metadata, until something is asked for
+    cache.slab(1, ["teacher_logits"])
+    assert len(s3.got("/c/1/0")) == 2 and len(s3.got("/c/")) == 2  # view ids and logits of view 1
+    cache.slab(1, ["teacher_logits"])
+    other = richkd.open_cache(url)
+    other.slab(1, ["teacher_logits"])
+    assert len(s3.got("/c/")) == 2
+    (cache.path / "train/teacher_logits/c/1/0/0").write_bytes(b"torn")
+    again = other.slab(1, ["teacher_logits"]).teacher_logits
+    assert again is not None
+    assert np.array_equal(again, richkd.open_cache(store).slab(1).teacher_logits)  # type: ignore[arg-type]
+    assert len(s3.got("/c/")) == 3  # that one, once more
+
+
+def test_a_store_made_anew_has_a_copy_of_its_own(
+    run: Run, s3: FakeS3, url: str, stage_one: list[Any]
+) -> None:
+    assert run(*stage_one, "--out", url).code == 0
+    old = richkd.open_cache(url)
+    rows = old.slab(0).fused_logits
+    assert run(*stage_one, "--out", url, "--alpha", 0.2, "--overwrite").code == 0
+    new = richkd.open_cache(url)
+    assert new.manifest["alpha"] == 0.2 and new.path != old.path and not old.path.exists()
+    assert not np.array_equal(new.slab(0).fused_logits, rows)  # type: ignore[arg-type]
+
+
+@pytest.mark.fault
+def test_cut_off_it_goes_on(
+    run: Run, fails: Fails, s3: FakeS3, url: str, store: Path, stage_one: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    original = StoreWriter.write
+
+    def write(self: StoreWriter, block: Block, rows: Any) -> None:
+        if block.view == 1:
+            raise KeyboardInterrupt
+        original(self, block, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "write", write)
+        assert run(*stage_one, "--out", url).code == 130
+    assert f"{url} is incomplete" in fails("distill", "--cache", url, *STUDENT)
+    assert "begun with other settings" in fails(*stage_one, "--out", url, "--alpha", 0.1)
+    remote: Any = from_url(url, client_options={"allow_http": True})
+    for lost in ("train/labels/c/0", "text/zarr.json"):  # cut off while it was made
+        obstore.delete(remote, lost)
+    done = run(*stage_one, "--out", url)
+    assert done.code == 0 and "going on: 2 of 5 blocks" in done.err, done.err
+    assert changed(arrays(remote_tree(url)), arrays(tree(store))) == []
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_killed_it_goes_on(
+    s3: FakeS3, url: str, stage_one: list[Any], run: Run, tmp_path: Path
+) -> None:
+    words = [*map(str, stage_one), "--views", "60"]
+    command = [sys.executable, "-m", "richkd", *words, "--out", url]
+    for _ in range(3):
+        s3.asked.clear()
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while (
+            process.poll() is None
+            and sum(line.startswith("PUT") and "/complete/c/" in line for line in s3.asked) < 12
+        ):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        _, err = process.communicate()
+        assert process.returncode == -signal.SIGKILL, err  # its lock stays, and stops nobody here
+    finished = [subprocess.run([*command[:-1], out], check=False, capture_output=True, text=True)
+                for out in (url, str(tmp_path / "whole.zarr"))]  # fmt: skip
+    assert [done.returncode for done in finished] == [0, 0], finished
+    assert "going on: " in finished[0].stderr
+    assert changed(arrays(remote_tree(url)), arrays(tree(tmp_path / "whole.zarr"))) == []
+    assert run("verify", url).code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+@pytest.mark.parametrize("wrong", ["fail", "slow", "cut", "flip"])
+def test_a_bad_server_costs_time_and_nothing_else(
+    run: Run, s3: FakeS3, url: str, store: Path, stage_one: list[Any], tmp_path: Path, wrong: str,
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(buckets, "TIMEOUT_S", 0.5)
+    dice = iter(rng.random(10**6).tolist())
+
+    def fault(method: str, path: str) -> str | None:
+        if wrong == "flip" and "/c/" not in path:
+            return None  # metadata: found, and refused, for it has no CRC of its own
+        return wrong if next(dice) < 0.15 else None
+
+    s3.fault = fault
+    done = run(*stage_one, "--out", url)
+    assert done.code == 0, done.err
+    before = s3.faults
+    assert run("distill", "--cache", url, *STUDENT, "--out", tmp_path / "remote").code == 0
+    s3.fault = None
+    assert before and s3.faults > before
+    assert changed(arrays(remote_tree(url)), arrays(tree(store))) == []
+    assert run("distill", "--cache", store, *STUDENT, "--out", tmp_path / "local").code == 0
+    assert_same_run(tmp_path / "remote", tmp_path / "local")
+
+
+@pytest.mark.fault
+def test_a_server_that_is_gone_is_said_in_a_line(
+    run: Run, fails: Fails, s3: FakeS3, url: str, store: Path, stage_one: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(buckets, "PATIENCE_S", 1.0)
+    # all of a sudden, in view 1
+    s3.fault = lambda method, path: "fail" if "_logits/c/1/" in path else None
+    line = fails(*stage_one, "--out", url)
+    assert (
+        f"cannot write to {url}" in line and "503" in line and "the same command to go on" in line
+    )
+    s3.fault = lambda method, path: "fail"
+    for words in (["distill", "--cache", url, *STUDENT], [*stage_one, "--out", url],
+                  ["inspect", url], ["verify", url]):  # fmt: skip
+        line = fails(*words)
+        assert f"cannot reach {url}" in line and "503" in line and len(line) < 400
+    s3.fault = None
+    assert run(*stage_one, "--out", url).code == 0
+    assert changed(arrays(remote_tree(url)), arrays(tree(store))) == []
+
+    s3.fault = lambda method, path: "fail" if "/c/1/" in path else None
+    line = fails("distill", "--cache", url, *STUDENT)
+    assert f"cannot read {url}" in line and "503" in line
+
+
+@pytest.mark.fault
+def test_damage_there_is_found_and_mended(
+    run: Run, fails: Fails, s3: FakeS3, url: str, stage_one: list[Any], tmp_path: Path
+) -> None:
+    assert run(*stage_one, "--out", url).code == 0
+    right = remote_tree(url)
+    remote: Any = from_url(url, client_options={"allow_http": True})
+    name, other = "train/fused_logits/c/1/0/0", "train/fused_logits/c/2/0/0"
+    content = bytearray(right[name])
+    content[len(content) // 2] ^= 16
+    for bad in (bytes(content), right[other]):  # damaged; whole, in the place of another
+        obstore.put(remote, name, bad)
+        line = fails("distill", "--cache", url, *STUDENT, "--out", tmp_path / str(len(bad)))
+        assert "train/fused_logits" in line
+        assert "richkd repair" in fails("verify", url)
+        assert run("repair", url).code == 0
+        assert changed(arrays(remote_tree(url)), arrays(right)) == []
+    obstore.delete(remote, name)
+    assert "1 of 3 chunks of train/fused_logits are gone" in fails("distill", "--cache", url)
+    obstore.put(remote, name, right[name])
+    manifest = bytearray(right["zarr.json"])
+    manifest[manifest.index(b"0.7")] += 1
+    obstore.put(remote, "zarr.json", bytes(manifest))
+    assert "the manifest is not what was sealed" in fails("distill", "--cache", url)
+
+
+@pytest.mark.fault
+def test_two_writers_at_once(
+    run: Run, fails: Fails, s3: FakeS3, url: str, stage_one: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(buckets, "BEAT_S", 0.3)
+    with open_place(url).held():
+        line = fails(*stage_one, "--out", url)
+        assert f"{url} is being written by process {os.getpid()} on " in line
+    assert not remote_tree(url)
+    remote: Any = from_url(url, client_options={"allow_http": True})
+    # of another machine, which is gone; and of this one, by a process that is no more
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for host in ("elsewhere", os.uname().nodename):
+        obstore.put(remote, ".lock", f"process {gone.pid} on {host}, at some time".encode())
+        began = time.perf_counter()
+        with open_place(url).held():
+            waited = time.perf_counter() - began
+        assert (waited > 0.7) == (host == "elsewhere")
+        assert not remote_tree(url)
+    # one that was so slow that another took over does not go on
+    first = open_place(url)
+    with first.held():
+        obstore.put(remote, ".lock", b"process 1 on elsewhere, at some time")
+        time.sleep(0.7)
+        with pytest.raises(RichKDError, match="was taken over"):
+            first.check_still_held()
+    assert [*remote_tree(url)] == [".lock"]  # the other one's
+
+
+def test_mistakes(
+    fails: Fails, s3: FakeS3, url: str, stage_one: list[Any], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    assert "unknown kind of URL" in fails(*stage_one, "--out", "http://x/y.zarr")
+    assert "give s3://BUCKET/PATH.zarr" in fails(*stage_one, "--out", "s3://bucket")
+    assert "there is no such bucket" in fails(*stage_one, "--out", "s3://nobody/s.zarr")
+    assert f"no store at {url}" in fails("distill", "--cache", url)
+    line = fails(*stage_one, "--out", "hf://datasets/me/teachers")
+    assert "richkd push STORE me/teachers" in line
+    remote: Any = from_url(url, client_options={"allow_http": True})
+    obstore.put(remote, "notes.txt", b"mine")
+    assert "is no richkd store; choose another --out" in fails(*stage_one, "--out", url)
+    monkeypatch.setenv("RICHKD_HOME", str(tmp_path / "file" / "home"))
+    (tmp_path / "file").write_text("")
+    obstore.put(remote, "zarr.json", b"{}")
+    assert "name another folder by RICHKD_HOME" in fails("distill", "--cache", url)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, "find_spec", lambda name: None)
+        assert "pip install 'richkd[cloud]'" in fails("distill", "--cache", url)
+
+
+def test_many_threads_read_one_place(s3: FakeS3, url: str, store: Path) -> None:
+    copy_to(url, store)
+    caches = [richkd.open_cache(url) for _ in range(4)]
+    right = richkd.open_cache(store)
+    wrong: list[int] = []
+
+    def read(cache: Any) -> None:
+        for view in range(3):
+            rows = cache.slab(view).fused_logits
+            if not np.array_equal(rows, right.slab(view).fused_logits):  # type: ignore[arg-type]
+                wrong.append(view)
+
+    threads = [threading.Thread(target=read, args=(cache,)) for cache in caches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert changed(tree(caches[0].path), {k: v for k, v in tree(store).items()
+                                         if k in tree(caches[0].path)}) == []  # fmt: skip
+
+
+def test_a_store_on_the_hub_is_read_in_place(
+    run: Run, fails: Fails, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RICHKD_HOME", str(tmp_path / "home"))
+    with hub_serving() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        hub.add("dataset", "me/teachers", {**tree(store), "README.md": b"a card"})
+        url = "hf://datasets/me/teachers"
+        for cache, out in ((url, "remote"), (store, "local")):
+            done = run("distill", "--cache", cache, *STUDENT, "--out", tmp_path / out)
+            assert done.code == 0, done.err
+        assert_same_run(tmp_path / "remote", tmp_path / "local")
+        assert "no store at hf://datasets/me/nothing" in fails(
+            "distill", "--cache", "hf://datasets/me/nothing"
+        )
+        hub.damaged.add("train/labels/c/0")
+        monkeypatch.setenv("RICHKD_HOME", str(tmp_path / "other-home"))
+        assert "train/labels/c/0 is damaged;" in fails("distill", "--cache", url)
