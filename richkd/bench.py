@@ -436,10 +436,10 @@ def store_bytes(cache: TeacherCache, report: Report) -> dict[str, dict[str, floa
     """Bytes of a (view, sample) by codec, against raw f16, and the KL error of what is read back.
 
     The error is that of the fused logits (the CNN teacher's without CLIP) at τ = 1, against the
-    stored ones; with `--dtype float32` stores that of rounding to f16 shows as well.
+    stored ones; with `--dtype float32` stores that of rounding to f16 shows as well. Logits of
+    which the K largest are kept count as filled up, but for what is stored of them.
     """
-    known = schema.array_specs(cache.manifest)
-    names = [name for name in SLAB_ARRAYS if f"train/{name}" in known]
+    names = [name for name in SLAB_ARRAYS if cache.has(f"train/{name}")]
     slab = cache.slab(0, names)
     arrays = {name: getattr(slab, name).numpy() for name in names}
     logits = "fused_logits" if "fused_logits" in arrays else "teacher_logits"
@@ -480,7 +480,12 @@ def store_bytes(cache: TeacherCache, report: Report) -> dict[str, dict[str, floa
         each = stored / len(array)
         table[name] = {"bytes": round(each, 1), "over_raw": round(each / raw, 4), "kl": error,
                        "write_s": write, "read_s": read}  # fmt: skip
-    on_disk = sum(_disk_bytes(cache.path / "train" / name) for name in names)
+    folders = [
+        folder
+        for name in (f"train/{name}" for name in names)
+        for folder in (schema.part_names(name) if name in cache.kept else (name,))
+    ]
+    on_disk = sum(_disk_bytes(cache.path / folder) for folder in folders)
     each = on_disk / cache.num_views / cache.num_samples
     table["as stored"] = {"bytes": round(each, 1), "over_raw": round(each / raw, 4)}
     return table

@@ -187,6 +187,8 @@ def precompute(
     scale: Annotated[str | None, _option(Precompute, "scale")] = None,
     dtype: Annotated[str | None, _option(Precompute, "dtype")] = None,
     keep_bits: Annotated[int | None, _option(Precompute, "keep_bits")] = None,
+    keep: Annotated[str | None, _option(Precompute, "keep")] = None,
+    keep_temperature: Annotated[float | None, _option(Precompute, "keep_temperature")] = None,
     out: Annotated[str | None, _option(Precompute, "out")] = None,
     batch_size: Annotated[int | None, _option(Precompute, "batch_size")] = None,
     seed: Annotated[int | None, _option(Precompute, "seed")] = None,

@@ -30,6 +30,7 @@ from richkd.progress import Advance, Report, percent
 from richkd.recipe import Distill, Images, to_table
 from richkd.results import teacher_accuracies
 from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
+from richkd.store.topk import Rows
 from richkd.targets import Target, choose_target, describe_target, held_out
 from richkd.training.checkpoint import Best, RunFolder
 from richkd.training.device import choose_device, hardware, versions
@@ -85,7 +86,7 @@ class Source:
         self.cache = open_cache(settings.cache)
         self._targets: dict[str, Target] = {}  # by the name of its rows
         self._chosen: dict[tuple[Any, ...], str] = {}
-        self._fixed: dict[str, Tensor] = {}
+        self._fixed: dict[str, Rows] = {}
 
     @cached_property
     def data(self) -> Data:
@@ -151,7 +152,7 @@ class Source:
         target = self._targets.get(name)
         return not target.reads if target else name not in SLAB_ARRAYS
 
-    def _fixed_rows(self, name: str) -> Tensor:
+    def _fixed_rows(self, name: str) -> Rows:
         if name not in self._fixed:
             target = self._targets.get(name)
             rows = target.logits("train", {}) if target else self.cache.read(f"train/{name}")
@@ -161,7 +162,8 @@ class Source:
     def _slab_rows(self, names: Collection[str]) -> Callable[[int], EpochRows]:
         """What reads the rows of an epoch, from 1: view (epoch − 1) mod V.
 
-        Blended logits are rounded as stage one would have stored them.
+        Blended logits are rounded as stage one would have stored them; those that the store keeps
+        by their K largest stay so.
         """
         targets = {name: self._targets[name] for name in names if name in self._targets}
         features = {name for name in names if name not in targets}
@@ -171,11 +173,12 @@ class Source:
 
         @lru_cache(maxsize=1)  # with one view, every epoch is the same slab
         def read(view: int) -> EpochRows:
-            slab = self.cache.slab(view, sorted(features | logits))
-            stored = {name: getattr(slab, name) for name in logits}
-            rows = {name: getattr(slab, name) for name in features}
+            slab = self.cache.slab(view, sorted(features))
+            stored = {name: self.cache.rows(f"train/{name}", view) for name in sorted(logits)}
+            rows: dict[str, Rows] = {name: getattr(slab, name) for name in features}
             for name, target in targets.items():
-                rows[name] = target.logits("train", stored).to(dtype)
+                told = target.logits("train", stored)
+                rows[name] = told.to(dtype) if isinstance(told, Tensor) else told
             epoch_rows = EpochRows(slab.views, rows)
             return epoch_rows.pinned() if pin else epoch_rows
 
@@ -429,13 +432,15 @@ def identity(cache: TeacherCache) -> str:
     """What a run trains on: the data, the teachers and the views."""
     manifest = cache.manifest
     clip = manifest["clip"]
-    parts = (
+    parts = [
         manifest["dataset"]["fingerprint"][:16],
         manifest["teacher"]["sha256"][:16],
         clip["sha256"][:16] if clip else "none",
         f"{manifest['views']['count']} views of seed {manifest['views']['seed']}",
         f"alpha {manifest['alpha']} scale {manifest['scale']} {manifest['dtype']}",
-    )
+    ]
+    if "keep" in manifest:
+        parts.append(f"top {manifest['keep']} at {manifest['keep_temperature']:g}")
     return ", ".join(parts)
 
 

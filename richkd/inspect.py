@@ -11,6 +11,7 @@ from richkd.results import teacher_accuracies
 from richkd.store import schema
 from richkd.store.place import METADATA, open_place
 from richkd.store.reader import read_manifest
+from richkd.store.topk import say_errors
 
 
 def summarize(path: str | Path) -> dict[str, Any]:
@@ -72,6 +73,11 @@ def show(summary: dict[str, Any], report: Report) -> None:
         ]
     else:
         rows.append(("CLIP", "none"))
+    if "keep" in manifest:
+        tau = manifest["keep_temperature"]
+        rows.append(("logits", f"the {manifest['keep']} largest, the others alike at τ {tau:g}"))
+    if "keep_kl" in manifest:
+        rows.append(("  KL error", say_errors(manifest["keep_kl"])))
     report.table(summary["path"], ("", ""), rows, left=2)
     report.table(
         f"{size(summary['stored_bytes'])} stored, {size(summary['raw_bytes'])} raw",

@@ -38,6 +38,7 @@ from richkd.store import schema
 from richkd.store.place import Folder, Place, open_place
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.store.schema import Block, Manifest
+from richkd.store.topk import check_keep, compact, kl_errors, say_errors
 from richkd.store.writer import StoreWriter, check_target
 from richkd.teachers.clip import ClipTeacher, check_clip, load_clip
 from richkd.teachers.cnn import CNNTeacher, load_teacher, train_teacher
@@ -125,7 +126,7 @@ def look_ahead(
     load_prompts(settings.prompts)
     check_given(settings)
     dataset = dataset or load_dataset(settings, report=report)
-    check_num_views(settings.views, dataset.train.view_space.limit)
+    check_counts(settings, dataset)
     report.say(f"{describe(dataset)}; fingerprint {dataset.fingerprint[:12]}")
     say_left_out(dataset, report)
     return dataset
@@ -243,23 +244,24 @@ class Teachers:
     clip: ClipTeacher | None
     classes: Tensor | None  # class embeddings [C,D]
 
-    def cnn_rows(self, parts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """Of the CNN teacher, batch by batch."""
-        logits, features = (torch.cat(part) for part in zip(*parts, strict=True))
-        return {"teacher_logits": logits, "teacher_features": features}
-
     def clip_rows(self, features: Tensor) -> dict[str, Tensor]:
-        """Of CLIP, from its image features [B,D]."""
+        """CLIP's rows, from its image features [B,D]."""
         assert self.classes is not None
         return {"clip_features": features,
                 "clip_similarity": fusion.clip_similarity(features, self.classes)}  # fmt: skip
 
-    def fused(self, logits: Tensor, similarity: Tensor) -> dict[str, Tensor]:
-        """Of their blend."""
-        assert self.clip is not None
-        scale = fusion.resolve_scale(self.settings.scale, self.clip.logit_scale)
-        similarity = similarity.to(logits.device)
-        return {"fused_logits": fusion.fuse_logits(logits, similarity, self.settings.alpha, scale)}
+    def cnn_rows(
+        self, parts: Sequence[tuple[Tensor, Tensor]], similarity: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The CNN teacher's rows, given batch by batch, and the blend with CLIP's cosines."""
+        logits, features = (torch.cat(part) for part in zip(*parts, strict=True))
+        rows = {"teacher_logits": logits, "teacher_features": features}
+        if self.clip is not None and similarity is not None:
+            scale = fusion.resolve_scale(self.settings.scale, self.clip.logit_scale)
+            rows["fused_logits"] = fusion.fuse_logits(
+                logits, similarity.to(logits.device), self.settings.alpha, scale
+            )
+        return rows
 
 
 class BlockRows:
@@ -305,6 +307,17 @@ class BlockRows:
             tick: is told of images as they are done.
             check: is called where nothing is lost but what one block takes.
         """
+        keep, temperature = self.teachers.settings.top_k, self.teachers.settings.keep_temperature
+        for block, rows in self._whole(units, tick, check):
+            if keep is not None and block.view is not None:
+                yield block, compact(rows, keep, temperature)
+            else:
+                yield block, rows
+
+    def _whole(
+        self, units: Sequence[Unit], tick: Advance, check: Callable[[], None]
+    ) -> Iterator[tuple[Block, dict[str, Tensor]]]:
+        """The same before logits are left out."""
         for _, alike in groupby(units, lambda unit: [block.view for block in unit]):
             some = list(alike)
             inputs = self.inputs[some[0][0].split]
@@ -318,22 +331,18 @@ class BlockRows:
     def _gathered(self, inputs: ArrayInputs, block: Block) -> dict[str, Tensor]:
         """The rows of one block of images that are an array."""
         rows: dict[str, Tensor] = {}
-        batch_size, clip = self.teachers.settings.batch_size, self.teachers.clip
+        teachers, batch_size = self.teachers, self.teachers.settings.batch_size
         if block.view is None:
             rows |= self._given(block)
-            if clip is not None:
-                features = clip.image_features(inputs, block.start, block.stop, batch_size)
-                rows |= self.teachers.clip_rows(features)
+            if teachers.clip is not None:
+                rows |= teachers.clip_rows(
+                    teachers.clip.image_features(inputs, block.start, block.stop, batch_size)
+                )
         if (view := cnn_view(block)) is not None:
             order = torch.arange(block.start, block.stop)
             batches = inputs.batches(order, self.views[block.split][view], batch_size)
-            rows |= self.teachers.cnn_rows([self.teachers.cnn.rows(images)
-                                            for _, images in batches])  # fmt: skip
-            if clip is not None:
-                similarity = rows.get("clip_similarity")
-                if similarity is None:
-                    similarity = self._similarity_of(block)
-                rows |= self.teachers.fused(rows["teacher_logits"], similarity)
+            parts = [teachers.cnn.rows(images) for _, images in batches]
+            rows |= teachers.cnn_rows(parts, self._similarity_of(block, rows))
         return rows
 
     def _decoded(
@@ -362,12 +371,8 @@ class BlockRows:
             for block in unit:
                 rows = {**self._given(block), **shared} if block.view is None else {}
                 if (view := cnn_view(block)) is not None:
-                    rows |= teachers.cnn_rows(cnn[wanted.index(view)])
-                    if teachers.clip is not None:
-                        similarity = shared.get("clip_similarity")
-                        if similarity is None:
-                            similarity = self._similarity_of(block)
-                        rows |= teachers.fused(rows["teacher_logits"], similarity)
+                    similarity = self._similarity_of(block, shared)
+                    rows |= teachers.cnn_rows(cnn[wanted.index(view)], similarity)
                 yield block, rows
 
     def _given(self, block: Block) -> dict[str, Tensor]:
@@ -378,8 +383,10 @@ class BlockRows:
             rows["images"] = split.images[block.start : block.stop]
         return rows
 
-    def _similarity_of(self, block: Block) -> Tensor:
-        """CLIP's cosines of the block's samples, as they were written."""
+    def _similarity_of(self, block: Block, computed: Mapping[str, Tensor]) -> Tensor | None:
+        """CLIP's cosines of the block's samples: just computed, or written before; None: no CLIP."""
+        if self.teachers.clip is None or "clip_similarity" in computed:
+            return computed.get("clip_similarity")
         span = (block.split, block.start)
         if self._similarity is None or self._similarity[0] != span:
             name = f"{block.split}/clip_similarity"
@@ -424,6 +431,13 @@ def check_given(settings: Precompute) -> None:
             f"no teacher weights at {path}; pass a file of {settings.teacher or 'its'} weights, or "
             f"leave --teacher-weights out to train one"
         )
+
+
+def check_counts(settings: Precompute, dataset: Dataset) -> None:
+    """Refuse more views than there are, and to keep as many logits as there are classes."""
+    check_num_views(settings.views, dataset.train.view_space.limit)
+    if settings.top_k is not None:
+        check_keep(settings.top_k, len(dataset.class_names))
 
 
 def say_left_out(dataset: Dataset, report: Report) -> None:
@@ -512,7 +526,7 @@ def make_manifest(
     )
     if dataset.skipped:
         images["skipped"] = list(dataset.skipped)
-    return Manifest(
+    manifest = Manifest(
         format=schema.FORMAT,
         schema=schema.SCHEMA,
         complete=False,
@@ -553,6 +567,9 @@ def make_manifest(
         checksums=None,
         seal=None,
     )
+    if settings.top_k is not None:
+        manifest |= {"keep": settings.top_k, "keep_temperature": settings.keep_temperature}
+    return manifest
 
 
 def check_room(out: Place, manifest: Manifest, report: Report) -> None:
@@ -578,7 +595,7 @@ def check_room(out: Place, manifest: Manifest, report: Report) -> None:
 
 
 def finish(writer: StoreWriter, manifest: Manifest) -> None:
-    """Count the accuracies from the stored rows and mark the store complete."""
+    """Count accuracies and errors from the stored test rows and mark the store complete."""
     count = manifest["dataset"]["num_test"]
     labels = writer.read("test/labels", 0, count)
 
@@ -586,6 +603,9 @@ def finish(writer: StoreWriter, manifest: Manifest) -> None:
         return accuracy(writer.read(f"test/{name}", 0, count), labels, 1)
 
     has_clip = manifest["clip"] is not None
+    if "keep" in manifest:
+        logits = writer.read(f"test/{'fused' if has_clip else 'teacher'}_logits", 0, count)
+        manifest["keep_kl"] = kl_errors(logits, manifest["keep"], manifest["keep_temperature"])
     writer.finish(
         top1("teacher_logits"),
         top1("clip_similarity") if has_clip else None,
@@ -602,7 +622,7 @@ def describe(dataset: Dataset) -> str:
 
 
 def closing(cache: TeacherCache, seconds: float) -> str:
-    """The last line of stage one."""
+    """The last line of stage one; before it, what it cost to keep the largest logits only."""
     manifest = cache.manifest
     clip = manifest["clip"]
     stored = sum(cache.place.sizes().values())
@@ -611,7 +631,13 @@ def closing(cache: TeacherCache, seconds: float) -> str:
         if clip
         else ""
     )
+    kept = (
+        f"of {cache.num_classes:,} logits a row the {manifest['keep']} largest are kept; KL error "
+        f"on the test images: {say_errors(manifest['keep_kl'])}\n"
+        if "keep" in manifest
+        else ""
+    )
     return (
-        f"{cache.place} is complete: {size(stored)} in {duration(seconds)}; test accuracy: CNN "
-        f"teacher {percent(manifest['teacher']['accuracy'])} %{blend}"
+        f"{kept}{cache.place} is complete: {size(stored)} in {duration(seconds)}; test accuracy: "
+        f"CNN teacher {percent(manifest['teacher']['accuracy'])} %{blend}"
     )

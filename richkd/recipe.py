@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -24,6 +25,7 @@ TARGETS = ("teacher", "clip", "fused")
 CLIP_HEADS = ("zero-shot", "probe")
 AUTO_HOLDOUT = 0.2  # of the test images, for alpha auto
 PRECISIONS = ("auto", "float32", "bfloat16")
+TOP_K = re.compile("top-[1-9][0-9]{0,8}")
 
 
 def _key(default: Any, help: str) -> Any:
@@ -131,6 +133,10 @@ class Precompute(Images):
     keep_bits: int | None = _key(
         None, "mantissa bits of the stored rows, fewer take less disk (float16 has 10)"
     )
+    keep: str = _key(
+        "all", "of each row of logits: all, or top-K, the K largest (the others' mass is spread)"
+    )
+    keep_temperature: float = _key(3.0, "temperature at which those others keep their mass")
     seed: int = _key(0, "seed of the views")
     batch_size: int = _key(256, "images a forward pass of the teachers")
     device: str = _key("auto", "auto, cpu, cuda, cuda:1, mps, …")
@@ -153,6 +159,15 @@ class Precompute(Images):
         most = 10 if self.dtype == "float16" else 23
         _require(self.keep_bits is None or 1 <= self.keep_bits <= most, "keep_bits",
                  self.keep_bits, f"in 1..{most} for {self.dtype}")  # fmt: skip
+        _require(self.keep == "all" or TOP_K.fullmatch(self.keep) is not None, "keep", self.keep,
+                 "all, or top-K with K from 1, as in top-50")  # fmt: skip
+        _require(0 < self.keep_temperature < float("inf"), "keep_temperature",
+                 self.keep_temperature, "above 0")  # fmt: skip
+
+    @property
+    def top_k(self) -> int | None:
+        """How many logits of a row are kept; None for all."""
+        return None if self.keep == "all" else int(self.keep.removeprefix("top-"))
 
     def for_size(self, image_size: int) -> Precompute:
         """With the teacher that suits images of this size, where none was named."""

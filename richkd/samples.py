@@ -18,6 +18,7 @@ from richkd.distill import load_images
 from richkd.errors import RichKDError, unknown
 from richkd.recipe import Distill
 from richkd.store.reader import TeacherCache, open_cache
+from richkd.store.topk import Rows
 
 ROWS = ("teacher_logits", "teacher_features", "fused_logits", "clip_features", "clip_similarity")
 
@@ -60,7 +61,7 @@ def torch_dataset(
                                   f"say which of the views 0..{cache.num_views - 1} of the "
                                   f"training samples")
         )  # fmt: skip
-    names = [n for n in ROWS if f"{split}/{n}" in cache.specs] if arrays is None else list(arrays)
+    names = [n for n in ROWS if cache.has(f"{split}/{n}")] if arrays is None else list(arrays)
     for name in names:
         if name not in ROWS:
             raise unknown("array", name, ROWS)
@@ -115,10 +116,10 @@ class Samples(Dataset[dict[str, Tensor]]):
         return self.cache.slab(self.view, ()).views
 
     @cached_property
-    def _rows(self) -> dict[str, Tensor]:
+    def _rows(self) -> dict[str, Rows]:
         """The rows by name, each read in one go."""
         return {
-            name: self.cache.read(f"{self.split}/{name}",
+            name: self.cache.rows(f"{self.split}/{name}",
                                   None if name.startswith("clip") else self.view)
             for name in self.arrays
         }  # fmt: skip

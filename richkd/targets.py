@@ -20,6 +20,7 @@ from richkd.probe import fit_probe
 from richkd.progress import Report
 from richkd.recipe import Distill, Scale
 from richkd.store.reader import TeacherCache
+from richkd.store.topk import Rows
 from richkd.training.loop import accuracy, derive_seed
 
 ALPHAS = torch.linspace(0, 1, 21)
@@ -44,13 +45,14 @@ class Target:
             return ("fused_logits",)
         return () if self.kind == "clip" else ("teacher_logits",)
 
-    def logits(self, split: str, rows: Mapping[str, Tensor]) -> Tensor:
+    def logits(self, split: str, rows: Mapping[str, Rows]) -> Rows:
         """Target logits [N,C] of a split from the rows that `reads` names."""
         if self.kind == "clip":
             return self.scale * self.clip[split]
         if not self.clip:
             return rows[self.reads[0]]
-        return fusion.fuse_logits(rows["teacher_logits"], self.clip[split], self.alpha, self.scale)
+        teacher = rows["teacher_logits"].float()
+        return fusion.fuse_logits(teacher, self.clip[split], self.alpha, self.scale)
 
 
 def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Report) -> Target:

@@ -6,7 +6,9 @@ chunks hold, then a sample of rows by the CNN teacher itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +37,8 @@ from richkd.store.checksums import (
 )
 from richkd.store.place import Folder, Place, open_place
 from richkd.store.reader import TeacherCache, copy_of, open_cache, open_store
-from richkd.store.schema import Block, Manifest, array_specs, blocks
+from richkd.store.schema import LOGITS, Block, Manifest, array_specs, blocks
+from richkd.store.topk import Rows, TopKRows, keep_classes, kl_errors
 from richkd.teachers.cnn import load_teacher
 from richkd.training.loop import accuracy
 
@@ -83,7 +86,8 @@ def verify_store(path: str | Path, teacher: str | None, report: Report) -> list[
     if damage:
         return checks  # what values they hold is no longer the question
     cache = open_cache(path)
-    checks += [Check(name, what, tuple(check(cache))) for name, what, check in VALUES]
+    values = (*VALUES, KEPT) if cache.kept else VALUES
+    checks += [Check(name, what, tuple(check(cache))) for name, what, check in values]
     if teacher is not None:
         checks.append(Check("teacher", f"{SAMPLED_ROWS} rows again",
                             tuple(check_teacher(cache, Path(teacher), report))))  # fmt: skip
@@ -254,16 +258,49 @@ def check_blend(cache: TeacherCache) -> Iterator[str]:
         again = fusion.clip_similarity(cache.read(f"{split}/clip_features"), classes)
         if ((similarity - again).abs() > 4 * rounding(cache)).any():
             yield f"{split}/clip_similarity is not that of the features and the text embeddings"
-        for view in views_of(cache.specs[f"{split}/fused_logits"]):
-            teacher = cache.read(f"{split}/teacher_logits", view).float()
-            fused = cache.read(f"{split}/fused_logits", view).float()
+        for view in range(cache.num_views) if split == "train" else (None,):
+            rows = [cache.rows(f"{split}/{name}", view) for name in LOGITS]
+            teacher, fused = (each.float() for each in rows)
             parts = cache.blend(teacher, similarity, alpha=None, scale=None)
             # each of the two was rounded, by half a unit in its last place or less
             room = 2 * rounding(cache) * (teacher.abs() + fused.abs() + 1e-3)
-            wrong = ((fused - parts).abs() > room).any(1).sum()
+            wrong = (((fused - parts).abs() > room) & known(rows)).any(1).sum()
             if wrong:
                 where = "" if view is None else f" view {view}"
                 yield f"{split}/fused_logits{where}: {wrong} rows are not the blend of their parts"
+
+
+def known(rows: Sequence[Rows]) -> Tensor:
+    """Where all of some rows have a logit of the class itself: [N,C], or one True for all."""
+    everywhere = torch.tensor(True)
+    for each in rows:
+        if isinstance(each, TopKRows):
+            own = torch.zeros(each.shape, dtype=torch.bool)
+            everywhere = everywhere & own.scatter_(1, each.class_index(), True)
+    return everywhere
+
+
+def check_kept(cache: TeacherCache) -> Iterator[str]:
+    """Kept logits descend, each of another class and above the others; their error is as told."""
+    for name, view in itertools.product(sorted(cache.kept), range(cache.num_views)):
+        rows = cache.rows(name, view)
+        assert isinstance(rows, TopKRows)
+        least = rows.top[:, -1].float()
+        room = 2 * rounding(cache) * least.abs() + 1e-3
+        for fault, wrong in (
+            ("are not in descending order", (rows.top.diff(dim=1) > 0).any(1)),
+            ("have a class twice", (rows.class_index().sort(1).values.diff(dim=1) == 0).any(1)),
+            ("have others above those that are kept", rows.rest.float() > least + room),
+        ):
+            if wrong.any():
+                yield f"{name} view {view}: {wrong.sum()} rows {fault}"
+    manifest = cache.manifest
+    logits = cache.read(f"test/{LOGITS[-1] if manifest['clip'] else LOGITS[0]}")
+    stored = manifest.get("keep_kl", {})
+    counted = kl_errors(logits, manifest["keep"], manifest["keep_temperature"])
+    for tau, error in counted.items():
+        if abs(stored.get(tau, math.inf) - error) > 1e-3 * error + 1e-6:
+            yield f"manifest: KL error at τ {tau} is {stored.get(tau)}, the test rows have {error}"
 
 
 def check_accuracies(cache: TeacherCache) -> Iterator[str]:
@@ -285,6 +322,7 @@ VALUES: tuple[tuple[str, str, Callable[[TeacherCache], Iterator[str]]], ...] = (
     ("blend", "fused logits = blend of parts", check_blend),
     ("accuracies", "as counted from rows", check_accuracies),
 )
+KEPT = ("kept logits", "descend, classes differ", check_kept)  # of stores that have them
 
 
 def check_teacher(cache: TeacherCache, weights: Path, report: Report) -> Iterator[str]:
@@ -300,16 +338,17 @@ def check_teacher(cache: TeacherCache, weights: Path, report: Report) -> Iterato
                f"store ({manifest['teacher']['sha256'][:12]})")  # fmt: skip
     each = -(-SAMPLED_ROWS // cache.num_views)
     for view in range(cache.num_views):
-        slab = cache.slab(view, ("teacher_logits", "teacher_features"))
-        assert slab.teacher_logits is not None and slab.teacher_features is not None
+        views = cache.slab(view, ()).views
         index = torch.randperm(cache.num_samples)[:each].sort().values
         found = [teacher.rows(images)
-                 for _, images in source.data.train.batches(index, slab.views, 256)]  # fmt: skip
-        for name, rows, again in (
-            ("teacher_logits", slab.teacher_logits, torch.cat([row[0] for row in found])),
-            ("teacher_features", slab.teacher_features, torch.cat([row[1] for row in found])),
-        ):
-            stored = rows[index].float()
+                 for _, images in source.data.train.batches(index, views, 256)]  # fmt: skip
+        for number, name in enumerate(("teacher_logits", "teacher_features")):
+            rows = cache.rows(f"train/{name}", view)[index]
+            again = torch.cat([row[number] for row in found])
+            if isinstance(rows, TopKRows):
+                tau = manifest["keep_temperature"]
+                again = keep_classes(again.cpu(), rows.class_index(), tau).dense()
+            stored = rows.float()
             far = (stored - again.cpu()).abs() > another_device(cache) * largest(stored)
             if far.any():
                 sample = int(index[far.any(1).nonzero()[0, 0]])

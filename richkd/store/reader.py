@@ -34,6 +34,7 @@ from richkd.store.checksums import (
 from richkd.store.copy import LocalCopy, open_copy
 from richkd.store.place import Folder, Place, open_place
 from richkd.store.schema import ArraySpec, Manifest
+from richkd.store.topk import Rows, TopKRows
 
 REMEDY = "mend it with richkd repair, or make it again with richkd precompute --overwrite"
 SLAB_ARRAYS = ("teacher_logits", "teacher_features", "fused_logits")
@@ -74,6 +75,7 @@ class TeacherCache:
         self.manifest = manifest
         self.specs = schema.array_specs(manifest)
         self._copy = copy
+        self.kept = schema.kept_logits(manifest)
         self._group = group
 
     def __repr__(self) -> str:
@@ -101,10 +103,33 @@ class TeacherCache:
     def read(self, name: str, view: int | None = None) -> Tensor:
         """An array by its name in the store (`train/labels`), or one view of it, in one read.
 
+        Logits of which the store keeps the K largest are filled up, to [N,C] a view.
+
         Raises:
             RichKDError: no such array, no such view, or bytes that fail their checksum.
         """
+        rows = self.rows(name, view)
+        return rows.dense() if isinstance(rows, TopKRows) else rows
+
+    def rows(self, name: str, view: int | None = None) -> Rows:
+        """The same, but logits of which the store keeps the K largest stay as they are stored.
+
+        Raises:
+            RichKDError: as `read`, or classes that do not exist.
+        """
         self.require(name)
+        if name not in self.kept:
+            return views_tensor(self._values(name, view))
+        top, classes, rest = (self._values(part, view) for part in schema.part_names(name))
+        if int(classes.max()) >= self.num_classes:
+            raise RichKDError(
+                f"{self.place}: {name} has classes that are not in 0..{self.num_classes - 1}; make "
+                f"the store again with richkd precompute --overwrite"
+            )
+        return TopKRows.from_numpy(top, classes, rest, self.num_classes)
+
+    def _values(self, name: str, view: int | None) -> np.ndarray[Any, Any]:
+        """The numbers of an array, or of one view of it, checked."""
         if view is not None and not 0 <= view < self.num_views:
             raise RichKDError(f"view {view}: {self.place} has views 0..{self.num_views - 1}")
         files = list(chunk_files(name, self.specs[name], view))
@@ -116,7 +141,7 @@ class TeacherCache:
                 raise
             self._copy.fetch(files)  # once more: what was kept here may have been damaged here
             values = self._read_here(name, view)
-        return views_tensor(values)
+        return values
 
     def _read_here(self, name: str, view: int | None) -> np.ndarray[Any, Any]:
         array = cast("zarr.Array[Any]", self._group[name])
@@ -150,9 +175,13 @@ class TeacherCache:
                 where = name if one is None else f"{name}, view {one}"
                 raise RichKDError(f"{self.place}: {where} is not what was written; {REMEDY}")
 
+    def has(self, name: str) -> bool:
+        """Whether the store has an array of this name, whole or by its K largest."""
+        return name in self.specs or name in self.kept
+
     def require(self, name: str) -> None:
         """Raise RichKDError where the store has no array of this name."""
-        if name not in self.specs:
+        if not self.has(name):
             raise RichKDError(f"{self.place} has no array {name!r}" + self._why_absent(name))
 
     def slab(self, view: int, arrays: Collection[str] = SLAB_ARRAYS) -> Slab:

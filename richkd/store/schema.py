@@ -18,6 +18,7 @@ FORMAT = "richkd-cache"
 CHUNK_BYTES = 4 * 2**20
 MAX_BLOCK = 8192
 MOST = 2**40  # of anything that a manifest counts
+LOGITS = ("teacher_logits", "fused_logits")
 
 
 class DatasetEntry(TypedDict):
@@ -85,6 +86,9 @@ class Manifest(TypedDict):
     fused_accuracy: float | None
     dtype: str
     keep_bits: int | None  # mantissa bits that the rows of teachers were rounded to
+    keep: NotRequired[int]  # K, where only the K largest training logits are kept (store/topk.py)
+    keep_temperature: NotRequired[float]  # at which the others keep their mass
+    keep_kl: NotRequired[dict[str, float]]  # nats by temperature, on the test rows, once complete
     block: int
     recipe: dict[str, Any]
     versions: dict[str, str]
@@ -93,7 +97,9 @@ class Manifest(TypedDict):
 
 
 # What may differ between a run that was cut off and the one that goes on with it.
-NOT_IDENTITY = frozenset({"complete", "fused_accuracy", "recipe", "versions", "checksums", "seal"})
+NOT_IDENTITY = frozenset(
+    {"complete", "fused_accuracy", "keep_kl", "recipe", "versions", "checksums", "seal"}
+)
 
 
 @dataclass(frozen=True)
@@ -167,6 +173,7 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
     dataset, clip, dtype = manifest["dataset"], manifest["clip"], manifest["dtype"]
     num_classes, num_features = len(manifest["class_names"]), manifest["teacher"]["num_features"]
     views, block, side = manifest["views"]["count"], manifest["block"], manifest["image_size"]
+    kept = kept_logits(manifest)
     specs: dict[str, ArraySpec] = {}
 
     def add(name: str, dtype: str, *axes: tuple[str, int]) -> None:
@@ -176,16 +183,25 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
             shape, dtype, tuple(min(chunk.get(axis, size), size) for axis, size in axes), names
         )
 
+    def add_logits(name: str, *rows: tuple[str, int]) -> None:
+        if name not in kept:
+            add(name, dtype, *rows, ("class", num_classes))
+            return
+        top, classes, rest = part_names(name)
+        add(top, dtype, *rows, ("rank", manifest["keep"]))
+        add(classes, "uint16", *rows, ("rank", manifest["keep"]))
+        add(rest, dtype, *rows)
+
     for split, count in (("train", dataset["num_train"]), ("test", dataset["num_test"])):
         sample = ("sample", count)
         if dataset["embedded"]:
             add(f"{split}/images", "uint8", sample, ("row", side), ("column", side), ("channel", 3))
         add(f"{split}/labels", "int64", sample)
         rows = (("view", views), sample) if split == "train" else (sample,)
-        add(f"{split}/teacher_logits", dtype, *rows, ("class", num_classes))
+        add_logits(f"{split}/teacher_logits", *rows)
         add(f"{split}/teacher_features", dtype, *rows, ("feature", num_features))
         if clip is not None:
-            add(f"{split}/fused_logits", dtype, *rows, ("class", num_classes))
+            add_logits(f"{split}/fused_logits", *rows)
             add(f"{split}/clip_features", dtype, sample, ("clip_feature", clip["num_features"]))
             add(f"{split}/clip_similarity", "float32", sample, ("class", num_classes))
     if manifest["views"]["space"] == "pad-crop-flip":
@@ -199,6 +215,19 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
             ("class", num_classes), ("prompt", prompts), ("clip_feature", width))  # fmt: skip
     specs["complete"] = ArraySpec((num_blocks(manifest),), "bool", (1,), ("block",))
     return specs
+
+
+def kept_logits(manifest: Manifest) -> set[str]:
+    """The logits that are stored by their K largest: of them there are `part_names` instead."""
+    if "keep" not in manifest:
+        return set()
+    names = ("teacher_logits",) if manifest["clip"] is None else LOGITS
+    return {f"train/{name}" for name in names}
+
+
+def part_names(name: str) -> tuple[str, str, str]:
+    """The arrays that stand for logits of which the K largest are kept."""
+    return f"{name}_top", f"{name}_classes", f"{name}_rest"
 
 
 def block_arrays(manifest: Manifest, block: Block) -> list[str]:
@@ -234,6 +263,10 @@ def _out_of_range(manifest: Manifest) -> Iterator[str]:
         yield f"views.space is {space!r}"
     if manifest["block"] < 1 or manifest["image_size"] < 1:
         yield f"block is {manifest['block']}, image_size {manifest['image_size']}"
+    if manifest.keys() & {"keep", "keep_temperature"}:
+        keep, temperature = manifest.get("keep", 0), manifest.get("keep_temperature", 0)
+        if not 1 <= keep < len(manifest["class_names"]) or temperature <= 0:
+            yield f"keep is {keep}, keep_temperature {temperature}"
     mean, std = manifest["mean"], manifest["std"]
     if not len(mean) == len(std) == 3 or min(std) <= 0:
         yield f"mean is {mean!r}, std {std!r}"

@@ -36,7 +36,10 @@ from richkd.store.schema import Block, Manifest
 
 # No chunk may be absent: an absent chunk reads as zeros, which would pass for data.
 _CONFIG: Any = {"write_empty_chunks": True}
-_ROUNDED = {"teacher_logits", "teacher_features", "fused_logits", "clip_features"}
+_ROUNDED = {
+    "teacher_logits", "teacher_features", "fused_logits", "clip_features",
+    "teacher_logits_top", "fused_logits_top",
+}  # fmt: skip
 _ROOM = 4  # blocks that may wait for the disk; bounds memory
 
 

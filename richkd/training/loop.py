@@ -23,6 +23,7 @@ from richkd.data.inputs import Batches, Inputs, Normalize
 from richkd.losses.method import Batch, Method
 from richkd.models import forward
 from richkd.recipe import Training
+from richkd.store.topk import Rows
 from richkd.training.device import half_precision
 
 EVAL_BATCH = 256
@@ -47,7 +48,7 @@ class EpochRows:
     """What one epoch trains on: a view of every sample and the cached rows of those views."""
 
     views: Tensor  # [N] or [N,5]
-    rows: Mapping[str, Tensor]  # name -> [N,…]
+    rows: Mapping[str, Rows]  # name -> [N,…]
 
     def to(self, device: torch.device) -> EpochRows:
         """The same on a device, for several runs; the views stay where samples are gathered."""
