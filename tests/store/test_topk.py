@@ -240,6 +240,18 @@ def test_samples_and_analysis(kept: Path, run: Run) -> None:
     assert analysed.json["teachers"]["fused"]["top1"] == pytest.approx(whole.double().mean().item())
 
 
+def test_bench_counts_what_is_stored(kept: Path) -> None:
+    from richkd.bench import store_bytes
+
+    names = ("teacher_features", *(f"{name}_logits_{part}" for name in ("teacher", "fused")
+                                   for part in ("top", "classes", "rest")))  # fmt: skip
+    files = [file for name in names for file in (kept / "train" / name).rglob("*")]
+    stored = sum(file.stat().st_size for file in files if file.is_file())
+    table = store_bytes(richkd.open_cache(kept), QUIET)
+    assert table["as stored"]["bytes"] == pytest.approx(stored / (3 * 48), abs=0.1)
+    assert table["raw f16"]["kl"] == pytest.approx(0, abs=1e-6)
+
+
 # --- students ------------------------------------------------------------------------------------
 
 
@@ -318,6 +330,7 @@ def test_mistakes(make_store: Make, fails: Fails, tmp_path: Path) -> None:
     assert "keep_temperature = 0.0: must be above 0" in line
 
 
+@pytest.mark.slow
 def test_a_store_begun_with_another_keep_is_refused(
     kept: Path, make_store: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -407,6 +420,7 @@ def test_classes_and_manifests_that_cannot_be(kept: Path, tmp_path: Path) -> Non
         cache.slab(2)
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_repair(make_store: Make, run: Run, fails: Fails, tmp_path: Path) -> None:
     path = make_store(keep="top-5", out=str(tmp_path / "s.zarr"))
