@@ -384,7 +384,7 @@ class BlockRows:
         return rows
 
     def _similarity_of(self, block: Block, computed: Mapping[str, Tensor]) -> Tensor | None:
-        """CLIP's cosines of the block's samples: just computed, or written before; None: no CLIP."""
+        """CLIP's cosines of the samples, just computed or written before; None without CLIP."""
         if self.teachers.clip is None or "clip_similarity" in computed:
             return computed.get("clip_similarity")
         span = (block.split, block.start)
