@@ -26,6 +26,7 @@ from richkd.progress import Report
 from richkd.recipe import Distill, Precompute
 from richkd.store import schema
 from richkd.store.checksums import take_checksums, write_sealed
+from richkd.store.place import open_place
 from richkd.store.topk import TopKRows, check_keep, keep_top, kl_errors
 from richkd.training import loop
 from richkd.verify import verify_store
@@ -358,8 +359,8 @@ def test_a_store_begun_with_another_keep_is_refused(
 def resealed(path: Path) -> None:
     """Whatever is wrong with the store, every checksum is right."""
     manifest: Any = richkd.store.reader.read_manifest(path)
-    manifest["checksums"] = take_checksums(path, schema.array_specs(manifest))
-    write_sealed(path, manifest)
+    manifest["checksums"] = take_checksums(open_place(path), schema.array_specs(manifest))
+    write_sealed(open_place(path), manifest)
 
 
 def swap(rows: Array) -> None:
@@ -405,10 +406,10 @@ def test_classes_and_manifests_that_cannot_be(kept: Path, tmp_path: Path) -> Non
         ({"keep_temperature": 0.0}, "keep_temperature 0.0"),
         ({"keep_kl": {"1": "little"}}, "keep_kl.1 is 'little'"),
     ):
-        write_sealed(path, {**manifest, **entries})
+        write_sealed(open_place(path), {**manifest, **entries})
         with pytest.raises(RichKDError, match=message):
             richkd.open_cache(path)
-    write_sealed(path, {**manifest, "keep_kl": {"1": 0.5, "3": 0.5}})
+    write_sealed(open_place(path), {**manifest, "keep_kl": {"1": 0.5, "3": 0.5}})
     faults = [fault for check in verify_store(path, None, QUIET) for fault in check.faults]
     assert len(faults) == 2 and "KL error at τ 3 is 0.5, the test rows have" in faults[1]
     array: Any = zarr.open_group(path, mode="r+")["train/fused_logits_classes"]
