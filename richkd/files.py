@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -20,8 +21,14 @@ _TEMPORARY = re.compile(r"\..+\.\d+\.tmp|.+\.[0-9a-f]{32}\.partial")
 
 
 def home() -> Path:
-    """The user's cache folder: RICHKD_HOME, else ~/.cache/richkd."""
-    return Path(os.environ.get("RICHKD_HOME") or Path.home() / ".cache" / "richkd")
+    """The user's cache folder: RICHKD_HOME, else ~/.cache/richkd, else a temporary one."""
+    given = os.environ.get("RICHKD_HOME")
+    if given:
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "richkd"
+    except RuntimeError:  # as in containers that run as a number
+        return Path(tempfile.gettempdir()) / "richkd"
 
 
 @contextmanager

@@ -39,6 +39,18 @@ def few_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def session_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(autouse=True)
+def own_home(session_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What richkd keeps for the user is kept here."""
+    monkeypatch.setenv("RICHKD_HOME", str(session_home))
+    return session_home
+
+
+@pytest.fixture(scope="session")
 def make_store(
     tmp_path_factory: pytest.TempPathFactory, clip_dir: Path, shapes_teacher: Path
 ) -> Callable[..., Path]:

@@ -49,6 +49,7 @@ def test_a_home_with_a_long_path_is_shown_whole(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("RICHKD_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "on a share of the institute" / "people" / "someone"))
     done = run("doctor", "--data-root", tmp_path / ("somewhere-" * 6))
     assert "…" not in done.out and max(map(len, done.out.splitlines())) <= 80

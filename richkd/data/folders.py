@@ -5,11 +5,13 @@ Layout: PATH/train/CLASS/* and PATH/val/CLASS/* (or test), as torchvision's Imag
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,8 +19,10 @@ from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from richkd.errors import RichKDError, nearest
+from richkd.files import home, replacing
 from richkd.progress import Report
 
 # As torchvision has them, and those of GIF.
@@ -99,11 +103,11 @@ def list_images(
         RichKDError: no class, a class without images, or a broken file that is to be refused.
     """
     classes, paths, labels, ignored = _find(folder)
+    look = _remembered(folder, paths, known is None, report or Report(quiet=True))
     left_out = {*(known or ())}
-    if left_out:
-        kept = np.array([f"{folder.name}/{path}" not in left_out for path in paths])
-        paths, labels = paths.take(kept), labels[kept]
-    sizes, faults = _look(folder, paths, known is None, report or Report(quiet=True))
+    faults = {number: reason for number, reason in look.faults.items()
+              if (known is None or not look.sizes[number].any())
+              and f"{folder.name}/{paths[number]}" not in left_out}  # fmt: skip
     if faults and (broken == "refuse" or known is not None):
         first, reason = next(iter(faults.items()))
         more = f", nor {len(faults) - 1} more" if len(faults) > 1 else ""
@@ -113,6 +117,8 @@ def list_images(
         )
     whole = np.ones(len(paths), bool)
     whole[[*faults]] = False
+    if left_out:
+        whole &= [f"{folder.name}/{path}" not in left_out for path in paths]
     lacking = sorted({*range(len(classes))} - {*labels[whole].tolist()})
     if lacking:
         raise RichKDError(f"{folder / classes[lacking[0]]}: no image in it can be read")
@@ -121,7 +127,7 @@ def list_images(
         classes=classes,
         paths=paths.take(whole),
         labels=labels[whole],
-        sizes=sizes[whole],
+        sizes=look.sizes[whole],
         skipped=tuple(f"{folder.name}/{paths[number]}" for number in faults),
         ignored=tuple(ignored),
     )
@@ -163,39 +169,94 @@ def _find(folder: Path) -> tuple[tuple[str, ...], Paths, NDArray[np.int64], list
     return tuple(classes), paths.take(order), labels[order], ignored
 
 
-def _look(
-    folder: Path, paths: Paths, decode: bool, report: Report
-) -> tuple[NDArray[np.int64], dict[int, str]]:
-    """The sizes [N,2] of all images, and why those have none that cannot be read."""
+@dataclass(frozen=True, kw_only=True)
+class _Look:
+    """What the files of a folder say of themselves."""
+
+    sizes: NDArray[np.int64]  # [N,2], height and width; 0 where even that cannot be read
+    faults: Mapping[int, str]  # why files are no whole images
+    decoded: bool  # else only their headers were read
+
+
+def _remembered(folder: Path, paths: Paths, decode: bool, report: Report) -> _Look:
+    """A look at all files: an earlier one from the user's cache folder if no file has changed."""
+    folder_id = hashlib.sha256(str(folder.resolve()).encode(errors="surrogateescape")).hexdigest()
+    note = home() / "listings" / f"{folder_id[:32]}.npz"
+    state = _state(folder, paths)
+    look = _recall(note, state, len(paths))
+    if look is None or decode > look.decoded:
+        look = _look(folder, paths, decode, report)
+        with suppress(OSError), replacing(note) as temporary, temporary.open("wb") as file:
+            np.savez(
+                file, state=state, sizes=look.sizes, decoded=look.decoded,
+                broken=np.array([*look.faults], np.int64),
+                reasons=np.array([*look.faults.values()], str),
+            )  # fmt: skip
+    return look
+
+
+def _state(folder: Path, paths: Paths) -> str:
+    """A digest of the paths, lengths and times of all files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            found = os.stat(f"{folder}/{path}")  # noqa: PTH116
+        except OSError:  # a link to nowhere
+            continue
+        digest.update(
+            f"{path}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape")
+        )
+    return digest.hexdigest()
+
+
+def _recall(note: Path, state: str, count: int) -> _Look | None:
+    """What was written for this state; None if that is nothing, or not what is written here."""
+    try:
+        with note.open("rb") as file, np.load(file, allow_pickle=False) as kept:
+            if kept["state"] != state:
+                return None
+            sizes, broken, reasons = kept["sizes"], kept["broken"], kept["reasons"]
+            faults = dict(zip(broken.tolist(), reasons.tolist(), strict=True))
+            decoded = bool(kept["decoded"])
+    except Exception:  # no file, another's, damaged: numpy and zipfile raise errors of many kinds
+        return None
+    as_written = (
+        sizes.shape == (count, 2)
+        and sizes.dtype == np.int64
+        and not (sizes < 0).any()
+        and {*np.flatnonzero(~sizes.any(1))} <= {*faults}
+        and all(number in range(count) for number in faults)
+    )
+    return _Look(sizes=sizes, faults=faults, decoded=decoded) if as_written else None
+
+
+def _look(folder: Path, paths: Paths, decode: bool, report: Report) -> _Look:
     sizes = np.zeros((len(paths), 2), np.int64)
     faults: dict[int, str] = {}
+
+    def look(number: int) -> str | None:
+        """Why a file is no image; `decode` reads it to its end."""
+        path = folder / paths[number]
+        try:
+            with Image.open(path) as image:
+                sizes[number] = image.height, image.width
+                if decode:
+                    image.load()
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return str(error).replace(str(path), "it")
+        return None
+
     with (
         ThreadPoolExecutor(os.cpu_count() or 1) as pool,
         report.track(f"looking at {folder}", len(paths), "files") as tick,
     ):
         for start in range(0, len(paths), LOOKED_AT):
             span = range(start, min(start + LOOKED_AT, len(paths)))
-            found = pool.map(lambda number: _size(folder / paths[number], decode), span)
-            for number, size in zip(span, found, strict=True):
-                if isinstance(size, str):
-                    faults[number] = size
-                else:
-                    sizes[number] = size
+            for number, fault in zip(span, pool.map(look, span), strict=True):
+                if fault is not None:
+                    faults[number] = fault
                 tick(1)
-    return sizes, faults
-
-
-def _size(path: Path, decode: bool) -> tuple[int, int] | str:
-    """Height and width of an image, else why it has none; `decode` reads it to its end."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            if decode:
-                image.load()
-            return image.height, image.width
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return str(error).replace(str(path), "it")
+    return _Look(sizes=sizes, faults=faults, decoded=decode)
 
 
 # --- class names ---------------------------------------------------------------------------------

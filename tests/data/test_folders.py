@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from PIL import Image
 import richkd
 from richkd.data.datasets import load_dataset
 from richkd.data.folders import (
+    Listing,
     Paths,
     class_words,
     list_images,
@@ -108,12 +111,131 @@ def test_every_prefix_of_a_listing_holds_the_classes_evenly(
 
 
 def test_what_is_known_to_be_broken_is_not_decoded_again(
-    own: Path, monkeypatch: pytest.MonkeyPatch
+    own: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     found = list_images(own / "train", "skip")
+    monkeypatch.setenv("RICHKD_HOME", str(tmp_path / "nothing kept yet"))
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
     again = list_images(own / "train", "refuse", found.skipped)
     assert [*again.paths] == [*found.paths] and (again.sizes == found.sizes).all()
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of all files that PIL opens from here on."""
+    names: list[str] = []
+    plain = Image.open
+    monkeypatch.setattr(Image, "open", lambda path: names.append(Path(path).name) or plain(path))
+    return names
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where listings are kept; nothing is yet."""
+    monkeypatch.setenv("RICHKD_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "listings"
+
+
+def same(one: Listing, other: Listing) -> bool:
+    arrays = [(one.sizes, other.sizes), (one.labels, other.labels)]
+    texts = [([*one.paths], [*other.paths]), (one.skipped, other.skipped)]
+    return all((a == b).all() for a, b in arrays) and all(a == b for a, b in texts)
+
+
+def test_a_listing_is_remembered_until_a_file_changes(
+    own: Path, kept: Path, opened: list[str]
+) -> None:
+    train, bear = own / "train", own / "train" / "polar_bear"
+    first = list_images(train, "skip")
+    assert len(opened) == 8 and len([*kept.iterdir()]) == 1
+    opened.clear()
+    assert same(list_images(train, "skip"), first)
+    with pytest.raises(RichKDError, match=r"no image that can be read.*nor 1 more"):
+        list_images(train, "refuse")
+    assert same(list_images(train, "refuse", first.skipped), replace(first, skipped=()))
+    assert opened == []
+
+    def changes(change: Callable[[], object]) -> Listing:
+        opened.clear()
+        change()
+        listing = list_images(train, "skip")
+        assert len(opened) == len(listing.paths) + len(listing.skipped)
+        return listing
+
+    before = (bear / "0.jpg").stat()
+    changes(lambda: os.utime(bear / "0.jpg", ns=(0, before.st_mtime_ns + 1)))
+    changes(lambda: (bear / "new.jpg").write_bytes((bear / "1.jpg").read_bytes()))
+    changes(lambda: (bear / "new.jpg").rename(bear / "newer.jpg"))
+    listing = changes(lambda: (bear / "newer.jpg").write_bytes(b"shorter"))
+    assert "train/polar_bear/newer.jpg" in listing.skipped
+    changes((bear / "newer.jpg").unlink)
+    whole = Image.new("RGB", (9, 7))
+    listing = changes(lambda: whole.save(bear / "cut.jpg"))
+    assert listing.sizes[[*listing.paths].index("polar_bear/cut.jpg")].tolist() == [7, 9]
+
+
+def test_what_was_not_decoded_is_not_taken_for_whole(
+    own: Path, kept: Path, opened: list[str]
+) -> None:
+    """Stage two reads headers only; what it kept does not tell stage one that files are whole."""
+    train = own / "train"
+    text = ["train/polar_bear/4.png"]
+    assert "polar_bear/cut.jpg" in list_images(train, "refuse", text).paths
+    listing = list_images(train, "skip")
+    assert {*listing.skipped} == {"train/polar_bear/cut.jpg", *text}
+    opened.clear()
+    # and what was decoded is as good as headers, where a file was cut without being noticed
+    assert "polar_bear/cut.jpg" in list_images(train, "refuse", text).paths
+    with pytest.raises(RichKDError, match=r"4\.png is no image that can be read .*\); remove"):
+        list_images(train, "refuse", ["train/polar_bear/cut.jpg"])
+    assert opened == []
+
+
+@pytest.mark.parametrize("spoil", ["empty", "cut", "text", "pickle", "fewer", "folder", "negative"])
+def test_a_damaged_or_foreign_note_is_written_anew(
+    own: Path, kept: Path, opened: list[str], spoil: str, tmp_path: Path
+) -> None:
+    first = list_images(own / "train", "skip")
+    (note,) = kept.iterdir()
+    whole = note.read_bytes()
+    fields = dict(np.load(note))
+    opened.clear()
+    if spoil == "folder":
+        note.unlink()
+        note.mkdir()
+    elif spoil in ("empty", "cut", "text"):
+        note.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "text": b"hello"}[spoil])
+    else:
+        fields |= {
+            "pickle": {"reasons": np.array([Touch(tmp_path / "ran"), "x"], object)},
+            "fewer": {"sizes": fields["sizes"][1:]},
+            "negative": {"sizes": fields["sizes"] - 60},
+        }[spoil]
+        np.savez(note, **fields)
+    assert same(list_images(own / "train", "skip"), first)
+    assert len(opened) == 8 and not (tmp_path / "ran").exists()
+    if spoil != "folder":  # there it is left, and all files are looked at each time
+        opened.clear()
+        assert same(list_images(own / "train", "skip"), first)
+        assert opened == []
+
+
+class Touch:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_home_that_cannot_be_written_is_no_fault(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RICHKD_HOME", str(tmp_path / "file"))
+    assert len(list_images(own / "train", "skip").paths) == 6
 
 
 def test_class_names_from_a_file(own: Path, tmp_path: Path) -> None:
