@@ -63,7 +63,8 @@ class ImageFiles:
         with Image.open(self.root / self.paths[index]) as image:
             if image.mode == "P" and "transparency" in image.info:
                 return image.convert("RGBA").convert("RGB")
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")  # which copies
 
 
 @dataclass(frozen=True)

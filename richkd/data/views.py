@@ -171,7 +171,7 @@ def resized_crop(image: Tensor, view: Any, image_size: int) -> Tensor:
     from torchvision.transforms.v2 import functional
 
     top, left, height, width, flip = (int(number) for number in view)
-    crop: Tensor = functional.resized_crop(
+    crop: Tensor = functional.resized_crop_image(
         image, top, left, height, width, [image_size, image_size], antialias=True
     )
     if flip:
