@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,11 +30,12 @@ from richkd.models import check_fit, create_model
 from richkd.progress import Advance, Report, percent
 from richkd.recipe import Distill, Images, to_table
 from richkd.results import teacher_accuracies
+from richkd.store import pages
 from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
 from richkd.store.topk import Rows
 from richkd.targets import Target, choose_target, describe_target, held_out
 from richkd.training.checkpoint import Best, RunFolder
-from richkd.training.device import choose_device, hardware, versions
+from richkd.training.device import choose_device, free_memory, hardware, versions
 from richkd.training.loop import (
     Data,
     EpochRecord,
@@ -142,24 +144,53 @@ class Source:
         A thread reads an epoch's slab while the epoch before trains. Names are arrays of the store
         (`teacher_features`) and what `target` gave.
         """
-        fixed = {name: self._fixed_rows(name) for name in names if self._is_fixed(name)}
-        slab_rows = self._slab_rows(sorted({*names} - {*fixed}))
+        fixed_names = {name for name in names if self._is_fixed(name)}
+        place = self._place(sorted({*names} - fixed_names), sorted(fixed_names))
+        fixed = {name: self._fixed_rows(name, place) for name in sorted(fixed_names)}
+        slab_rows = self._slab_rows(sorted({*names} - fixed_names), place)
         for source, waited in timed(all_rows(slab_rows, first, last)):
-            yield EpochRows(source.views, {**source.rows, **fixed}), waited
+            yield replace(source, rows={**source.rows, **fixed}), waited
 
     def _is_fixed(self, name: str) -> bool:
         """Whether rows are the same in every epoch: those of CLIP, which saw the clean images."""
         target = self._targets.get(name)
         return not target.reads if target else name not in SLAB_ARRAYS
 
-    def _fixed_rows(self, name: str) -> Rows:
+    def _place(self, slab: Collection[str], fixed: Collection[str]) -> Placement:
+        """Where rows lie: the one choice between memory, disk and device.
+
+        Slabs lie on the disk where two of them would take more than half of the memory that is
+        available. Rows go to a GPU as a whole, but not from the disk, nor where those of an epoch
+        would take more than half of what is free on it.
+        """
+        on_disk = pages.beyond_memory(self._nbytes(slab))
+        if self.device.type != "cuda":
+            return Placement(on_disk, on_host=False)
+        too_much = 2 * self._nbytes([*slab, *fixed]) > free_memory(self.device)
+        return Placement(on_disk, on_host=on_disk or too_much)
+
+    def _nbytes(self, names: Collection[str]) -> int:
+        """Bytes of the rows of an epoch, with those that blends are computed from."""
+        arrays = {name for name in names if name not in self._targets}
+        targets = [self._targets[name] for name in names if name in self._targets]
+        arrays |= {array for target in targets for array in target.reads}
+        blends = sum(bool(target.clip) for target in targets)
+        return self.cache.nbytes([f"train/{array}" for array in arrays]) + (
+            4 * blends * self.cache.num_samples * self.cache.num_classes
+        )
+
+    def _fixed_rows(self, name: str, place: Placement) -> Rows:
         if name not in self._fixed:
             target = self._targets.get(name)
-            rows = target.logits("train", {}) if target else self.cache.read(f"train/{name}")
-            self._fixed[name] = rows.to(self.device)
+            self._fixed[name] = (
+                target.logits("train", {}, place.empty)
+                if target else self.cache.read(f"train/{name}")
+            )  # fmt: skip
+        device = torch.device("cpu") if place.on_host else self.device
+        self._fixed[name] = self._fixed[name].to(device)
         return self._fixed[name]
 
-    def _slab_rows(self, names: Collection[str]) -> Callable[[int], EpochRows]:
+    def _slab_rows(self, names: Collection[str], place: Placement) -> Callable[[int], EpochRows]:
         """What reads the rows of an epoch, from 1: view (epoch − 1) mod V.
 
         Blended logits are rounded as stage one would have stored them; those that the store keeps
@@ -168,21 +199,33 @@ class Source:
         targets = {name: self._targets[name] for name in names if name in self._targets}
         features = {name for name in names if name not in targets}
         logits = {array for target in targets.values() for array in target.reads}
-        dtype = torch.float16 if self.cache.manifest["dtype"] == "float16" else torch.float32
-        pin = self.device.type == "cuda"
+        empty = partial(place.empty, dtype=self.cache.manifest["dtype"])
+        pin = self.device.type == "cuda" and not place.on_host
 
         @lru_cache(maxsize=1)  # with one view, every epoch is the same slab
         def read(view: int) -> EpochRows:
-            slab = self.cache.slab(view, sorted(features))
-            stored = {name: self.cache.rows(f"train/{name}", view) for name in sorted(logits)}
+            slab = self.cache.slab(view, sorted(features), place.on_disk)
+            stored = {name: self.cache.rows(f"train/{name}", view, place.on_disk)
+                      for name in sorted(logits)}  # fmt: skip
             rows: dict[str, Rows] = {name: getattr(slab, name) for name in features}
             for name, target in targets.items():
-                told = target.logits("train", stored)
-                rows[name] = told.to(dtype) if isinstance(told, Tensor) else told
-            epoch_rows = EpochRows(slab.views, rows)
+                rows[name] = target.logits("train", stored, empty)
+            epoch_rows = EpochRows(slab.views, rows, place.on_host)
             return epoch_rows.pinned() if pin else epoch_rows
 
         return lambda epoch: read((epoch - 1) % self.cache.num_views)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the rows of an epoch lie."""
+
+    on_disk: bool  # in a temporary file that is mapped into memory
+    on_host: bool  # and not on the device: every batch is gathered and sent there
+
+    def empty(self, shape: tuple[int, ...], dtype: str = "float32") -> Tensor:
+        """Rows to be filled."""
+        return torch.from_numpy(pages.empty(shape, np.dtype(dtype), self.on_disk))
 
 
 class StudentRun:
@@ -263,7 +306,7 @@ class StudentRun:
     def own(self, source: EpochRows) -> EpochRows:
         """Of the rows that runs share, those that this one's method reads."""
         rows = {name: source.rows[shared] for name, shared in self.rows.items()}
-        return EpochRows(source.views, rows)
+        return replace(source, rows=rows)
 
     def train_epoch(
         self, source: EpochRows, waited: float, tick: Advance = lambda _: None

@@ -6,7 +6,7 @@ head is arithmetic on the cached parts. No teacher is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from richkd.training.loop import accuracy, derive_seed
 
 ALPHAS = torch.linspace(0, 1, 21)
 SCALES_A_DOUBLING = 2
+COMPUTED_AT_ONCE = 8192  # samples of a target that is a blend
 DOUBLINGS = 12  # of the scale, below its native value; 3 above
 
 
@@ -45,14 +46,26 @@ class Target:
             return ("fused_logits",)
         return () if self.kind == "clip" else ("teacher_logits",)
 
-    def logits(self, split: str, rows: Mapping[str, Rows]) -> Rows:
-        """Target logits [N,C] of a split from the rows that `reads` names."""
-        if self.kind == "clip":
-            return self.scale * self.clip[split]
-        if not self.clip:
+    def logits(
+        self, split: str, rows: Mapping[str, Rows], empty: Callable[..., Tensor] = torch.empty
+    ) -> Rows:
+        """Target logits [N,C] of a split from the rows that `reads` names.
+
+        Where they are not such rows, they are computed a span of samples at a time into what
+        `empty` makes of their shape, and rounded to its dtype.
+        """
+        if self.kind != "clip" and not self.clip:
             return rows[self.reads[0]]
-        teacher = rows["teacher_logits"].float()
-        return fusion.fuse_logits(teacher, self.clip[split], self.alpha, self.scale)
+        clip = self.clip[split]
+        logits = empty(clip.shape)
+        for span in torch.split(torch.arange(len(clip)), COMPUTED_AT_ONCE):
+            if self.kind == "clip":
+                logits[span] = (self.scale * clip[span]).to(logits.dtype)
+            else:
+                teacher = rows["teacher_logits"][span].float()
+                fused = fusion.fuse_logits(teacher, clip[span], self.alpha, self.scale)
+                logits[span] = fused.to(logits.dtype)
+        return logits
 
 
 def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Report) -> Target:

@@ -15,18 +15,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tree, write_random_store
+from helpers import assert_same_run, tree, write_random_store
 from safetensors.torch import load_file
 
 import richkd
 from richkd import fusion
 from richkd.data.inputs import Normalize
-from richkd.distill import distill
+from richkd.distill import Place, Source, distill
 from richkd.errors import RichKDError
 from richkd.losses import METHODS, Batch, Widths, method_class
 from richkd.models.weights import load_into, read_weights
+from richkd.progress import Report
 from richkd.recipe import Distill
-from richkd.store import schema
+from richkd.store import pages, schema
 from richkd.training import loop
 
 Make = Callable[..., Path]
@@ -414,9 +415,10 @@ def test_an_image_folder_is_checked_against_the_store(tmp_path: Path, make_store
 FRESH = """
 import json, sys
 from richkd.data.inputs import Normalize
-from richkd.distill import distill
+from richkd.distill import Place, Source, distill
+from richkd.progress import Report
 from richkd.recipe import Distill
-from richkd.store import schema
+from richkd.store import pages, schema
 distill(Distill(**json.loads(sys.argv[1])))
 # not ru_maxrss, which a process inherits from the one that started it
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if "VmHWM" in line)
@@ -470,3 +472,61 @@ def test_stage_two_loads_no_teacher_and_at_most_two_slabs(store: Path, tmp_path:
         print("{}: +{} MiB (± {}); two slabs {}, CRD {}".format(method, *sizes))
         assert more > slab / 2  # the measurement sees slabs at all
         assert more <= 2 * slab + besides + noise + room
+
+
+def test_rows_on_the_disk_or_on_the_host_change_nothing(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common: dict[str, Any] = {
+        "cache": str(store), "student": "resnet8", "epochs": 2, "batch_size": 16, "device": "cpu",
+        "options": {"richkd": {"negatives": 8}},
+    }  # fmt: skip
+    mapped: list[int] = []
+    plain = pages._mapped_file
+    monkeypatch.setattr(pages, "_mapped_file", lambda n: mapped.append(n) or plain(n))
+    cases = [("richkd", {}), ("richkd", {"alpha": 0.4}), ("kd", {"target": "clip"})]
+    for number, (method, own) in enumerate(cases):
+        settings = {**common, "method": method, **own}
+
+        def run(where: str, settings: dict[str, Any] = settings, number: int = number) -> Path:
+            out = tmp_path / f"{where}{number}"
+            distill(Distill(**settings, out=str(tmp_path / "run")))
+            return (tmp_path / "run").rename(out)
+
+        memory = run("memory")
+        assert mapped == []
+        with monkeypatch.context() as patch:
+            patch.setattr(pages, "available_memory", lambda: 0)
+            patch.setattr("richkd.targets.COMPUTED_AT_ONCE", 7)
+            assert_same_run(run("disk"), memory)
+        slab = 48 * 64 * 2 if method == "richkd" else 0  # resnet8's features
+        assert slab in mapped or not slab
+        assert len(mapped) > 2
+        mapped.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Source, "_place", lambda *_: Place(on_disk=False, on_host=True))
+            assert_same_run(run("host"), memory)
+
+
+def test_where_rows_lie_depends_on_what_is_free(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Source(Distill(cache=str(store), device="cpu", alpha=0.4), Report(quiet=True))
+    n, c, f = 48, source.cache.num_classes, 64
+    blend, _ = source.target(source.settings, "fused")
+    slab, fixed = 2 * n * (c + f) + 4 * n * c, 2 * n * 24  # logits, features, blend; CLIP's
+    memory, gpu = [0], [0]
+    monkeypatch.setattr(pages, "available_memory", lambda: memory[0])
+    monkeypatch.setattr("richkd.distill.free_memory", lambda _: gpu[0])
+
+    def place(free: int, free_on_gpu: int | None = None) -> tuple[bool, bool]:
+        memory[0], gpu[0] = free, free_on_gpu or 0
+        source.device = torch.device("cpu" if free_on_gpu is None else "cuda")
+        found = source._place([blend, "teacher_features"], ["clip_features"])
+        return found.on_disk, found.on_host
+
+    assert place(4 * slab) == (False, False)
+    assert place(4 * slab - 1) == (True, False)
+    assert place(4 * slab, 2 * (slab + fixed)) == (False, False)
+    assert place(4 * slab, 2 * (slab + fixed) - 1) == (False, True)
+    assert place(4 * slab - 1, 2 * (slab + fixed)) == (True, True)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import mmap
-import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import zarr
+from numpy.typing import NDArray
 from torch import Tensor
 
 from richkd import fusion
 from richkd.data.views import views_tensor
 from richkd.errors import RichKDError
 from richkd.recipe import Scale, check_blend
-from richkd.store import schema
+from richkd.store import pages, schema
 from richkd.store.checksums import (
     chunk_files,
     chunks_digest,
@@ -100,18 +97,23 @@ class TeacherCache:
         """N, the training samples."""
         return self.manifest["dataset"]["num_train"]
 
-    def read(self, name: str, view: int | None = None) -> Tensor:
+    def read(self, name: str, view: int | None = None, on_disk: bool | None = None) -> Tensor:
         """An array by its name in the store (`train/labels`), or one view of it, in one read.
 
-        Logits of which the store keeps the K largest are filled up, to [N,C] a view.
+        Args:
+            name: of the array; logits of which the store keeps the K largest are filled up, to
+                [N,C] a view.
+            view: which of its views; None for an array without, or all of them.
+            on_disk: whether it lies in a temporary file, mapped into memory; None where it would
+                take more than a quarter of the memory that is available.
 
         Raises:
             RichKDError: no such array, no such view, or bytes that fail their checksum.
         """
-        rows = self.rows(name, view)
+        rows = self.rows(name, view, on_disk)
         return rows.dense() if isinstance(rows, TopKRows) else rows
 
-    def rows(self, name: str, view: int | None = None) -> Rows:
+    def rows(self, name: str, view: int | None = None, on_disk: bool | None = None) -> Rows:
         """The same, but logits of which the store keeps the K largest stay as they are stored.
 
         Raises:
@@ -119,8 +121,9 @@ class TeacherCache:
         """
         self.require(name)
         if name not in self.kept:
-            return views_tensor(self._values(name, view))
-        top, classes, rest = (self._values(part, view) for part in schema.part_names(name))
+            return views_tensor(self._values(name, view, on_disk))
+        top, classes, rest = (self._values(part, view, on_disk)
+                              for part in schema.part_names(name))  # fmt: skip
         if int(classes.max()) >= self.num_classes:
             raise RichKDError(
                 f"{self.place}: {name} has classes that are not in 0..{self.num_classes - 1}; make "
@@ -128,25 +131,27 @@ class TeacherCache:
             )
         return TopKRows.from_numpy(top, classes, rest, self.num_classes)
 
-    def _values(self, name: str, view: int | None) -> np.ndarray[Any, Any]:
+    def _values(self, name: str, view: int | None, on_disk: bool | None) -> NDArray[Any]:
         """The numbers of an array, or of one view of it, checked."""
         if view is not None and not 0 <= view < self.num_views:
             raise RichKDError(f"view {view}: {self.place} has views 0..{self.num_views - 1}")
         files = list(chunk_files(name, self.specs[name], view))
         self._copy.fetch(files)
         try:
-            values = self._read_here(name, view)
+            values = self._read_here(name, view, on_disk)
         except RichKDError:
             if not self._copy.drop(files):
                 raise
             self._copy.fetch(files)  # once more: what was kept here may have been damaged here
-            values = self._read_here(name, view)
+            values = self._read_here(name, view, on_disk)
         return values
 
-    def _read_here(self, name: str, view: int | None) -> np.ndarray[Any, Any]:
+    def _read_here(self, name: str, view: int | None, on_disk: bool | None) -> NDArray[Any]:
         array = cast("zarr.Array[Any]", self._group[name])
         at = () if view is None else (view,)
-        values = _in_own_pages(array.shape[len(at) :], array.dtype)
+        if on_disk is None:
+            on_disk = pages.beyond_memory(self.nbytes([name], view))
+        values = pages.empty(array.shape[len(at) :], array.dtype, on_disk)
         step = array.chunks[len(at)]
         try:
             # chunk by chunk, so that what is in flight stays small beside the slab itself
@@ -184,8 +189,18 @@ class TeacherCache:
         if not self.has(name):
             raise RichKDError(f"{self.place} has no array {name!r}" + self._why_absent(name))
 
-    def slab(self, view: int, arrays: Collection[str] = SLAB_ARRAYS) -> Slab:
+    def nbytes(self, names: Collection[str], view: int | None = 0) -> int:
+        """Bytes of one view of some arrays, or of all their views for None, as they are stored."""
+        parts = [schema.part_names(name) if name in self.kept else (name,) for name in names]
+        specs = [self.specs[part] for each in parts for part in each]
+        return sum(spec.nbytes // (1 if view is None else len(views_of(spec))) for spec in specs)
+
+    def slab(
+        self, view: int, arrays: Collection[str] = SLAB_ARRAYS, on_disk: bool | None = None
+    ) -> Slab:
         """View `view` of every training sample, only the arrays that are asked for.
+
+        `on_disk` as of `read`; None counts all arrays of the slab.
 
         Raises:
             RichKDError: as `read`; asking by name for `fused_logits` of a store without CLIP
@@ -194,7 +209,11 @@ class TeacherCache:
         if arrays is SLAB_ARRAYS and self.manifest["clip"] is None:
             arrays = SLAB_ARRAYS[:2]
         views = "view_ids" if self.manifest["views"]["space"] == "pad-crop-flip" else "view_params"
-        return Slab(**{name: self.read(f"train/{name}", view) for name in (views, *arrays)})
+        if on_disk is None:
+            on_disk = pages.beyond_memory(self.nbytes([f"train/{name}" for name in arrays]))
+        return Slab(
+            **{name: self.read(f"train/{name}", view, on_disk) for name in (views, *arrays)}
+        )
 
     def fuse(
         self,
@@ -338,17 +357,6 @@ def read_manifest(path: str | Path) -> Manifest:
     """
     copy = copy_of(open_place(path))
     return check_manifest(copy.place, dict(_open_group(copy).attrs))
-
-
-def _in_own_pages(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    """An array whose memory goes back to the system when it is freed, whatever malloc keeps."""
-    count = math.prod(shape)
-    size = max(count * dtype.itemsize, 1)
-    if sys.platform == "win32":
-        pages = mmap.mmap(-1, size)
-    else:
-        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(pages, dtype, count).reshape(shape)
 
 
 def _open_group(copy: LocalCopy) -> zarr.Group:

@@ -6,11 +6,11 @@ import ctypes
 import os
 import platform
 import sys
-from pathlib import Path
 
 import torch
 
 from richkd.errors import RichKDError
+from richkd.memory import available_memory
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 
@@ -63,14 +63,10 @@ def wait_for(device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that more runs may take: of the GPU, or of the machine."""
+    """Bytes that more runs may take: of the GPU, or of the machine and this process's share."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
-    except (OSError, StopIteration):  # no Linux
-        return 4 * 2**30
+    return available_memory()
 
 
 def hardware(device: torch.device) -> str:

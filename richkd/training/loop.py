@@ -49,9 +49,12 @@ class EpochRows:
 
     views: Tensor  # [N] or [N,5]
     rows: Mapping[str, Rows]  # name -> [N,…]
+    on_host: bool = False  # the rows stay there, and every batch of them goes to the device
 
     def to(self, device: torch.device) -> EpochRows:
         """The same on a device, for several runs; the views stay where samples are gathered."""
+        if self.on_host:
+            return self
         rows = {name: row.to(device, non_blocking=True) for name, row in self.rows.items()}
         return EpochRows(self.views, rows)
 
@@ -59,6 +62,15 @@ class EpochRows:
         """The same in memory that a GPU copies from by itself."""
         rows = {name: row.pin_memory() for name, row in self.rows.items()}
         return EpochRows(self.views.pin_memory(), rows)
+
+    def batch(self, index: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        """The rows [B,…] f32 of the samples `index` on the device, the same `ids` on the host."""
+        if not self.on_host:
+            return {name: row[index].float() for name, row in self.rows.items()}
+        batch = {name: row[ids].float() for name, row in self.rows.items()}
+        if index.is_cuda:
+            batch = {name: row.pin_memory() for name, row in batch.items()}
+        return {name: row.to(index.device, non_blocking=True) for name, row in batch.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +129,13 @@ class Trainer:
         self.scheduler.step(epoch - 1)
         self.model.train()
         self.method.train()
-        rows = source.to(self.device).rows
+        source = source.to(self.device)
         totals: Tensor | None = None
         terms: dict[str, Tensor] = {}
-        for index, images in self.data.train.batches(order, source.views, self.settings.batch_size):
-            batch_rows = {name: array[index].float() for name, array in rows.items()}
-            correct, terms = self.step(index, images, batch_rows, epoch)
+        batches = self.data.train.batches(order, source.views, self.settings.batch_size)
+        chunks = torch.split(order, self.settings.batch_size)
+        for (index, images), ids in zip(batches, chunks, strict=True):
+            correct, terms = self.step(index, images, source.batch(index, ids), epoch)
             step = torch.stack([correct, *(term * len(index) for term in terms.values())])
             totals = step if totals is None else totals + step
             tick(len(index))
