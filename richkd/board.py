@@ -19,9 +19,11 @@ STYLES = {"training": "bold", "done": "green", "failed": "red", "stopped": "dim"
 class Board:
     """The state of all runs, for people. A context manager; without a terminal it prints lines."""
 
-    def __init__(self, entries: Sequence[Entry], report: Report) -> None:
+    def __init__(self, entries: Sequence[Entry], report: Report, lanes: int = 1) -> None:
+        """Of `entries`, so many train side by side without slowing each other."""
         self.entries = entries
         self.report = report
+        self.lanes = lanes
         self._live: Any = None
         self._last_line = time.perf_counter()
 
@@ -47,6 +49,13 @@ class Board:
         else:
             self.report.say(message)
 
+    def say_over(self, entry: Entry) -> None:
+        """What has become of a run."""
+        if entry.state == "failed":
+            self.say(f"{entry.label} failed: {entry.reason}")
+        else:
+            self.say(f"{entry.label}: {percent(entry.accuracy)} %, {self.summary()}")
+
     def tick(self, entry: Entry, images: int) -> None:
         """Some images of a run's epoch have been trained on."""
         entry.images += images
@@ -60,8 +69,14 @@ class Board:
         count = {state: sum(entry.state == state for entry in self.entries) for state in STYLES}
         done = f"{count['done']} of {len(self.entries)} runs done"
         other = [f"{count[state]} {state}" for state in ("failed", "stopped") if count[state]]
-        left = sum(entry.seconds_left for entry in self.entries)
+        left = self.seconds_left()
         return ", ".join([done, *other, *([f"about {duration(left)} left"] if left else [])])
+
+    def seconds_left(self) -> float | None:
+        """Until all runs are over; None while that is not known."""
+        left = [entry.seconds_left for entry in self.entries]
+        known = [seconds for seconds in left if seconds is not None]
+        return max(*known, sum(known) / self.lanes) if len(known) == len(left) else None
 
     def render(self) -> RenderableType:
         """A row a run: those that train, then as many of the others as there is room for."""

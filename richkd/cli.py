@@ -10,7 +10,7 @@ import json
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -363,6 +363,7 @@ def distill(
     STAGES,
     "richkd sweep --cache cache/cifar100.zarr --students resnet8x4,ShuffleV2 --dry-run",
     "richkd sweep --cache cache/cifar100.zarr --students resnet20 --methods kd,richkd --seeds 5",
+    "richkd sweep --cache cache/cifar100.zarr --students resnet20 --engine ray --gpus-per-run 0.25",
 )
 def sweep(
     cache: Annotated[str | None, _option(Distill, "cache")] = None,
@@ -374,6 +375,10 @@ def sweep(
     out: Annotated[str | None, _option(Sweep, "out")] = None,
     concurrent: Annotated[str | None, _option(Sweep, "concurrent")] = None,
     halving: Annotated[int | None, _option(Sweep, "halving")] = None,
+    engine: Annotated[str | None, _option(Sweep, "engine")] = None,
+    address: Annotated[str | None, _option(Sweep, "address")] = None,
+    gpus_per_run: Annotated[float | None, _option(Sweep, "gpus_per_run")] = None,
+    cpus_per_run: Annotated[int | None, _option(Sweep, "cpus_per_run")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show the grid and its cost; train nothing")
     ] = False,
@@ -399,8 +404,7 @@ def sweep(
     What is done is not done again; cut off, it goes on with the same command.
     """
     arguments = locals()
-    axes = ("students", "methods", "seeds", "alpha", "out", "concurrent", "halving")
-    grid = {name: arguments.pop(name) for name in axes}
+    grid = {field.name: arguments.pop(field.name) for field in fields(Sweep)}
     read = recipes.load(recipe) if recipe else None
     settings = recipes.resolve(Sweep, read.table("sweep") if read else {}, _grid(grid))
     from richkd.sweep import run_sweep
@@ -728,7 +732,7 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _grid(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The axes of a sweep, given with commas."""
+    """The settings of a sweep; its axes are given with commas."""
 
     def names(text: str) -> tuple[str, ...]:
         return tuple(filter(None, (part.strip() for part in text.split(","))))

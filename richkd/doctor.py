@@ -23,6 +23,7 @@ EXTRAS = {
     "onnx": ("richkd export", "onnxruntime"),
     "tensorboard": ("richkd report --tensorboard", "torch.utils.tensorboard"),
     "corruptions": ("richkd evaluate --corruptions", "imagecorruptions"),
+    "ray": ("richkd sweep --engine ray", "ray"),
 }
 # What each place under --data-root is, and what is downloaded where it is not there.
 DATA = {

@@ -49,14 +49,26 @@ def held_back() -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """In a thread other than the main one, where signals never arrive, this does nothing."""
+def handlers_kept() -> Iterator[None]:
+    """What handles signals now does so afterwards, whatever a library sets meanwhile."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {which: signal.signal(which, handler) for which in (signal.SIGINT, signal.SIGTERM)}
+    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         for which, earlier in before.items():
             signal.signal(which, earlier)
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """In a thread other than the main one, where signals never arrive, this does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with handlers_kept():
+        for which in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(which, handler)
+        yield

@@ -23,6 +23,7 @@ Scale = float | Literal["native", "raw"]
 Alpha = float | Literal["auto"]
 TARGETS = ("teacher", "clip", "fused")
 CLIP_HEADS = ("zero-shot", "probe")
+ENGINES = ("local", "ray")
 AUTO_HOLDOUT = 0.2  # of the test images, for alpha auto
 PRECISIONS = ("auto", "float32", "bfloat16")
 TOP_K = re.compile("top-[1-9][0-9]{0,8}")
@@ -245,6 +246,14 @@ class Sweep:
     halving: int = _key(
         0, "η: stop all but the best 1/η configurations of a student at E/η², E/η epochs; 0: none"
     )
+    engine: str = _key("local", "what trains the runs: local (this process), or ray (a cluster)")
+    address: str = _key(
+        "", "the Ray cluster, HOST:PORT or auto; default $RAY_ADDRESS, else one of this machine"
+    )
+    gpus_per_run: float | None = _key(
+        None, "with ray: GPUs a run, e.g. 0.25; default 1 where the cluster has any"
+    )
+    cpus_per_run: int | None = _key(None, "with ray: CPUs and threads a run; default 1")
     out: str = _key("runs", "folder of the run folders")
 
     def __post_init__(self) -> None:
@@ -263,6 +272,20 @@ class Sweep:
             _require(self.concurrent >= 1, "concurrent", self.concurrent, "at least 1, or auto")
         _require(self.halving == 0 or self.halving >= 2, "halving", self.halving,
                  "0, or at least 2")  # fmt: skip
+        if self.engine not in ENGINES:
+            raise unknown("engine", self.engine, ENGINES)
+        if self.engine == "ray":
+            _require(self.concurrent == "auto", "concurrent", self.concurrent,
+                     "left out with --engine ray, where the cluster's room decides")  # fmt: skip
+            gpus = float(self.gpus_per_run or 0)
+            _require(gpus == 0 or 0.001 <= gpus < 1 or (gpus >= 1 and gpus.is_integer()),
+                     "gpus_per_run", gpus, "0, in [0.001, 1), or a whole number")  # fmt: skip
+            cpus = self.cpus_per_run
+            _require(cpus is None or cpus >= 1, "cpus_per_run", cpus, "at least 1")
+        else:
+            for name in ("address", "gpus_per_run", "cpus_per_run"):
+                _require(getattr(self, name) in ("", None), name, getattr(self, name),
+                         "left out without --engine ray")  # fmt: skip
 
 
 SECTIONS: dict[str, type] = {

@@ -1,20 +1,21 @@
 """Many students from one store: the grid, what it will cost, and the runs, several at a time.
 
-Runs that train together go through the epochs in step, so that they share the images and every
-slab. Each gives the numbers that it gives alone: everything random in an epoch follows from the
-run's own seed, and nothing of one run enters another.
+An engine trains the runs: this process, or a Ray cluster (ray_engine.py). In this process, runs
+that train together go through the epochs in step, so that they share the images and every slab.
+Each gives the numbers that it gives alone: everything random in an epoch follows from the run's
+own seed, and nothing of one run enters another.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from richkd.models import check_names, forward
 from richkd.progress import Advance, Report, duration, percent, size
 from richkd.recipe import AUTO_HOLDOUT, Distill, Recipe, Sweep, resolve, to_table
 from richkd.results import Standing, leaderboard, leaderboard_table
-from richkd.store.reader import TeacherCache
+from richkd.store.reader import TeacherCache, open_cache
 from richkd.training.checkpoint import RunFolder
 from richkd.training.device import free_memory, half_precision, wait_for
 
@@ -89,12 +90,12 @@ class Entry:
         return max(self.tested.values(), default=None)
 
     @property
-    def seconds_left(self) -> float:
-        """With the device to itself."""
+    def seconds_left(self) -> float | None:
+        """With the device to itself; None while nothing is known of that."""
         if self.state in ("done", "failed", "stopped"):
             return 0.0
-        estimate = self.cost.epoch_s if self.cost else 0.0
-        return (self.settings.epochs - self.done) * (self.epoch_s or estimate)
+        epoch_s = self.epoch_s or (self.cost.epoch_s if self.cost else None)
+        return None if epoch_s is None else (self.settings.epochs - self.done) * epoch_s
 
     @property
     def memory(self) -> int:
@@ -105,6 +106,22 @@ class Entry:
         """The run is complete."""
         self.state, self.summary = "done", summary
         self.done = self.settings.epochs
+
+    def fail(self, reason: str) -> None:
+        """The run cannot go on; others can."""
+        self.state, self.reason = "failed", reason
+
+
+class Engine(Protocol):
+    """What trains the runs of a sweep."""
+
+    lanes: int  # runs that train side by side without slowing each other
+
+    def describe(self, entries: Sequence[Entry]) -> str:
+        """How many runs it trains at once, and where; what is known of how long that takes."""
+
+    def train(self, entries: Sequence[Entry], last: int, board: Board) -> None:
+        """Train runs up to epoch `last`, each in its folder; a failure is a run's own."""
 
 
 def run_sweep(
@@ -133,23 +150,20 @@ def run_sweep(
             is in `failed`, and the others go on.
     """
     check_names(sweep.students)
-    source = Source(first_settings(sweep, recipe, flags), report)
-    entries = check_grid(make_grid(sweep, recipe, flags, source.cache), source)
-    estimate([entry for entry in entries if entry.state == "waiting"], source)
-    at_once = choose_concurrent(sweep, entries, source)
-    show_plan(entries, at_once, sweep.out, source, report)
-    if dry_run:
-        return outcome(entries)
-
-    settings = entries[0].settings
-    with Board(entries, report) as board:
-        for last in rungs(sweep.halving, settings.epochs, settings.eval_every):
-            final = last == settings.epochs  # those that only lack their summary are due as well
-            to_train = [e for e in entries if e.state == "waiting" and (final or e.done < last)]
-            for start in range(0, len(to_train), at_once):
-                train_together(source, to_train[start : start + at_once], last, board)
-            if last < settings.epochs:
-                stop_hopeless(entries, last, sweep.halving)
+    first = first_settings(sweep, recipe, flags)
+    cache = open_cache(first.cache)
+    entries = check_grid(make_grid(sweep, recipe, flags, cache), cache)
+    with open_engine(sweep, entries, cache, report) as engine:
+        show_plan(entries, f"{cache.path} → {sweep.out}/", engine, report)
+        if dry_run:
+            return outcome(entries)
+        with Board(entries, report, engine.lanes) as board:
+            for last in rungs(sweep.halving, first.epochs, first.eval_every):
+                final = last == first.epochs  # those that only lack their summary are due as well
+                to_train = [e for e in entries if e.state == "waiting" and (final or e.done < last)]
+                engine.train(to_train, last, board)
+                if not final:
+                    stop_hopeless(entries, last, sweep.halving)
     leaderboard_table(report, f"{sweep.out}/", standings(entries))
     return outcome(entries)
 
@@ -218,7 +232,7 @@ def blends(settings: Distill) -> bool:
     return "clip_features" in reads or (TARGET in reads and target == "fused")
 
 
-def check_grid(grid: Sequence[Distill], source: Source) -> list[Entry]:
+def check_grid(grid: Sequence[Distill], cache: TeacherCache) -> list[Entry]:
     """Find what is done already, and refuse what cannot be trained; nothing is touched.
 
     Raises:
@@ -227,21 +241,26 @@ def check_grid(grid: Sequence[Distill], source: Source) -> list[Entry]:
     entries = []
     for settings in grid:
         method, options = method_of(settings)
-        check_reads(source.cache, method.reads(options), settings)
+        check_reads(cache, method.reads(options), settings)
         folder = RunFolder(Path(settings.out))
-        recorded = to_table(settings), identity(source.cache)
+        recorded = to_table(settings), identity(cache)
         if folder.complete:
             folder.check_same(*recorded)
         else:
             folder.check(*recorded, resume=True, overwrite=False)
         done = settings.epochs if folder.complete else folder.epochs_done()
-        tested = {r["epoch"]: r["test_accuracy"] for r in folder.metrics()[:done]
-                  if r["test_accuracy"] is not None}  # fmt: skip
-        entry = Entry(settings=settings, done=done, tested=tested)
-        if folder.complete:
-            entry.finish(json.loads((folder.path / "summary.json").read_text(encoding="utf-8")))
+        entry = Entry(settings=settings, done=done, tested=tested_until(done, folder))
+        summary = folder.summary()
+        if summary is not None:
+            entry.finish(summary)
         entries.append(entry)
     return entries
+
+
+def tested_until(epoch: int, folder: RunFolder) -> dict[int, float]:
+    """Top-1 in 0..1 of the epochs of a run that were tested, up to an epoch."""
+    return {record["epoch"]: record["test_accuracy"] for record in folder.metrics()[:epoch]
+            if record["test_accuracy"] is not None}  # fmt: skip
 
 
 # --- what it costs -------------------------------------------------------------------------------
@@ -327,34 +346,81 @@ def choose_concurrent(sweep: Sweep, entries: Sequence[Entry], source: Source) ->
     return max(1, min(MOST_AT_ONCE, int(free_memory(source.device) / 2 / most)))
 
 
-def show_plan(
-    entries: Sequence[Entry], at_once: int, out: str, source: Source, report: Report
-) -> None:
-    """The grid, a row a configuration, with what is left to do."""
+def show_plan(entries: Sequence[Entry], title: str, engine: Engine, report: Report) -> None:
+    """The grid, a row a configuration, with what is left to do and what of its cost is known."""
     rows: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
         settings = entry.settings
         alpha = "" if settings.alpha is None else f"{settings.alpha}"
         rows.setdefault((settings.student, settings.method, alpha), []).append(entry)
     alphas = any(alpha for _, _, alpha in rows)
+    costs = any(entry.cost for entry in entries)
     cells = []
     for (student, method, alpha), runs in rows.items():
         to_do = [entry for entry in runs if entry.state == "waiting"]
-        left = duration(sum(entry.seconds_left for entry in to_do)) if to_do else "–"
+        left = duration(total_left(to_do)) if to_do else "–"
         memory = size(to_do[0].memory) if to_do else "–"
         counts = (f"{len(runs)}", f"{len(to_do)}" if to_do else "–")
-        cells.append((student, method, *([alpha] if alphas else []), *counts, left, memory))
-    header = ("student", "method", *(["α"] if alphas else []), "runs", "to do", "about", "memory")
-    report.table(f"{source.cache.place} → {out}/", header, cells, left=2)
-    settings = entries[0].settings
+        known = (left, memory) if costs else ()
+        cells.append((student, method, *([alpha] if alphas else []), *counts, *known))
+    header = ["student", "method", *(["α"] if alphas else []), "runs", "to do",
+              *(["about", "memory"] if costs else [])]  # fmt: skip
+    report.table(title, header, cells, left=2)
     waiting = sum(entry.state == "waiting" for entry in entries)
     report.say(
-        f"{len(entries)} runs of {settings.epochs} epochs, {waiting} to do, {at_once} at once: "
-        f"about {duration(sum(entry.seconds_left for entry in entries))} on {source.device}"
+        f"{len(entries)} runs of {entries[0].settings.epochs} epochs, {waiting} to do, "
+        f"{engine.describe(entries)}"
     )
 
 
+def total_left(entries: Sequence[Entry]) -> float:
+    """Seconds that the runs take one after the other, as far as is known."""
+    return sum(entry.seconds_left or 0.0 for entry in entries)
+
+
 # --- training ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_engine(
+    sweep: Sweep, entries: Sequence[Entry], cache: TeacherCache, report: Report
+) -> Iterator[Engine]:
+    """The engine that the settings name, ready to train.
+
+    Raises:
+        RichKDError: it cannot train the runs: a student does not fit the images, Ray is not
+            installed, the cluster has no room, …
+    """
+    if sweep.engine == "local":
+        yield LocalEngine(sweep, entries, Source(entries[0].settings, report))
+        return
+    if find_spec("ray") is None:
+        raise RichKDError("--engine ray needs Ray; pip install 'richkd[ray]'")
+    from richkd.ray_engine import open_ray
+
+    with open_ray(sweep, entries, cache) as engine:
+        yield engine
+
+
+class LocalEngine:
+    """This process, on one device, with one copy of images and slabs for all runs."""
+
+    lanes = 1
+
+    def __init__(self, sweep: Sweep, entries: Sequence[Entry], source: Source) -> None:
+        self.source = source
+        estimate([entry for entry in entries if entry.state == "waiting"], source)
+        self.at_once = choose_concurrent(sweep, entries, source)
+
+    def describe(self, entries: Sequence[Entry]) -> str:
+        """How many at once and how long, by two steps of each student."""
+        left = duration(total_left(entries))
+        return f"{self.at_once} at once: about {left} on {self.source.device}"
+
+    def train(self, entries: Sequence[Entry], last: int, board: Board) -> None:
+        """So many at a time, each group up to the epoch."""
+        for start in range(0, len(entries), self.at_once):
+            train_together(self.source, entries[start : start + self.at_once], last, board)
 
 
 def train_together(source: Source, entries: Sequence[Entry], last: int, board: Board) -> None:
@@ -398,7 +464,7 @@ def train_in_step(
         if run.done == entry.settings.epochs:
             with watching(entry, board):
                 entry.finish(run.finish())
-                board.say(f"{entry.label}: {percent(entry.accuracy)} %, {board.summary()}")
+                board.say_over(entry)
             run.close()
 
 
@@ -408,17 +474,17 @@ def watching(entry: Entry, board: Board) -> Iterator[Advance]:
     try:
         yield lambda images: board.tick(entry, images)
     except FAILURES as error:
-        entry.state, entry.reason = "failed", describe_failure(error, entry.settings)
-        board.say(f"{entry.label} failed: {entry.reason}")
+        entry.fail(describe_failure(error, entry.settings, "--concurrent"))
+        board.say_over(entry)
 
 
-def describe_failure(error: Exception, settings: Distill) -> str:
-    """What became of a run, in one line."""
+def describe_failure(error: Exception, settings: Distill, also: str) -> str:
+    """What became of a run, in one line; `also` helps against too little memory."""
     reason = " ".join(str(error).split())
     memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in reason
     if memory and not isinstance(error, RichKDError):
         return (f"out of memory with batches of {settings.batch_size}; lower --batch-size or "
-                f"--concurrent")  # fmt: skip
+                f"{also}")  # fmt: skip
     return reason or type(error).__name__
 
 

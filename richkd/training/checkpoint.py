@@ -27,7 +27,7 @@ import tomli_w
 from torch import Tensor
 
 from richkd.errors import RichKDError
-from richkd.files import check_writable, is_temporary, remove_temporary, write
+from richkd.files import check_writable, is_temporary, remove_temporary, replacing, write
 from richkd.models.weights import read_note, read_safetensors, save_tensors
 
 _NOT_TRAINING = {"device", "data_root", "dataset", "cache", "out"}
@@ -118,6 +118,13 @@ class RunFolder:
     def complete(self) -> bool:
         """Whether the run went to its end."""
         return (self.path / "summary.json").is_file()
+
+    def summary(self) -> dict[str, Any] | None:
+        """What `finish` wrote; None where the run is not complete."""
+        if not self.complete:
+            return None
+        summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text("utf-8"))
+        return summary
 
     def check_same(self, recipe: Mapping[str, Any], identity: str) -> None:
         """Refuse a folder whose run has other settings, or trained on something else."""
@@ -211,6 +218,22 @@ class RunFolder:
         """The last weights and the summary; the checkpoint has done its duty."""
         save_tensors(self.path / "last.safetensors", student)
         write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        for path in self._checkpoints:
+            path.unlink()
+
+    def contents(self) -> dict[str, bytes]:
+        """The files of a run that is complete, by their names."""
+        return {path.name: path.read_bytes() for path in sorted(self.path.iterdir())
+                if path.is_file() and not is_temporary(path)}  # fmt: skip
+
+    def receive(self, files: Mapping[str, bytes]) -> None:
+        """Write what `contents` gave elsewhere; the summary last, as `finish` does.
+
+        The run that was trained elsewhere is the one that was cut off here, if there is one.
+        """
+        for name in sorted(files, key="summary.json".__eq__):
+            with replacing(self.path / name) as temporary:
+                temporary.write_bytes(files[name])
         for path in self._checkpoints:
             path.unlink()
 
