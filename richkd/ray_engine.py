@@ -24,7 +24,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError, RaySystemError, RayTaskError
 
 from richkd.board import Board
 from richkd.distill import Source, StudentRun, build_student, identity
@@ -115,6 +115,9 @@ def connected(address: str) -> Iterator[str]:
     Raises:
         RichKDError: it cannot be reached.
     """
+    if ray.is_initialized():  # by whoever called run_sweep, and stays so
+        yield "the Ray cluster of this process"
+        return
     address = address or os.environ.get("RAY_ADDRESS", "") or "local"
     check_address(address)
     with handlers_kept():
@@ -152,7 +155,7 @@ def check_address(address: str) -> None:
     if not host:
         return
     if host in ("localhost", "127.0.0.1"):
-        host = ray.util.get_node_ip_address()  # as Ray does
+        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # as Ray does
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
     except (OSError, ValueError) as error:
@@ -236,8 +239,10 @@ class RayEngine:
                     try:
                         if self.follow(stream, entry, board):
                             continue
-                    except RayTaskError:  # a bug
-                        raise
+                    except RayTaskError as error:
+                        if isinstance(error, RaySystemError):  # its arguments could not be read
+                            raise _foreign(str(error.cause)) from None
+                        raise  # a bug
                     except RayError as error:
                         self.lose(entry, error, board)
                         if entry.state != "failed":
@@ -291,6 +296,13 @@ class RayEngine:
         else:
             entry.fail(f"{ATTEMPTS} workers were lost, the last because: {reason}")
             board.say_over(entry)
+
+
+def _foreign(reason: str) -> RichKDError:
+    return RichKDError(
+        f"a worker cannot take a run ({reason.splitlines()[0]}); every node needs the richkd, Ray "
+        f"and Python of this one"
+    )
 
 
 @contextmanager
