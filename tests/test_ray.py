@@ -238,14 +238,14 @@ def test_halving_stops_the_same_runs(
 def test_a_run_whose_worker_is_killed_goes_on_from_its_checkpoint(
     cluster: str, start: Callable[..., Driver], local: Callable[..., Any], tmp_path: Path
 ) -> None:
-    words = ["--methods", "kd,richkd-l", "--seeds", 1, "--epochs", 30]
+    words = ["--methods", "kd,richkd-l", "--seeds", 1, "--epochs", 15]
     victim = tmp_path / "ray" / "shapes-resnet8-kd-s0"
     driver = start(*words, "--address", cluster)
     wait_for(lambda: len(epochs(victim)) >= 3, driver)
     os.kill(worker_of(victim), signal.SIGKILL)
     before = epochs(victim)
     out, said = driver.end()
-    assert len(before) < 30
+    assert len(before) < 15
     assert f"{victim.name}: its worker was lost (" in said
     went_on = re.search(rf"{victim.name} goes on after epoch (\d+)\n", said)
     assert went_on and int(went_on[1]) in (len(before) - 1, len(before))
@@ -258,13 +258,13 @@ def test_a_run_whose_worker_is_killed_goes_on_from_its_checkpoint(
 @pytest.mark.slow
 @pytest.mark.fault
 def test_interrupted_it_leaves_no_process_and_goes_on(
-    start: Callable[..., Driver], local: Callable[..., Any], tmp_path: Path
+    cluster: str, start: Callable[..., Driver], local: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """On a cluster of its own, which ends with it."""
-    words = ["--methods", "kd,richkd-l", "--seeds", 1, "--epochs", 30]
+    """On a cluster of its own, which ends with it; it may go on anywhere."""
+    words = ["--methods", "kd,richkd-l", "--seeds", 1, "--epochs", 15]
     runs = [tmp_path / "ray" / f"shapes-resnet8-{method}-s0" for method in ("kd", "richkd-l")]
     driver = start(*words)
-    wait_for(lambda: all(len(epochs(run)) >= 2 for run in runs), driver)
+    wait_for(lambda: any(len(epochs(run)) >= 2 for run in runs), driver)
     members = family(driver.process.pid)
     assert len(members) > 4
     driver.process.send_signal(signal.SIGTERM)
@@ -275,11 +275,11 @@ def test_interrupted_it_leaves_no_process_and_goes_on(
     assert alive(members) == []
     assert not [*(tmp_path / "ray").glob(".*.lock")]  # the workers could tidy up
     before = [epochs(run) for run in runs]
-    assert all(len(each) < 30 for each in before)
+    assert all(len(each) < 15 for each in before)
 
-    out, _ = start(*words).end()
+    out, _ = start(*words, "--address", cluster).end()
     for run, was in zip(runs, before, strict=True):
-        kept = len(was) - 1  # the last one's checkpoint may be missing
+        kept = max(0, len(was) - 1)  # the last one's checkpoint may be missing
         assert epochs(run)[:kept] == was[:kept]
     assert_same_sweep(tmp_path, out, local(*words))
 
