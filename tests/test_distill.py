@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import richkd
 from richkd import fusion
 from richkd.data.inputs import Normalize
-from richkd.distill import Place, Source, distill
+from richkd.distill import Placement, Source, distill
 from richkd.errors import RichKDError
 from richkd.losses import METHODS, Batch, Widths, method_class
 from richkd.models.weights import load_into, read_weights
@@ -415,7 +415,7 @@ def test_an_image_folder_is_checked_against_the_store(tmp_path: Path, make_store
 FRESH = """
 import json, sys
 from richkd.data.inputs import Normalize
-from richkd.distill import Place, Source, distill
+from richkd.distill import Placement, Source, distill
 from richkd.progress import Report
 from richkd.recipe import Distill
 from richkd.store import pages, schema
@@ -504,7 +504,7 @@ def test_rows_on_the_disk_or_on_the_host_change_nothing(
         assert len(mapped) > 2
         mapped.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(Source, "_place", lambda *_: Place(on_disk=False, on_host=True))
+            patch.setattr(Source, "_place", lambda *_: Placement(on_disk=False, on_host=True))
             assert_same_run(run("host"), memory)
 
 
