@@ -224,6 +224,58 @@ def precompute(
         typer.echo(f"next: richkd distill --cache {cache.place}")
 
 
+@_command(
+    STAGES,
+    "richkd plan --dataset imagenet --views 8 --clip ViT-L-14",
+    "richkd plan --dataset imagefolder:my-images --keep top-50 --json > gpu.json",
+    "richkd plan --dataset imagefolder:my-images --keep top-50 --measured gpu.json",
+)
+def plan(
+    dataset: Annotated[
+        str | None, typer.Option(help=f"{describe(Precompute, 'dataset')}; imagenet needs no files")
+    ] = None,
+    limit: Limit = None,
+    teacher: Annotated[str | None, _option(Precompute, "teacher")] = None,
+    teacher_weights: Annotated[str | None, _option(Precompute, "teacher_weights")] = None,
+    clip: Annotated[str | None, _option(Precompute, "clip")] = None,
+    prompts: Annotated[str | None, _option(Precompute, "prompts")] = None,
+    views: Annotated[int | None, _option(Precompute, "views")] = None,
+    dtype: Annotated[str | None, _option(Precompute, "dtype")] = None,
+    keep_bits: Annotated[int | None, _option(Precompute, "keep_bits")] = None,
+    keep: Annotated[str | None, _option(Precompute, "keep")] = None,
+    batch_size: Annotated[int | None, _option(Precompute, "batch_size")] = None,
+    data_root: DataRoot = None,
+    image_size: ImageSize = None,
+    device: Device = None,
+    measured: Annotated[
+        str | None, typer.Option(help="JSON of this plan made on the machine that will do the work")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="of keeping the store: USD a GB and month; default 0.023")
+    ] = None,
+    recipe: Recipe = None,
+    as_json: Json = False,
+) -> None:
+    """Say what stage one would take: bytes, passes, hours, and the store's rent.
+
+    It tries stage one on some images, here; random weights and drawn images stand for what is not
+    here, and nothing is downloaded.
+    """
+    given = _given(locals())
+    measured, price = given.pop("measured"), given.pop("price")
+    known = given["dataset"] == "imagenet"
+    if known:
+        given["dataset"] = "imagefolder:imagenet"
+    settings = recipes.resolve(Precompute, _table(recipe, "precompute"), given)
+    from richkd import plan as plans
+
+    report = _report(as_json)
+    price = plans.USD_A_GB_MONTH if price is None else price
+    result = plans.plan(settings, report, known=known, measured=measured, price=price)
+    plans.show(result, report)
+    _print(result, as_json)
+
+
 @_command(STORES, "richkd inspect cache/cifar100.zarr")
 def inspect(
     cache: Annotated[str, typer.Argument(help="a store, complete or not")],

@@ -14,7 +14,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from richkd.data.datasets import DEBIAN_FASHION_MNIST
+from richkd.data.catalog import PLACES, found
 from richkd.errors import RichKDError
 from richkd.progress import Report, size
 
@@ -24,12 +24,6 @@ EXTRAS = {
     "tensorboard": ("richkd report --tensorboard", "torch.utils.tensorboard"),
     "corruptions": ("richkd evaluate --corruptions", "imagecorruptions"),
     "ray": ("richkd sweep --engine ray", "ray"),
-}
-# What each place under --data-root is, and what is downloaded where it is not there.
-DATA = {
-    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
-    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
-    "fashion-mnist": ("FashionMNIST/raw", str(DEBIAN_FASHION_MNIST)),
 }
 
 
@@ -123,10 +117,10 @@ def places() -> Iterator[Finding]:
 
 def data(root: Path) -> Iterator[Finding]:
     """Which data sets are there, and which would be downloaded."""
-    for name, (folder, other) in DATA.items():
-        places = [place for place in (root / folder, root / other) if place.exists()]
-        if places:
-            yield Finding(name, f"in {places[0]}")
+    for name, (_, other) in PLACES.items():
+        place = found(name, root)
+        if place is not None:
+            yield Finding(name, f"in {place}")
         else:
             yield Finding(name, f"not in {root}", "downloaded on first use; without a network "
                           f"put {Path(other).name} there")  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 from richkd.errors import RichKDError, unknown
 
 IMAGE_FOLDER = "imagefolder"
+IMAGENET = "imagenet"  # for `plan`, which needs no images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,31 @@ DATASETS: dict[str, Defaults] = {
     "cifar100": Defaults(teacher="resnet32x4", student="resnet8x4", clip=_OPENAI),
     # networks: by the size of the images, once that is known (`networks`)
     IMAGE_FOLDER: Defaults(teacher="", student="", clip=_OPENAI),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """How many images there are, of how many classes and pixels a side."""
+
+    train: int
+    test: int
+    classes: int
+    image_size: int
+
+
+COUNTS: dict[str, Counts] = {
+    "cifar10": Counts(train=50_000, test=10_000, classes=10, image_size=32),
+    "cifar100": Counts(train=50_000, test=10_000, classes=100, image_size=32),
+    "fashion-mnist": Counts(train=60_000, test=10_000, classes=10, image_size=32),
+    IMAGENET: Counts(train=1_281_167, test=50_000, classes=1000, image_size=224),
+}
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+# Where a data set is: unpacked under --data-root, or beside that what it is unpacked from.
+PLACES = {
+    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
+    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
+    "fashion-mnist": ("FashionMNIST/raw", str(DEBIAN_FASHION_MNIST)),
 }
 SMALL = 64  # pixels: up to here the CIFAR zoo is at home, beyond it timm's networks are
 
@@ -53,6 +79,13 @@ def split_name(dataset: str) -> tuple[str, Path | None]:
     if kind != IMAGE_FOLDER and colon:
         raise RichKDError(f"data set {kind!r} takes no path, got {dataset!r}")
     return kind, Path(path) if path else None
+
+
+def found(dataset: str, root: Path) -> Path | None:
+    """Where a data set is on this disk, so that nothing is downloaded; None where it is not."""
+    kind, path = split_name(dataset)
+    places = [path] if path else [root / place for place in PLACES[kind]]
+    return next((place for place in places if place.exists()), None)
 
 
 def defaults(dataset: str) -> Defaults:

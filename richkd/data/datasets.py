@@ -21,13 +21,13 @@ from PIL import Image
 from torch import Tensor
 
 from richkd.data import catalog, folders
+from richkd.data.catalog import DEBIAN_FASHION_MNIST
 from richkd.data.folders import Paths
 from richkd.data.views import PadCropFlip, ResizedCropFlip, ViewSpace
 from richkd.errors import RichKDError
 from richkd.progress import Report
 from richkd.recipe import Images
 
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000
 SHAPES_SEEDS = {"train": 1, "test": 2}
 

@@ -36,7 +36,7 @@ from richkd.store.schema import Block, Manifest
 
 # No chunk may be absent: an absent chunk reads as zeros, which would pass for data.
 _CONFIG: Any = {"write_empty_chunks": True}
-_ROUNDED = {
+ROUNDED = {
     "teacher_logits", "teacher_features", "fused_logits", "clip_features",
     "teacher_logits_top", "fused_logits_top",
 }  # fmt: skip
@@ -115,7 +115,7 @@ class StoreWriter:
         self._check()
         values = {name: _stored(name, tensor, block, self._dtype(block, name))
                   for name, tensor in rows.items()}  # fmt: skip
-        for name in _ROUNDED & values.keys():
+        for name in ROUNDED & values.keys():
             values[name] = round_bits(values[name], self._manifest["keep_bits"])
         self._queue.put((self.blocks.index(block), values))
 
@@ -271,6 +271,18 @@ def _codecs(spec: schema.ArraySpec) -> list[Any]:
     width = spec.nbytes // max(1, int(np.prod(spec.shape)))
     shuffle: Any = "bitshuffle" if spec.dtype.startswith("float") else "shuffle"
     return [BloscCodec(typesize=width, cname="zstd", clevel=3, shuffle=shuffle), Crc32cCodec()]
+
+
+def encoded_bytes(values: np.ndarray[Any, Any]) -> int:
+    """The bytes that values take in a store, as one chunk."""
+    files: dict[str, Any] = {}
+    spec = schema.ArraySpec(values.shape, str(values.dtype), values.shape, ())
+    array = zarr.create_array(
+        MemoryStore(files), shape=spec.shape, dtype=spec.dtype, chunks=spec.chunks,
+        compressors=_codecs(spec), fill_value=0, config=_CONFIG,
+    )  # fmt: skip
+    array[...] = values
+    return sum(len(content) for file, content in files.items() if file != METADATA)
 
 
 def round_bits(values: np.ndarray[Any, Any], bits: int | None) -> np.ndarray[Any, Any]:

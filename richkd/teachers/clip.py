@@ -130,7 +130,7 @@ def check_clip(name: str) -> None:
     """
     if name in ("demo", "none"):
         return
-    folder = _local_folder(name)
+    folder = local_folder(name)
     if folder is not None:
         if not (folder / "open_clip_config.json").is_file():
             raise RichKDError(
@@ -167,7 +167,7 @@ def load_clip(name: str, device: torch.device) -> ClipTeacher:
     Raises:
         RichKDError: its weights cannot be fetched (no network) or do not fit.
     """
-    folder = _local_folder(name)
+    folder = local_folder(name)
     model_name, _, tag = name.partition(":")
     source = (f"{LOCAL}{folder}", None) if folder is not None else (model_name, tag)
     root = logging.getLogger()
@@ -200,7 +200,34 @@ def load_clip(name: str, device: torch.device) -> ClipTeacher:
     )  # fmt: skip
 
 
-def _local_folder(name: str) -> Path | None:
+def blank_clip(name: str, device: torch.device) -> ClipTeacher:
+    """A CLIP of random weights, without a tokenizer, that costs what the real one does.
+
+    Args:
+        name: NAME or NAME:TAG of open_clip; nothing is downloaded.
+        device: where it is to run.
+
+    Raises:
+        RichKDError: as `check_clip`, but that no tag is needed.
+    """
+    model_name, colon, _ = name.partition(":")
+    if colon or model_name not in open_clip.list_models():
+        check_clip(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.create_model(
+            model_name, None, load_weights=False, device=device, pretrained_text=False
+        )
+    model.eval().requires_grad_(False)
+    preprocessing = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
+    return ClipTeacher(
+        name=name, model=model, tokenizer=None,
+        transform=open_clip.transform.image_transform_v2(preprocessing, is_train=False),
+        preprocessing=dict(model.visual.preprocess_cfg), sha256="", device=device,
+    )  # fmt: skip
+
+
+def local_folder(name: str) -> Path | None:
     """The directory that a name means, or None for a name of open_clip's."""
     if name.startswith(LOCAL):
         return Path(name.removeprefix(LOCAL))
