@@ -191,6 +191,8 @@ class TeacherCache:
 
     def nbytes(self, names: Collection[str], view: int | None = 0) -> int:
         """Bytes of one view of some arrays, or of all their views for None, as they are stored."""
+        for name in names:
+            self.require(name)
         parts = [schema.part_names(name) if name in self.kept else (name,) for name in names]
         specs = [self.specs[part] for each in parts for part in each]
         return sum(spec.nbytes // (1 if view is None else len(views_of(spec))) for spec in specs)

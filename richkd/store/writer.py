@@ -300,7 +300,7 @@ def round_bits(values: np.ndarray[Any, Any], bits: int | None) -> np.ndarray[Any
 def _open_arrays(place: Place, names: Iterable[str]) -> dict[str, zarr.Array[Any]]:
     """Arrays of a store by name, to be written to."""
     group = zarr.open_group(place.zarr(read_only=False), mode="r+", use_consolidated=False)
-    return {name: cast("zarr.Array[Any]", group[name]) for name in names}
+    return {name: cast("zarr.Array[Any]", group[name]).with_config(_CONFIG) for name in names}
 
 
 def _stored(name: str, tensor: Tensor, block: Block, dtype: Any) -> np.ndarray[Any, Any]:

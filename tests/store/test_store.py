@@ -255,6 +255,23 @@ def test_rows_that_f16_cannot_hold_stop_stage_one(
     assert not any(writer.done)
 
 
+def test_rows_of_zeros_are_chunks_like_others(writer: StoreWriter, tmp_path: Path) -> None:
+    with writer:
+        for block in writer.blocks:
+            rows = {}
+            for name in schema.block_arrays(writer._manifest, block):
+                array = writer._arrays[name]
+                shape = (block.stop - block.start, *array.shape[1 + (block.view is not None) :])
+                rows[name.partition("/")[2]] = torch.zeros(shape, dtype=torch.from_numpy(
+                    np.zeros(1, array.dtype)).dtype)  # fmt: skip
+            writer.write(block, rows)
+        writer.put("train/view_ids", np.zeros((3, 48), np.uint16))
+        writer.put("text/embeddings", np.zeros(writer._arrays["text/embeddings"].shape, np.float32))
+    writer.finish(0.0, 0.0, 0.0)
+    cache = richkd.open_cache(tmp_path / "new.zarr")
+    assert not cache.slab(2).fused_logits.any()  # type: ignore[union-attr]
+
+
 def test_finish_needs_every_block(writer: StoreWriter) -> None:
     with writer:
         pass
