@@ -211,6 +211,7 @@ def precompute(
     settings = recipes.resolve(Precompute, _table(recipe, "precompute"), given)
     from richkd import precompute as stage_one
     from richkd.inspect import summarize
+    from richkd.ranks import is_first
 
     cache = stage_one.precompute(
         settings,
@@ -218,6 +219,8 @@ def precompute(
         teacher_recipe=_table(recipe, "train-teacher"),
         report=_report(as_json),
     )
+    if not is_first():  # of the processes of a job, one speaks
+        return
     if as_json:
         _print(summarize(cache.place.name), as_json)
     else:

@@ -24,6 +24,7 @@ EXTRAS = {
     "tensorboard": ("richkd report --tensorboard", "torch.utils.tensorboard"),
     "corruptions": ("richkd evaluate --corruptions", "imagecorruptions"),
     "ray": ("richkd sweep --engine ray", "ray"),
+    "cloud": ("stores at s3://, gs://, az://", "obstore"),
 }
 
 

@@ -141,7 +141,7 @@ class Precompute(Images):
     seed: int = _key(0, "seed of the views")
     batch_size: int = _key(256, "images a forward pass of the teachers")
     device: str = _key("auto", "auto, cpu, cuda, cuda:1, mps, …")
-    out: str = _key("", "the store; default cache/DATASET.zarr")
+    out: str = _key("", "the store, a folder or s3://, gs://, az://…; default cache/DATASET.zarr")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -179,7 +179,7 @@ class Precompute(Images):
 class Distill(Training):
     """`richkd distill`, stage two. `alpha`, `scale` and `prompts` default to the store's own."""
 
-    cache: str = _key("", "the store that `richkd precompute` wrote")
+    cache: str = _key("", "the store that `richkd precompute` wrote: a folder or a URL")
     student: str = _key("", "student, of the zoo or of timm; the data set suggests one")
     student_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "NAME=VALUE of the student, e.g. patch_size=4"}

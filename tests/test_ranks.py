@@ -40,8 +40,9 @@ def _aws() -> dict[str, str]:
 
 def finish(words: list[Any], ranks: int) -> str:
     process = start(words, ranks)
-    _, err = process.communicate()
+    out, err = process.communicate()
     assert process.returncode == 0, err
+    assert out.count("next: ") == 1
     return err
 
 

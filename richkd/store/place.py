@@ -218,9 +218,9 @@ class Folder(Place):
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """By walking through the folder."""
         return {
-            path.relative_to(self.path).as_posix(): path.stat().st_size
-            for path in (self.path / prefix).rglob("*")
-            if path.is_file()
+            (file := Path(folder, name)).relative_to(self.path).as_posix(): file.stat().st_size
+            for folder, _, names in os.walk(self.path / prefix)
+            for name in names
         }
 
     def create(self, content: Mapping[str, bytes]) -> None:
