@@ -21,7 +21,7 @@ PAD = 4
 OFFSETS = 2 * PAD + 1
 NUM_VIEW_IDS = OFFSETS * OFFSETS * 2
 CLEAN_VIEW_ID = (PAD * OFFSETS + PAD) * 2
-DRAWN_AT_ONCE = 16_384  # samples; what is drawn does not depend on it
+DRAWN_AT_ONCE = 4096  # samples; what is drawn does not depend on it
 
 
 def apply_views(images: Tensor, view_ids: Tensor) -> Tensor:
