@@ -20,6 +20,7 @@ import torchvision
 from safetensors.torch import load_file
 
 import richkd
+from richkd.data.datasets import Dataset
 from richkd.data.views import PadCropFlip
 from richkd.models.weights import save_tensors
 from richkd.store import schema
@@ -90,29 +91,50 @@ def write_cifar100(root: Path, monkeypatch: pytest.MonkeyPatch, train: int, test
 
 
 def write_random_store(
-    path: Path, like: Path, num_samples: int, num_classes: int, image_size: int
+    path: Path,
+    like: Path,
+    num_samples: int,
+    num_classes: int,
+    image_size: int,
+    dataset: Dataset | None = None,
 ) -> Path:
-    """A complete f32 store without CLIP features of its own sizes, filled with random rows."""
+    """A complete f32 store without CLIP features of its own sizes, filled with random rows.
+
+    Its images are random, too, or those of a folder, `dataset`.
+    """
     rng = np.random.default_rng(0)
     manifest: Any = {**richkd.open_cache(like).manifest, "complete": False, "dtype": "float32"}
     manifest["dataset"] |= {"num_train": num_samples, "num_test": 100}
     manifest["class_names"] = [f"class {number}" for number in range(num_classes)]
     manifest |= {"image_size": image_size, "block": schema.choose_block(num_classes, "float32")}
+    space: Any = PadCropFlip()
+    labels = {}
+    if dataset is not None:
+        space = dataset.train.view_space
+        labels = {"train": dataset.train.labels, "test": dataset.test.labels}
+        manifest["views"] |= {"space": space.name}
+        manifest["dataset"] |= {
+            "name": dataset.name, "fingerprint": dataset.fingerprint, "embedded": False,
+            "num_test": len(dataset.test),
+        }  # fmt: skip
+    views = f"train/{space.array}"
     with StoreWriter.open(open_place(path), manifest, overwrite=False) as writer:
-        writer.put("train/view_ids", PadCropFlip().draw(0, num_samples, manifest["views"]["count"]))
+        writer.put(views, space.draw(0, num_samples, manifest["views"]["count"]))
         writer.put("text/embeddings", np.ones((num_classes, 12, 24), np.float32))
         for block in writer.blocks:
             rows: dict[str, torch.Tensor] = {}
             specs = schema.array_specs(manifest)
             for name, spec in specs.items():
                 split, _, short = name.partition("/")
-                views = spec.dimensions[:1] == ("view",)
-                if split != block.split or short == "view_ids":
+                with_views = spec.dimensions[:1] == ("view",)
+                if split != block.split or name == views:
                     continue
-                if views != (block.view is not None):
+                if with_views != (block.view is not None):
                     continue
-                shape = (block.stop - block.start, *spec.shape[2 if views else 1 :])
-                if short == "labels":
+                shape = (block.stop - block.start, *spec.shape[2 if with_views else 1 :])
+                if short == "labels" and labels:
+                    rows[short] = labels[split][block.start : block.stop]
+                elif short == "labels":
                     rows[short] = torch.from_numpy(rng.integers(0, num_classes, shape))
                 elif short == "images":
                     rows[short] = torch.from_numpy(rng.integers(0, 256, shape, np.uint8))
