@@ -20,8 +20,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from richkd.data.datasets import ImageFiles
-from richkd.data.inputs import ArrayInputs, IndexedSamples, Inputs
+from richkd.data.inputs import ArrayInputs, Inputs
 from richkd.data.prompts import fill
 from richkd.errors import RichKDError, nearest, unknown
 from richkd.models.weights import state_sha256
@@ -82,15 +81,15 @@ class ClipTeacher:
     @torch.inference_mode()
     def image_features(self, inputs: Inputs, start: int, stop: int, batch_size: int) -> Tensor:
         """Features of the clean images start..stop: [stop − start, D], unit length, f32."""
-        order = torch.arange(start, stop)
         if isinstance(inputs, ArrayInputs):
             batches = (
                 self.preprocess(images)
                 for images in torch.split(inputs.images[start:stop], batch_size)
             )
         else:
-            samples = _Transformed(inputs.files, self.transform)
-            batches = (pixels for _, pixels in inputs.load(order, samples, batch_size))
+            no_views = torch.empty(0, len(inputs.files), 5)
+            decoded = inputs.decode_once([range(start, stop)], no_views, batch_size, self.transform)
+            batches = (pixels for _, _, pixels in decoded if pixels is not None)
         return torch.cat([self.encode(pixels) for pixels in batches])
 
     @torch.inference_mode()
@@ -109,15 +108,6 @@ class ClipTeacher:
         shape = len(class_names), len(templates), encoded.shape[-1]
         embeddings: Tensor = F.normalize(encoded, dim=-1).reshape(shape)
         return embeddings
-
-
-class _Transformed(IndexedSamples):
-    def __init__(self, files: ImageFiles, transform: Any) -> None:
-        self.files = files
-        self.transform = transform
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor]:
-        return index, self.transform(self.files.open(index))
 
 
 def check_clip(name: str) -> None:

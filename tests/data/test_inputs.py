@@ -20,7 +20,7 @@ from richkd.data.datasets import ImageFiles, files_split
 from richkd.data.folders import list_images
 from richkd.data.inputs import FileInputs
 from richkd.data.views import ResizedCropFlip, views_tensor
-from richkd.teachers.clip import _Transformed, load_clip
+from richkd.teachers.clip import load_clip
 
 CPU = torch.device("cpu")
 VIEWS, SIDE = 3, 24
@@ -77,7 +77,7 @@ def test_one_decode_gives_every_view_and_clips_pixels(
         for i, own, seen in zip(index.tolist(), crops, pixels, strict=True):
             expected = torch.stack([alone(files, i, view) for view in views[:, i]])
             assert torch.equal(own, expected)
-            assert torch.equal(seen, _Transformed(files, transform)[i][1])
+            assert torch.equal(seen, transform(files.open(i)))
 
 
 def test_batches_of_an_epoch_are_the_same_views(
