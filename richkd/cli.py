@@ -230,7 +230,7 @@ def precompute(
 @_command(
     STAGES,
     "richkd plan --dataset imagenet --views 8 --clip ViT-L-14",
-    "richkd plan --dataset imagefolder:my-images --keep top-50 --json > gpu.json",
+    "richkd plan --dataset imagefolder:my-images --keep top-50 --json",
     "richkd plan --dataset imagefolder:my-images --keep top-50 --measured gpu.json",
 )
 def plan(

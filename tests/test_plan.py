@@ -140,6 +140,7 @@ def test_imagenet_before_there_is_any_of_it(
     assert sizes == sorted(sizes)
 
 
+@pytest.mark.slow
 def test_the_pace_of_another_machine(
     run: Run, fails: Fails, quick: None, clip_dir: Path, tmp_path: Path
 ) -> None:

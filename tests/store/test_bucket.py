@@ -142,7 +142,7 @@ def test_a_store_made_anew_has_a_copy_of_its_own(
 @pytest.mark.fault
 def test_cut_off_it_goes_on(
     run: Run, fails: Fails, s3: FakeS3, url: str, store: Path, stage_one: list[Any],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     original = StoreWriter.write
 
@@ -154,7 +154,9 @@ def test_cut_off_it_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(StoreWriter, "write", write)
         assert run(*stage_one, "--out", url).code == 130
-    assert f"{url} is incomplete" in fails("distill", "--cache", url, *STUDENT)
+    assert f"{url} is incomplete" in fails(
+        "distill", "--cache", url, *STUDENT, "--out", tmp_path / "run"
+    )
     assert "begun with other settings" in fails(*stage_one, "--out", url, "--alpha", 0.1)
     remote: Any = from_url(url, client_options={"allow_http": True})
     for lost in ("train/labels/c/0", "text/zarr.json"):  # cut off while it was made
@@ -217,10 +219,11 @@ def test_a_bad_server_costs_time_and_nothing_else(
     assert_same_run(tmp_path / "remote", tmp_path / "local")
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_a_server_that_is_gone_is_said_in_a_line(
     run: Run, fails: Fails, s3: FakeS3, url: str, store: Path, stage_one: list[Any],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(buckets, "PATIENCE_S", 1.0)
     # all of a sudden, in view 1
@@ -230,7 +233,8 @@ def test_a_server_that_is_gone_is_said_in_a_line(
         f"cannot write to {url}" in line and "503" in line and "the same command to go on" in line
     )
     s3.fault = lambda method, path: "fail"
-    for words in (["distill", "--cache", url, *STUDENT], [*stage_one, "--out", url],
+    distill = ["distill", "--cache", url, *STUDENT, "--out", tmp_path]
+    for words in (distill, [*stage_one, "--out", url],
                   ["inspect", url], ["verify", url]):  # fmt: skip
         line = fails(*words)
         assert f"cannot reach {url}" in line and "503" in line and len(line) < 400
@@ -239,10 +243,11 @@ def test_a_server_that_is_gone_is_said_in_a_line(
     assert changed(arrays(remote_tree(url)), arrays(tree(store))) == []
 
     s3.fault = lambda method, path: "fail" if "/c/1/" in path else None
-    line = fails("distill", "--cache", url, *STUDENT)
+    line = fails("distill", "--cache", url, *STUDENT, "--out", tmp_path / "run")
     assert f"cannot read {url}" in line and "503" in line
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_damage_there_is_found_and_mended(
     run: Run, fails: Fails, s3: FakeS3, url: str, stage_one: list[Any], tmp_path: Path
@@ -345,6 +350,7 @@ def test_many_threads_read_one_place(s3: FakeS3, url: str, store: Path) -> None:
                                          if k in tree(caches[0].path)}) == []  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_store_on_the_hub_is_read_in_place(
     run: Run, fails: Fails, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
