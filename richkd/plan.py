@@ -123,7 +123,7 @@ def plan(
         dataset, counts = sample_of(settings, known, Path(folder), report)
         settings = settings.for_size(dataset.image_size)
         tried = Trial(settings, dataset, device, Path(folder), report)
-        report.say(f"{tried.about}; trying stage one on some images")
+        report.say(f"{tried.about}; trying stage one on ever more images, for some seconds each")
         pace = tried.pace(report)
         if measured is not None:
             pace = read_pace(Path(measured), pace)
@@ -238,13 +238,11 @@ class Trial:
     def pace(self, report: Report) -> Pace:
         """By stage one on ever more images, with one view and with more."""
         most = min(max(self.settings.views, 3), 8)
-        with report.track("trying stage one", 3, "parts") as tick:
-            self.run(FIRST, 1)  # warm
-            tick(1)
-            one = self.seconds_an_image(1)
-            tick(1)
-            many = self.seconds_an_image(most)
-            tick(1)
+        self.run(FIRST, 1)  # warm
+        one = self.seconds_an_image(1)
+        report.say(f"an image with 1 view takes {1000 * one:.3g} ms")
+        many = self.seconds_an_image(most)
+        report.say(f"an image with {most} views takes {1000 * many:.3g} ms")
         view_s = max((many - one) / (most - 1), 0.0)
         return Pace(
             hardware=hardware(self.device),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,11 +161,8 @@ def load_clip(name: str, device: torch.device) -> ClipTeacher:
     folder = local_folder(name)
     model_name, _, tag = name.partition(":")
     source = (f"{LOCAL}{folder}", None) if folder is not None else (model_name, tag)
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.CRITICAL)  # open_clip logs to the root what it also raises
     try:
-        with warnings.catch_warnings():
+        with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             model = open_clip.create_model(
                 source[0], source[1], device=device, require_pretrained=True
@@ -181,13 +179,23 @@ def load_clip(name: str, device: torch.device) -> ClipTeacher:
             "open_clip_model.safetensors from elsewhere into a directory and pass --clip DIRECTORY"
         )
         raise RichKDError(f"cannot load CLIP {name}: {reason}; {remedy}") from None
-    finally:
-        root.setLevel(level)
     model.eval().requires_grad_(False)
     return ClipTeacher(
         name=name, model=model, tokenizer=tokenizer, transform=transform,
         preprocessing=dict(model.visual.preprocess_cfg), sha256=state_sha256(model), device=device,
     )  # fmt: skip
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """open_clip logs to the root what it also raises, or what is known here."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
 
 
 def blank_clip(name: str, device: torch.device) -> ClipTeacher:
@@ -203,7 +211,7 @@ def blank_clip(name: str, device: torch.device) -> ClipTeacher:
     model_name, colon, _ = name.partition(":")
     if colon or model_name not in open_clip.list_models():
         check_clip(name)
-    with torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = open_clip.create_model(
             model_name, None, load_weights=False, device=device, pretrained_text=False
