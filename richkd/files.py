@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ def home() -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.randbelow(10**12)}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # as the user's umask has it; safetensors makes it 0600

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ def precompute(
         dataset = ranks.from_first(
             lambda: look_ahead(settings, out, overwrite, redo, dataset, report)
         )
+        check_same_files(dataset, ranks)
         settings = settings.for_size(dataset.image_size)
         teacher, clip, text = make_teachers(
             settings, dataset, teacher_recipe or {}, device, ranks, report
@@ -86,6 +87,9 @@ def precompute(
         manifest = make_manifest(settings, dataset, teacher, clip, text)
         space = dataset.train.view_space
         views = space.draw(settings.seed, len(dataset.train), settings.views)
+
+        first = ranks.from_first(lambda: manifest)
+        check_same_teachers(first, manifest, ranks)
 
         def begin() -> StoreWriter:
             check_room(out, manifest, report)
@@ -178,17 +182,50 @@ def make_teachers(
     return teacher, clip, text
 
 
+def check_same_files(dataset: Dataset, ranks: Ranks) -> None:
+    """Refuse a machine on which a folder of images is not what the first process read.
+
+    Raises:
+        RichKDError: that is so; one process of each machine looks.
+    """
+    if ranks.first or not ranks.first_here or isinstance(dataset.train.images, Tensor):
+        return
+    try:
+        same = replace(dataset).fingerprint == dataset.fingerprint  # of the files, not as told
+    except OSError:
+        same = False
+    if not same:
+        raise RichKDError(
+            f"rank {ranks.rank} sees other files in {dataset.name} than rank 0; every machine of "
+            f"the job needs the same ones"
+        )
+
+
+def check_same_teachers(first: Manifest, own: Manifest, ranks: Ranks) -> None:
+    """Refuse a process that loaded other weights than the first one, from its own disk.
+
+    Raises:
+        RichKDError: that is so.
+    """
+    different = schema.difference(first, own)
+    if different is not None:
+        raise RichKDError(
+            f"rank {ranks.rank} would write another store than rank 0: {different}; every machine "
+            f"of the job needs the same weights at the same paths"
+        )
+
+
 def open_writer(
     begin: Callable[[], StoreWriter], out: Place, manifest: Manifest, ranks: Ranks
 ) -> StoreWriter:
     """A writer of the store that the first process begins, and what is done in it already."""
     begun: list[StoreWriter] = []
 
-    def first() -> list[bool]:
+    def first() -> tuple[list[bool], str | None]:
         begun.append(begin())
-        return begun[0].done
+        return begun[0].done, out.token
 
-    done = ranks.from_first(first)
+    done, token = ranks.from_first(first)
     if begun:
         return begun[0]
     if not out.exists:
@@ -196,6 +233,7 @@ def open_writer(
             f"rank {ranks.rank} sees no store at {out}, where rank 0 made it; name a folder that "
             f"all machines share, or object storage (s3://…)"
         )
+    out.follow(token)
     return StoreWriter(out, manifest, done)
 
 

@@ -7,6 +7,7 @@ launcher started is alone: rank 0 of 1, and nothing here costs it anything.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +23,18 @@ PATIENCE = timedelta(days=7)  # the first may train a teacher while the others w
 T = TypeVar("T")
 
 
+WAKE_S = 0.02  # while waiting, for signals; inside gloo they have to wait
+
+
 def is_first() -> bool:
     """Whether this process is the one that speaks for its job."""
-    return os.environ.get("RANK", "0") == "0"
+    return _world() == 1 or os.environ.get("RANK") == "0"
+
+
+def _world() -> int:
+    """How many processes the launcher says that there are."""
+    told = os.environ.get("WORLD_SIZE", "")
+    return int(told) if told.isdecimal() and "RANK" in os.environ else 1
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,7 @@ class Ranks:
 
     rank: int
     world: int
+    first_here: bool = True  # of those on this machine
 
     @property
     def first(self) -> bool:
@@ -61,6 +72,7 @@ class Ranks:
             if self.first:
                 told = [(True, compute())]
         finally:
+            self.wait()
             with _others_gone():
                 dist.broadcast_object_list(told, src=0)
         good, value = told[0]
@@ -72,7 +84,10 @@ class Ranks:
         """Until all are here."""
         if self.world > 1:
             with _others_gone():
-                dist.barrier()
+                here = dist.barrier(async_op=True)
+                while not here.is_completed():
+                    time.sleep(WAKE_S)
+                here.wait()
 
 
 @contextmanager
@@ -82,7 +97,7 @@ def joined() -> Iterator[Ranks]:
     Raises:
         RichKDError: the other processes cannot be met.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _world() == 1:
         yield Ranks(0, 1)
         return
     if torch.cuda.is_available():
@@ -94,18 +109,21 @@ def joined() -> Iterator[Ranks]:
             f"cannot meet the other processes of this job ({str(error).splitlines()[0]}); start "
             f"it by torchrun --nproc-per-node N -m richkd …"
         ) from None
+    here = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
-    finally:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), here)
+    except Exception:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()  # not where a signal came: it would wait for the others
 
 
 @contextmanager
 def _others_gone() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
+    except RuntimeError:
         raise RichKDError(
-            f"another process of this job is gone ({str(error).splitlines()[0]}); start the job "
-            f"again, it goes on where it stopped"
+            "another process of this job is gone, and has said why if it could; start the job "
+            "again, it goes on where it stopped"
         ) from None

@@ -154,7 +154,7 @@ def run_sweep(
     cache = open_cache(first.cache)
     entries = check_grid(make_grid(sweep, recipe, flags, cache), cache)
     with open_engine(sweep, entries, cache, report) as engine:
-        show_plan(entries, f"{cache.path} → {sweep.out}/", engine, report)
+        show_plan(entries, f"{cache.place} → {sweep.out}/", engine, report)
         if dry_run:
             return outcome(entries)
         with Board(entries, report, engine.lanes) as board:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -137,6 +139,70 @@ def test_a_mistake_is_said_by_one(drawings: list[Any], tmp_path: Path) -> None:
     _, err = process.communicate()
     assert process.returncode != 0
     assert sum("richkd: no teacher weights at nowhere.pt" in line for line in err.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_machine_with_other_weights_writes_nothing(
+    clip_dir: Path, shapes_teacher: Path, tmp_path: Path
+) -> None:
+    """Two machines, which have a folder each under the same name."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    out = tmp_path / "s.zarr"
+    processes = []
+    for rank in (0, 1):
+        folder = tmp_path / f"machine-{rank}"
+        folder.mkdir()
+        if rank == 0:
+            shutil.copyfile(shapes_teacher, folder / "teacher.safetensors")
+        else:
+            write_teacher(folder / "teacher.safetensors", "resnet8", 16, seed=1)
+        processes.append(subprocess.Popen(
+            [sys.executable, "-m", "richkd", "precompute", "--dataset", "shapes", "--limit", "64",
+             "--teacher", "resnet8", "--teacher-weights", "teacher.safetensors", "--clip", clip_dir,
+             "--device", "cpu", "--out", out],
+            cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**ENVIRONMENT, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        ))  # fmt: skip
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    assert "rank 1 would write another store than rank 0: teacher.sha256 was" in said[1]
+    assert "another process of this job is gone" in said[0]
+    assert not list(out.glob("complete/c/*"))
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_who_waits_can_be_stopped(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time\nfrom richkd.interrupt import stopped_at_once\n"
+        "from richkd.ranks import joined\n"
+        "with stopped_at_once(), joined() as ranks:\n"
+        "    print('here', flush=True)\n"
+        "    ranks.from_first(lambda: time.sleep(60))\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                         stderr=subprocess.PIPE,
+                         env={**ENVIRONMENT, "RANK": str(rank), "WORLD_SIZE": "2",
+                              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        for process in ranks:
+            assert process.stdout is not None and process.stdout.readline() == "here\n"
+        time.sleep(0.5)
+        began = time.perf_counter()
+        ranks[1].send_signal(signal.SIGTERM)
+        _, err = ranks[1].communicate(timeout=20)
+        assert time.perf_counter() - began < 10 and "Interrupted" in err
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
 
 
 @pytest.fixture

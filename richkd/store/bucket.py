@@ -6,35 +6,27 @@ credentials from the environment, under the names that the clouds' own tools use
 
 from __future__ import annotations
 
-import os
-import secrets
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, PreconditionError
+from obstore.exceptions import BaseError, GenericError
 from obstore.store import from_url
 
 from richkd.errors import RichKDError
+from richkd.store.lease import LOCK, Lease
 from richkd.store.patient import PatientStore
-from richkd.store.place import AT_ONCE, ATTEMPTS, METADATA, Place, first_line
+from richkd.store.place import AT_ONCE, ATTEMPTS, METADATA, PATIENCE_S, Place, first_line
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
 T = TypeVar("T")
-LOCK = ".lock"
-TAKEN = (AlreadyExistsError, PreconditionError)  # a lock is not as it was thought to be
-BEAT_S = 10.0  # how often the holder of a store says that it is there
 TIMEOUT_S = 60.0  # of a request
-# After errors of the server or the network: again and again, ever more slowly, for so long.
-PATIENCE_S = 120.0
 HASTE_S = 3.0  # for the first request of all, when nothing is lost yet
 # where obstore asks when the environment holds no credentials: the machine's own, in the clouds
 _ASKED_FOR_CREDENTIALS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
@@ -48,8 +40,6 @@ class Bucket(Place):
 
     def __init__(self, url: str) -> None:
         self._name = url
-        self._tag: dict[str, Any] | None = None  # of the lock as this process last wrote it
-        self._lost = False
 
     @property
     def name(self) -> str:
@@ -100,9 +90,13 @@ class Bucket(Place):
 
     def _again(self, request: Callable[[], T]) -> T:
         """What a request gives; again where obstore gives up at once: after a body cut short."""
+        patience = time.monotonic() + PATIENCE_S
         for _ in range(ATTEMPTS - 1):
-            with suppress(GenericError):
+            try:
                 return request()
+            except GenericError:
+                if time.monotonic() > patience:  # obstore did not give up at once
+                    raise
         return request()
 
     def write(self, file: str, content: bytes) -> None:
@@ -155,92 +149,39 @@ class Bucket(Place):
         with self.held():
             pass
 
-    # The lock is an object that only its maker may replace. Whoever made it writes it anew every
-    # few seconds; one that does not change any more is that of a process that is gone.
+    @cached_property
+    def _lease(self) -> Lease:
+        return Lease(self._store, self.name)
+
+    @property
+    def token(self) -> str | None:
+        """The lock's."""
+        return self._lease.token
+
+    def follow(self, token: str | None) -> None:
+        """By looking at the lock."""
+        if token is not None:
+            self._lease.follow(token)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """By a lock that its holder renews."""
-        with self.explained("write to"):
-            self._take()
-        over = threading.Event()
-
-        def renew() -> None:
-            while not over.wait(BEAT_S):
-                try:
-                    self._write_lock({"e_tag": self._tag["e_tag"]} if self._tag else "overwrite")
-                except (*TAKEN, FileNotFoundError):
-                    self._lost = True
-                    return
-                except Exception:  # the server is away; writing says so
-                    continue
-
-        beating = threading.Thread(target=renew, name="store-lock", daemon=True)
-        beating.start()
-        try:
+        with ExitStack() as stack:
+            with self.explained("write to"):
+                stack.enter_context(self._lease.held())
             yield
-        finally:
-            over.set()
-            beating.join()
-            if not self._lost:
-                with suppress(Exception):  # it ages all the same
-                    obstore.delete(self._store, LOCK)
 
     def check_not_held(self) -> None:
         """Where a lock is there, whether somebody renews it."""
-        with suppress(FileNotFoundError):
-            self.read(LOCK)
+        with self.explained("read"):
+            there = self._lease.look()
+        if there is not None:
             self.check_writable()
 
     def check_still_held(self) -> None:
-        """Whether the lock is this process's still."""
-        if self._lost:
-            raise RichKDError(
-                f"{self.name} was taken over by another process, which could not see this one "
-                f"renew its lock; let that one finish"
-            )
-
-    def _write_lock(self, mode: Any) -> None:
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        note = f"process {os.getpid()} on {socket.gethostname()}, at {now}, {secrets.token_hex(8)}"
-        try:
-            self._tag = dict(obstore.put(self._store, LOCK, note.encode(), mode=mode))
-        except (GenericError, *TAKEN):
-            # a request that may be sent but once; it may have arrived all the same
-            seen = self._look()
-            if seen is None or seen[1] != note:
-                raise
-            self._tag = {"e_tag": seen[0]}
-
-    def _take(self) -> None:
-        for _ in range(ATTEMPTS):
-            with suppress(GenericError):
-                with suppress(AlreadyExistsError):
-                    self._write_lock("create")
-                    return
-                break
-        seen = self._look()
-        if seen is not None and not _is_gone(seen[1]):
-            time.sleep(2.5 * BEAT_S)
-            if (now := self._look()) is not None and now[0] != seen[0]:
-                raise RichKDError(
-                    f"{self.name} is being written by {now[1].partition(', at')[0]}; wait for "
-                    f"that, or choose another --out"
-                )
-        try:
-            self._write_lock("create" if seen is None else {"e_tag": seen[0]})
-        except TAKEN:
-            raise RichKDError(
-                f"{self.name} is being written by another process; wait for that, or choose "
-                f"another --out"
-            ) from None
-
-    def _look(self) -> tuple[str, str] | None:
-        """The lock's tag and what is written in it."""
-        try:
-            return self._again(lambda: _tag_and_text(obstore.get(self._store, LOCK)))
-        except FileNotFoundError:
-            return None
+        """By looking at the lock, where that was not done lately."""
+        with self.explained("write to"):
+            self._lease.check()
 
     def explain(self, error: BaseException) -> str:
         """Without the many lines that obstore shows of a request."""
@@ -263,25 +204,3 @@ class Bucket(Place):
             raise FileNotFoundError(first_line(error)) from None
         except (BaseError, OSError) as error:
             raise self._cannot(do, error) from None
-
-
-def _tag_and_text(found: Any) -> tuple[str, str]:
-    return str(found.meta["e_tag"]), bytes(found.bytes()).decode(errors="replace")
-
-
-def _is_gone(note: str) -> bool:
-    """Whether the holder that a lock names was a process of this machine that is no more."""
-    words = note.replace(",", "").split()
-    try:
-        pid, host = int(words[1]), words[3]
-    except (IndexError, ValueError):
-        return False
-    if host != socket.gethostname() or os.name != "posix":
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # somebody else's, and there
-        pass
-    return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ from richkd.errors import RichKDError
 from richkd.files import home, replacing
 from richkd.store.checksums import read_chunk, whole
 from richkd.store.place import METADATA, Folder, Place
+
+UNUSED_S = 7 * 86_400.0
 
 
 class LocalCopy:
@@ -73,11 +76,19 @@ def open_copy(place: Place) -> LocalCopy:
                      for part in (place.name.encode(), manifest))  # fmt: skip
     copies = home() / "stores" / f"{place.stem}-{name}"
     path = copies / f"{version}.zarr"
-    if not path.is_dir():  # of another time, when the store was another
-        for other in copies.glob("*.zarr"):
-            shutil.rmtree(other, ignore_errors=True)
     keep(path / METADATA, manifest)
+    for other in copies.glob("*.zarr"):  # of a time when the store was another
+        if other != path and _unused(other):
+            shutil.rmtree(other, ignore_errors=True)
     return LocalCopy(place, path)
+
+
+def _unused(copy: Path) -> bool:
+    """Whether nobody has opened a copy for so long that nobody reads it any more."""
+    try:
+        return time.time() - (copy / METADATA).stat().st_mtime > UNUSED_S
+    except OSError:
+        return False
 
 
 def keep(path: Path, content: bytes) -> None:

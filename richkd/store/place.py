@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 METADATA = "zarr.json"
 AT_ONCE = 16  # files under way from or to another machine
 ATTEMPTS = 4  # to read what arrives cut short or damaged
+# After errors of a server or the network: again and again, ever more slowly, for so long.
+PATIENCE_S = 120.0
 SCHEMES = ("s3", "gs", "az", "hf")
 
 T = TypeVar("T")
@@ -94,6 +96,15 @@ class Place(ABC):
             RichKDError: another process has it.
         """
 
+    @property
+    def token(self) -> str | None:
+        """What tells the other processes of a job whose the store is; None where none is needed."""
+        return None
+
+    def follow(self, token: str | None) -> None:
+        """Write as one of a job whose first process holds the store."""
+        del token
+
     @abstractmethod
     def check_not_held(self) -> None:
         """Refuse a store that another process is writing; makes nothing."""
@@ -148,9 +159,9 @@ def open_place(name: str | Path) -> Place:
         return Folder(Path(name))
     if scheme not in SCHEMES:
         raise unknown("kind of URL:", str(name), [f"{scheme}://" for scheme in SCHEMES])
-    bucket, _, path = rest.strip("/").partition("/")
-    if not bucket or not path:
-        raise RichKDError(f"{name}: give {scheme}://BUCKET/PATH.zarr")
+    parts = rest.rstrip("/").split("/")
+    if len(parts) < 2 or {"", ".", ".."} & {*parts} or set("#?%*\\") & {*rest}:
+        raise RichKDError(f"{name}: give {scheme}://BUCKET/PATH.zarr, of plain names")
     if scheme == "hf":
         from richkd.store.hf import Hub
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import zarr
 from numpy.typing import NDArray
 from torch import Tensor
@@ -29,7 +30,7 @@ from richkd.store.checksums import (
     views_of,
 )
 from richkd.store.copy import LocalCopy, open_copy
-from richkd.store.place import Folder, Place, open_place
+from richkd.store.place import METADATA, Folder, Place, open_place
 from richkd.store.schema import ArraySpec, Manifest
 from richkd.store.topk import Rows, TopKRows
 
@@ -135,7 +136,7 @@ class TeacherCache:
         """The numbers of an array, or of one view of it, checked."""
         if view is not None and not 0 <= view < self.num_views:
             raise RichKDError(f"view {view}: {self.place} has views 0..{self.num_views - 1}")
-        files = list(chunk_files(name, self.specs[name], view))
+        files = [f"{name}/{METADATA}", *chunk_files(name, self.specs[name], view)]
         self._copy.fetch(files)
         try:
             values = self._read_here(name, view, on_disk)
@@ -147,13 +148,14 @@ class TeacherCache:
         return values
 
     def _read_here(self, name: str, view: int | None, on_disk: bool | None) -> NDArray[Any]:
-        array = cast("zarr.Array[Any]", self._group[name])
         at = () if view is None else (view,)
         if on_disk is None:
             on_disk = pages.beyond_memory(self.nbytes([name], view))
-        values = pages.empty(array.shape[len(at) :], array.dtype, on_disk)
-        step = array.chunks[len(at)]
+        spec = self.specs[name]
+        values = pages.empty(spec.shape[len(at) :], np.dtype(spec.dtype), on_disk)
+        step = spec.chunks[len(at)]
         try:
+            array = cast("zarr.Array[Any]", self._group[name])
             # chunk by chunk, so that what is in flight stays small beside the slab itself
             for start in range(0, len(values), step):
                 values[start : start + step] = array[(*at, slice(start, start + step))]
@@ -341,13 +343,19 @@ def check_sealed(copy: LocalCopy, manifest: Manifest) -> None:
         )
     files = metadata_files(specs)
     copy.fetch(files)
-    for file in files:
+
+    def right(file: str) -> bool:
         try:
-            found = metadata_digest(here, file)
+            return metadata_digest(here, file) == checksums["metadata"].get(file)
         except OSError:
-            found = "it is missing"
-        if found != checksums["metadata"].get(file):
-            copy.drop([file])
+            return False
+
+    for file in files:
+        if right(file):
+            continue
+        if copy.drop([file]):
+            copy.fetch([file])  # once more: what was kept here may have been damaged here
+        if not right(file):
             raise RichKDError(f"{copy.place}: {file} is missing or was changed; {REMEDY}")
 
 

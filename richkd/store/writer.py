@@ -148,6 +148,7 @@ class StoreWriter:
         if hasattr(os, "sync"):
             os.sync()  # what the manifest calls complete is on the disk, whatever happens next
         manifest["checksums"] = take_checksums(self._place, schema.array_specs(manifest))
+        self._place.check_still_held()
         write_sealed(self._place, manifest)
         return manifest
 
@@ -156,6 +157,8 @@ class StoreWriter:
 
     def _check(self) -> None:
         self._place.check_still_held()
+        if isinstance(self._error, RichKDError):
+            raise self._error
         if self._error is not None:
             raise RichKDError(
                 f"cannot write to {self._place}: {self._place.explain(self._error)}, then run the "
@@ -178,6 +181,7 @@ class StoreWriter:
                 if self._error is not None:
                     continue  # keep taking, so that write() never waits for a dead thread
                 index, values = item
+                self._place.check_still_held()
                 self._write_block(self.blocks[index], values)
                 self._arrays["complete"][index] = True
                 self.done[index] = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from zarr.storage import ObjectStore
 import richkd
 from richkd.errors import RichKDError
 from richkd.store import bucket as buckets
-from richkd.store import place
+from richkd.store import lease, patient, place
 from richkd.store.place import open_place
 from richkd.store.schema import Block
 from richkd.store.writer import StoreWriter
@@ -120,6 +121,8 @@ def test_what_was_read_is_not_read_again(s3: FakeS3, url: str, store: Path) -> N
     other = richkd.open_cache(url)
     other.slab(1, ["teacher_logits"])
     assert len(s3.got("/c/")) == 2
+    (cache.path / "train/labels/zarr.json").write_bytes(b"torn")
+    other = richkd.open_cache(url)
     (cache.path / "train/teacher_logits/c/1/0/0").write_bytes(b"torn")
     again = other.slab(1, ["teacher_logits"]).teacher_logits
     assert again is not None
@@ -135,8 +138,17 @@ def test_a_store_made_anew_has_a_copy_of_its_own(
     rows = old.slab(0).fused_logits
     assert run(*stage_one, "--out", url, "--alpha", 0.2, "--overwrite").code == 0
     new = richkd.open_cache(url)
-    assert new.manifest["alpha"] == 0.2 and new.path != old.path and not old.path.exists()
+    assert new.manifest["alpha"] == 0.2 and new.path != old.path
     assert not np.array_equal(new.slab(0).fused_logits, rows)  # type: ignore[arg-type]
+    # the old one can be read as far as it was; what else it had is gone
+    assert np.array_equal(old.slab(0).fused_logits, rows)  # type: ignore[arg-type]
+    with pytest.raises(RichKDError, match="is not what was written"):
+        old.slab(1)
+    os.utime(old.path / "zarr.json", (0, 0))  # nobody has opened it for long
+    richkd.open_cache(url)
+    assert new.path.exists() and not old.path.exists()
+    with pytest.raises(RichKDError, match="is not what was written"):
+        old.slab(0)
 
 
 @pytest.mark.fault
@@ -225,7 +237,8 @@ def test_a_server_that_is_gone_is_said_in_a_line(
     run: Run, fails: Fails, s3: FakeS3, url: str, store: Path, stage_one: list[Any],
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(buckets, "PATIENCE_S", 1.0)
+    for module in (buckets, patient):
+        monkeypatch.setattr(module, "PATIENCE_S", 1.0)
     # all of a sudden, in view 1
     s3.fault = lambda method, path: "fail" if "_logits/c/1/" in path else None
     line = fails(*stage_one, "--out", url)
@@ -276,33 +289,83 @@ def test_damage_there_is_found_and_mended(
 
 @pytest.mark.fault
 def test_two_writers_at_once(
-    run: Run, fails: Fails, s3: FakeS3, url: str, stage_one: list[Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(buckets, "BEAT_S", 0.3)
+    fails: Fails, s3: FakeS3, url: str, stage_one: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.3)
     with open_place(url).held():
         line = fails(*stage_one, "--out", url)
         assert f"{url} is being written by process {os.getpid()} on " in line
     assert not remote_tree(url)
     remote: Any = from_url(url, client_options={"allow_http": True})
-    # of another machine, which is gone; and of this one, by a process that is no more
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    for host in ("elsewhere", os.uname().nodename):
-        obstore.put(remote, ".lock", f"process {gone.pid} on {host}, at some time".encode())
+    note = {"holder": "process 1 on elsewhere", "token": "0", "pid": gone.pid, "beat": "0"}
+    # left by a process of this system, of another with the same numbers, and by anything else
+    for system, content in ((lease._system(), None), ("another", None), (None, b"[1, 2]")):
+        left = content or json.dumps({**note, "system": system}).encode()
+        obstore.put(remote, ".lock", left)
         began = time.perf_counter()
         with open_place(url).held():
             waited = time.perf_counter() - began
-        assert (waited > 0.7) == (host == "elsewhere")
+        assert (waited > 0.7) == (system != lease._system())
         assert not remote_tree(url)
-    # one that was so slow that another took over does not go on
-    first = open_place(url)
-    with first.held():
-        obstore.put(remote, ".lock", b"process 1 on elsewhere, at some time")
-        time.sleep(0.7)
-        with pytest.raises(RichKDError, match="was taken over"):
-            first.check_still_held()
-    assert [*remote_tree(url)] == [".lock"]  # the other one's
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_a_writer_that_was_held_up_does_not_go_on(
+    fails: Fails, s3: FakeS3, url: str, stage_one: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.2)
+    remote: Any = from_url(url, client_options={"allow_http": True})
+    others = json.dumps({"holder": "process 1 on elsewhere", "token": "0", "pid": 1, "beat": "0",
+                         "system": None}).encode()  # fmt: skip
+    place, of_the_job = open_place(url), open_place(url)
+    with place.held():
+        of_the_job.follow(place.token)
+        time.sleep(0.9)  # it renews the lock, and is seen to
+        for writer in (place, of_the_job):
+            writer.check_still_held()
+        monkeypatch.setattr(lease, "BEAT_S", 60.0)  # asleep, from its next beat on
+        time.sleep(0.3)
+        obstore.put(remote, ".lock", others)
+        monkeypatch.setattr(lease, "BEAT_S", 0.01)  # awake: it was gone for long
+        time.sleep(0.05)
+        for writer in (place, of_the_job):
+            with pytest.raises(RichKDError, match="was taken over"):
+                writer.check_still_held()
+    assert remote_tree(url) == {".lock": others}  # the other one's stays
+
+    original = StoreWriter.write
+
+    def write(self: StoreWriter, block: Block, rows: Any) -> None:
+        original(self, block, rows)
+        if block.view == 0:
+            self.flush()
+            obstore.put(remote, ".lock", others)
+            time.sleep(0.05)
+
+    obstore.delete(remote, ".lock")
+    monkeypatch.setattr(StoreWriter, "write", write)
+    assert "was taken over" in fails(*stage_one, "--out", url)
+    assert not json.loads(remote_tree(url)["zarr.json"])["attributes"]["complete"]
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_patience_is_what_it_says(s3: FakeS3, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (buckets, patient):
+        monkeypatch.setattr(module, "PATIENCE_S", 1.0)
+    s3.fault = lambda method, path: "fail"
+    place = open_place(url)
+    for request in (lambda: place.read("x"), lambda: place.tail("x", 4), place.sizes,
+                    lambda: place.write("x", b""), lambda: place.zarr(read_only=True)):  # fmt: skip
+        began = time.perf_counter()
+        with pytest.raises(RichKDError, match="503"):
+            store = request()
+            with place.explained("read"):
+                zarr.open_group(store, mode="r")  # type: ignore[arg-type]
+        assert time.perf_counter() - began < 3.0
 
 
 def test_mistakes(
@@ -310,7 +373,9 @@ def test_mistakes(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     assert "unknown kind of URL" in fails(*stage_one, "--out", "http://x/y.zarr")
-    assert "give s3://BUCKET/PATH.zarr" in fails(*stage_one, "--out", "s3://bucket")
+    for bad in ("s3://bucket", "s3://bucket/", "s3:///x.zarr", "s3://bucket/..", "s3://bucket/a//b",
+                "s3://bucket/run#1.zarr", "s3://bucket/run?x", "s3://bucket/a%20b"):  # fmt: skip
+        assert "give s3://BUCKET/PATH.zarr, of plain names" in fails(*stage_one, "--out", bad)
     assert "there is no such bucket" in fails(*stage_one, "--out", "s3://nobody/s.zarr")
     assert f"no store at {url}" in fails("distill", "--cache", url)
     line = fails(*stage_one, "--out", "hf://datasets/me/teachers")
