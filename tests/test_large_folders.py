@@ -110,7 +110,7 @@ else:
         for rows, _ in source.epochs(["teacher_logits"], 1, 4):
             time.sleep(0.2)  # the next one is read meanwhile
     else:
-        pages.free_memory = lambda device: 0
+        pages.available_memory = lambda: 0
         distill(settings)
 stop.set()
 print(json.dumps({"peak": status("VmHWM"), "anonymous": anonymous[0]}))
