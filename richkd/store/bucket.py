@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import obstore
@@ -40,6 +40,7 @@ class Bucket(Place):
 
     def __init__(self, url: str) -> None:
         self._name = url
+        self._met = False  # whether the server was asked for anything yet
 
     @property
     def name(self) -> str:
@@ -89,7 +90,7 @@ class Bucket(Place):
                 return bytes(obstore.get_range(self._store, file, start=start, end=size))
 
     def _again(self, request: Callable[[], T]) -> T:
-        """What a request gives; again where obstore gives up at once: after a body cut short."""
+        """What a request gives; again where obstore gives up at once: after a body cut short, …"""
         patience = time.monotonic() + PATIENCE_S
         for _ in range(ATTEMPTS - 1):
             try:
@@ -107,7 +108,7 @@ class Bucket(Place):
     def delete(self, file: str) -> None:
         """One request."""
         with self.explained("write to"), suppress(FileNotFoundError):
-            obstore.delete(self._store, file)
+            self._again(lambda: obstore.delete(self._store, file))
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """A request for every thousand files."""
@@ -122,12 +123,15 @@ class Bucket(Place):
 
     @property
     def exists(self) -> bool:
-        """A server that does not answer is not waited for so long here."""
+        """A server that never answered yet is not waited for so long."""
+        store = self._store if self._met else self._open(HASTE_S)
         try:
             with self.explained("reach"):
-                obstore.head(self._open(HASTE_S), METADATA)
+                obstore.head(store, METADATA)
         except FileNotFoundError:
             return False
+        finally:
+            self._met = True
         return True
 
     def create(self, content: Mapping[str, bytes]) -> None:
@@ -136,7 +140,8 @@ class Bucket(Place):
         others = list(self.sizes())
         with self.explained("write to"):
             for start in range(0, len(others), 1000):  # as many as a request takes
-                obstore.delete(self._store, others[start : start + 1000])
+                some = others[start : start + 1000]
+                self._again(partial(obstore.delete, self._store, some))
         for file, data in content.items():
             self.write(file, data)
 

@@ -212,17 +212,25 @@ def test_a_bad_server_costs_time_and_nothing_else(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(buckets, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(buckets, "HASTE_S", 20.0)
     dice = iter(rng.random(10**6).tolist())
+    due = [True]
 
     def fault(method: str, path: str) -> str | None:
-        if wrong == "flip" and "/c/" not in path:
-            return None  # metadata: found, and refused, for it has no CRC of its own
-        return wrong if next(dice) < 0.15 else None
+        if wrong in ("cut", "flip") and (
+            method != "GET" or (wrong == "flip" and "/c/" not in path)
+        ):
+            return None  # flipped metadata has no CRC of its own: it is found later, and refused
+        if due or next(dice) < 0.15:
+            due.clear()  # one at least in each stage
+            return wrong
+        return None
 
     s3.fault = fault
     done = run(*stage_one, "--out", url)
     assert done.code == 0, done.err
     before = s3.faults
+    due.append(True)
     assert run("distill", "--cache", url, *STUDENT, "--out", tmp_path / "remote").code == 0
     s3.fault = None
     assert before and s3.faults > before
