@@ -46,6 +46,8 @@ class Lease:
     def __init__(self, store: Any, name: str) -> None:
         self.token: str | None = None  # while the store is this process's job's to write
         self._store, self._name = store, name
+        # one for all times that this has the lock: a request of an earlier time may arrive late
+        self._own = secrets.token_hex(8)
         self._tag: str | None = None  # None: another process of the job renews the lock
         self._lost = False
         self._seen = 0.0  # when the lock was last known to be ours
@@ -58,7 +60,7 @@ class Lease:
         Raises:
             RichKDError: another process has it.
         """
-        self.token, self._lost = secrets.token_hex(8), False
+        self.token, self._tag, self._lost = self._own, None, False
         self._take()
         over = threading.Event()
 
@@ -147,7 +149,7 @@ class Lease:
                     return self._write("create")
                 break
         seen = self.look()
-        if seen is not None and not seen.gone:
+        if seen is not None and not seen.gone and seen.token != self.token:
             time.sleep(2.5 * BEAT_S)
             now = self.look()
             if now is not None and now.tag != seen.tag:

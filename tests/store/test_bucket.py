@@ -217,6 +217,8 @@ def test_a_bad_server_costs_time_and_nothing_else(
     due = [True]
 
     def fault(method: str, path: str) -> str | None:
+        if path.endswith("/.lock"):
+            return None  # its requests have conditions and are sent but once
         if wrong in ("cut", "flip") and (
             method != "GET" or (wrong == "flip" and "/c/" not in path)
         ):
