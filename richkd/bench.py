@@ -485,14 +485,10 @@ def store_bytes(cache: TeacherCache, report: Report) -> dict[str, dict[str, floa
         for name in (f"train/{name}" for name in names)
         for folder in (schema.part_names(name) if name in cache.kept else (name,))
     ]
-    on_disk = sum(_disk_bytes(cache.path / folder) for folder in folders)
+    on_disk = sum(sum(cache.place.sizes(folder).values()) for folder in folders)
     each = on_disk / cache.num_views / cache.num_samples
     table["as stored"] = {"bytes": round(each, 1), "over_raw": round(each / raw, 4)}
     return table
-
-
-def _disk_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 # --- what people see -----------------------------------------------------------------------------

@@ -81,11 +81,14 @@ class Source:
     their own.
     """
 
-    def __init__(self, settings: Distill, report: Report) -> None:
+    def __init__(
+        self, settings: Distill, report: Report, cache: TeacherCache | None = None
+    ) -> None:
+        """From the store that the settings name, or that store where it is open already."""
         self.settings = settings
         self.report = report
         self.device = choose_device(settings.device)
-        self.cache = open_cache(settings.cache)
+        self.cache = cache or open_cache(settings.cache)
         self._targets: dict[str, Target] = {}  # by the name of its rows
         self._chosen: dict[tuple[Any, ...], str] = {}
         self._fixed: dict[str, Rows] = {}

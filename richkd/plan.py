@@ -37,6 +37,7 @@ from richkd.models import check_fit, create_model
 from richkd.precompute import (
     BlockRows,
     Teachers,
+    begin_store,
     check_given,
     finish,
     make_manifest,
@@ -52,7 +53,7 @@ from richkd.store.place import Folder
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.store.schema import ArraySpec, Manifest
 from richkd.store.topk import keep_top
-from richkd.store.writer import ROUNDED, StoreWriter, blank_files, encoded_bytes, round_bits
+from richkd.store.writer import ROUNDED, blank_files, encoded_bytes, round_bits
 from richkd.teachers.clip import ClipTeacher, blank_clip, check_clip, load_clip, local_folder
 from richkd.teachers.cnn import CNNTeacher, load_teacher
 from richkd.teachers.demo_clip import demo_clip
@@ -288,17 +289,13 @@ class Trial:
                         test=self.dataset.test.first(1))  # fmt: skip
         manifest = make_manifest(replace(self.settings, views=views), first, self.cnn, self.clip,
                                  self.text)  # fmt: skip
-        space = first.train.view_space
-        drawn = space.draw(self.settings.seed, len(first.train), views)
+        drawn = first.train.view_space.draw(self.settings.seed, len(first.train), views)
         if self.store is not None:
             shutil.rmtree(self.store.path)
         self.store = Folder(self.folder / f"{count}-{views}.zarr")
         classes = None if self.text is None else fusion.class_embeddings(self.text)
         start = time.perf_counter()
-        with StoreWriter.open(self.store, manifest, overwrite=False) as writer:
-            writer.put(f"train/{space.array}", drawn)
-            if self.text is not None:
-                writer.put("text/embeddings", self.text.cpu().numpy())
+        with begin_store(self.store, manifest, drawn, self.text) as writer:
             teachers = Teachers(self.settings, self.cnn, self.clip, classes)
             rows = BlockRows(first, views_tensor(drawn), self.device, teachers, writer)
             write_blocks(writer, rows, Ranks(0, 1), Report(quiet=True))

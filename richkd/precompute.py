@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from richkd import fusion
 from richkd.data.datasets import Dataset, Split, load_dataset
 from richkd.data.inputs import ArrayInputs, FileInputs, Normalize, make_inputs
 from richkd.data.prompts import load_prompts
-from richkd.data.views import check_num_views, views_tensor
+from richkd.data.views import PadCropFlip, check_num_views, views_tensor
 from richkd.errors import RichKDError
 from richkd.interrupt import held_back
 from richkd.models import check_fit, create_model
@@ -85,19 +86,13 @@ def precompute(
             settings, dataset, teacher_recipe or {}, device, ranks, report
         )
         manifest = make_manifest(settings, dataset, teacher, clip, text)
-        space = dataset.train.view_space
-        views = space.draw(settings.seed, len(dataset.train), settings.views)
-
+        views = dataset.train.view_space.draw(settings.seed, len(dataset.train), settings.views)
         first = ranks.from_first(lambda: manifest)
         check_same_teachers(first, manifest, ranks)
 
         def begin() -> StoreWriter:
             check_room(out, manifest, report)
-            writer = StoreWriter.open(out, manifest, overwrite, redo)
-            writer.put(f"train/{space.array}", views)
-            if text is not None:
-                writer.put("text/embeddings", text.cpu().numpy())
-            return writer
+            return begin_store(out, manifest, views, text, overwrite, redo)
 
         started = time.perf_counter()
         with out.held() if ranks.first else nullcontext():
@@ -237,6 +232,23 @@ def open_writer(
     return StoreWriter(out, manifest, done)
 
 
+def begin_store(
+    out: Place,
+    manifest: Manifest,
+    views: NDArray[Any],
+    text: Tensor | None,
+    overwrite: bool = False,
+    redo: Collection[Block] | None = None,
+) -> StoreWriter:
+    """A store with what is known before the first block; arguments as of `StoreWriter.open`."""
+    writer = StoreWriter.open(out, manifest, overwrite, redo)
+    ids = manifest["views"]["space"] == PadCropFlip.name
+    writer.put("train/view_ids" if ids else "train/view_params", views)
+    if text is not None:
+        writer.put("text/embeddings", text.cpu().numpy())
+    return writer
+
+
 def write_blocks(writer: StoreWriter, compute: BlockRows, ranks: Ranks, report: Report) -> None:
     """Compute and write what is not done yet; signals wait for the block in hand."""
     todo = [block for block, done in zip(writer.blocks, writer.done, strict=True) if not done]
@@ -266,7 +278,7 @@ def write_blocks(writer: StoreWriter, compute: BlockRows, ranks: Ranks, report: 
                 check()
             writer.flush()  # the next phase reads what this one wrote, whoever wrote it
             ranks.wait()
-            if any(block.split == "test" for unit in units for block in unit):
+            if ranks.first and any(block.split == "test" for unit in units for block in unit):
                 compute.say_zero_shot(report)
 
 

@@ -20,10 +20,8 @@ import torch.distributed as dist
 from richkd.errors import RichKDError
 
 PATIENCE = timedelta(days=7)  # the first may train a teacher while the others wait
-T = TypeVar("T")
-
-
 WAKE_S = 0.02  # while waiting, for signals; inside gloo they have to wait
+T = TypeVar("T")
 
 
 def is_first() -> bool:

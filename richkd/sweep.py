@@ -392,7 +392,7 @@ def open_engine(
             installed, the cluster has no room, …
     """
     if sweep.engine == "local":
-        yield LocalEngine(sweep, entries, Source(entries[0].settings, report))
+        yield LocalEngine(sweep, entries, Source(entries[0].settings, report, cache))
         return
     if find_spec("ray") is None:
         raise RichKDError("--engine ray needs Ray; pip install 'richkd[ray]'")

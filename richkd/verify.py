@@ -328,7 +328,7 @@ KEPT = ("kept logits", "descend, classes differ", check_kept)  # of stores that 
 def check_teacher(cache: TeacherCache, weights: Path, report: Report) -> Iterator[str]:
     """Some training rows, drawn afresh, are what the CNN teacher gives on their views."""
     manifest = cache.manifest
-    source = Source(Distill(cache=cache.place.name), report)
+    source = Source(Distill(cache=cache.place.name), report, cache)
     teacher = load_teacher(
         manifest["teacher"]["name"], weights, cache.num_classes, manifest["image_size"],
         source.data.normalize, source.device,

@@ -53,7 +53,9 @@ class FileInputs:
 
     def batches(self, order: Tensor, views: Tensor, batch_size: int) -> Batches:
         """Yield (index [B], images [B,S,S,3] uint8) for views [N,5] of the samples in order."""
-        for index, crops in self.load(order, _FileViews(self.files, views[None]), batch_size):
+        cut = (index.tolist() for index in torch.split(order, batch_size))
+        samples, workers = _FileViews(self.files, views[None]), num_workers(len(order), batch_size)
+        for index, crops in self._loaded(cut, samples, workers):
             yield index, crops[:, 0]
 
     def decode_once(
@@ -86,16 +88,10 @@ class FileInputs:
         for index, crops, *pixels in self._loaded(cut, samples, workers):
             yield index, crops, pixels[0] if pixels else None
 
-    def load(
-        self, order: Tensor, samples: IndexedSamples, batch_size: int
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """Yield (index [B], samples, stacked) in order, computed by the workers."""
-        cut = (index.tolist() for index in torch.split(order, batch_size))
-        return self._loaded(cut, samples, num_workers(len(order), batch_size))
-
     def _loaded(
         self, batches: Iterable[list[int]], samples: IndexedSamples, workers: int
     ) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the parts of each batch of samples, stacked, computed by the workers."""
         loader = DataLoader(
             samples,
             batch_sampler=batches,

@@ -175,11 +175,6 @@ def open_place(name: str | Path) -> Place:
     return Bucket(str(name))
 
 
-def is_url(name: str | Path) -> bool:
-    """Whether a name means object storage, and no path."""
-    return "://" in str(name)
-
-
 def first_line(error: BaseException) -> str:
     """Of what an error says, without what a server adds to it as XML."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
