@@ -52,6 +52,7 @@ class StoreWriter:
             self._arrays = _open_arrays(place, schema.array_specs(manifest))
         self._manifest = manifest
         self.blocks = schema.blocks(manifest)
+        self._numbers = {block: number for number, block in enumerate(self.blocks)}
         self.done = list(done)  # of the blocks
         self._queue: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue(_ROOM)
         self._error: BaseException | None = None
@@ -117,7 +118,7 @@ class StoreWriter:
                   for name, tensor in rows.items()}  # fmt: skip
         for name in ROUNDED & values.keys():
             values[name] = round_bits(values[name], self._manifest["keep_bits"])
-        self._queue.put((self.blocks.index(block), values))
+        self._queue.put((self._numbers[block], values))
 
     def flush(self) -> None:
         """Wait until everything handed over is written; errors are those of `write`."""
@@ -137,7 +138,7 @@ class StoreWriter:
 
     def finish(self, teacher: float, clip: float | None, fused: float | None) -> Manifest:
         """Mark the store complete, with the accuracies; call after the `with` block."""
-        if not all(file in self._place.sizes("complete") for file in flag_files(self._manifest)):
+        if not self._place.sizes("complete").keys() >= {*flag_files(self._manifest)}:
             raise RuntimeError("finish() before every block was written")
         manifest = self._manifest
         manifest["teacher"]["accuracy"] = teacher
