@@ -32,10 +32,10 @@ def small(tmp_path: Path) -> Iterator[Path]:
 
 def fill(folder: Path) -> None:
     """Leave no room at all."""
-    with (folder / "ballast").open("wb") as file, pytest.raises(OSError, match="No space"):
+    ballast = (folder / "ballast").open("wb", buffering=0)  # a buffer would be written on closing
+    with ballast, pytest.raises(OSError, match="No space"):
         while True:
-            file.write(b"\0" * 65536)
-            file.flush()
+            ballast.write(b"\0" * 65536)
 
 
 def test_stage_one_on_a_disk_that_fills_up(
