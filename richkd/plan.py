@@ -35,8 +35,6 @@ from richkd.data.views import views_tensor
 from richkd.errors import RichKDError
 from richkd.models import check_fit, create_model
 from richkd.precompute import (
-    BlockRows,
-    Teachers,
     begin_store,
     check_given,
     finish,
@@ -57,6 +55,7 @@ from richkd.store.writer import ROUNDED, blank_files, encoded_bytes, round_bits
 from richkd.teachers.clip import ClipTeacher, blank_clip, check_clip, load_clip, local_folder
 from richkd.teachers.cnn import CNNTeacher, load_teacher
 from richkd.teachers.demo_clip import demo_clip
+from richkd.teachers.rows import BlockRows, Teachers
 from richkd.training.device import choose_device, hardware, versions, wait_for
 from richkd.typecheck import fits, hints
 

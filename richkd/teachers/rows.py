@@ -1,0 +1,214 @@
+"""What the teachers say of the images of a block: the rows that stage one writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from richkd import fusion
+from richkd.data.datasets import Dataset, Split
+from richkd.data.inputs import ArrayInputs, FileInputs, make_inputs
+from richkd.data.views import views_tensor
+from richkd.progress import Advance, Report, percent
+from richkd.recipe import Precompute
+from richkd.store.schema import Block
+from richkd.store.topk import compact
+from richkd.store.writer import StoreWriter
+from richkd.teachers.clip import ClipTeacher
+from richkd.teachers.cnn import CNNTeacher
+from richkd.training.loop import accuracy
+
+DECODED = 16  # files a loader's batch: with the crops of all their views they are in flight
+Unit = tuple[Block, ...]  # blocks that are computed together
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """Both teachers and how they are blended."""
+
+    settings: Precompute
+    cnn: CNNTeacher
+    clip: ClipTeacher | None
+    classes: Tensor | None  # class embeddings [C,D]
+
+    def clip_rows(self, features: Tensor) -> dict[str, Tensor]:
+        """CLIP's rows, from its image features [B,D]."""
+        assert self.classes is not None
+        return {"clip_features": features,
+                "clip_similarity": fusion.clip_similarity(features, self.classes)}  # fmt: skip
+
+    def cnn_rows(
+        self, parts: Sequence[tuple[Tensor, Tensor]], similarity: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The CNN teacher's rows, given batch by batch, and the blend with CLIP's cosines."""
+        logits, features = (torch.cat(part) for part in zip(*parts, strict=True))
+        rows = {"teacher_logits": logits, "teacher_features": features}
+        if self.clip is not None and similarity is not None:
+            scale = fusion.resolve_scale(self.settings.scale, self.clip.logit_scale)
+            rows["fused_logits"] = fusion.fuse_logits(
+                logits, similarity.to(logits.device), self.settings.alpha, scale
+            )
+        return rows
+
+
+class BlockRows:
+    """The rows of blocks, by the teachers.
+
+    Images of an array are gathered view by view, and CLIP's rows come before those of the views,
+    which read them from the store. Image files are decoded once for CLIP and all views.
+    """
+
+    def __init__(
+        self, dataset: Dataset, views: Tensor, device: torch.device, teachers: Teachers,
+        writer: StoreWriter,
+    ) -> None:  # fmt: skip
+        self.splits: dict[str, Split] = {"train": dataset.train, "test": dataset.test}
+        self.inputs = {name: make_inputs(split.images, device)
+                       for name, split in self.splits.items()}  # fmt: skip
+        clean = views_tensor(dataset.test.view_space.clean(len(dataset.test)))
+        self.views = {"train": views, "test": clean[None]}  # [V,N,…] each
+        self.teachers = teachers
+        self.writer = writer
+        self._similarity: tuple[tuple[str, int], Tensor] | None = None  # of the last span read
+
+    def phases(self, todo: Sequence[Block]) -> list[list[Unit]]:
+        """The work in parts, of which each may need what those before it wrote."""
+        test = [block for block in todo if block.split == "test"]
+        train = [block for block in todo if block.split == "train"]
+        if isinstance(self.inputs["train"], FileInputs):
+            return [
+                [tuple(blocks) for _, blocks in groupby(part, lambda block: block.start)]
+                for part in (test, train)
+            ]
+        clean = [block for block in train if block.view is None]
+        views = [block for block in train if block.view is not None]
+        return [[(block,) for block in part] for part in (test, clean, views)]
+
+    def __call__(
+        self, units: Sequence[Unit], tick: Advance, check: Callable[[], None]
+    ) -> Iterator[tuple[Block, dict[str, Tensor]]]:
+        """Each block of the units with its rows by name, without the split.
+
+        Args:
+            units: of one phase.
+            tick: is told of images as they are done.
+            check: is called where nothing is lost but what one block takes.
+        """
+        keep, temperature = self.teachers.settings.top_k, self.teachers.settings.keep_temperature
+        for block, rows in self._whole(units, tick, check):
+            if keep is not None and block.view is not None:
+                yield block, compact(rows, keep, temperature)
+            else:
+                yield block, rows
+
+    def _whole(
+        self, units: Sequence[Unit], tick: Advance, check: Callable[[], None]
+    ) -> Iterator[tuple[Block, dict[str, Tensor]]]:
+        """The same before logits are left out."""
+        for _, alike in groupby(units, lambda unit: [block.view for block in unit]):
+            some = list(alike)
+            inputs = self.inputs[some[0][0].split]
+            if isinstance(inputs, FileInputs):
+                yield from self._decoded(inputs, some, tick, check)
+            else:
+                for block in (block for unit in some for block in unit):
+                    yield block, self._gathered(inputs, block)
+                    tick(block.stop - block.start)
+
+    def _gathered(self, inputs: ArrayInputs, block: Block) -> dict[str, Tensor]:
+        """The rows of one block of images that are an array."""
+        rows: dict[str, Tensor] = {}
+        teachers, batch_size = self.teachers, self.teachers.settings.batch_size
+        if block.view is None:
+            rows |= self._given(block)
+            if teachers.clip is not None:
+                rows |= teachers.clip_rows(
+                    teachers.clip.image_features(inputs, block.start, block.stop, batch_size)
+                )
+        if (view := cnn_view(block)) is not None:
+            order = torch.arange(block.start, block.stop)
+            batches = inputs.batches(order, self.views[block.split][view], batch_size)
+            parts = [teachers.cnn.rows(images) for _, images in batches]
+            rows |= teachers.cnn_rows(parts, self._similarity_of(block, rows))
+        return rows
+
+    def _decoded(
+        self, inputs: FileInputs, units: Sequence[Unit], tick: Advance, check: Callable[[], None]
+    ) -> Iterator[tuple[Block, dict[str, Tensor]]]:
+        """The rows of spans of image files, each span to the same blocks: one pass over them."""
+        first = units[0]
+        teachers, split = self.teachers, first[0].split
+        wanted = [view for block in first if (view := cnn_view(block)) is not None]
+        clip = teachers.clip if any(block.view is None for block in first) else None
+        spans = [range(unit[0].start, unit[0].stop) for unit in units]
+        decoded = inputs.decode_once(
+            spans, self.views[split][wanted], DECODED, clip.transform if clip else None
+        )
+        for unit, span in zip(units, spans, strict=True):
+            features: list[Tensor] = []
+            cnn: list[list[tuple[Tensor, Tensor]]] = [[] for _ in wanted]
+            for crops, pixels in batched(decoded, len(span), teachers.settings.batch_size):
+                if clip is not None and pixels is not None:
+                    features.append(clip.encode(pixels))
+                for number, parts in enumerate(cnn):
+                    parts.append(teachers.cnn.rows(crops[:, number]))
+                tick(len(crops) * len(unit))
+                check()
+            shared = teachers.clip_rows(torch.cat(features)) if features else {}
+            for block in unit:
+                rows = {**self._given(block), **shared} if block.view is None else {}
+                if (view := cnn_view(block)) is not None:
+                    similarity = self._similarity_of(block, shared)
+                    rows |= teachers.cnn_rows(cnn[wanted.index(view)], similarity)
+                yield block, rows
+
+    def _given(self, block: Block) -> dict[str, Tensor]:
+        """What no teacher is asked for: labels, and images that are an array."""
+        split = self.splits[block.split]
+        rows = {"labels": split.labels[block.start : block.stop]}
+        if isinstance(split.images, Tensor):
+            rows["images"] = split.images[block.start : block.stop]
+        return rows
+
+    def _similarity_of(self, block: Block, computed: Mapping[str, Tensor]) -> Tensor | None:
+        """CLIP's cosines of the samples, just computed or written before; None without CLIP."""
+        if self.teachers.clip is None or "clip_similarity" in computed:
+            return computed.get("clip_similarity")
+        span = (block.split, block.start)
+        if self._similarity is None or self._similarity[0] != span:
+            name = f"{block.split}/clip_similarity"
+            self._similarity = (span, self.writer.read(name, block.start, block.stop))
+        return self._similarity[1]
+
+    def say_zero_shot(self, report: Report) -> None:
+        """CLIP's accuracy on the test images, as soon as it is known."""
+        if self.teachers.clip is not None:
+            count = len(self.splits["test"])
+            similarity = self.writer.read("test/clip_similarity", 0, count)
+            top1 = accuracy(similarity, self.splits["test"].labels, 1)
+            report.say(f"CLIP zero-shot: {percent(top1)} % of the test images")
+
+
+def cnn_view(block: Block) -> int | None:
+    """Which of its split's views a block asks the CNN teacher for; test images have but one."""
+    return 0 if block.split == "test" else block.view
+
+
+def batched(
+    decoded: Iterator[tuple[Tensor, Tensor, Tensor | None]], count: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The next `count` images in batches for a network: crops [B,V,S,S,3], CLIP's pixels."""
+    done = 0
+    parts: list[tuple[Tensor, Tensor | None]] = []
+    while done < count:
+        _, crops, pixels = next(decoded)
+        parts.append((crops, pixels))
+        done += len(crops)
+        if done == count or sum(len(crops) for crops, _ in parts) >= batch_size:
+            every = [pixels for _, pixels in parts if pixels is not None]
+            yield torch.cat([crops for crops, _ in parts]), torch.cat(every) if every else None
+            parts = []
