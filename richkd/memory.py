@@ -1,8 +1,11 @@
-"""How much memory this process may still take."""
+"""How much memory this process may still take, and how to take little at once."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+
+ROWS_AT_ONCE = 4096  # no result depends on it
 
 
 def available_memory() -> int:
@@ -13,6 +16,12 @@ def available_memory() -> int:
     except (OSError, StopIteration):  # no Linux
         return 4 * 2**30
     return min(free, _free_in_container(free))
+
+
+def spans(count: int) -> Iterator[slice]:
+    """0 to `count` in parts, so that what is made of one part stays small beside all the rows."""
+    for start in range(0, count, ROWS_AT_ONCE):
+        yield slice(start, min(start + ROWS_AT_ONCE, count))
 
 
 def _free_in_container(free: int, group: Path = Path("/sys/fs/cgroup")) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from richkd import fusion
 from richkd.errors import RichKDError
+from richkd.memory import spans
 from richkd.probe import fit_probe
 from richkd.progress import Report
 from richkd.recipe import Distill, Scale
@@ -25,7 +26,6 @@ from richkd.training.loop import accuracy, derive_seed
 
 ALPHAS = torch.linspace(0, 1, 21)
 SCALES_A_DOUBLING = 2
-COMPUTED_AT_ONCE = 8192  # samples of a target that is a blend
 DOUBLINGS = 12  # of the scale, below its native value; 3 above
 
 
@@ -58,7 +58,7 @@ class Target:
             return rows[self.reads[0]]
         clip = self.clip[split]
         logits = empty(clip.shape)
-        for span in torch.split(torch.arange(len(clip)), COMPUTED_AT_ONCE):
+        for span in spans(len(clip)):
             if self.kind == "clip":
                 logits[span] = (self.scale * clip[span]).to(logits.dtype)
             else:

@@ -20,6 +20,7 @@ from richkd import fusion
 from richkd.data.views import NUM_VIEW_IDS
 from richkd.distill import Source
 from richkd.errors import RichKDError
+from richkd.memory import spans
 from richkd.precompute import precompute
 from richkd.progress import Report
 from richkd.recipe import Distill, Precompute, resolve
@@ -234,7 +235,8 @@ def check_finite(cache: TeacherCache) -> Iterator[str]:
     for name, spec in cache.specs.items():
         if spec.dtype.startswith("float"):
             for view in views_of(spec):
-                if not torch.isfinite(cache.read(name, view)).all():
+                values = cache.read(name, view)
+                if not all(torch.isfinite(values[span]).all() for span in spans(len(values))):
                     yield f"{name}: NaN or infinity" + ("" if view is None else f" in view {view}")
 
 
@@ -243,9 +245,12 @@ def check_units(cache: TeacherCache) -> Iterator[str]:
     if cache.manifest["clip"] is None:
         return
     for name in ("train/clip_features", "test/clip_features", "text/embeddings"):
-        far = (cache.read(name).float().norm(dim=-1) - 1).abs() > 4 * rounding(cache)
-        if far.any():
-            yield f"{name}: {far.sum()} are not of unit length"
+        features, far = cache.read(name), 0
+        for span in spans(len(features)):
+            lengths = features[span].float().norm(dim=-1)
+            far += int(((lengths - 1).abs() > 4 * rounding(cache)).sum())
+        if far:
+            yield f"{name}: {far} are not of unit length"
 
 
 def check_blend(cache: TeacherCache) -> Iterator[str]:
@@ -255,16 +260,21 @@ def check_blend(cache: TeacherCache) -> Iterator[str]:
     classes = fusion.class_embeddings(cache.text_embeddings)
     for split in ("train", "test"):
         similarity = cache.read(f"{split}/clip_similarity")
-        again = fusion.clip_similarity(cache.read(f"{split}/clip_features"), classes)
-        if ((similarity - again).abs() > 4 * rounding(cache)).any():
+        features, wrong = cache.read(f"{split}/clip_features"), 0
+        for span in spans(len(features)):
+            again = fusion.clip_similarity(features[span], classes)
+            wrong += int(((similarity[span] - again).abs() > 4 * rounding(cache)).sum())
+        if wrong:
             yield f"{split}/clip_similarity is not that of the features and the text embeddings"
         for view in range(cache.num_views) if split == "train" else (None,):
-            rows = [cache.rows(f"{split}/{name}", view) for name in LOGITS]
-            teacher, fused = (each.float() for each in rows)
-            parts = cache.blend(teacher, similarity, alpha=None, scale=None)
-            # each of the two was rounded, by half a unit in its last place or less
-            room = 2 * rounding(cache) * (teacher.abs() + fused.abs() + 1e-3)
-            wrong = (((fused - parts).abs() > room) & known(rows)).any(1).sum()
+            logits, wrong = [cache.rows(f"{split}/{name}", view) for name in LOGITS], 0
+            for span in spans(len(similarity)):
+                rows = [each[span] for each in logits]
+                teacher, fused = (each.float() for each in rows)
+                parts = cache.blend(teacher, similarity[span], alpha=None, scale=None)
+                # each of the two was rounded, by half a unit in its last place or less
+                room = 2 * rounding(cache) * (teacher.abs() + fused.abs() + 1e-3)
+                wrong += int((((fused - parts).abs() > room) & known(rows)).any(1).sum())
             if wrong:
                 where = "" if view is None else f" view {view}"
                 yield f"{split}/fused_logits{where}: {wrong} rows are not the blend of their parts"

@@ -497,7 +497,7 @@ def test_rows_on_the_disk_or_on_the_host_change_nothing(
         assert mapped == []
         with monkeypatch.context() as patch:
             patch.setattr(pages, "available_memory", lambda: 0)
-            patch.setattr("richkd.targets.COMPUTED_AT_ONCE", 7)
+            patch.setattr("richkd.memory.ROWS_AT_ONCE", 7)
             assert_same_run(run("disk"), memory)
         slab = 48 * 64 * 2 if method == "richkd" else 0  # resnet8's features
         assert slab in mapped or not slab

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from richkd.errors import RichKDError
+from richkd.memory import spans
 
 PAD = 4
 OFFSETS = 2 * PAD + 1
 NUM_VIEW_IDS = OFFSETS * OFFSETS * 2
 CLEAN_VIEW_ID = (PAD * OFFSETS + PAD) * 2
-DRAWN_AT_ONCE = 4096  # samples; what is drawn does not depend on it
 
 
 def apply_views(images: Tensor, view_ids: Tensor) -> Tensor:
@@ -78,10 +78,10 @@ class PadCropFlip:
         check_num_views(num_views, self.limit)
         stream = np.random.Philox(seed)
         views = np.empty((num_views, num_samples), np.uint16)
-        for start in range(0, num_samples, DRAWN_AT_ONCE):
-            stop = min(start + DRAWN_AT_ONCE, num_samples)
-            keys = stream.random_raw((stop - start) * NUM_VIEW_IDS).reshape(-1, NUM_VIEW_IDS)
-            views[:, start:stop] = keys.argsort(axis=1, kind="stable")[:, :num_views].T
+        for span in spans(num_samples):
+            count = span.stop - span.start
+            keys = stream.random_raw(count * NUM_VIEW_IDS).reshape(-1, NUM_VIEW_IDS)
+            views[:, span] = keys.argsort(axis=1, kind="stable")[:, :num_views].T
         return views
 
     def clean(self, num_samples: int) -> NDArray[np.uint16]:
@@ -111,8 +111,7 @@ class ResizedCropFlip:
         for view in range(num_views):
             # a stream a view; row i of it belongs to sample i
             stream = np.random.Philox(np.random.SeedSequence([seed, view]))
-            for start in range(0, num_samples, DRAWN_AT_ONCE):
-                span = slice(start, min(start + DRAWN_AT_ONCE, num_samples))
+            for span in spans(num_samples):
                 views[view, span] = self._draw(stream, self.sizes[span])
         return views
 

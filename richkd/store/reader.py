@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 import zarr
 from numpy.typing import NDArray
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from richkd import fusion
 from richkd.data.views import views_tensor
 from richkd.errors import RichKDError
+from richkd.memory import spans
 from richkd.recipe import Scale, check_blend
 from richkd.store import pages, schema
 from richkd.store.checksums import (
@@ -257,7 +260,13 @@ class TeacherCache:
         if prompts is None:
             return self.read(f"{split}/clip_similarity")
         classes = fusion.class_embeddings(self.text_embeddings, prompts)
-        return fusion.clip_similarity(self.read(f"{split}/clip_features"), classes)
+        features = self.read(f"{split}/clip_features")
+        shape, dtype = (len(features), len(classes)), np.dtype(np.float32)
+        on_disk = pages.beyond_memory(math.prod(shape) * dtype.itemsize)
+        cosines = torch.from_numpy(pages.empty(shape, dtype, on_disk))
+        for span in spans(len(features)):
+            cosines[span] = fusion.clip_similarity(features[span], classes)
+        return cosines
 
     @cached_property
     def text_embeddings(self) -> Tensor:

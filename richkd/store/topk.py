@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from richkd.errors import RichKDError
+from richkd.memory import spans
 from richkd.store.schema import LOGITS, part_names
 
 MOST_CLASSES = 2**16  # that u16 can name
-SPAN = 8192  # rows that are filled up at once; bounds what is in memory beside the result
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +70,9 @@ class TopKRows:
         """The rows filled up: [N,C], in the dtype in which they are kept."""
         flat = self._each(lambda part: part.flatten(0, self.rest.ndim - 1))
         full = flat.rest[:, None].repeat(1, self.num_classes)
-        for start in range(0, len(full), SPAN):
-            span = flat[start : start + SPAN]
-            full[start : start + SPAN].scatter_(1, span.class_index(), span.top)
+        for span in spans(len(full)):
+            some = flat[span]
+            full[span].scatter_(1, some.class_index(), some.top)
         return full.view(self.shape)
 
     def float(self) -> Tensor:
@@ -144,8 +144,8 @@ def kl_errors(logits: Tensor, keep: int, temperature: float) -> dict[str, float]
         temperature: at which the others keep their mass; the other τ is 1.
     """
     sums = dict.fromkeys((1.0, temperature), 0.0)
-    for start in range(0, len(logits), SPAN):
-        whole = logits[start : start + SPAN]
+    for span in spans(len(logits)):
+        whole = logits[span]
         kept = keep_top(whole, keep, temperature).dense()
         for tau in sums:
             target, told = ((z.double() / tau).log_softmax(-1) for z in (whole, kept))

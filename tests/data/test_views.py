@@ -103,7 +103,7 @@ def test_resized_crops_drawn_in_spans_are_those_of_one_stream(
     seed = int(rng.integers(2**32))
     wanted = [[one_view(seed, v, i, tuple(size)) for i, size in enumerate(sizes)] for v in range(2)]
     assert np.array_equal(ResizedCropFlip(sizes, 32).draw(seed, 100, 2), wanted)
-    monkeypatch.setattr("richkd.data.views.DRAWN_AT_ONCE", 7)
+    monkeypatch.setattr("richkd.memory.ROWS_AT_ONCE", 7)
     assert np.array_equal(ResizedCropFlip(sizes, 32).draw(seed, 100, 2), wanted)
     ids = PadCropFlip().draw(seed, 100, 3)
     monkeypatch.undo()

@@ -134,8 +134,9 @@ WRONG: list[tuple[str, Callable[[np.ndarray[Any, Any]], None], str]] = [
 
 @pytest.mark.parametrize(("name", "change", "message"), WRONG, ids=[m for _, _, m in WRONG])
 def test_values_that_cannot_be(
-    copy: Path, fails: Fails, name: str, change: Any, message: str
+    copy: Path, fails: Fails, name: str, change: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("richkd.memory.ROWS_AT_ONCE", 5)  # rows beyond the first part count, too
     rewritten(copy, name, change)
     found = faults(copy)
     assert any(message in fault for fault in found), found

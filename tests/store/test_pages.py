@@ -113,6 +113,24 @@ def test_reading_chooses_by_what_is_free(store: Path, monkeypatch: pytest.Monkey
     assert len(lengths) == 5
 
 
+def test_cosines_of_some_prompts_may_lie_on_disk(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, lengths = richkd.open_cache(store), []
+    plain = pages._mapped_file
+    monkeypatch.setattr(pages, "_mapped_file", lambda n: lengths.append(n) or plain(n))
+    monkeypatch.setattr(pages, "available_memory", lambda: 0)
+    monkeypatch.setattr("richkd.memory.ROWS_AT_ONCE", 7)
+    cosines = cache.similarity("train", [0, 2])
+    assert 4 * cache.num_samples * cache.num_classes in lengths
+    text = cache.text_embeddings[:, [0, 2]].double()
+    text = text / text.norm(dim=2, keepdim=True)
+    mean = text.sum(1)
+    classes = mean / mean.norm(dim=1, keepdim=True)
+    wanted = cache.read("train/clip_features").double() @ classes.T
+    torch.testing.assert_close(cosines.double(), wanted, rtol=0, atol=1e-6)
+
+
 def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
     free = available_memory()
     assert free > 2**27

@@ -113,7 +113,7 @@ def test_rows_are_chosen_moved_and_filled_up_as_whole_ones(
     rows = keep_top(torch.from_numpy(rng.normal(size=(3, 25, 12))).half(), 4, 3.0)
     dense = rows.dense()
     assert dense.dtype == torch.float16 and dense.shape == rows.shape == (3, 25, 12)
-    monkeypatch.setattr("richkd.store.topk.SPAN", 8)
+    monkeypatch.setattr("richkd.memory.ROWS_AT_ONCE", 8)
     assert torch.equal(rows.dense(), dense)
     one = keep_top(dense[1], 4, 3.0)
     index = torch.from_numpy(rng.permutation(25)[:9])
@@ -128,7 +128,7 @@ def test_kl_errors_are_those_of_another_reading(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits = (rng.normal(size=(50, 30)) * 4).astype(np.float16)
-    monkeypatch.setattr("richkd.store.topk.SPAN", 16)
+    monkeypatch.setattr("richkd.memory.ROWS_AT_ONCE", 16)
     errors = kl_errors(torch.from_numpy(logits), 6, 2.5)
     assert list(errors) == ["1", "2.5"]
     whole = logits.astype(np.float64)
