@@ -6,26 +6,24 @@ credentials from the environment, under the names that the clouds' own tools use
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import obstore
-from obstore.exceptions import BaseError, GenericError
+from obstore.exceptions import BaseError
 from obstore.store import from_url
 
 from richkd.errors import RichKDError
 from richkd.store.lease import LOCK, Lease
-from richkd.store.patient import PatientStore
-from richkd.store.place import AT_ONCE, ATTEMPTS, METADATA, PATIENCE_S, Place, first_line
+from richkd.store.patient import PatientStore, again
+from richkd.store.place import AT_ONCE, METADATA, PATIENCE_S, Place, first_line
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
-T = TypeVar("T")
 TIMEOUT_S = 60.0  # of a request
 HASTE_S = 3.0  # for the first request of all, when nothing is lost yet
 # where obstore asks when the environment holds no credentials: the machine's own, in the clouds
@@ -74,31 +72,18 @@ class Bucket(Place):
     def read(self, file: str) -> bytes:
         """One request."""
         with self.explained("read"):
-            return self._again(lambda: bytes(obstore.get(self._store, file).bytes()))
+            return again(lambda: bytes(obstore.get(self._store, file).bytes()))
 
     def tail(self, file: str, count: int) -> bytes:
         """One request for a range."""
         with self.explained("read"):
             try:
                 options: Any = {"range": {"suffix": count}}
-                return self._again(
-                    lambda: bytes(obstore.get(self._store, file, options=options).bytes())
-                )
+                return again(lambda: bytes(obstore.get(self._store, file, options=options).bytes()))
             except obstore.exceptions.NotSupportedError:  # Azure knows no ranges from the end
                 size = obstore.head(self._store, file)["size"]
                 start = max(0, size - count)
                 return bytes(obstore.get_range(self._store, file, start=start, end=size))
-
-    def _again(self, request: Callable[[], T]) -> T:
-        """What a request gives; again where obstore gives up at once: after a body cut short, …"""
-        patience = time.monotonic() + PATIENCE_S
-        for _ in range(ATTEMPTS - 1):
-            try:
-                return request()
-            except GenericError:
-                if time.monotonic() > patience:  # obstore did not give up at once
-                    raise
-        return request()
 
     def write(self, file: str, content: bytes) -> None:
         """One request; a server takes an object whole or not at all."""
@@ -108,14 +93,14 @@ class Bucket(Place):
     def delete(self, file: str) -> None:
         """One request."""
         with self.explained("write to"), suppress(FileNotFoundError):
-            self._again(lambda: obstore.delete(self._store, file))
+            again(lambda: obstore.delete(self._store, file))
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """A request for every thousand files."""
         with self.explained("list"):
             return {
                 entry["path"]: entry["size"]
-                for entry in self._again(
+                for entry in again(
                     lambda: obstore.list(self._store, prefix=prefix or None).collect()
                 )
                 if entry["path"] != LOCK
@@ -141,7 +126,7 @@ class Bucket(Place):
         with self.explained("write to"):
             for start in range(0, len(others), 1000):  # as many as a request takes
                 some = others[start : start + 1000]
-                self._again(partial(obstore.delete, self._store, some))
+                again(partial(obstore.delete, self._store, some))
         for file, data in content.items():
             self.write(file, data)
 

@@ -23,6 +23,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, GenericError, PreconditionError
 
 from richkd.errors import RichKDError
+from richkd.store.patient import again
 from richkd.store.place import ATTEMPTS
 
 LOCK = ".lock"
@@ -104,16 +105,15 @@ class Lease:
 
     def look(self) -> Seen | None:
         """The lock that is there."""
-        for attempt in range(ATTEMPTS):
-            try:
-                found = obstore.get(self._store, LOCK)
-                return _read(str(found.meta["e_tag"]), bytes(found.bytes()))
-            except FileNotFoundError:
-                return None
-            except GenericError:
-                if attempt == ATTEMPTS - 1:
-                    raise
-        return None
+
+        def request() -> Seen:
+            found = obstore.get(self._store, LOCK)
+            return _read(str(found.meta["e_tag"]), bytes(found.bytes()))
+
+        try:
+            return again(request)
+        except FileNotFoundError:
+            return None
 
     def _renew(self) -> None:
         with self._one_at_a_time:

@@ -28,14 +28,20 @@ def beyond_memory(count: int) -> bool:
     return 2 * count > available_memory() / 2
 
 
-def empty(shape: tuple[int, ...], dtype: np.dtype[Any], on_disk: bool) -> np.ndarray[Any, Any]:
+def empty(
+    shape: tuple[int, ...], dtype: np.dtype[Any], on_disk: bool | None = None
+) -> np.ndarray[Any, Any]:
     """An array whose memory goes back to the system when it is freed, whatever malloc keeps.
+
+    `on_disk` None: where it is beyond memory.
 
     Raises:
         RichKDError: it is to lie on the disk, and no folder for it has room.
     """
     count = math.prod(shape)
     length = max(count * dtype.itemsize, 1)
+    if on_disk is None:
+        on_disk = beyond_memory(length)
     if on_disk:
         pages = _mapped_file(length)
     elif sys.platform == "win32":

@@ -1,9 +1,10 @@
-"""zarr's store over obstore, to which a body cut short or damaged on its way is no error."""
+"""Asking obstore again where it gives up at once: after a body cut short or damaged on its way."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from obstore.exceptions import GenericError
 from zarr.storage import ObjectStore
@@ -14,6 +15,21 @@ from richkd.store.place import ATTEMPTS, PATIENCE_S
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
+
+
+T = TypeVar("T")
+
+
+def again(request: Callable[[], T]) -> T:
+    """What a request gives, asked for again after errors that came soon."""
+    patience = time.monotonic() + PATIENCE_S
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return request()
+        except GenericError:
+            if time.monotonic() > patience:  # obstore did not give up at once
+                raise
+    return request()
 
 
 class PatientStore(ObjectStore[Any]):

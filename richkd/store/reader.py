@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -152,8 +151,6 @@ class TeacherCache:
 
     def _read_here(self, name: str, view: int | None, on_disk: bool | None) -> NDArray[Any]:
         at = () if view is None else (view,)
-        if on_disk is None:
-            on_disk = pages.beyond_memory(self.nbytes([name], view))
         spec = self.specs[name]
         values = pages.empty(spec.shape[len(at) :], np.dtype(spec.dtype), on_disk)
         step = spec.chunks[len(at)]
@@ -194,13 +191,13 @@ class TeacherCache:
         if not self.has(name):
             raise RichKDError(f"{self.place} has no array {name!r}" + self._why_absent(name))
 
-    def nbytes(self, names: Collection[str], view: int | None = 0) -> int:
-        """Bytes of one view of some arrays, or of all their views for None, as they are stored."""
+    def nbytes(self, names: Collection[str]) -> int:
+        """Bytes of one view of some arrays, as they are stored."""
         for name in names:
             self.require(name)
         parts = [schema.part_names(name) if name in self.kept else (name,) for name in names]
         specs = [self.specs[part] for each in parts for part in each]
-        return sum(spec.nbytes // (1 if view is None else len(views_of(spec))) for spec in specs)
+        return sum(spec.nbytes // len(views_of(spec)) for spec in specs)
 
     def slab(
         self, view: int, arrays: Collection[str] = SLAB_ARRAYS, on_disk: bool | None = None
@@ -261,9 +258,8 @@ class TeacherCache:
             return self.read(f"{split}/clip_similarity")
         classes = fusion.class_embeddings(self.text_embeddings, prompts)
         features = self.read(f"{split}/clip_features")
-        shape, dtype = (len(features), len(classes)), np.dtype(np.float32)
-        on_disk = pages.beyond_memory(math.prod(shape) * dtype.itemsize)
-        cosines = torch.from_numpy(pages.empty(shape, dtype, on_disk))
+        shape = len(features), len(classes)
+        cosines = torch.from_numpy(pages.empty(shape, np.dtype(np.float32)))
         for span in spans(len(features)):
             cosines[span] = fusion.clip_similarity(features[span], classes)
         return cosines
