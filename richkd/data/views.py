@@ -1,9 +1,10 @@
 """A view is a number: an augmented image is (sample, view), and applying a view is a gather.
 
 Two spaces of views. `PadCropFlip` is the augmentation of CIFAR-like data, all 162 outcomes of it;
-`ResizedCropFlip` is that of photographs, a row of five parameters. Both draw every sample's views
-from (seed, sample, view index) alone, so neither the number of samples or views nor the order of
-work changes a view. Colour augmentation is not a view.
+`ResizedCropFlip` is that of photographs, a row of five parameters. Each has `draw`, the views of a
+store, and `fresh`, those of an epoch of training without one. `draw` depends on (seed, sample, view
+index) alone and `fresh` on (seed, epoch, sample), so neither the number of samples or views nor the
+order of work changes a view. Colour augmentation is not a view.
 """
 
 from __future__ import annotations
@@ -84,6 +85,10 @@ class PadCropFlip:
             views[:, span] = keys.argsort(axis=1, kind="stable")[:, :num_views].T
         return views
 
+    def fresh(self, seed: int, epoch: int, num_samples: int) -> NDArray[np.uint16]:
+        """View ids [N] of one epoch, each drawn from all 162."""
+        return (_epoch_stream(seed, epoch).random_raw(num_samples) % NUM_VIEW_IDS).astype(np.uint16)
+
     def clean(self, num_samples: int) -> NDArray[np.uint16]:
         """The ids [N] of the clean view."""
         return np.full(num_samples, CLEAN_VIEW_ID, np.uint16)
@@ -109,10 +114,19 @@ class ResizedCropFlip:
         check_num_views(num_views, self.limit)
         views = np.empty((num_views, num_samples, 5), np.float32)
         for view in range(num_views):
-            # a stream a view; row i of it belongs to sample i
             stream = np.random.Philox(np.random.SeedSequence([seed, view]))
-            for span in spans(num_samples):
-                views[view, span] = self._draw(stream, self.sizes[span])
+            views[view] = self._draw_all(stream, num_samples)
+        return views
+
+    def fresh(self, seed: int, epoch: int, num_samples: int) -> NDArray[np.float32]:
+        """View parameters [N,5] of one epoch."""
+        return self._draw_all(_epoch_stream(seed, epoch), num_samples)
+
+    def _draw_all(self, stream: np.random.Philox, num_samples: int) -> NDArray[np.float32]:
+        """One view [N,5] of every sample; row i of the stream belongs to sample i."""
+        views = np.empty((num_samples, 5), np.float32)
+        for span in spans(num_samples):
+            views[span] = self._draw(stream, self.sizes[span])
         return views
 
     def _draw(self, stream: np.random.Philox, sizes: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -154,6 +168,11 @@ class ResizedCropFlip:
 
 
 ViewSpace = PadCropFlip | ResizedCropFlip
+
+
+def _epoch_stream(seed: int, epoch: int) -> np.random.Philox:
+    """Raw random numbers of an epoch, apart from those of a store's views."""
+    return np.random.Philox(np.random.SeedSequence([seed, epoch, 3]))
 
 
 def check_num_views(num_views: int, limit: int | None) -> None:
