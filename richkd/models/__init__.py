@@ -108,15 +108,19 @@ def _build(
 
 
 def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B,C] and the pooled features [B,F] that enter the classifier, in one pass."""
+    """Logits [B,C] and the pooled features [B,F] that enter the classifier, in one pass.
+
+    Under autocast the classifier still computes in f32: logits in bfloat16 tie by the hundred.
+    """
     maps = model.forward_features(images)  # type: ignore[operator]
     features = model.forward_head(maps, pre_logits=True)  # type: ignore[operator]
     classifier = model.get_classifier()  # type: ignore[operator]
-    # running the head once more would count batches twice where it has batch norm (CPUBone)
-    if isinstance(classifier, nn.Linear | nn.Sequential) or hasattr(classifier, "linear"):
-        return classifier(features), features
-    # two heads whose logits are averaged, a convolution on what is not flattened yet, …
-    return model.forward_head(maps), features.flatten(1)  # type: ignore[operator]
+    with torch.autocast(images.device.type, enabled=False):
+        # running the head once more would count batches twice where it has batch norm (CPUBone)
+        if isinstance(classifier, nn.Linear | nn.Sequential) or hasattr(classifier, "linear"):
+            return classifier(features.float()), features
+        # two heads whose logits are averaged, a convolution on what is not flattened yet, …
+        return model.forward_head(maps.float()), features.flatten(1)  # type: ignore[operator]
 
 
 def check_fit(
