@@ -57,7 +57,8 @@ class CRDLoss(nn.Module):
         contrast: exact, shared or bank.
 
     Raises:
-        RichKDError: there is no negative, because all samples are of one class.
+        RichKDError: there is no negative, because all samples are of one class; or a temperature
+            at which the exponentials overflow.
     """
 
     student_bank: Tensor
@@ -79,6 +80,7 @@ class CRDLoss(nn.Module):
         contrast: Contrast = "exact",
     ) -> None:
         super().__init__()
+        check_temperature(temperature, max(num_samples, num_negatives))
         self.contrast = contrast
         self.num_samples = num_samples
         self.num_negatives = num_negatives
@@ -177,6 +179,16 @@ class CRDLoss(nn.Module):
         self._pending = None
 
 
+def check_temperature(temperature: float, count: int) -> None:
+    """Refuse a temperature at which a sum of so many exponentials a sample overflows in f32."""
+    room = math.log(torch.finfo(torch.float32).max) - math.log(1024 * count)  # samples of a batch
+    if 1 / temperature > room:
+        raise RichKDError(
+            f"crd_temperature = {temperature:g}: exp(1/{temperature:g}) overflows float32 among "
+            f"{count:,} samples; use {math.ceil(1000 / room) / 1000:g} or more"
+        )
+
+
 class _NoiseContrast(torch.autograd.Function):
     """One side's loss: equations 8 to 13 of the paper, in the form of the published code.
 
@@ -207,7 +219,7 @@ class _NoiseContrast(torch.autograd.Function):
         p = scores.exp() if columns is None else scores.gather(1, columns).exp_()  # [B,1+M]
         if kept is not None:
             p[:, 1:] *= kept
-        count = scores.new_tensor(p.shape[1] - 1.0) if kept is None else kept.sum(1, keepdim=True)
+        count = scores.new_full((), p.shape[1] - 1.0) if kept is None else kept.sum(1, keepdim=True)
         mean = p.sum() / (count + 1).expand(len(p), 1).sum()
         z = torch.where(z > 0, z, mean * num_samples)
         p /= z
