@@ -44,7 +44,7 @@ from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
 from richkd.store.writer import round_bits
 from richkd.teachers.clip import load_clip
 from richkd.training.device import choose_device, hardware, keep_freed_memory, versions, wait_for
-from richkd.training.loop import Data, EpochRows, Trainer
+from richkd.training.loop import Data, EpochRows, EvalSet, Trainer
 
 CLIP_WIDTH = 768  # of ViT-L/14's image features
 EMBEDDING = 128
@@ -243,9 +243,9 @@ def time_steps(sizes: Sizes, device: torch.device, report: Report) -> dict[str, 
     images = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8)
     normalize = Normalize((0.5,) * 3, (0.25,) * 3, device)
     inputs = ArrayInputs(images, device)
-    data = Data(train=inputs, train_labels=labels, test=inputs, test_labels=labels,
-                test_views=torch.empty(0), tested=torch.empty(0), normalize=normalize,
-                num_classes=c)  # fmt: skip
+    none = torch.empty(0)
+    data = Data(train=inputs, train_labels=labels, normalize=normalize, num_classes=c,
+                test=EvalSet(images=inputs, labels=labels, views=none, ids=none))  # fmt: skip
     teacher: Any = create_model(sizes.teacher, c).eval()
     teacher = teacher.to(device, memory_format=torch.channels_last)
     rows = {

@@ -74,6 +74,7 @@ DataRoot = Annotated[str | None, _option(Precompute, "data_root")]
 ImageSize = Annotated[int | None, _option(Precompute, "image_size")]
 ClassNames = Annotated[str | None, _option(Precompute, "class_names")]
 Broken = Annotated[str | None, _option(Precompute, "broken")]
+Validation = Annotated[float | None, _option(Precompute, "validation")]
 Teacher = Annotated[str | None, _option(Precompute, "teacher")]
 TeacherWeights = Annotated[str | None, _option(Precompute, "teacher_weights")]
 Clip = Annotated[str | None, _option(Precompute, "clip")]
@@ -143,6 +144,7 @@ def train_teacher(
     model: Annotated[str | None, _option(TrainTeacher, "model")] = None,
     epochs: Epochs = None,
     limit: Limit = None,
+    validation: Validation = None,
     out: Annotated[str | None, _option(TrainTeacher, "out")] = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
@@ -187,6 +189,7 @@ def train_teacher(
 def precompute(
     dataset: Dataset = None,
     limit: Limit = None,
+    validation: Validation = None,
     teacher: Teacher = None,
     teacher_weights: TeacherWeights = None,
     clip: Clip = None,
@@ -247,6 +250,7 @@ def plan(
         str | None, typer.Option(help=f"{describe(Precompute, 'dataset')}; imagenet needs no files")
     ] = None,
     limit: Limit = None,
+    validation: Validation = None,
     teacher: Teacher = None,
     teacher_weights: TeacherWeights = None,
     clip: Clip = None,
@@ -337,7 +341,7 @@ def analyze(
     threshold: Annotated[
         float, typer.Option(help="top probability from which a prediction is confident")
     ] = 0.8,
-    split: Annotated[str, typer.Option(help="test, or train (its first view)")] = "test",
+    split: Annotated[str, typer.Option(help="test, train (its first view) or validation")] = "test",
     out: Annotated[
         str | None, typer.Option(help="folder for the page; default where the store is, or here")
     ] = None,
@@ -495,6 +499,7 @@ def run(
     options: Annotated[list[str] | None, _option(Distill, "options", "--set")] = None,
     dataset: Dataset = None,
     limit: Limit = None,
+    validation: Validation = None,
     teacher_weights: TeacherWeights = None,
     clip: Clip = None,
     cache: Annotated[

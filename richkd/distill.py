@@ -33,13 +33,14 @@ from richkd.results import teacher_accuracies
 from richkd.store import pages
 from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
 from richkd.store.topk import Rows
-from richkd.targets import Target, choose_target, describe_target, held_out
+from richkd.targets import Target, choice_samples, choose_target, describe_target, held_out
 from richkd.training.checkpoint import Best, RunFolder
 from richkd.training.device import choose_device, free_memory, hardware, versions
 from richkd.training.loop import (
     Data,
     EpochRecord,
     EpochRows,
+    EvalSet,
     Trainer,
     all_rows,
     derive_seed,
@@ -95,24 +96,37 @@ class Source:
 
     @cached_property
     def data(self) -> Data:
-        """Images and labels of both splits on the device, all test samples being tested on."""
-        train, test = load_images(self.cache, self.settings, self.report)
+        """Images and labels of all splits on the device; all test samples are tested on."""
+        splits = self.splits
         manifest = self.cache.manifest
         return Data(
-            train=make_inputs(train.images, self.device),
-            train_labels=train.labels.to(self.device),
-            test=make_inputs(test.images, self.device),
-            test_labels=test.labels.to(self.device),
-            test_views=views_tensor(test.view_space.clean(len(test))),
-            tested=torch.arange(len(test), device=self.device),
+            train=make_inputs(splits["train"].images, self.device),
+            train_labels=splits["train"].labels.to(self.device),
+            test=EvalSet.of(splits["test"], self.device),
+            choice=EvalSet.of(splits["validation"], self.device)
+            if "validation" in splits else None,
             normalize=Normalize(tuple(manifest["mean"]), tuple(manifest["std"]), self.device),
             num_classes=self.cache.num_classes,
-        )
+        )  # fmt: skip
+
+    @cached_property
+    def splits(self) -> dict[str, Split]:
+        """Images and labels of all splits; errors are those of `load_images`."""
+        return load_images(self.cache, self.settings, self.report)
 
     def data_for(self, settings: Distill) -> Data:
-        """The same, without the test images that a run holds out."""
-        _, tested = held_out(len(self.data.test_labels), settings.held_out_share)
-        return replace(self.data, tested=tested.to(self.device))
+        """The same for a run that may hold out test images, to make choices on them."""
+        if not settings.holdout:
+            return self.data
+        test = self.data.test
+        split, chosen = choice_samples(self.cache, settings.holdout)
+        assert split == "test"
+        _, tested = held_out(len(test.labels), settings.holdout)
+        return replace(
+            self.data,
+            test=replace(test, ids=tested.to(self.device)),
+            choice=replace(test, ids=chosen.to(self.device)),
+        )
 
     def widths(self, student: int, alpha: float) -> Widths:
         """The sizes that a method depends on, for a student's feature width and a blend."""
@@ -131,7 +145,7 @@ class Source:
         Errors are those of `choose_target`.
         """
         blend = (settings.alpha, settings.scale, settings.prompts, settings.clip_head,
-                 settings.held_out_share)  # fmt: skip
+                 settings.holdout)  # fmt: skip
         key = (settings.target or kind, *blend)
         if key not in self._chosen:
             target = choose_target(self.cache, settings, kind, self.report)
@@ -250,7 +264,7 @@ class StudentRun:
         self.settings = settings = with_defaults(settings, cache)
         method_type, options = method_of(settings)
         reads = method_type.reads(options)
-        check_reads(cache, reads, settings)
+        check_reads(cache, settings)
         self.folder = RunFolder(Path(settings.out))
         recorded = to_table(settings), identity(cache)
         self.folder.check(*recorded, resume=resume, overwrite=overwrite)
@@ -307,7 +321,15 @@ class StudentRun:
         return (self.settings.epochs - self.done) * self.source.cache.num_samples
 
     def own(self, source: EpochRows) -> EpochRows:
-        """Of the rows that runs share, those that this one's method reads."""
+        """The rows that this run's method reads, of those that runs share.
+
+        A method that reads none is not held to the views that were cached: it sees a fresh view of
+        every image, as plain training does, whatever the store has.
+        """
+        if not self.rows:
+            space = self.source.splits["train"].view_space
+            views = space.fresh(self.settings.seed, self.done + 1, self.source.cache.num_samples)
+            return EpochRows(views_tensor(views), {})
         rows = {name: source.rows[shared] for name, shared in self.rows.items()}
         return replace(source, rows=rows)
 
@@ -323,8 +345,8 @@ class StudentRun:
         epoch = self.done + 1
         record = self.trainer.train_epoch(epoch, self.own(source), tick)
         check_finite(record, self.settings)
-        if record.test_accuracy is not None and record.test_accuracy > self.best.accuracy:
-            self.best = Best(epoch, record.test_accuracy)
+        if record.score is not None and record.score > self.best.accuracy:
+            self.best = Best(epoch, record.score)
         self.folder.save_epoch(
             epoch,
             {**record.as_dict(), "slab_wait_s": waited},
@@ -339,25 +361,49 @@ class StudentRun:
 
     def finish(self) -> dict[str, Any]:
         """After the last epoch: weights and summary, with which the run is complete."""
+        data = self.trainer.data
         if self.record is None:  # cut off between the last epoch and the summary
-            top1, top5 = self.trainer.evaluate()
+            top1, top5 = self.trainer.evaluate(data.test)
         else:
             assert self.record.test_accuracy is not None and self.record.test_top5 is not None
             top1, top5 = self.record.test_accuracy, self.record.test_top5
-        tested = self.trainer.data.tested.cpu()
+        best = self.best.accuracy if data.choice is None else self.test_best(top1)
+        tested = data.test.ids.cpu()
         summary = {
             **describe_run(self.settings, self.source.cache, self.trainer),
             "target": self.target and describe_target(self.target, self.source.cache, tested),
             "top1_last": top1,
             "top5_last": top5,
-            "top1_best": self.best.accuracy,
+            "top1_best": best,
             "epoch_best": self.best.epoch,
+            "best_chosen_on": self.choices,
+            "choice_accuracy": None if data.choice is None else self.best.accuracy,
+            "tested": len(tested),
+            "views": self.source.cache.num_views if self.rows else "fresh",
             "seconds": self.seconds,
             "images_per_second": None if self.record is None else self.record.images_per_second,
             "run": str(self.folder.path),
         }
         self.folder.finish(self.trainer.model.state_dict(), summary)
         return summary
+
+    @property
+    def choices(self) -> str:
+        """The images that the best epoch is chosen on."""
+        if self.trainer.data.choice is None:
+            return "test"
+        return "held-out test" if self.settings.holdout else "validation"
+
+    def test_best(self, last: float) -> float:
+        """Top-1 on the test images after the best epoch, which other images chose."""
+        if self.best.epoch == self.settings.epochs:
+            return last
+        model, state = self.trainer.model, self.trainer.model.state_dict()
+        kept = {name: value.clone() for name, value in state.items()}
+        model.load_state_dict(self.folder.best_weights())
+        top1, _ = self.trainer.evaluate(self.trainer.data.test)
+        model.load_state_dict(kept)
+        return top1
 
     def opening(self) -> str:
         """The lines that say what is about to run."""
@@ -366,7 +412,8 @@ class StudentRun:
         going_on = f", going on after epoch {self.done}" if self.done else ""
         return (
             f"{settings.student} ({count / 1e6:.2f} M) by {settings.method} from "
-            f"{cache.num_views} views, seed {settings.seed}, on {self.source.device}\n"
+            f"{f'{cache.num_views} views' if self.rows else 'fresh views'}, seed {settings.seed}, "
+            f"on {self.source.device}\n"
             f"{settings.epochs} epochs of {cache.num_samples:,} images, batch "
             f"{settings.batch_size}, lr {settings.lr}{going_on}"
         )
@@ -390,18 +437,27 @@ def with_defaults(settings: Distill, cache: TeacherCache, runs: str = "runs") ->
     alpha = "" if settings.alpha is None else f"-a{settings.alpha}"
     name = f"{cache.place.stem}-{student}-{settings.method}{alpha}-s{settings.seed}"
     out = settings.out or str(Path(runs) / name.replace("/", "-"))
+    settings = settings.with_holdout("validation" in cache.splits)
     return replace(settings, student=student, out=out)
 
 
-def check_reads(cache: TeacherCache, reads: tuple[str, ...], settings: Distill) -> None:
+def check_reads(cache: TeacherCache, settings: Distill) -> None:
     """Refuse a store without what a method reads, and a target for a method that takes none.
 
     Raises:
         RichKDError: either of these.
     """
+    method_type, options = method_of(settings)
+    reads = method_type.reads(options)
     for name in reads:
         if name != TARGET:
             cache.require(f"train/{name}")
+    if cache.kept and method_type.needs_whole_rows(options):
+        raise RichKDError(
+            f"method {settings.method} standardises whole rows of logits, and {cache.place} keeps "
+            f"the {cache.manifest['keep']} largest of {cache.num_classes}: choose a method that "
+            f"does not, or make the store with --keep all"
+        )
     if settings.target and TARGET not in reads:
         raise RichKDError(
             f"target = {settings.target!r}: method {settings.method} takes no target logits; leave "
@@ -422,29 +478,28 @@ def build_student(settings: Distill, cache: TeacherCache) -> tuple[torch.nn.Modu
 
 def load_images(
     cache: TeacherCache, settings: Distill, report: Report | None = None
-) -> tuple[Split, Split]:
-    """Images and labels of both splits, from the store or from the data set that it names.
+) -> dict[str, Split]:
+    """Images and labels of all splits, from the store or from the data set that it names.
 
     Raises:
         RichKDError: the data set is gone, has other classes, or changed since stage one.
     """
     entry = cache.manifest["dataset"]
-    train_labels, test_labels = (cache.read(f"{split}/labels") for split in ("train", "test"))
-    for split, labels in (("train", train_labels), ("test", test_labels)):
+    labels_of = {split: cache.read(f"{split}/labels") for split in cache.splits}
+    for split, labels in labels_of.items():
         if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < cache.num_classes:
             raise RichKDError(
                 f"{cache.place}: {split}/labels are not in 0..{cache.num_classes - 1}; make the "
                 f"store again with richkd precompute --overwrite"
             )
     if entry["embedded"]:
-        return (
-            Split(cache.read("train/images"), train_labels),
-            Split(cache.read("test/images"), test_labels),
-        )
+        return {split: Split(cache.read(f"{split}/images"), labels)
+                for split, labels in labels_of.items()}  # fmt: skip
     dataset = load_dataset(
         Images(
             dataset=settings.dataset or entry["name"],
-            limit=entry["num_train"],
+            limit=entry["num_train"] + entry.get("num_validation", 0),
+            validation=entry.get("validation", 0.0),
             data_root=settings.data_root,
             image_size=cache.manifest["image_size"],
         ),
@@ -465,13 +520,13 @@ def load_images(
             f"{dataset.name} is not what {cache.place} was made from (its fingerprint differs); "
             f"restore the files, or make the store again with richkd precompute"
         )
-    for images, labels in ((dataset.train, train_labels), (dataset.test, test_labels)):
-        if not torch.equal(images.labels, labels):
+    for split, labels in labels_of.items():
+        if not torch.equal(dataset.splits[split].labels, labels):
             raise RichKDError(
                 f"the labels of {dataset.name} are not those in {cache.place}; make the store "
                 f"again with richkd precompute --overwrite"
             )
-    return dataset.train, dataset.test
+    return dataset.splits
 
 
 def identity(cache: TeacherCache) -> str:
@@ -521,8 +576,11 @@ def describe_run(settings: Distill, cache: TeacherCache, trainer: Trainer) -> di
 
 def epoch_line(record: EpochRecord, epochs: int) -> str:
     """One epoch in one line."""
-    tested = "" if record.test_accuracy is None else f", test {percent(record.test_accuracy)} %"
+    accuracies = {"train": record.train_accuracy, "validation": record.validation_accuracy,
+                  "test": record.test_accuracy}  # fmt: skip
+    known = ", ".join(f"{name} {percent(value)} %" for name, value in accuracies.items()
+                      if value is not None)  # fmt: skip
     return (
-        f"epoch {record.epoch}/{epochs}: loss {record.loss:.3f}, train "
-        f"{percent(record.train_accuracy)} %{tested} ({record.images_per_second:,.0f} images/s)"
+        f"epoch {record.epoch}/{epochs}: loss {record.loss:.3f}, {known} "
+        f"({record.images_per_second:,.0f} images/s)"
     )

@@ -123,7 +123,8 @@ def student_card(folder: Path, repo_id: str) -> str:
     kinds = {"cnn": "the CNN teacher", "clip": "CLIP, zero-shot", "fused": "both fused"}
     accuracy = [
         ("this student, last epoch", percent(about["top1_last"])),
-        (f"its best epoch, {about['epoch_best']}", percent(about["top1_best"])),
+        (f"its best epoch, {about['epoch_best']}, chosen on "
+         f"{text(about.get('best_chosen_on', 'test'))} images", percent(about["top1_best"])),
         *((kinds[kind], percent(share)) for kind, share in teachers.items()
           if kind in kinds and share is not None),
     ]  # fmt: skip

@@ -166,13 +166,19 @@ def sample_of(
     here = kind == "shapes" or catalog.found(settings.dataset, Path(settings.data_root))
     if here and not known:
         dataset = load_dataset(settings, skipped=(), report=report)
-        return dataset, (len(dataset.train), len(dataset.test))
+        validation = len(dataset.validation or ())
+        # a validation image costs what a test image does
+        return replace(dataset, validation=None), (
+            len(dataset.train),
+            len(dataset.test) + validation,
+        )
     if not known and kind == catalog.IMAGE_FOLDER:
         raise RichKDError(
             f"imagefolder:{path}: there is no such folder; plan for ImageNet by --dataset imagenet"
         )
     counts = catalog.COUNTS[catalog.IMAGENET if known else kind]
     train = min(counts.train, settings.limit or counts.train)
+    validation = round(train * settings.validation)
     side = settings.image_size or counts.image_size
     names = tuple(f"class {number}" for number in range(counts.classes))
     statistics = ((0.5,) * 3, (0.25,) * 3)
@@ -186,7 +192,7 @@ def sample_of(
         splits = [Split(images, torch.arange(MOST) % counts.classes) for _ in range(2)]
         report.say(f"{kind} is not in {settings.data_root}; random pixels stand for it")
     dataset = Dataset(settings.dataset, names, splits[0], splits[1], *statistics, side)
-    return dataset, (train, counts.test)
+    return dataset, (train - validation, counts.test + validation)
 
 
 def drawn_files(folder: Path, side: int) -> ImageFiles:
@@ -315,6 +321,7 @@ def planned_teacher(
     check_given(settings)
     training = resolve(TrainTeacher, {}, {
         "dataset": settings.dataset, "limit": settings.limit, "model": settings.teacher,
+        "validation": settings.validation,
     })  # fmt: skip
     weights = teacher_weights(settings, training)
     normalize = Normalize(dataset.mean, dataset.std, device)

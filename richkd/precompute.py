@@ -142,6 +142,7 @@ def make_teachers(
     training = resolve(TrainTeacher, dict(teacher_recipe), {
         "dataset": settings.dataset, "limit": settings.limit, "data_root": settings.data_root,
         "image_size": settings.image_size, "model": settings.teacher, "device": settings.device,
+        "validation": settings.validation,
     })  # fmt: skip
     weights = ranks.from_first(lambda: teacher_weights(settings, training))
 
@@ -384,6 +385,8 @@ def make_manifest(
     )
     if dataset.skipped:
         images["skipped"] = list(dataset.skipped)
+    if dataset.validation is not None:
+        images |= {"validation": settings.validation, "num_validation": len(dataset.validation)}
     manifest = Manifest(
         format=schema.FORMAT,
         schema=schema.SCHEMA,
@@ -473,9 +476,12 @@ def finish(writer: StoreWriter, manifest: Manifest) -> None:
 
 def describe(dataset: Dataset) -> str:
     """A data set in one line."""
+    counts = {"training": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    *first, last = (f"{len(split):,} {name}" for name, split in counts.items() if split)
+    side = dataset.image_size
     return (
-        f"{dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images "
-        f"of {dataset.image_size}×{dataset.image_size}, {len(dataset.class_names)} classes"
+        f"{dataset.name}: {', '.join(first)} and {last} images of {side}×{side}, "
+        f"{len(dataset.class_names)} classes"
     )
 
 

@@ -25,20 +25,23 @@ class Probe:
     """Logits by heads that did not see the sample, and what the fit found."""
 
     train_logits: Tensor  # [N,C], each by the head of the other folds
-    test_logits: Tensor  # [M,C], the mean of the heads
+    other_logits: Tensor  # [M,C], the mean of the heads
     penalty: float
     nll: float  # of the training samples, out of fold, nats
+    too_small: list[int]  # classes with fewer samples than folds: some heads hardly know them
 
 
 def fit_probe(
-    train: Tensor, labels: Tensor, test: Tensor, num_classes: int, folds: int = 5, seed: int = 0
+    train: Tensor, labels: Tensor, others: Tensor, num_classes: int, folds: int = 5, seed: int = 0
 ) -> Probe:
     """Fit K heads, each on all folds but one; the penalty is chosen by the first fold's likelihood.
+
+    Every class is spread evenly over the folds.
 
     Args:
         train: [N,D], unit length.
         labels: [N].
-        test: [M,D].
+        others: [M,D], of samples that no head is fitted on.
         num_classes: C.
         folds: K.
         seed: of the folds.
@@ -51,11 +54,10 @@ def fit_probe(
             f"a probe of {folds} folds needs as many training samples, there are {len(train)}; use "
             f"--clip-head zero-shot"
         )
-    train, test = train.float(), test.float()
+    train, others = train.float(), others.float()
     std, mean = torch.std_mean(train, dim=0)
-    train, test = ((x - mean) / std.clamp_min(1e-6) for x in (train, test))
-    generator = torch.Generator().manual_seed(seed)
-    fold = (torch.randperm(len(train), generator=generator) % folds).to(train.device)
+    train, others = ((x - mean) / std.clamp_min(1e-6) for x in (train, others))
+    fold = stratified_folds(labels, folds, seed).to(train.device)
 
     first = fold == 0
     penalty, best, head = PENALTIES[0], float("inf"), None
@@ -66,13 +68,29 @@ def fit_probe(
             penalty, best = candidate, nll
 
     train_logits = train.new_empty(len(train), num_classes)
-    test_logits = test.new_zeros(len(test), num_classes)
+    other_logits = others.new_zeros(len(others), num_classes)
     for number in range(folds):
         out = fold == number
         head = _fit(train[~out], labels[~out], num_classes, penalty, None)
         train_logits[out] = _apply(head, train[out])
-        test_logits += _apply(head, test) / folds
-    return Probe(train_logits, test_logits, penalty, F.cross_entropy(train_logits, labels).item())
+        other_logits += _apply(head, others) / folds
+    counts = torch.bincount(labels, minlength=num_classes)
+    return Probe(
+        train_logits,
+        other_logits,
+        penalty,
+        nll=F.cross_entropy(train_logits, labels).item(),
+        too_small=(counts < folds).nonzero().flatten().tolist(),
+    )
+
+
+def stratified_folds(labels: Tensor, folds: int, seed: int) -> Tensor:
+    """The fold [N] of each sample, 0..K−1: at random, the classes evenly spread, sizes alike."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels.cpu()[order].argsort(stable=True)]  # class by class
+    fold = torch.empty(len(labels), dtype=torch.long)
+    fold[order] = torch.arange(len(labels)) % folds
+    return fold
 
 
 def _fit(

@@ -34,7 +34,7 @@ from richkd.interrupt import AT_ONCE, Interrupted, handlers_kept, held_back
 from richkd.progress import Report
 from richkd.recipe import Distill, Sweep, to_table
 from richkd.store.reader import TeacherCache
-from richkd.sweep import FAILURES, Entry, describe_failure, tested_until
+from richkd.sweep import FAILURES, Entry, describe_failure, scores_until
 from richkd.training.checkpoint import RunFolder
 
 ATTEMPTS = 4  # of a run whose worker is lost each time
@@ -50,7 +50,7 @@ class Progress:
     """How far a worker is with its run: before the first epoch, and after each."""
 
     done: int
-    tested: Mapping[int, float]
+    scores: Mapping[int, float]
     epoch_s: float | None
     said: Sequence[str]  # lines for people
 
@@ -278,7 +278,7 @@ class RayEngine:
         if progress.epoch_s is None and self.losses[entry.label]:
             goes_on = f"goes on after epoch {progress.done}" if progress.done else "begins anew"
             board.say(f"{entry.label} {goes_on}")
-        entry.state, entry.done, entry.tested = "training", progress.done, {**progress.tested}
+        entry.state, entry.done, entry.scores = "training", progress.done, {**progress.scores}
         entry.epoch_s = progress.epoch_s or entry.epoch_s
         for line in progress.said:
             if line not in self.said:
@@ -365,13 +365,13 @@ def train(
 def train_run(source: Source, settings: Distill, last: int) -> Iterator[Progress]:
     """The epochs of a run, and its end where that is due; how far it is before and after each."""
     with StudentRun(source, settings, resume=True) as run:
-        tested = tested_until(run.done, run.folder)
-        yield Progress(done=run.done, tested=tested, epoch_s=None, said=LINES.take())
+        scores = scores_until(run.done, run.folder)
+        yield Progress(done=run.done, scores=scores, epoch_s=None, said=LINES.take())
         for rows, waited in source.epochs(run.rows.values(), run.done + 1, last):
             record = run.train_epoch(rows, waited)
-            if record.test_accuracy is not None:
-                tested[record.epoch] = record.test_accuracy
-            yield Progress(done=run.done, tested=tested, epoch_s=run.epoch_s, said=LINES.take())
+            if record.score is not None:
+                scores[record.epoch] = record.score
+            yield Progress(done=run.done, scores=scores, epoch_s=run.epoch_s, said=LINES.take())
         if run.done == settings.epochs:
             run.finish()
 

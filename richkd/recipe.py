@@ -24,7 +24,7 @@ Alpha = float | Literal["auto"]
 TARGETS = ("teacher", "clip", "fused")
 CLIP_HEADS = ("zero-shot", "probe")
 ENGINES = ("local", "ray")
-AUTO_HOLDOUT = 0.2  # of the test images, for alpha auto
+AUTO_HOLDOUT = 0.2  # of the test images, for alpha auto and halving
 PRECISIONS = ("auto", "float32", "bfloat16")
 TOP_K = re.compile("top-[1-9][0-9]{0,8}")
 
@@ -49,6 +49,9 @@ class Images:
     image_size: int | None = _key(None, "side of an imagefolder's images; they suggest one")
     class_names: str = _key("", "file of an imagefolder's class names, a line a class")
     broken: str = _key("refuse", "an imagefolder's damaged files: refuse or skip")
+    validation: float = _key(
+        0.0, "share of the training images to make choices on; no network trains on them"
+    )
 
     def __post_init__(self) -> None:
         if not self.dataset:
@@ -61,6 +64,7 @@ class Images:
             _require(self.image_size >= 8, "image_size", self.image_size, "at least 8")
         _require(not self.class_names or kind == catalog.IMAGE_FOLDER, "class_names",
                  self.class_names, f"left out for {kind}, whose classes have names")  # fmt: skip
+        _require(0 <= self.validation < 1, "validation", self.validation, "in [0, 1)")
         if self.broken not in ("refuse", "skip"):
             raise unknown("choice for --broken", self.broken, ["refuse", "skip"])
 
@@ -109,7 +113,8 @@ class TrainTeacher(Images, Training):
         object.__setattr__(self, "model", self.model or catalog.defaults(self.dataset).teacher)
         if not self.out and self.model:
             limit = f"-{self.limit}" if self.limit else ""
-            name = f"{catalog.short_name(self.dataset)}{limit}-{self.model}.safetensors"
+            held_out = f"-val{self.validation:g}" if self.validation else ""
+            name = f"{catalog.short_name(self.dataset)}{limit}{held_out}-{self.model}.safetensors"
             object.__setattr__(self, "out", str(Path("teachers") / name))
         _require(not self.out or self.out.endswith(".safetensors"), "out", self.out,
                  "a .safetensors file")  # fmt: skip
@@ -198,7 +203,9 @@ class Distill(Training):
         "zero-shot", "CLIP's logits: zero-shot, or probe (fitted on its features)"
     )
     holdout: float | None = _key(
-        None, "share of the test images to choose alpha auto on (0.2), not tested on"
+        None,
+        "share of the test images to make choices on, not tested on; default 0.2 for alpha auto "
+        "and halving where the store has no validation images, else 0",
     )
     dataset: str = _key("", "where the images are, if they moved (image folders only)")
     data_root: str = _key("data", "folder where data sets lie")
@@ -214,10 +221,8 @@ class Distill(Training):
             raise unknown("target", self.target, TARGETS)
         if self.clip_head not in CLIP_HEADS:
             raise unknown("clip_head", self.clip_head, CLIP_HEADS)
-        _require(0 <= self.held_out_share <= 0.9, "holdout", self.holdout, "in [0, 0.9]")
-        if self.alpha == "auto":
-            _require(self.held_out_share > 0, "holdout", self.holdout,
-                     "above 0 for alpha auto, which is chosen on those images")  # fmt: skip
+        _require(self.holdout is None or 0 <= self.holdout <= 0.9, "holdout", self.holdout,
+                 "in [0, 0.9]")  # fmt: skip
 
     @property
     def reblends(self) -> bool:
@@ -225,11 +230,25 @@ class Distill(Training):
         given = (self.alpha, self.scale, self.prompts)
         return self.clip_head != "zero-shot" or any(value is not None for value in given)
 
-    @property
-    def held_out_share(self) -> float:
-        """The share of the test images that students are not tested on."""
-        share = AUTO_HOLDOUT if self.alpha == "auto" else 0.0
-        return share if self.holdout is None else self.holdout
+    def with_holdout(self, validation: bool, choosing: bool = False) -> Distill:
+        """With the share of the test images that choices are made on, where none was given.
+
+        Args:
+            validation: the store has validation images, on which choices are made instead.
+            choosing: something besides α is chosen, such as which runs of a sweep go on.
+
+        Raises:
+            RichKDError: a share is given that contradicts this.
+        """
+        choosing = choosing or self.alpha == "auto"
+        if validation:
+            _require(not self.holdout, "holdout", self.holdout,
+                     "left out: the store has validation images to make choices on")  # fmt: skip
+        elif choosing:
+            _require(self.holdout is None or self.holdout > 0, "holdout", self.holdout,
+                     "above 0: alpha auto and halving choose on those images")  # fmt: skip
+        default = AUTO_HOLDOUT if choosing and not validation else 0.0
+        return self if self.holdout is not None else replace(self, holdout=default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,6 +324,15 @@ def check_blend(alpha: float, scale: Scale) -> None:
             raise unknown("scale", scale, ["native", "raw", "or a positive number"])
     else:
         _require(0 < scale < float("inf"), "scale", scale, "a positive number, native or raw")
+
+
+def recorded_holdout(settings: Mapping[str, Any]) -> float:
+    """The share of the test images that a run was not tested on, by its recipe.toml.
+
+    Recipes of before 0.2 name it only where the user did.
+    """
+    default = AUTO_HOLDOUT if settings.get("alpha") == "auto" else 0.0
+    return float(settings.get("holdout", default))
 
 
 def parse_scale(text: str) -> Scale:

@@ -9,12 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from richkd.progress import Report, duration, percent
+from richkd.recipe import recorded_holdout
 from richkd.store.schema import Manifest
 
 # Settings that say where a run is, not what it is.
 PLACES = ("seed", "out", "cache", "device", "dataset", "data_root")
 # Settings of what a student is taught; the others are of how it is trained.
-TEACHING = ("method", "options", "target", "alpha", "scale", "prompts", "clip_head")
+TEACHING = ("method", "options", "target", "alpha", "scale", "prompts", "clip_head", "views")
+# What is said of best epochs, by the images that they were chosen on.
+CHOSEN_ON = {
+    "test": "“Best” is the best epoch on these very test images, which flatters it",
+    "held-out test": "“Best” is the best epoch on test images that were held out",
+    "validation": "“Best” is the best epoch on validation images",
+}
 
 
 def teacher_accuracies(manifest: Manifest) -> dict[str, float | None]:
@@ -49,6 +56,13 @@ def results_table(report: Report, title: str, summaries: Sequence[Mapping[str, A
         ))  # fmt: skip
     header = ("test accuracy, %", "top-1 last", "best @epoch", "top-5", "images/s", "time")
     report.table(title, header, rows)
+    report.say(about_best(summaries))
+
+
+def about_best(summaries: Iterable[Mapping[str, Any]]) -> str:
+    """Which images the best epochs were chosen on; runs of before 0.2 chose on the test images."""
+    kinds = {summary.get("best_chosen_on", "test") for summary in summaries}
+    return ". ".join(text for kind, text in CHOSEN_ON.items() if kind in kinds) + "."
 
 
 def _own_target(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -81,7 +95,8 @@ class Standing:
     runs: Mapping[int, Mapping[str, Any]]  # summaries by seed
     last: tuple[float, float]  # mean and standard deviation (NaN for one run) of top-1 in 0..1
     best: tuple[float, float]
-    minus_kd: Difference | None  # of top-1 last, to KD of the same student and training
+    minus_kd: Difference | None  # of top-1 last, to KD of the same student, training and images
+    holdout: float  # share of the test images that the runs were not tested on
 
     @property
     def configuration(self) -> str:
@@ -99,12 +114,17 @@ class Standing:
 def leaderboard(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[Standing]:
     """Configurations, the best mean of top-1 after the last epoch first.
 
+    Those that were tested on the same images stand together: their accuracies compare.
+
     Args:
         runs: the resolved settings of each run (as in its recipe.toml), and its summary.
     """
     groups: dict[str, tuple[dict[str, Any], dict[int, Mapping[str, Any]]]] = {}
     for settings, summary in runs:
         own = {name: value for name, value in settings.items() if name not in PLACES}
+        own["holdout"] = recorded_holdout(settings)
+        if summary.get("views") == "fresh":  # runs of before 0.2 saw the cached ones
+            own["views"] = "fresh"
         group = groups.setdefault(repr(sorted(own.items())), (own, {}))
         group[1][summary["seed"]] = summary
     rivals = [own for own, _ in groups.values()]
@@ -122,9 +142,20 @@ def leaderboard(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> 
                 last=mean_and_std([run["top1_last"] for run in by_seed.values()]),
                 best=mean_and_std([run["top1_best"] for run in by_seed.values()]),
                 minus_kd=_minus_kd(own, by_seed, groups.values()),
+                holdout=own["holdout"],
             )
         )
-    return sorted(standings, key=lambda standing: -standing.last[0])
+    return sorted(standings, key=lambda standing: (standing.holdout, -standing.last[0]))
+
+
+def by_images(standings: Sequence[Standing]) -> dict[str, list[Standing]]:
+    """The leaderboard in parts that were tested on the same images, and what these are."""
+    parts: dict[str, list[Standing]] = {}
+    for standing in standings:
+        share = standing.holdout
+        name = f"without the {percent(share)} % held out" if share else "all test images"
+        parts.setdefault(name, []).append(standing)
+    return parts
 
 
 def _minus_kd(
@@ -169,16 +200,19 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
 
 def leaderboard_table(report: Report, title: str, standings: Sequence[Standing]) -> None:
     """The leaderboard in a terminal: last and best top-1, and the paired difference to KD."""
-    if not standings:
-        return
-    rows = []
-    for standing in standings:
-        rows.append((
-            standing.student, standing.configuration, f"{len(standing.runs)}",
-            mean_std(standing.last), mean_std(standing.best), minus_kd(standing.minus_kd),
-        ))  # fmt: skip
     header = ("student", "method", "n", "last, %", "best, %", "− KD [95 %]")
-    report.table(title, header, rows, left=2)
+    parts = by_images(standings)
+    for images, members in parts.items():
+        rows = [
+            (standing.student, standing.configuration, f"{len(standing.runs)}",
+             mean_std(standing.last), mean_std(standing.best), minus_kd(standing.minus_kd))
+            for standing in members
+        ]  # fmt: skip
+        report.table(title if len(parts) == 1 else f"{title} ({images})", header, rows, left=2)
+    if len(parts) > 1:
+        report.say("These tables are of different test images: do not compare one with another.")
+    if standings:
+        report.say(about_best(run for standing in standings for run in standing.runs.values()))
 
 
 def mean_std(pair: tuple[float, float]) -> str:

@@ -107,7 +107,8 @@ def make_store(settings: Precompute, recipe: Recipe, report: Report) -> TeacherC
     if not open_place(path).exists or not read_manifest(path)["complete"]:
         return precompute(settings, teacher_recipe=recipe.table("train-teacher"), report=report)
     cache = open_cache(path)
-    was, now = cache.manifest["recipe"], to_table(settings)
+    was = to_table(resolve(Precompute, cache.manifest["recipe"], {}))  # with newer settings, too
+    now = to_table(settings)
     different = [name for name in sorted((was.keys() | now.keys()) - _NOT_IN_STORE)
                  if was.get(name) != now.get(name)]  # fmt: skip
     if different:

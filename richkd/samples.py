@@ -42,8 +42,8 @@ def torch_dataset(
     Args:
         cache: a complete store, or its path.
         view: which view of the training samples; an epoch each, as in `samples.at_view(epoch % V)`.
-            Test samples have one view, the clean one.
-        split: train or test.
+            Other samples have one view, the clean one.
+        split: train, test, or validation where the store has one.
         arrays: names of rows; default all that the store has.
         dataset: where the images are, if they moved (image folders only).
         data_root: folder where data sets lie.
@@ -52,12 +52,12 @@ def torch_dataset(
         RichKDError: no such store, split, view or array; images that are gone or others.
     """
     cache = cache if isinstance(cache, TeacherCache) else open_cache(cache)
-    if split not in ("train", "test"):
-        raise unknown("split", split, ["train", "test"])
-    if (view is None) != (split == "test"):
+    if split not in cache.splits:
+        raise unknown("split", split, cache.splits)
+    if (view is None) != (split != "train"):
         raise RichKDError(
-            f"view = {view}: " + ("test samples have the clean view only; leave it out"
-                                  if split == "test" else
+            f"view = {view}: " + (f"{split} samples have the clean view only; leave it out"
+                                  if split != "train" else
                                   f"say which of the views 0..{cache.num_views - 1} of the "
                                   f"training samples")
         )  # fmt: skip
@@ -67,7 +67,7 @@ def torch_dataset(
             raise unknown("array", name, ROWS)
         cache.require(f"{split}/{name}")
     place = Distill(cache=cache.place.name, dataset=dataset, data_root=data_root)
-    images = load_images(cache, place)[0 if split == "train" else 1]
+    images = load_images(cache, place)[split]
     return Samples(cache, split, view, tuple(names), images)
 
 

@@ -34,11 +34,13 @@ from richkd.errors import RichKDError
 from richkd.losses.method import METHODS, TARGET
 from richkd.models import check_names, forward
 from richkd.progress import Advance, Report, duration, percent, size
-from richkd.recipe import AUTO_HOLDOUT, Distill, Recipe, Sweep, resolve, to_table
+from richkd.recipe import Distill, Recipe, Sweep, resolve, to_table
 from richkd.results import Standing, leaderboard, leaderboard_table
 from richkd.store.reader import TeacherCache, open_cache
+from richkd.store.schema import split_sizes
 from richkd.training.checkpoint import RunFolder
 from richkd.training.device import free_memory, half_precision, wait_for
+from richkd.training.loop import score_of
 
 # What may befall one run and leave the others whole: divergence, too little memory, …
 FAILURES = (RichKDError, RuntimeError, MemoryError)
@@ -62,7 +64,7 @@ class Entry:
     settings: Distill
     done: int = 0  # epochs
     images: int = 0  # of the epoch under way
-    tested: dict[int, float] = field(default_factory=dict)  # epoch -> top-1 in 0..1
+    scores: dict[int, float] = field(default_factory=dict)  # epoch -> top-1 in 0..1
     state: str = "waiting"  # waiting, training, done, failed, stopped
     reason: str = ""
     cost: Estimate | None = None  # of those that are not done
@@ -81,13 +83,13 @@ class Entry:
 
     @property
     def accuracy(self) -> float | None:
-        """Top-1 of the last tested epoch, in 0..1."""
-        return self.tested[max(self.tested)] if self.tested else None
+        """Top-1 of the last evaluated epoch in 0..1: on validation images where there are any."""
+        return self.scores[max(self.scores)] if self.scores else None
 
     @property
     def best(self) -> float | None:
-        """Top-1 of the best tested epoch."""
-        return max(self.tested.values(), default=None)
+        """Top-1 of the best epoch, likewise."""
+        return max(self.scores.values(), default=None)
 
     @property
     def seconds_left(self) -> float | None:
@@ -208,8 +210,8 @@ def make_grid(
             f"unknown methods: {', '.join(map(repr, unknown))}; there are {', '.join(METHODS)}"
         )
     base = recipe.table("distill") if recipe else {}
-    if "auto" in sweep.alpha:  # all are tested on the same images
-        base = {"holdout": AUTO_HOLDOUT, **base}
+    given_alpha = flags.get("alpha") or base.get("alpha")
+    choosing = bool(sweep.halving) or "auto" in (*sweep.alpha, given_alpha)
     grid: dict[str, Distill] = {}
     for student in sweep.students:
         for method in sweep.methods:
@@ -219,6 +221,8 @@ def make_grid(
                     settings = resolve(Distill, base, {**flags, **own})
                     if not blends(settings):
                         settings = replace(settings, alpha=None)
+                    # all are tested on the same images
+                    settings = settings.with_holdout("validation" in cache.splits, choosing)
                     settings = with_defaults(replace(settings, out=""), cache, sweep.out)
                     grid[settings.out] = settings
     return list(grid.values())
@@ -240,8 +244,7 @@ def check_grid(grid: Sequence[Distill], cache: TeacherCache) -> list[Entry]:
     """
     entries = []
     for settings in grid:
-        method, options = method_of(settings)
-        check_reads(cache, method.reads(options), settings)
+        check_reads(cache, settings)
         folder = RunFolder(Path(settings.out))
         recorded = to_table(settings), identity(cache)
         if folder.complete:
@@ -249,7 +252,7 @@ def check_grid(grid: Sequence[Distill], cache: TeacherCache) -> list[Entry]:
         else:
             folder.check(*recorded, resume=True, overwrite=False)
         done = settings.epochs if folder.complete else folder.epochs_done()
-        entry = Entry(settings=settings, done=done, tested=tested_until(done, folder))
+        entry = Entry(settings=settings, done=done, scores=scores_until(done, folder))
         summary = folder.summary()
         if summary is not None:
             entry.finish(summary)
@@ -257,10 +260,10 @@ def check_grid(grid: Sequence[Distill], cache: TeacherCache) -> list[Entry]:
     return entries
 
 
-def tested_until(epoch: int, folder: RunFolder) -> dict[int, float]:
-    """Top-1 in 0..1 of the epochs of a run that were tested, up to an epoch."""
-    return {record["epoch"]: record["test_accuracy"] for record in folder.metrics()[:epoch]
-            if record["test_accuracy"] is not None}  # fmt: skip
+def scores_until(epoch: int, folder: RunFolder) -> dict[int, float]:
+    """What the evaluated epochs of a run are chosen by, up to an epoch."""
+    scores = {record["epoch"]: score_of(record) for record in folder.metrics()[:epoch]}
+    return {number: score for number, score in scores.items() if score is not None}
 
 
 # --- what it costs -------------------------------------------------------------------------------
@@ -317,9 +320,10 @@ def try_student(settings: Distill, source: Source) -> Estimate:
             model.zero_grad()
         wait_for(device)
         seconds[stage] = (time.perf_counter() - start) / batch
-    num_test = cache.manifest["dataset"]["num_test"]
+    sizes = split_sizes(cache.manifest)
+    evaluated = sizes.get("validation", sizes["test"] * (settings.holdout or 1.0))
     epoch_s = (
-        seconds["train"] * cache.num_samples + seconds["test"] * num_test / settings.eval_every
+        seconds["train"] * cache.num_samples + seconds["test"] * evaluated / settings.eval_every
     )
     weights = sum(parameter.numel() for parameter in model.parameters())
     return Estimate(
@@ -452,8 +456,8 @@ def train_in_step(
             with watching(entry, board) as tick:
                 record = run.train_epoch(shared, waited / len(runs), tick)
                 entry.done, entry.images, entry.epoch_s = epoch, 0, run.epoch_s
-                if record.test_accuracy is not None:
-                    entry.tested[epoch] = record.test_accuracy
+                if record.score is not None:
+                    entry.scores[epoch] = record.score
             if entry.state == "failed":
                 run.close()
         runs[:] = [(entry, run) for entry, run in runs if entry.state != "failed"]
@@ -504,8 +508,10 @@ def rungs(halving: int, epochs: int, eval_every: int) -> list[int]:
 
 
 def stop_hopeless(entries: Sequence[Entry], epoch: int, halving: int) -> None:
-    """Keep the better 1/η of each student's configurations, by mean test accuracy at an epoch.
+    """Keep the better 1/η of each student's configurations, by their mean score at an epoch.
 
+    The score is the accuracy on images that no survivor is reported on: validation images, or test
+    images that were held out.
     Students are not compared with each other: a small one is not hopeless for being small.
     """
     students: dict[str, dict[str, list[Entry]]] = {}
@@ -516,9 +522,9 @@ def stop_hopeless(entries: Sequence[Entry], epoch: int, halving: int) -> None:
             of_student.setdefault(configuration, []).append(entry)
     for configurations in students.values():
         accuracies = {
-            name: statistics.fmean(entry.tested[epoch] for entry in runs)
+            name: statistics.fmean(entry.scores[epoch] for entry in runs)
             for name, runs in configurations.items()
-            if all(epoch in entry.tested for entry in runs)
+            if all(epoch in entry.scores for entry in runs)
         }
         ranked = sorted(accuracies, key=accuracies.__getitem__, reverse=True)
         for name in ranked[-(-len(ranked) // halving) :]:

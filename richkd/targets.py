@@ -20,6 +20,7 @@ from richkd.memory import spans
 from richkd.probe import fit_probe
 from richkd.progress import Report
 from richkd.recipe import Distill, Scale
+from richkd.store import schema
 from richkd.store.reader import TeacherCache
 from richkd.store.topk import Rows
 from richkd.training.loop import accuracy, derive_seed
@@ -81,6 +82,7 @@ def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Rep
         RichKDError: the store lacks what it takes, or a setting is out of range.
     """
     kind = settings.target or kind
+    settings = settings.with_holdout("validation" in cache.splits)
     manifest = cache.manifest
     alpha = manifest["alpha"] if settings.alpha is None else settings.alpha
     if kind == "teacher":
@@ -101,9 +103,13 @@ def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Rep
         about |= fitted
     if alpha == "auto":
         candidates = _scales(native) if settings.scale is None else torch.tensor([scale])
-        alpha, scale, nll = choose_blend(cache, clip["test"], candidates, settings.held_out_share)
+        split, index = choice_samples(cache, settings.holdout or 0.0)
+        alpha, scale, nll = choose_blend(cache, clip[split], candidates, split, index)
         about |= {"held_out_nll": nll}
-        report.say(f"held-out likelihood chooses alpha {alpha:.2f}, scale {scale:.4g}")
+        report.say(
+            f"the likelihood of {len(index):,} {split} images{' held out' * (split == 'test')} "
+            f"chooses alpha {alpha:.2f}, scale {scale:.4g}"
+        )
     about |= {"scale": scale} if kind == "clip" else {"alpha": alpha, "scale": scale}
     return Target(kind, alpha, scale, clip, about)
 
@@ -111,18 +117,23 @@ def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Rep
 def _clip_logits(
     cache: TeacherCache, settings: Distill, report: Report
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """CLIP's logits of both splits before the scale, by the head that was asked for."""
+    """CLIP's logits of all splits before the scale, by the head that was asked for."""
     if settings.clip_head == "zero-shot":
-        return {s: cache.similarity(s, settings.prompts) for s in ("train", "test")}, {}
+        return {split: cache.similarity(split, settings.prompts) for split in cache.splits}, {}
     if settings.prompts is not None:
         raise RichKDError("prompts are of the zero-shot head; the probe has none, leave them out")
     report.say(f"fitting a probe on CLIP's features of {cache.num_samples:,} images")
-    train, test = (cache.read(f"{split}/clip_features") for split in ("train", "test"))
-    labels = cache.read("train/labels")
-    probe = fit_probe(train, labels, test, cache.num_classes)
+    features = {split: cache.read(f"{split}/clip_features") for split in cache.splits}
+    train, labels = features.pop("train"), cache.read("train/labels")
+    probe = fit_probe(train, labels, torch.cat([*features.values()]), cache.num_classes)
+    if probe.too_small:
+        names = [cache.manifest["class_names"][number] for number in probe.too_small]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        report.say(f"the probe has fewer training images than folds of: {shown}")
+    others = torch.split(probe.other_logits, [len(each) for each in features.values()])
     found = {"penalty": probe.penalty, "out_of_fold_nll": probe.nll,
              "out_of_fold_top1": accuracy(probe.train_logits, labels, 1)}  # fmt: skip
-    return {"train": probe.train_logits, "test": probe.test_logits}, found
+    return {"train": probe.train_logits, **dict(zip(features, others, strict=True))}, found
 
 
 def _number(cache: TeacherCache, native: float, settings: Distill) -> float:
@@ -156,23 +167,44 @@ def held_out(num_test: int, share: float) -> tuple[Tensor, Tensor]:
     return order[:count].sort().values, order[count:].sort().values
 
 
+def choice_samples(cache: TeacherCache, holdout: float) -> tuple[str, Tensor]:
+    """The samples that choices are made on: their split and their ids in it.
+
+    The store's validation images, else a share of the test images, which students are then not
+    tested on.
+
+    Raises:
+        RichKDError: the share leaves no sample to choose or to test on.
+    """
+    if "validation" in cache.splits:
+        return "validation", torch.arange(schema.split_sizes(cache.manifest)["validation"])
+    count = schema.split_sizes(cache.manifest)["test"]
+    chosen, tested = held_out(count, holdout)
+    if not len(chosen) or not len(tested):
+        raise RichKDError(
+            f"holdout = {holdout}: of {count} test images that leaves {len(chosen)} to choose on "
+            f"and {len(tested)} to test on; give another share"
+        )
+    return "test", chosen
+
+
 def choose_blend(
-    cache: TeacherCache, clip_logits: Tensor, scales: Tensor, share: float
+    cache: TeacherCache, clip_logits: Tensor, scales: Tensor, split: str, index: Tensor
 ) -> tuple[float, float, float]:
-    """α and scale of the greatest likelihood on held-out test samples, and their NLL in nats.
+    """α and scale of the greatest likelihood on held-out samples, and their NLL in nats.
 
     The CNN teacher has learnt the training labels by heart, so only samples that it never saw can
-    say how far to trust it; students are not tested on these.
+    say how far to trust it.
 
     Args:
         cache: the store.
-        clip_logits: [M,C], of the test split, before the scale.
+        clip_logits: [M,C], of a split, before the scale.
         scales: candidates.
-        share: of the test samples to hold out.
+        split: validation or test.
+        index: the samples of it to choose on.
     """
-    index, _ = held_out(len(clip_logits), share)
-    labels = cache.read("test/labels")[index]
-    teacher, clip = cache.read("test/teacher_logits")[index], clip_logits[index]
+    labels = cache.read(f"{split}/labels")[index]
+    teacher, clip = cache.read(f"{split}/teacher_logits")[index], clip_logits[index]
     best = (1.0, float(scales[0]), F.cross_entropy(teacher.float(), labels).item())
     for alpha in ALPHAS.tolist():
         for scale in scales.tolist():

@@ -207,7 +207,7 @@ def chunk_fault(place: Place, file: str) -> str | None:
 
 def check_labels(cache: TeacherCache) -> Iterator[str]:
     """Labels are classes."""
-    for split in ("train", "test"):
+    for split in cache.splits:
         labels = cache.read(f"{split}/labels")
         wrong = ((labels < 0) | (labels >= cache.num_classes)).sum()
         if wrong:
@@ -244,7 +244,7 @@ def check_units(cache: TeacherCache) -> Iterator[str]:
     """CLIP's features and the text embeddings have unit length, up to rounding."""
     if cache.manifest["clip"] is None:
         return
-    for name in ("train/clip_features", "test/clip_features", "text/embeddings"):
+    for name in (*(f"{split}/clip_features" for split in cache.splits), "text/embeddings"):
         features, far = cache.read(name), 0
         for span in spans(len(features)):
             lengths = features[span].float().norm(dim=-1)
@@ -258,7 +258,7 @@ def check_blend(cache: TeacherCache) -> Iterator[str]:
     if cache.manifest["clip"] is None:
         return
     classes = fusion.class_embeddings(cache.text_embeddings)
-    for split in ("train", "test"):
+    for split in cache.splits:
         similarity = cache.read(f"{split}/clip_similarity")
         features, wrong = cache.read(f"{split}/clip_features"), 0
         for span in spans(len(features)):

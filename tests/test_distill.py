@@ -259,13 +259,16 @@ def test_students_see_the_cached_views_in_an_order_that_methods_share(
         return batches(self, order, views, size)
 
     monkeypatch.setattr(ArrayInputs, "batches", spy)
-    for current in ("ce", "richkd"):
+    for current in ("ce", "kd", "richkd"):
         seen[current] = []
         train(store, tmp_path / current, method=current, epochs=4)
-    assert seen["ce"] == seen["richkd"] and len(seen["ce"]) == 4
+    assert seen["kd"] == seen["richkd"] and len(seen["kd"]) == 4
     ids = richkd.open_cache(store).read("train/view_ids").tolist()
-    assert [views for _, views in seen["ce"]] == [ids[0], ids[1], ids[2], ids[0]]
-    assert len({tuple(order) for order, _ in seen["ce"]}) == 4
+    assert [views for _, views in seen["kd"]] == [ids[0], ids[1], ids[2], ids[0]]
+    assert len({tuple(order) for order, _ in seen["kd"]}) == 4
+    # ce reads no rows: the same order, and fresh views
+    assert [order for order, _ in seen["ce"]] == [order for order, _ in seen["kd"]]
+    assert len({tuple(views) for _, views in seen["ce"]}) == 4
 
 
 def test_half_precision_is_of_the_network_alone(
@@ -286,7 +289,8 @@ def test_half_precision_is_of_the_network_alone(
         losses[precision] = metrics(tmp_path / precision)[0]["loss"]
         assert all(w.dtype in (torch.float32, torch.int64)
                    for w in weights(tmp_path / precision).values())  # fmt: skip
-    assert seen[0][0] == torch.float32 and seen[-1][0] == torch.bfloat16
+    assert seen[0] == (torch.float32, torch.float32)
+    assert seen[-1] == (torch.float32, torch.bfloat16)  # the classifier computes in f32
     assert losses["auto"] == losses["float32"]  # on the CPU
     assert losses["bfloat16"] != losses["float32"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)

@@ -263,7 +263,7 @@ def entry(student: str, method: str, seed: int, accuracy: float, **more: Any) ->
     settings = Distill(cache="c.zarr", student=student, method=method, seed=seed, epochs=9,
                        out=f"runs/c-{student}-{method}-s{seed}")  # fmt: skip
     cost = Estimate(parameters=1, features=1, epoch_s=1.0, memory=1)
-    return Entry(settings=settings, tested={3: accuracy}, done=3, cost=cost, **more)
+    return Entry(settings=settings, scores={3: accuracy}, done=3, cost=cost, **more)
 
 
 def test_the_hopeless_are_the_worse_of_one_student_by_their_mean() -> None:

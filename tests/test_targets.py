@@ -134,7 +134,7 @@ def test_a_probe_is_the_penalised_maximum_of_likelihood_out_of_fold(
         )
         tests.append(z_test @ head[:-1] + head[-1])
     torch.testing.assert_close(
-        probe.test_logits.double(), torch.stack(tests).mean(0), rtol=0.02, atol=0.02
+        probe.other_logits.double(), torch.stack(tests).mean(0), rtol=0.02, atol=0.02
     )
 
 
@@ -144,7 +144,7 @@ def test_no_sample_is_scored_by_a_head_that_saw_its_label(rng: np.random.Generat
     labels = torch.from_numpy(rng.integers(0, 4, 400))
     probe = fit_probe(x, labels, x, 4)
     honest = (probe.train_logits.argmax(1) == labels).float().mean()
-    saw = (probe.test_logits.argmax(1) == labels).float().mean()
+    saw = (probe.other_logits.argmax(1) == labels).float().mean()
     assert honest < 0.35 and saw > 0.4
     assert probe.nll == pytest.approx(np.log(4), abs=0.1)  # one that overfits is at 2
     again = fit_probe(x, labels, x, 4)
@@ -247,8 +247,21 @@ def test_targets_of_a_store_without_clip(make_store: Make, tmp_path: Path) -> No
 def test_values_out_of_range(name: str, value: Any) -> None:
     with pytest.raises(RichKDError, match=name):
         Distill(cache="c.zarr", **{name: value})
-    with pytest.raises(RichKDError, match="above 0 for alpha auto"):
-        Distill(cache="c.zarr", alpha="auto", holdout=0.0)
+
+
+def test_the_share_held_out_is_resolved_by_what_is_chosen() -> None:
+    def resolved(validation: bool = False, choosing: bool = False, **settings: Any) -> Any:
+        return Distill(cache="c.zarr", **settings).with_holdout(validation, choosing).holdout
+
+    assert resolved() == 0.0
+    assert resolved(alpha="auto") == 0.2 and resolved(choosing=True) == 0.2
+    assert resolved(alpha="auto", holdout=0.5) == 0.5 and resolved(holdout=0.3) == 0.3
+    assert resolved(True, alpha="auto") == 0.0 and resolved(True, True) == 0.0
+    for choosing in ({"alpha": "auto"}, {"choosing": True}):
+        with pytest.raises(RichKDError, match="holdout = 0.0: must be above 0"):
+            resolved(holdout=0.0, **choosing)
+    with pytest.raises(RichKDError, match="holdout = 0.2: must be left out: the store has valid"):
+        resolved(True, holdout=0.2)
 
 
 def test_a_probe_needs_a_sample_a_fold() -> None:

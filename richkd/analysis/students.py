@@ -36,12 +36,12 @@ from richkd.distill import load_images
 from richkd.errors import RichKDError, nearest
 from richkd.files import check_writable, write
 from richkd.progress import Report
-from richkd.recipe import Distill, resolve
+from richkd.recipe import Distill, recorded_holdout, resolve
 from richkd.results import Difference, paired_difference
 from richkd.run_folders import Run, complete_run, load_student
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.targets import held_out
-from richkd.training.device import choose_device, half_precision
+from richkd.training.device import choose_device
 from richkd.training.loop import EVAL_BATCH, predict
 from richkd.typecheck import misfit
 
@@ -54,7 +54,6 @@ class Student:
     model: nn.Module
     normalize: Normalize
     device: torch.device
-    half: bool
 
     def logits(self, batches: Batches) -> Tensor:
         """[N,C] f32 on the CPU.
@@ -62,7 +61,7 @@ class Student:
         Raises:
             RichKDError: they are not finite.
         """
-        logits = predict(self.model, batches, self.normalize, self.device, self.half).cpu()
+        logits = predict(self.model, batches, self.normalize).cpu()
         if not torch.isfinite(logits).all():
             raise RichKDError(
                 f"the student of {self.run.path} gives NaN or infinity; it diverged: train it "
@@ -124,15 +123,14 @@ def evaluate(
     store = open_store_of(runs, cache)
     root = data_root or settings[0].data_root
     place = replace(settings[0], data_root=root, dataset=dataset or settings[0].dataset)
-    test = load_images(store, place)[1]
-    share = max(own.held_out_share for own in settings)
+    test = load_images(store, place)["test"]
+    share = max(recorded_holdout(run.settings) for run in runs)
     tested = held_out(len(test), share)[1][:limit]  # the sets of several shares are nested
     chosen = choose_device(device)
     name = store.manifest["dataset"]["name"]
     corrupted = find_corruptions(test, store, root, corruptions, corruption_files, seed)
     shifted = None if shift is None else load_shift(Path(shift), store)
-    students = [prepare(run, own, store, weights, chosen)
-                for run, own in zip(runs, settings, strict=True)]  # fmt: skip
+    students = [prepare(run, store, weights, chosen) for run in runs]
 
     labels = test.labels[tested]
     images = make_inputs(test.images, chosen)
@@ -214,9 +212,7 @@ def open_store_of(runs: Sequence[Run], cache: str | None) -> TeacherCache:
     return store
 
 
-def prepare(
-    run: Run, settings: Distill, store: TeacherCache, weights: str, device: torch.device
-) -> Student:
+def prepare(run: Run, store: TeacherCache, weights: str, device: torch.device) -> Student:
     """Load a student as it was tested while it was trained."""
     summary = run.complete
     pairs = zip(summary["class_names"], store.manifest["class_names"], strict=False)
@@ -235,7 +231,7 @@ def prepare(
             )
     model = load_student(run, weights).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     normalize = Normalize(tuple(summary["mean"]), tuple(summary["std"]), device)
-    return Student(run, model, normalize, device, half_precision(settings.precision, device))
+    return Student(run, model, normalize, device)
 
 
 def find_corruptions(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from richkd import fusion
 from richkd.analysis import metrics
-from richkd.errors import RichKDError
+from richkd.errors import RichKDError, unknown
 from richkd.progress import Report
 from richkd.recipe import Scale
 from richkd.store.reader import TeacherCache
@@ -58,7 +58,7 @@ def analyze(
     Args:
         cache: an open store.
         threshold: the top probability from which a prediction counts as confident.
-        split: test, or train (its first view).
+        split: test, train (its first view), or validation where the store has one.
         report: where progress goes.
 
     Returns:
@@ -69,8 +69,8 @@ def analyze(
         RichKDError: a setting out of range, or damaged rows.
     """
     metrics.check_threshold(threshold)
-    if split not in ("test", "train"):
-        raise RichKDError(f"split = {split!r}: choose from test, train")
+    if split not in cache.splits:
+        raise unknown("split", split, cache.splits)
     report = report or Report(quiet=True)
     rows = read_rows(cache, split)
     logits = teacher_logits(cache, rows)

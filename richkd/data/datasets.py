@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -79,16 +79,19 @@ class Split:
 
     def first(self, count: int | None) -> Split:
         """The first samples; all of them for None."""
-        if count is None or count >= len(self):
-            return self
+        return self if count is None or count >= len(self) else self.take(slice(count))
+
+    def take(self, which: slice | Tensor) -> Split:
+        """Some of the samples, by a slice or by their ids."""
         images = self.images
         if isinstance(images, ImageFiles):
+            some = which.numpy() if isinstance(which, Tensor) else which
             images = ImageFiles(
-                images.root, images.paths[:count], images.sizes[:count], images.image_size
+                images.root, images.paths.take(some), images.sizes[some], images.image_size
             )
         else:
-            images = images[:count]
-        return Split(images, self.labels[:count])
+            images = images[which]
+        return Split(images, self.labels[which])
 
     @property
     def view_space(self) -> ViewSpace:
@@ -100,7 +103,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Two splits with class names; `mean` and `std` are of pixels in 0..1."""
+    """Splits with class names; `mean` and `std` are of pixels in 0..1."""
 
     name: str
     class_names: tuple[str, ...]
@@ -111,12 +114,19 @@ class Dataset:
     image_size: int
     skipped: tuple[str, ...] = ()  # files of a folder that are no whole images
     ignored: tuple[str, ...] = ()  # and those that are not called images
+    validation: Split | None = None  # training images that choices are made on
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits that there are, by name."""
+        validation = {} if self.validation is None else {"validation": self.validation}
+        return {"train": self.train, "test": self.test, **validation}
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over both splits: pixels and labels, or for files their names and lengths."""
+        """SHA-256 over all splits: pixels and labels, or for files their names and lengths."""
         digest = hashlib.sha256()
-        for split in (self.train, self.test):
+        for split in self.splits.values():
             images = split.images
             if isinstance(images, ImageFiles):
                 for path in images.paths:
@@ -155,10 +165,14 @@ def load_dataset(
     else:
         parts = _cifar(kind, root)
     mean, std = _STATISTICS[kind]
+    train, validation = hold_out(
+        parts.train.first(settings.limit), settings.validation, parts.class_names
+    )
     return Dataset(
         name=settings.dataset,
         class_names=parts.class_names,
-        train=parts.train.first(settings.limit),
+        train=train,
+        validation=validation,
         test=parts.test,
         mean=mean,
         std=std,
@@ -166,6 +180,38 @@ def load_dataset(
         skipped=parts.skipped,
         ignored=parts.ignored,
     )
+
+
+def hold_out(train: Split, share: float, class_names: Sequence[str]) -> tuple[Split, Split | None]:
+    """Split training samples into those to train on and those to make choices on.
+
+    Each class gives up the same share of its samples, chosen at random and the same in every call.
+
+    Args:
+        train: the samples, which keep their order.
+        share: of each class, rounded to whole samples; 0 holds nothing out.
+        class_names: C of them, for messages.
+
+    Raises:
+        RichKDError: a class would have no sample left on one of the two sides.
+    """
+    if not share:
+        return train, None
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    order = order[train.labels[order].argsort(stable=True)]  # class by class
+    counts = torch.bincount(train.labels, minlength=len(class_names))
+    held = (share * counts.double()).round().long()
+    short = ((counts > 0) & ((held == 0) | (held == counts))).nonzero().flatten()
+    if len(short):
+        first = int(short[0])
+        side = "validate" if held[first] == 0 else "train"
+        raise RichKDError(
+            f"validation = {share}: class {class_names[first]!r} has {int(counts[first])} training "
+            f"images, which leaves none to {side} on; choose another share, or take more images"
+        )
+    rank = torch.arange(len(train)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    chosen = rank < held.repeat_interleave(counts)
+    return train.take(order[~chosen].sort().values), train.take(order[chosen].sort().values)
 
 
 @dataclass(frozen=True)

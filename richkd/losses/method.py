@@ -65,6 +65,11 @@ class Method(nn.Module):
         """What it wants of the store: `target_logits`, `teacher_features`, `clip_features`."""
         return ()
 
+    @classmethod
+    def needs_whole_rows(cls, options: Any) -> bool:
+        """Whether it needs every logit of a row as it was, not only the largest ones."""
+        return getattr(options, "standardize", False)
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted loss terms by name, scalars; the loss is their sum."""
         raise NotImplementedError

@@ -95,6 +95,8 @@ def leaderboard_row(standing: Standing, cost: Cost, extra: Evaluated | None) -> 
         "top1_last_std": standing.last[1] if spread else None,
         "top1_best_mean": standing.best[0],
         "top1_best_std": standing.best[1] if spread else None,
+        "best_chosen_on": next(iter(standing.runs.values())).get("best_chosen_on", "test"),
+        "holdout": standing.holdout,
         "minus_kd_mean": difference.mean if difference else None,
         "minus_kd_low": difference.low if difference and finite else None,
         "minus_kd_high": difference.high if difference and finite else None,

@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 from richkd.report.cost import Cost
 from richkd.results import Standing, mean_std, minus_kd
 from richkd.run_folders import Run
+from richkd.training.loop import score_of
 
 # Okabe and Ito's palette, which colour-blind people tell apart, without black and yellow
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -40,7 +41,9 @@ def key(standings: Sequence[Standing]) -> dict[str, tuple[str, str]]:
             for method, (colour, symbol) in look_of(standings).items()}  # fmt: skip
 
 
-def pareto(standings: Sequence[Standing], costs: Sequence[Cost], cost: str) -> go.Figure:
+def pareto(
+    standings: Sequence[Standing], costs: Sequence[Cost], cost: str, heading: str = ""
+) -> go.Figure:
     """Accuracy against one cost; the line joins students that no cheaper one surpasses."""
     title, factor = COSTS[cost]
     looks = look_of(standings)
@@ -77,7 +80,7 @@ def pareto(standings: Sequence[Standing], costs: Sequence[Cost], cost: str) -> g
                             for sign in (-1, 1)], 0.08)  # fmt: skip
     room = 0.09 * max(len(names) for names, _, _ in _labels(points, 0.2 * (high - low)))
     figure.update_yaxes(title="top-1, %", range=(bottom, top + room * (top - bottom)))
-    return plain(figure)
+    return plain(figure, title=heading)
 
 
 def _labels(
@@ -145,14 +148,17 @@ def differences(standings: Sequence[Standing]) -> go.Figure | None:
 def learning_curves(
     standings: Sequence[Standing], runs: Sequence[Run], student: str
 ) -> go.Figure | None:
-    """Test accuracy by epoch, the mean over seeds, a line a configuration of one student."""
+    """Accuracy by epoch, the mean over seeds, a line a configuration of one student.
+
+    On validation images where a run has them, else on test images.
+    """
     looks = look_of(standings)
     by_path = {str(run.path): run for run in runs}
     figure = go.Figure()
     ends = []
     seen: list[float] = []
     for standing in (s for s in standings if s.student == student):
-        curves = [_tested(by_path[str(summary["run"])]) for summary in standing.runs.values()]
+        curves = [_scores(by_path[str(summary["run"])]) for summary in standing.runs.values()]
         epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
         if not epochs:
             continue
@@ -179,9 +185,9 @@ def learning_curves(
     return plain(figure, right=14 + 7 * widest, title=student)
 
 
-def _tested(run: Run) -> dict[int, float]:
-    return {record["epoch"]: record["test_accuracy"] for record in run.metrics
-            if record["test_accuracy"] is not None}  # fmt: skip
+def _scores(run: Run) -> dict[int, float]:
+    scores = {record["epoch"]: score_of(record) for record in run.metrics}
+    return {epoch: score for epoch, score in scores.items() if score is not None}
 
 
 def _spread(pair: tuple[float, float]) -> float | None:

@@ -12,7 +12,7 @@ from richkd.report import plots
 from richkd.report.cost import Cost
 from richkd.report.evaluation import Evaluated
 from richkd.report.page import as_json, fill
-from richkd.results import Standing, mean_std, minus_kd
+from richkd.results import Standing, about_best, by_images, mean_std, minus_kd
 from richkd.run_folders import Run
 from richkd.training.device import hardware
 
@@ -25,16 +25,28 @@ def render(
     result: Mapping[str, Any],
 ) -> str:
     """The whole page."""
-    cost_plots = {f"pareto-{name}": plots.pareto(standings, costs, name)
-                  for name in plots.COSTS if standings}  # fmt: skip
-    students = dict.fromkeys(standing.student for standing in standings)
-    curves = [plots.learning_curves(standings, runs, student) for student in students]
+    parts = by_images(standings)
+    cost_plots: dict[str, Any] = {}
+    curves = []
+    for images, members in parts.items():
+        suffix = "" if len(parts) == 1 else f"-{len(cost_plots)}"
+        title = "" if len(parts) == 1 else images
+        own = [costs[standings.index(standing)] for standing in members]
+        cost_plots |= {f"pareto-{name}{suffix}": plots.pareto(members, own, name, title)
+                       for name in plots.COSTS}  # fmt: skip
+        students = dict.fromkeys(standing.student for standing in members)
+        curves += [plots.learning_curves(members, runs, student) for student in students]
+    rows = [table_row(*each) for each in zip(standings, costs, extra, strict=True)]
+    if len(parts) > 1:  # a heading above the first row of each
+        for images, members in parts.items():
+            rows[standings.index(members[0])]["images"] = images
     return fill(
         "sweep",
         title=result["store"],
         store=result["store"],
         teachers=teachers(result["teachers"]),
-        rows=[table_row(*each) for each in zip(standings, costs, extra, strict=True)],
+        rows=rows,
+        about_best=about_best(run for standing in standings for run in standing.runs.values()),
         details=[detail(standing, runs) for standing in standings],
         incomplete=result["incomplete"],
         evaluation=result["evaluation"],
@@ -59,6 +71,7 @@ def teachers(accuracies: Mapping[str, float | None] | None) -> list[tuple[str, s
 def table_row(standing: Standing, cost: Cost, extra: Evaluated | None) -> dict[str, str]:
     """A row of the leaderboard, as text."""
     return {
+        "images": "",
         "student": standing.student,
         "method": standing.method,
         "settings": ", ".join(f"{key} {value}" for key, value in standing.settings.items()),

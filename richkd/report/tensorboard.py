@@ -31,6 +31,7 @@ def write_tensorboard(runs: Sequence[Run], folder: Path) -> None:
                     "loss/total": record["loss"],
                     **{f"loss/{name}": value for name, value in record["terms"].items()},
                     "accuracy/train": record["train_accuracy"],
+                    "accuracy/validation": record.get("validation_accuracy"),
                     "accuracy/test": record["test_accuracy"],
                     "lr": record["lr"],
                 }

@@ -100,6 +100,11 @@ class TeacherCache:
         """N, the training samples."""
         return self.manifest["dataset"]["num_train"]
 
+    @property
+    def splits(self) -> list[str]:
+        """The splits of the images: train, test, and validation where some were held out."""
+        return list(schema.split_sizes(self.manifest))
+
     def read(self, name: str, view: int | None = None, on_disk: bool | None = None) -> Tensor:
         """An array by its name in the store (`train/labels`), or one view of it, in one read.
 

@@ -30,6 +30,8 @@ class DatasetEntry(TypedDict):
     num_test: int
     embedded: bool
     skipped: NotRequired[list[str]]  # files of a folder that are no whole images
+    validation: NotRequired[float]  # share of the training images that choices are made on
+    num_validation: NotRequired[int]  # how many these are; they are not in num_train
 
 
 class ViewsEntry(TypedDict):
@@ -122,8 +124,8 @@ class ArraySpec:
 class Block:
     """The unit of work of stage one: samples start..stop of a split.
 
-    `view` is None for what depends on the clean image only (test rows; training images, labels
-    and CLIP features) and the view index for the CNN teacher's training rows.
+    `view` is None for what depends on the clean image only (test and validation rows; training
+    images, labels and CLIP features) and the view index for the CNN teacher's training rows.
     """
 
     split: str
@@ -144,28 +146,41 @@ def choose_block(widest: int, dtype: str) -> int:
     return min(MAX_BLOCK, 1 << max(4, int(math.log2(CHUNK_BYTES / row))))
 
 
+def split_sizes(manifest: Manifest) -> dict[str, int]:
+    """The number of samples of each split that the store has."""
+    dataset = manifest["dataset"]
+    sizes = {"train": dataset["num_train"], "test": dataset["num_test"]}
+    if "num_validation" in dataset:
+        sizes["validation"] = dataset["num_validation"]
+    return sizes
+
+
 def blocks(manifest: Manifest) -> list[Block]:
-    """All blocks, in the order of the `complete` flags: test, then training block by block."""
+    """All blocks in the order of their flags: test, validation, then training block by block."""
     size = manifest["block"]
 
     def spans(count: int) -> Iterator[tuple[int, int]]:
         return ((start, min(start + size, count)) for start in range(0, count, size))
 
-    dataset = manifest["dataset"]
-    test = [Block("test", None, *span) for span in spans(dataset["num_test"])]
+    counts = split_sizes(manifest)
+    clean = [
+        Block(split, None, *span)
+        for split in ("test", "validation")
+        for span in spans(counts.get(split, 0))
+    ]
     train = [
         Block("train", view, *span)
-        for span in spans(dataset["num_train"])
+        for span in spans(counts["train"])
         for view in (None, *range(manifest["views"]["count"]))
     ]
-    return test + train
+    return clean + train
 
 
 def num_blocks(manifest: Manifest) -> int:
     """How many blocks there are, without listing them: a manifest may claim absurd sizes."""
-    dataset, size = manifest["dataset"], manifest["block"]
-    test, train = -(-dataset["num_test"] // size), -(-dataset["num_train"] // size)
-    return test + train * (1 + manifest["views"]["count"])
+    counts, size = split_sizes(manifest), manifest["block"]
+    per_split = {split: -(-count // size) for split, count in counts.items()}
+    return sum(per_split.values()) + per_split["train"] * manifest["views"]["count"]
 
 
 def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
@@ -192,7 +207,7 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
         add(classes, "uint16", *rows, ("rank", manifest["keep"]))
         add(rest, dtype, *rows)
 
-    for split, count in (("train", dataset["num_train"]), ("test", dataset["num_test"])):
+    for split, count in split_sizes(manifest).items():
         sample = ("sample", count)
         if dataset["embedded"]:
             add(f"{split}/images", "uint8", sample, ("row", side), ("column", side), ("channel", 3))

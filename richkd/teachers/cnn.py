@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from richkd.data.datasets import Dataset
 from richkd.data.inputs import Normalize, make_inputs
-from richkd.data.views import NUM_VIEW_IDS, views_tensor
+from richkd.data.views import views_tensor
 from richkd.errors import RichKDError
 from richkd.files import check_writable
 from richkd.losses import Widths, method_class
@@ -22,7 +21,7 @@ from richkd.models.weights import file_sha256, load_into, read_weights, save_ten
 from richkd.progress import Report, percent
 from richkd.recipe import TrainTeacher
 from richkd.training.device import choose_device
-from richkd.training.loop import Data, EpochRows, Trainer, derive_seed
+from richkd.training.loop import Data, EpochRows, EvalSet, Trainer, derive_seed
 
 
 @dataclass(frozen=True)
@@ -96,15 +95,13 @@ def train_teacher(
     data = Data(
         train=make_inputs(dataset.train.images, device),
         train_labels=labels,
-        test=make_inputs(dataset.test.images, device),
-        test_labels=dataset.test.labels.to(device),
-        test_views=views_tensor(dataset.test.view_space.clean(len(dataset.test))),
-        tested=torch.arange(len(dataset.test), device=device),
+        test=EvalSet.of(dataset.test, device),
+        choice=EvalSet.of(dataset.validation, device) if dataset.validation else None,
         normalize=Normalize(dataset.mean, dataset.std, device),
         num_classes=num_classes,
     )
     trainer = Trainer(model, method, data, settings, device)
-    views = epoch_views(dataset, settings)
+    space = dataset.train.view_space
     report.say(
         f"training teacher {settings.model}: {settings.epochs} epochs of {num_samples:,} images, "
         f"batch {settings.batch_size}, lr {settings.lr}, seed {settings.seed}, on {device}"
@@ -113,7 +110,8 @@ def train_teacher(
     record = None
     with report.track("teacher", settings.epochs * num_samples, "images") as tick:
         for epoch in range(1, settings.epochs + 1):
-            record = trainer.train_epoch(epoch, EpochRows(views(epoch), {}), tick)
+            views = views_tensor(space.fresh(settings.seed, epoch, num_samples))
+            record = trainer.train_epoch(epoch, EpochRows(views, {}), tick)
             if not abs(record.loss) < float("inf"):
                 raise RichKDError(
                     f"the teacher diverged in epoch {epoch}; lower --lr (it is {settings.lr})"
@@ -138,14 +136,3 @@ def train_teacher(
         "top5_last": record.test_top5,
         "seconds": time.perf_counter() - started,
     }
-
-
-def epoch_views(dataset: Dataset, settings: TrainTeacher) -> Callable[[int], Tensor]:
-    """The views of every epoch, from 1: each sample's own order of views, over and over."""
-    space, count = dataset.train.view_space, len(dataset.train)
-    if space.limit is None:  # a fresh view every epoch
-        return lambda epoch: views_tensor(
-            space.draw(derive_seed(settings.seed, epoch, 3) % 2**32, count, 1)[0]
-        )
-    drawn = space.draw(settings.seed, count, min(settings.epochs, NUM_VIEW_IDS))
-    return lambda epoch: views_tensor(drawn[(epoch - 1) % len(drawn)])

@@ -66,27 +66,30 @@ class BlockRows:
         self, dataset: Dataset, views: Tensor, device: torch.device, teachers: Teachers,
         writer: StoreWriter,
     ) -> None:  # fmt: skip
-        self.splits: dict[str, Split] = {"train": dataset.train, "test": dataset.test}
+        self.splits: dict[str, Split] = dataset.splits
         self.inputs = {name: make_inputs(split.images, device)
                        for name, split in self.splits.items()}  # fmt: skip
-        clean = views_tensor(dataset.test.view_space.clean(len(dataset.test)))
-        self.views = {"train": views, "test": clean[None]}  # [V,N,…] each
+        self.views = {name: views_tensor(split.view_space.clean(len(split)))[None]
+                      for name, split in self.splits.items()}  # fmt: skip
+        self.views["train"] = views  # [V,N,…] each
         self.teachers = teachers
         self.writer = writer
         self._similarity: tuple[tuple[str, int], Tensor] | None = None  # of the last span read
 
     def phases(self, todo: Sequence[Block]) -> list[list[Unit]]:
         """The work in parts, of which each may need what those before it wrote."""
-        test = [block for block in todo if block.split == "test"]
-        train = [block for block in todo if block.split == "train"]
+        test, validation, train = (
+            [block for block in todo if block.split == split]
+            for split in ("test", "validation", "train")
+        )
         if isinstance(self.inputs["train"], FileInputs):
             return [
                 [tuple(blocks) for _, blocks in groupby(part, lambda block: block.start)]
-                for part in (test, train)
+                for part in (test, validation, train)
             ]
         clean = [block for block in train if block.view is None]
         views = [block for block in train if block.view is not None]
-        return [[(block,) for block in part] for part in (test, clean, views)]
+        return [[(block,) for block in part] for part in (test, validation, clean, views)]
 
     def __call__(
         self, units: Sequence[Unit], tick: Advance, check: Callable[[], None]
@@ -194,8 +197,8 @@ class BlockRows:
 
 
 def cnn_view(block: Block) -> int | None:
-    """Which of its split's views a block asks the CNN teacher for; test images have but one."""
-    return 0 if block.split == "test" else block.view
+    """Which of its split's views a block asks the CNN teacher for: only training has several."""
+    return block.view if block.split == "train" else 0
 
 
 def batched(

@@ -3,7 +3,7 @@
     recipe.toml             every setting, resolved
     metrics.jsonl           a line an epoch
     last.safetensors        the student after the last epoch
-    best.safetensors        the student after its best tested epoch
+    best.safetensors        the student after its best epoch
     checkpoint.safetensors  everything that going on needs; gone once the run is complete
     previous.safetensors    the same, an epoch earlier, should the other be damaged
     summary.json            written last: the run is complete where it is there
@@ -29,13 +29,17 @@ from torch import Tensor
 from richkd.errors import RichKDError
 from richkd.files import check_writable, is_temporary, remove_temporary, replacing, write
 from richkd.models.weights import read_note, read_safetensors, save_tensors
+from richkd.recipe import recorded_holdout
 
 _NOT_TRAINING = {"device", "data_root", "dataset", "cache", "out"}
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best tested epoch so far; epoch 0 before any."""
+    """The best epoch so far, by validation accuracy where there is one, else by test accuracy.
+
+    Epoch 0 before any.
+    """
 
     epoch: int = 0
     accuracy: float = -1.0
@@ -140,6 +144,7 @@ class RunFolder:
                 f"the run in {self.path} was trained on another store, or on this one before it "
                 f"was made anew ({was.get('richkd-distill')}; now {identity}); choose another --out"
             )
+        was = {"holdout": recorded_holdout(was), **was}
         for name in sorted((was.keys() | wanted.keys()) - _NOT_TRAINING):
             if was.get(name) != wanted.get(name):
                 raise RichKDError(
@@ -213,6 +218,10 @@ class RunFolder:
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)[:epoch]
         write(metrics, "".join(lines))
         return epoch, best, tensors
+
+    def best_weights(self) -> dict[str, Tensor]:
+        """The student after its best epoch; RichKDError where the file is damaged."""
+        return read_safetensors(self.path / "best.safetensors")[0]
 
     def finish(self, student: Mapping[str, Tensor], summary: Mapping[str, Any]) -> None:
         """The last weights and the summary; the checkpoint has done its duty."""

@@ -19,7 +19,9 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from richkd.data.inputs import Batches, Inputs, Normalize
+from richkd.data.datasets import Split
+from richkd.data.inputs import Batches, Inputs, Normalize, make_inputs
+from richkd.data.views import views_tensor
 from richkd.losses.method import Batch, Method
 from richkd.models import forward
 from richkd.recipe import Training
@@ -30,15 +32,33 @@ EVAL_BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalSet:
+    """Images of a split that a network is evaluated on, and their labels, on the device."""
+
+    images: Inputs  # of the whole split
+    labels: Tensor  # [M], likewise
+    views: Tensor  # the clean views, likewise
+    ids: Tensor  # of the samples that count, ascending
+
+    @classmethod
+    def of(cls, split: Split, device: torch.device) -> EvalSet:
+        """All samples of a split."""
+        return cls(
+            images=make_inputs(split.images, device),
+            labels=split.labels.to(device),
+            views=views_tensor(split.view_space.clean(len(split))),
+            ids=torch.arange(len(split), device=device),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Data:
-    """Everything that runs may share: inputs and labels of both splits, on the device."""
+    """Everything that runs may share: images and labels of all splits, on the device."""
 
     train: Inputs
     train_labels: Tensor  # [N]
-    test: Inputs
-    test_labels: Tensor  # [N_test]
-    test_views: Tensor  # the clean views
-    tested: Tensor  # ids of the test samples that count, ascending
+    test: EvalSet
+    choice: EvalSet | None = None  # images that choices are made on, apart from those of `test`
     normalize: Normalize
     num_classes: int
 
@@ -75,13 +95,14 @@ class EpochRows:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRecord:
-    """The metrics of one epoch. Test accuracies are None where the epoch was not tested."""
+    """The metrics of one epoch; accuracies are None where the epoch was not evaluated on them."""
 
     epoch: int  # from 1
     lr: float
     loss: float
     terms: dict[str, float]
     train_accuracy: float
+    validation_accuracy: float | None  # on the images that choices are made on
     test_accuracy: float | None
     test_top5: float | None
     seconds: float
@@ -90,6 +111,18 @@ class EpochRecord:
     def as_dict(self) -> dict[str, Any]:
         """For metrics.jsonl."""
         return asdict(self)
+
+    @property
+    def score(self) -> float | None:
+        """What epochs are chosen by; None where the epoch was not evaluated."""
+        return score_of(self.as_dict())
+
+
+def score_of(record: Mapping[str, Any]) -> float | None:
+    """Validation accuracy, else test accuracy, of a line of metrics.jsonl."""
+    validation: float | None = record.get("validation_accuracy")
+    test: float | None = record["test_accuracy"]
+    return test if validation is None else validation
 
 
 class Trainer:
@@ -121,7 +154,10 @@ class Trainer:
     def train_epoch(
         self, epoch: int, source: EpochRows, tick: Callable[[int], None] = lambda _: None
     ) -> EpochRecord:
-        """Epoch number `epoch`, from 1; tests the student where the settings say so."""
+        """Epoch number `epoch`, from 1; evaluates the student where the settings say so.
+
+        Where there are images to make choices on, those of the test split wait for the last epoch.
+        """
         start = time.perf_counter()
         order = epoch_order(self.settings.seed, epoch, len(self.data.train_labels))
         order = drop_lone_last(order, self.settings.batch_size)
@@ -142,14 +178,18 @@ class Trainer:
         assert totals is not None
         correct_count, *sums = (totals / len(order)).tolist()
         seconds = time.perf_counter() - start
-        tested = epoch % self.settings.eval_every == 0 or epoch == self.settings.epochs
-        top1, top5 = self.evaluate() if tested else (None, None)
+        choice, last = self.data.choice, epoch == self.settings.epochs
+        due = epoch % self.settings.eval_every == 0 or last
+        validation, _ = self.evaluate(choice) if choice and due else (None, None)
+        tested = last if choice else due
+        top1, top5 = self.evaluate(self.data.test) if tested else (None, None)
         return EpochRecord(
             epoch=epoch,
             lr=self.optimizer.param_groups[0]["lr"],
             loss=sum(sums),
             terms=dict(zip(terms, sums, strict=True)),
             train_accuracy=correct_count,
+            validation_accuracy=validation,
             test_accuracy=top1,
             test_top5=top5,
             seconds=seconds,
@@ -178,13 +218,12 @@ class Trainer:
             correct = (logits.argmax(1) == labels).sum()
         return correct, {name: term.detach() for name, term in terms.items()}
 
-    def evaluate(self) -> tuple[float, float]:
-        """Top-1 and top-5 accuracy on the test split, in 0..1."""
+    def evaluate(self, on: EvalSet) -> tuple[float, float]:
+        """Top-1 and top-5 accuracy in 0..1, computed in f32."""
         self.model.eval()
-        data = self.data
-        batches = data.test.batches(data.tested, data.test_views, EVAL_BATCH)
-        logits = predict(self.model, batches, data.normalize, self.device, self.half)
-        labels = data.test_labels[data.tested]
+        batches = on.images.batches(on.ids, on.views, EVAL_BATCH)
+        logits = predict(self.model, batches, self.data.normalize)
+        labels = on.labels[on.ids]
         return accuracy(logits, labels, 1), accuracy(logits, labels, 5)
 
     def state(self) -> dict[str, Tensor]:
@@ -214,12 +253,9 @@ class Trainer:
 
 
 @torch.inference_mode()
-def predict(
-    model: nn.Module, batches: Batches, normalize: Normalize, device: torch.device, half: bool
-) -> Tensor:
-    """Logits [N,C] f32 of a model in eval mode, on the device."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        return torch.cat([model(normalize(images)) for _, images in batches]).float()
+def predict(model: nn.Module, batches: Batches, normalize: Normalize) -> Tensor:
+    """Logits [N,C] of a model in eval mode, in f32 and on the device."""
+    return torch.cat([model(normalize(images)) for _, images in batches])
 
 
 def accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
