@@ -1,0 +1,64 @@
+"""Make the store that the Fashion-MNIST tables start from: 500 labels and a CLIP of other images.
+
+A resnet20 learns from the first 500 images. A small CLIP learns from captions of images 20,000 to
+50,000, of which 15 % name a wrong class. The store holds all 162 views of the 500 images, so that
+fewer views and a teacher in the loop are parts of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from richkd import recipe
+from richkd.data.datasets import load_dataset
+from richkd.precompute import precompute
+from richkd.progress import Report
+from richkd.recipe import Images, Precompute
+from richkd.teachers.tiny_clip import train_tiny_clip
+
+CAPTIONS = (
+    "a photo of a {}", "a picture of a {}", "a close-up photo of a {}", "a blurry photo of a {}",
+    "a grey {}", "one {} on a black ground", "a {} to wear", "a small picture of a {}",
+)  # fmt: skip
+WRONG = 0.15
+
+
+def train_clip(out: Path) -> None:
+    """Train a small CLIP for two epochs on captions of images that no student sees."""
+    dataset = load_dataset(Images(dataset="fashion-mnist"))
+    rng = np.random.default_rng(0)
+    labels = dataset.train.labels[20_000:50_000].numpy().copy()
+    wrong = rng.random(len(labels)) < WRONG
+    labels[wrong] = rng.integers(0, 10, wrong.sum())
+    captions = [CAPTIONS[rng.integers(len(CAPTIONS))].replace("{}", dataset.class_names[label])
+                for label in labels]  # fmt: skip
+    images = dataset.train.images
+    assert isinstance(images, torch.Tensor)
+    train_tiny_clip(images[20_000:50_000], captions, out, epochs=2)
+
+
+def main() -> None:
+    """Write clip/, teachers/ and all-views.zarr to the folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    folder: Path = parser.parse_args().out
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)  # the teacher's weights go to teachers/ below it
+    if not Path("clip").is_dir():
+        train_clip(Path("clip"))
+    content = recipe.load("fashion-mnist")
+    settings = recipe.resolve(
+        Precompute,
+        content.table("precompute"),
+        {"clip": "clip", "views": 162, "out": "all-views.zarr"},
+    )
+    precompute(settings, teacher_recipe=content.table("train-teacher"), report=Report())
+
+
+if __name__ == "__main__":
+    main()

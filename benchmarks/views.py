@@ -1,0 +1,223 @@
+"""Measure how many cached views each method needs, against the teacher in the loop.
+
+From a store of all 162 views come stores of fewer (their first V views are those that stage one
+draws for V) and the teacher in the loop: every epoch shows each image at a view drawn anew from all
+162, with the row of that very view. Students of one seed start from the same weights and see the
+samples in the same order, so differences are paired by seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from richkd.distill import Source, build_student, method_of, with_defaults
+from richkd.files import write
+from richkd.losses.method import TARGET
+from richkd.progress import Report
+from richkd.recipe import Distill
+from richkd.results import mean_and_std, mean_std, minus_kd, paired_difference
+from richkd.training.device import hardware, versions
+from richkd.training.loop import EpochRows, Trainer
+
+METHODS = ("ce", "crd", "pkt", "kd", "richkd-l", "richkd-f", "richkd")
+VIEWS = ("8", "16", "32", "64", "162", "online")
+
+Run = tuple[str, str, int]  # method, views, seed
+
+
+class Measure:
+    """A store on the device, and students trained from parts of it."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.source = Source(self.settings("ce", 0), Report(quiet=True))
+        cache = self.source.cache
+        if cache.num_views != 162:
+            raise SystemExit(f"{options.store} has {cache.num_views} views; all 162 are needed")
+        self.ids = cache.read("train/view_ids").long()  # [162,N]
+        self.position = self.ids.argsort(dim=0)  # view id, sample -> which of its views that is
+
+    def settings(self, method: str, seed: int) -> Distill:
+        """A run's settings: those of the published recipes but for what is asked for."""
+        options = self.options
+        return Distill(
+            cache=str(options.store), student=options.student, method=method, seed=seed,
+            epochs=options.epochs, eval_every=options.epochs, device=options.device,
+            precision=options.precision,
+        )  # fmt: skip
+
+    def rows(self, names: tuple[str, ...], settings: Distill) -> dict[str, Tensor]:
+        """What a method reads, of all views: [162,N,…], or [N,…] where views do not matter."""
+        cache, device = self.source.cache, self.source.device
+        kind = method_of(settings)[0].target
+        arrays = {TARGET: f"train/{kind}_logits"}
+        return {name: cache.read(arrays.get(name, f"train/{name}")).to(device) for name in names}
+
+    def epochs(self, views: str, rows: dict[str, Tensor], seed: int) -> Callable[[int], EpochRows]:
+        """The views and rows of each epoch, from 1."""
+        samples = torch.arange(self.ids.shape[1])
+        space = self.source.splits["train"].view_space
+
+        def epoch_rows(epoch: int) -> EpochRows:
+            if views == "online":
+                ids = torch.from_numpy(space.fresh(seed, epoch, len(samples)).astype("int64"))
+                which = self.position[ids, samples]
+            else:
+                which = torch.full_like(samples, (epoch - 1) % int(views))
+                ids = self.ids[which, samples]
+            at = which.to(self.source.device), samples.to(self.source.device)
+            picked = {name: row if row.ndim == 2 else row[at] for name, row in rows.items()}
+            return EpochRows(ids, picked)
+
+        return epoch_rows
+
+    def train(self, method: str, views: str, seed: int) -> dict[str, Any]:
+        """Train one student; its test accuracy after the last epoch."""
+        settings = with_defaults(self.settings(method, seed), self.source.cache)
+        kind, options = method_of(settings)
+        model, width = build_student(settings, self.source.cache)
+        alpha = self.source.cache.manifest["alpha"]
+        objective = kind(options, self.source.widths(width, alpha))
+        kind_of_trainer = CapturedTrainer if self.source.device.type == "cuda" else Trainer
+        trainer = kind_of_trainer(model, objective, self.source.data, settings, self.source.device)
+        rows = self.rows(kind.reads(options), settings)
+        epoch_rows = self.epochs(views, rows, seed)
+        start = time.perf_counter()
+        record = None
+        for epoch in range(1, settings.epochs + 1):
+            record = trainer.train_epoch(epoch, epoch_rows(epoch))
+        assert record is not None
+        return {
+            "method": method, "views": views, "seed": seed, "top1": record.test_accuracy,
+            "seconds": time.perf_counter() - start, "hardware": hardware(self.source.device),
+        }  # fmt: skip
+
+
+class CapturedTrainer(Trainer):
+    """A trainer whose steps are CUDA graphs: a small student is bound by launching its kernels.
+
+    A graph holds for one size of batch and one learning rate. The first steps of a size run as
+    usual, so that everything a graph may not allocate is there.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.seen: Counter[int] = Counter()
+        self.graphs: dict[tuple[int, float], tuple[Any, Any, Any]] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def step(
+        self, index: Tensor, images: Tensor, rows: Mapping[str, Tensor], epoch: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As Trainer.step; what it returns is overwritten by the next step."""
+        size, lr = len(index), self.optimizer.param_groups[0]["lr"]
+        self.seen[size] += 1
+        if self.seen[size] <= 3:
+            return super().step(index, images, rows, epoch)
+        if (size, lr) not in self.graphs:
+            inputs = [tensor.clone() for tensor in (index, images, *rows.values())]
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, pool=self.pool):
+                held = dict(zip(rows, inputs[2:], strict=True))
+                outputs = super().step(inputs[0], inputs[1], held, epoch)
+            self.graphs[size, lr] = graph, inputs, outputs
+        graph, inputs, outputs = self.graphs[size, lr]
+        for static, given in zip(inputs, (index, images, *rows.values()), strict=True):
+            static.copy_(given)
+        graph.replay()
+        return outputs
+
+
+_measure: Measure | None = None  # of a worker process
+
+
+def _begin(options: argparse.Namespace) -> None:
+    global _measure  # noqa: PLW0603
+    torch.set_num_threads(1)
+    _measure = Measure(options)
+
+
+def _train(run: Run) -> dict[str, Any]:
+    assert _measure is not None
+    return _measure.train(*run)
+
+
+def file_of(folder: Path, run: Run) -> Path:
+    """Where the result of a run is."""
+    return folder / "{}-{}-s{}.json".format(*run)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Each method's accuracy online, and what fewer views take from it, paired by seed."""
+    top1 = {(r["method"], r["views"], r["seed"]): r["top1"] for r in results}
+    lines = [
+        f"| method | n | online, % | {' | '.join(f'{v} views' for v in VIEWS[:-1])} |",
+        f"|{'---|' * (len(VIEWS) + 2)}",
+    ]
+    for method in METHODS:
+        online = {s: a for (m, v, s), a in top1.items() if (m, v) == (method, "online")}
+        if not online:
+            continue
+        cells = []
+        for views in VIEWS[:-1]:
+            pairs = [top1[method, views, seed] - accuracy for seed, accuracy in online.items()
+                     if (method, views, seed) in top1]  # fmt: skip
+            cells.append(minus_kd(paired_difference(pairs)))
+        accuracy = mean_std(mean_and_std([*online.values()]))
+        lines.append(f"| {method} | {len(online)} | {accuracy} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Train what is not trained yet, until the time is up, and write views.json and views.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("store", type=Path, help="made by fashion_mnist.py")
+    parser.add_argument("--out", type=Path, default=Path("runs/views"))
+    parser.add_argument("--student", default="resnet8")
+    parser.add_argument("--epochs", type=int, default=120)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--views", default=",".join(VIEWS))
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many")
+    options = parser.parse_args()
+    runs_folder = options.out / "runs"
+    runs_folder.mkdir(parents=True, exist_ok=True)
+    grid = product(range(options.seeds), options.methods.split(","), options.views.split(","))
+    runs: list[Run] = [(method, views, seed) for seed, method, views in grid]
+    todo = [run for run in runs if not file_of(runs_folder, run).is_file()]
+    deadline = time.monotonic() + 60 * options.minutes
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.workers, _begin, (options,)) as pool:
+        for done, result in enumerate(pool.imap_unordered(_train, todo), 1):
+            run = result["method"], result["views"], result["seed"]
+            write(file_of(runs_folder, run), json.dumps(result))
+            print(f"{done}/{len(todo)} {run}: {100 * result['top1']:.2f} %", flush=True)
+            if time.monotonic() > deadline:
+                print("time is up; the same command does the rest")
+                pool.terminate()
+                break
+    results = [json.loads(path.read_text()) for path in sorted(runs_folder.glob("*.json"))]
+    settings = {k: str(v) for k, v in vars(options).items() if k not in ("out", "minutes")}
+    found = {"settings": settings, "versions": versions(), "runs": results}
+    write(options.out / "views.json", json.dumps(found, indent=1) + "\n")
+    write(options.out / "views.md", table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
