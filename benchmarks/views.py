@@ -116,6 +116,7 @@ class CapturedTrainer(Trainer):
         self.seen: Counter[int] = Counter()
         self.graphs: dict[tuple[int, float], tuple[Any, Any, Any]] = {}
         self.pool = torch.cuda.graph_pool_handle()
+        torch.backends.cudnn.benchmark = True
 
     def step(
         self, index: Tensor, images: Tensor, rows: Mapping[str, Tensor], epoch: int

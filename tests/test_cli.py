@@ -72,7 +72,7 @@ def test_version(run: Run) -> None:
         ("distill --cache x --prompts a,b", "--prompts 'a,b'"),
         ("distill --cache x --scale much", "unknown scale 'much'"),
         ("distill --cache x --alpha most", "alpha = 'most': must be a number in .* or auto"),
-        ("distill --cache x --alpha auto --holdout 0", "above 0 for alpha auto"),
+        ("distill --cache x --alpha auto --holdout 0.95", r"holdout = 0.95: must be in \[0, 0.9\]"),
         ("distill --cache x --target both", "unknown target 'both'; choose from clip, fused"),
         ("distill --cache x --clip-head linear", "unknown clip_head 'linear'"),
         ("distill --cache x --student-set patch_size", "--student-set 'patch_size'"),

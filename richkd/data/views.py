@@ -114,20 +114,19 @@ class ResizedCropFlip:
         check_num_views(num_views, self.limit)
         views = np.empty((num_views, num_samples, 5), np.float32)
         for view in range(num_views):
-            stream = np.random.Philox(np.random.SeedSequence([seed, view]))
-            views[view] = self._draw_all(stream, num_samples)
+            self._fill(views[view], np.random.Philox(np.random.SeedSequence([seed, view])))
         return views
 
     def fresh(self, seed: int, epoch: int, num_samples: int) -> NDArray[np.float32]:
         """View parameters [N,5] of one epoch."""
-        return self._draw_all(_epoch_stream(seed, epoch), num_samples)
-
-    def _draw_all(self, stream: np.random.Philox, num_samples: int) -> NDArray[np.float32]:
-        """One view [N,5] of every sample; row i of the stream belongs to sample i."""
         views = np.empty((num_samples, 5), np.float32)
-        for span in spans(num_samples):
-            views[span] = self._draw(stream, self.sizes[span])
+        self._fill(views, _epoch_stream(seed, epoch))
         return views
+
+    def _fill(self, views: NDArray[np.float32], stream: np.random.Philox) -> None:
+        """Draw one view [N,5] of every sample; row i of the stream belongs to sample i."""
+        for span in spans(len(views)):
+            views[span] = self._draw(stream, self.sizes[span])
 
     def _draw(self, stream: np.random.Philox, sizes: NDArray[np.int64]) -> NDArray[np.float64]:
         """One view [n,5] of each of the next samples of a stream, by their sizes [n,2]."""

@@ -115,12 +115,15 @@ def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     maps = model.forward_features(images)  # type: ignore[operator]
     features = model.forward_head(maps, pre_logits=True)  # type: ignore[operator]
     classifier = model.get_classifier()  # type: ignore[operator]
+    # running the head once more would count batches twice where it has batch norm (CPUBone)
+    once = isinstance(classifier, nn.Linear | nn.Sequential) or hasattr(classifier, "linear")
+    # else two heads whose logits are averaged, a convolution on what is not flattened yet, …
+    enters = features if once else maps
+    if torch.is_autocast_enabled(images.device.type):
+        enters = enters.float()
     with torch.autocast(images.device.type, enabled=False):
-        # running the head once more would count batches twice where it has batch norm (CPUBone)
-        if isinstance(classifier, nn.Linear | nn.Sequential) or hasattr(classifier, "linear"):
-            return classifier(features.float()), features
-        # two heads whose logits are averaged, a convolution on what is not flattened yet, …
-        return model.forward_head(maps.float()), features.flatten(1)  # type: ignore[operator]
+        logits = classifier(enters) if once else model.forward_head(enters)  # type: ignore[operator]
+    return logits, features.flatten(1)
 
 
 def check_fit(

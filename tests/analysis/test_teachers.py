@@ -193,7 +193,7 @@ def test_the_command(run: Run, fails: Fails, store: Path, tmp_path: Path) -> Non
     assert shown.out.splitlines()[-1] == str(tmp_path / f"{store.stem}-analysis.html")
     assert max(map(len, shown.out.splitlines()[:-1])) <= 80
     assert "threshold = 1.5" in fails("analyze", store, "--threshold", 1.5)
-    assert "split = 'val'" in fails("analyze", store, "--split", "val")
+    assert "unknown split 'val'" in fails("analyze", store, "--split", "val")
     assert "no store at" in fails("analyze", tmp_path / "nothing.zarr")
 
 
