@@ -229,7 +229,9 @@ def blends(settings: Distill) -> bool:
     method, options = method_of(settings)
     reads = method.reads(options)
     target = settings.target or method.target
-    return "clip_features" in reads or (TARGET in reads and target == "fused")
+    if "clip_features" in reads and getattr(options, "feature_alpha", None) is None:
+        return True
+    return TARGET in reads and target == "fused"
 
 
 def check_grid(grid: Sequence[Distill], cache: TeacherCache) -> list[Entry]:

@@ -27,14 +27,19 @@ class RichKD(LogitMethod):
 
     @dataclass(frozen=True, kw_only=True)
     class Options(CRD.Options, LogitOptions):
-        """Those of CRD, and weight and temperature τ of the fused logits."""
+        """Those of CRD, weight and temperature τ of the fused logits, and the features' own blend.
+
+        `feature_alpha` is the paper's λ; without it features are blended by the α of the logits, as
+        in the release.
+        """
 
         logit_weight: float = 3.0
         temperature: float = 3.0
+        feature_alpha: float | None = None
 
     def __init__(self, options: Options, widths: Widths) -> None:
         super().__init__(options, widths)
-        self.alpha = widths.alpha
+        self.alpha = widths.alpha if options.feature_alpha is None else options.feature_alpha
         if options.feature_weight > 0:
             self.embed_student = Embed(widths.student)
             self.embed_teacher = Embed(widths.teacher)
