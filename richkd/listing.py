@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from richkd import recipe as recipes
@@ -14,7 +15,7 @@ def show_recipes(report: Report) -> dict[str, Any]:
     found = [recipes.load(str(path)) for path in sorted(recipes.packaged().glob("*.toml"))]
     rows = [(recipe.name, recipe.about) for recipe in found]
     report.table("richkd run NAME", ("recipe", "what"), rows, left=2)
-    return {recipe.name: {"about": recipe.about, "published": recipe.published}
+    return {recipe.name: {"about": recipe.about, "published": asdict(recipe)["published"]}
             for recipe in found}  # fmt: skip
 
 
