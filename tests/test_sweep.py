@@ -111,6 +111,15 @@ def test_a_dry_run_shows_the_grid_and_touches_nothing(
     assert max(map(len, done.out.splitlines())) <= 80
 
 
+def test_alpha_is_no_axis_where_only_features_blend_and_by_a_weight_of_their_own() -> None:
+    for method, own, blends in (
+        ("richkd-f", {}, True), ("richkd-f", {"feature_alpha": 0.5}, False),
+        ("richkd", {"feature_alpha": 0.5}, True), ("kd", {}, False), ("crd-kd", {}, False),
+    ):  # fmt: skip
+        settings = Distill(cache="c.zarr", method=method, options={method: own})
+        assert sweeping.blends(settings) == blends, (method, own)
+
+
 def test_the_grid_shows_the_learning_rate_of_each_student(
     run: Run, store: Path, tmp_path: Path
 ) -> None:

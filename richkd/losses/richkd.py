@@ -1,4 +1,4 @@
-"""RichKD (arXiv 2511.09286): distillation from the CNN teacher fused with CLIP.
+"""RichKD (Mansourian et al. 2026, arXiv 2511.09286): the CNN teacher fused with CLIP.
 
 L distils fused logits, F fused features (by CRD), L+F both. The weights are those of the release.
 """
@@ -21,7 +21,7 @@ from richkd.losses.method import TARGET, Batch, Widths, register
 @register("richkd-f", logit_weight=0.0)
 @register("richkd-ls", standardize=True, temperature=2.0, logit_weight=9.0)
 class RichKD(LogitMethod):
-    """Fused logits and features of CNN teacher and CLIP (RichKD 2025), weighted as released."""
+    """CNN teacher and CLIP, fused (Mansourian et al. 2026), with the weights of the release."""
 
     target = "fused"
 
