@@ -67,8 +67,10 @@ def methods() -> Iterator[str]:
     yield "| method | what | matches | options and defaults |\n|---|---|---|---|"
     for name in sorted(METHODS):
         entry = describe_method(name)
-        options = ", ".join(f"`{key}`" if value is None else f"`{key}={value}`"
-                            for key, value in entry["options"].items())  # fmt: skip
+        options = ", ".join(
+            f"`{key}`" if value is None else f"`{key}={value}`"
+            for key, value in entry["options"].items()
+        )
         target = f"logits (`{entry['target']}`)" if entry["target"] else ""
         features = "features" if any("features" in read for read in entry["reads"]) else ""
         matched = ", ".join(filter(None, (target, features)))
@@ -82,10 +84,13 @@ def recipe_table() -> Iterator[str]:
     for path in sorted(recipes.packaged().glob("*.toml")):
         recipe = recipes.load(str(path))
         figures = (
-            ", ".join(f"{name} {figure.top1:.2f}" for name, figure in recipe.published.items()
-                      if figure.epoch == epoch)
+            ", ".join(
+                f"{name} {figure.top1:.2f}"
+                for name, figure in recipe.published.items()
+                if figure.epoch == epoch
+            )
             for epoch in recipes.EPOCHS
-        )  # fmt: skip
+        )
         yield f"| `{recipe.name}` | {_cell(recipe.about)} | {' | '.join(figures)} |"
 
 

@@ -258,9 +258,11 @@ def time_steps(sizes: Sizes, device: torch.device, report: Report) -> dict[str, 
     widths = Widths(labels=labels.cpu(), student=create_model(sizes.student, c).num_features,  # type: ignore[arg-type]
                     teacher=teacher.num_features, clip=CLIP_WIDTH, alpha=0.7)  # fmt: skip
     settings = Distill(
-        cache="bench", student=sizes.student, batch_size=sizes.batch_size,
+        cache="bench",
+        student=sizes.student,
+        batch_size=sizes.batch_size,
         lr=catalog.learning_rate(sizes.student),
-    )  # fmt: skip
+    )
     order, views = torch.randperm(n), views_tensor(PadCropFlip().draw(0, n, 1))[0]
 
     def trainer(method: str, vectors: bool = False) -> Trainer:

@@ -40,8 +40,10 @@ def show_methods(name: str | None, report: Report) -> dict[str, Any]:
     else:
         entry = found[name]
         reads = ", ".join(entry["reads"]) or "nothing of the store but images and labels"
-        defaults = [(f"--set {option}", "that of the blend" if value is None else f"{value}")
-                    for option, value in entry["options"].items()]  # fmt: skip
+        defaults = [
+            (f"--set {option}", "that of the blend" if value is None else f"{value}")
+            for option, value in entry["options"].items()
+        ]
         about = [("what", entry["about"]), ("reads", reads), ("target", entry["target"] or "none")]
         report.table(name, ("", ""), about + defaults, left=2)
     return found

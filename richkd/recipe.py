@@ -103,11 +103,19 @@ class Training:
             raise unknown("schedule", self.schedule, ["step", "cosine"])
         if self.milestones is not None:
             given = list(self.milestones)
-            _require(self.schedule == "step", "milestones", given,
-                     f"left out for schedule {self.schedule}")  # fmt: skip
+            _require(
+                self.schedule == "step",
+                "milestones",
+                given,
+                f"left out for schedule {self.schedule}",
+            )
             rising = all(low < high for low, high in itertools.pairwise([0, *given, self.epochs]))
-            _require(rising and bool(given), "milestones", given,
-                     f"ascending epochs, from 1 to below epochs = {self.epochs}")  # fmt: skip
+            _require(
+                rising and bool(given),
+                "milestones",
+                given,
+                f"ascending epochs, from 1 to below epochs = {self.epochs}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,8 +402,10 @@ def load(path_or_name: str) -> Recipe:
         raise RichKDError(f"recipe {path}: about = {about!r} should be text")
     if not isinstance(published, dict):
         raise RichKDError(f"recipe {path}: [published] should be a table of figures")
-    figures = {name: _read_figure(value, f"recipe {path} [published]: {name}")
-               for name, value in published.items()}  # fmt: skip
+    figures = {
+        name: _read_figure(value, f"recipe {path} [published]: {name}")
+        for name, value in published.items()
+    }
     for section, values in content.items():
         if section not in SECTIONS or not isinstance(values, dict):
             raise unknown(f"table in recipe {path}:", section, ["about", "published", *SECTIONS])

@@ -98,8 +98,11 @@ def published_lines(published: Mapping[str, Figure]) -> Iterator[str]:
         "unknown": "of an epoch that is not known",
     }
     for epoch, kind in kinds.items():
-        figures = [f"{name} {figure.top1:.2f}" for name, figure in published.items()
-                   if figure.epoch == epoch]  # fmt: skip
+        figures = [
+            f"{name} {figure.top1:.2f}"
+            for name, figure in published.items()
+            if figure.epoch == epoch
+        ]
         if figures:
             yield f"published by others, top-1 in %, {kind}: {', '.join(figures)}"
 

@@ -138,8 +138,10 @@ def test_milestones_are_epochs_of_the_step_schedule(tmp_path: Path) -> None:
     for given, message in (
         ((30, 30), r"milestones = \[30, 30\]: must be ascending"),
         ((60, 30), r"milestones = \[60, 30\]: must be ascending"),
-        ((0, 30), "from 1"), ((30, 100), "below epochs = 100"), ((), "ascending"),
-    ):  # fmt: skip
+        ((0, 30), "from 1"),
+        ((30, 100), "below epochs = 100"),
+        ((), "ascending"),
+    ):
         with pytest.raises(RichKDError, match=message):
             recipe.resolve(Distill, table, {"milestones": given})
     with pytest.raises(RichKDError, match="left out for schedule cosine"):

@@ -176,8 +176,10 @@ def test_listings(run: Run, fails: Fails) -> None:
     listed = run("recipes", "--json").json
     assert set(listed) == set(NAMES)
     assert listed["vgg13-vgg8"]["published"]["dkd"] == {
-        "top1": 74.68, "epoch": "best", "source": "sunshangquan/logit-standardization-KD"
-    }  # fmt: skip
+        "top1": 74.68,
+        "epoch": "best",
+        "source": "sunshangquan/logit-standardization-KD",
+    }
     methods = run("methods", "--json").json
     assert methods["dkd"]["options"]["nckd_weight"] == 8.0
     assert methods["richkd"]["target"] == "fused" and methods["crd"]["target"] is None

@@ -113,9 +113,12 @@ def test_a_dry_run_shows_the_grid_and_touches_nothing(
 
 def test_alpha_is_no_axis_where_only_features_blend_and_by_a_weight_of_their_own() -> None:
     for method, own, blends in (
-        ("richkd-f", {}, True), ("richkd-f", {"feature_alpha": 0.5}, False),
-        ("richkd", {"feature_alpha": 0.5}, True), ("kd", {}, False), ("crd-kd", {}, False),
-    ):  # fmt: skip
+        ("richkd-f", {}, True),
+        ("richkd-f", {"feature_alpha": 0.5}, False),
+        ("richkd", {"feature_alpha": 0.5}, True),
+        ("kd", {}, False),
+        ("crd-kd", {}, False),
+    ):
         settings = Distill(cache="c.zarr", method=method, options={method: own})
         assert sweeping.blends(settings) == blends, (method, own)
 
@@ -127,8 +130,11 @@ def test_the_grid_shows_the_learning_rate_of_each_student(
     for given, rates in (([], ("0.05", "0.01")), (["--lr", 0.3], ("0.3", "0.3"))):
         done = run("sweep", "--cache", store, "--out", tmp_path / "runs", *grid, *given)
         assert done.code == 0, done.err
-        rows = {line.split()[0]: line.split()[1] for line in done.out.splitlines()
-                if line.split() and line.split()[0] in ("resnet8", "ShuffleV2")}  # fmt: skip
+        rows = {
+            line.split()[0]: line.split()[1]
+            for line in done.out.splitlines()
+            if line.split() and line.split()[0] in ("resnet8", "ShuffleV2")
+        }
         assert rows == {"resnet8": rates[0], "ShuffleV2": rates[1]}
 
 

@@ -57,5 +57,9 @@ class MLKD(LogitMethod):
                 [kd_loss(student, target, temperature), *alignment(*probabilities)]
             )
         instance, batches, classes = self.options.logit_weight * sums
-        return {"ce": self.label_term(batch), "instance": instance, "batch": MASK * batches,
-                "class": MASK * classes}  # fmt: skip
+        return {
+            "ce": self.label_term(batch),
+            "instance": instance,
+            "batch": MASK * batches,
+            "class": MASK * classes,
+        }
