@@ -67,7 +67,10 @@ def methods() -> Iterator[str]:
     yield "| method | what | matches | options and defaults |\n|---|---|---|---|"
     for name in sorted(METHODS):
         entry = describe_method(name)
-        options = ", ".join(f"`{key}={value}`" for key, value in entry["options"].items())
+        options = ", ".join(
+            f"`{key}`" if value is None else f"`{key}={value}`"
+            for key, value in entry["options"].items()
+        )
         target = f"logits (`{entry['target']}`)" if entry["target"] else ""
         features = "features" if any("features" in read for read in entry["reads"]) else ""
         matched = ", ".join(filter(None, (target, features)))
@@ -76,11 +79,19 @@ def methods() -> Iterator[str]:
 
 def recipe_table() -> Iterator[str]:
     """The recipes that richkd brings along."""
-    yield "| recipe | what | published by others, top-1 in % |\n|---|---|---|"
+    yield "| recipe | what | last epoch | best epoch on the test images | epoch not known |"
+    yield "|---|---|---|---|---|"
     for path in sorted(recipes.packaged().glob("*.toml")):
         recipe = recipes.load(str(path))
-        figures = ", ".join(f"{name} {value:.2f}" for name, value in recipe.published.items())
-        yield f"| `{recipe.name}` | {_cell(recipe.about)} | {figures} |"
+        figures = (
+            ", ".join(
+                f"{name} {figure.top1:.2f}"
+                for name, figure in recipe.published.items()
+                if figure.epoch == epoch
+            )
+            for epoch in recipes.EPOCHS
+        )
+        yield f"| `{recipe.name}` | {_cell(recipe.about)} | {' | '.join(figures)} |"
 
 
 def commands() -> Iterator[str]:

@@ -28,6 +28,7 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from richkd import fusion
+from richkd.data import catalog
 from richkd.data.datasets import Dataset, Split
 from richkd.data.inputs import ArrayInputs, Normalize
 from richkd.data.views import PadCropFlip, views_tensor
@@ -256,7 +257,12 @@ def time_steps(sizes: Sizes, device: torch.device, report: Report) -> dict[str, 
     cosines = torch.rand(n, c, device=device)
     widths = Widths(labels=labels.cpu(), student=create_model(sizes.student, c).num_features,  # type: ignore[arg-type]
                     teacher=teacher.num_features, clip=CLIP_WIDTH, alpha=0.7)  # fmt: skip
-    settings = Distill(cache="bench", student=sizes.student, batch_size=sizes.batch_size)
+    settings = Distill(
+        cache="bench",
+        student=sizes.student,
+        batch_size=sizes.batch_size,
+        lr=catalog.learning_rate(sizes.student),
+    )
     order, views = torch.randperm(n), views_tensor(PadCropFlip().draw(0, n, 1))[0]
 
     def trainer(method: str, vectors: bool = False) -> Trainer:

@@ -90,6 +90,9 @@ LearningRate = Annotated[float | None, _shared("lr")]
 Momentum = Annotated[float | None, _shared("momentum")]
 WeightDecay = Annotated[float | None, _shared("weight_decay")]
 Schedule = Annotated[str | None, _shared("schedule")]
+Milestones = Annotated[
+    str | None, typer.Option(help=describe(Distill, "milestones") + ", e.g. 30,60,90")
+]
 EvalEvery = Annotated[int | None, _shared("eval_every")]
 Seed = Annotated[int | None, _shared("seed")]
 Device = Annotated[str | None, _shared("device")]
@@ -151,6 +154,7 @@ def train_teacher(
     momentum: Momentum = None,
     weight_decay: WeightDecay = None,
     schedule: Schedule = None,
+    milestones: Milestones = None,
     eval_every: EvalEvery = None,
     seed: Seed = None,
     data_root: DataRoot = None,
@@ -404,6 +408,7 @@ def distill(
     momentum: Momentum = None,
     weight_decay: WeightDecay = None,
     schedule: Schedule = None,
+    milestones: Milestones = None,
     eval_every: EvalEvery = None,
     dataset: Annotated[str | None, _option(Distill, "dataset")] = None,
     data_root: DataRoot = None,
@@ -459,6 +464,7 @@ def sweep(
     momentum: Momentum = None,
     weight_decay: WeightDecay = None,
     schedule: Schedule = None,
+    milestones: Milestones = None,
     eval_every: EvalEvery = None,
     dataset: Annotated[str | None, _option(Distill, "dataset")] = None,
     data_root: DataRoot = None,
@@ -495,6 +501,7 @@ def run(
     target: Annotated[str | None, _option(Distill, "target")] = None,
     student: Annotated[str | None, _option(Distill, "student")] = None,
     epochs: Epochs = None,
+    milestones: Milestones = None,
     seed: Seed = None,
     options: Annotated[list[str] | None, _option(Distill, "options", "--set")] = None,
     dataset: Dataset = None,
@@ -791,6 +798,7 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     readers: dict[str, Callable[[Any], Any]] = {
         "scale": recipes.parse_scale,
         "alpha": recipes.parse_alpha,
+        "milestones": recipes.parse_epochs,
         "options": lambda texts: _assignments("--set", texts),
         "student_options": lambda texts: _assignments("--student-set", texts),
     }

@@ -425,7 +425,7 @@ def method_of(settings: Distill) -> tuple[type[Method], Any]:
 
 
 def with_defaults(settings: Distill, cache: TeacherCache, runs: str = "runs") -> Distill:
-    """The student that the data set suggests and a name for the run, where none were given.
+    """The student that the data set suggests, its learning rate, and a name, where none were given.
 
     Args:
         settings: as given.
@@ -437,8 +437,9 @@ def with_defaults(settings: Distill, cache: TeacherCache, runs: str = "runs") ->
     alpha = "" if settings.alpha is None else f"-a{settings.alpha}"
     name = f"{cache.place.stem}-{student}-{settings.method}{alpha}-s{settings.seed}"
     out = settings.out or str(Path(runs) / name.replace("/", "-"))
+    lr = catalog.learning_rate(student) if settings.lr is None else settings.lr
     settings = settings.with_holdout("validation" in cache.splits)
-    return replace(settings, student=student, out=out)
+    return replace(settings, student=student, lr=lr, out=out)
 
 
 def check_reads(cache: TeacherCache, settings: Distill) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from richkd import recipe as recipes
@@ -14,7 +15,7 @@ def show_recipes(report: Report) -> dict[str, Any]:
     found = [recipes.load(str(path)) for path in sorted(recipes.packaged().glob("*.toml"))]
     rows = [(recipe.name, recipe.about) for recipe in found]
     report.table("richkd run NAME", ("recipe", "what"), rows, left=2)
-    return {recipe.name: {"about": recipe.about, "published": recipe.published}
+    return {recipe.name: {"about": recipe.about, "published": asdict(recipe)["published"]}
             for recipe in found}  # fmt: skip
 
 
@@ -39,7 +40,10 @@ def show_methods(name: str | None, report: Report) -> dict[str, Any]:
     else:
         entry = found[name]
         reads = ", ".join(entry["reads"]) or "nothing of the store but images and labels"
-        defaults = [(f"--set {option}", f"{value}") for option, value in entry["options"].items()]
+        defaults = [
+            (f"--set {option}", "that of the blend" if value is None else f"{value}")
+            for option, value in entry["options"].items()
+        ]
         about = [("what", entry["about"]), ("reads", reads), ("target", entry["target"] or "none")]
         report.table(name, ("", ""), about + defaults, left=2)
     return found

@@ -7,6 +7,7 @@ What the command line says overrides the recipe, and the recipe overrides the de
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 import tomllib
@@ -24,6 +25,7 @@ Alpha = float | Literal["auto"]
 TARGETS = ("teacher", "clip", "fused")
 CLIP_HEADS = ("zero-shot", "probe")
 ENGINES = ("local", "ray")
+EPOCHS = ("last", "best", "unknown")  # that a published figure is of
 AUTO_HOLDOUT = 0.2  # of the test images, for alpha auto and halving
 PRECISIONS = ("auto", "float32", "bfloat16")
 TOP_K = re.compile("top-[1-9][0-9]{0,8}")
@@ -75,10 +77,15 @@ class Training:
 
     epochs: int = _key(240, "passes over the training samples")
     batch_size: int = _key(64, "samples a step")
-    lr: float = _key(0.05, "learning rate at the start")
+    lr: float | None = _key(
+        None, "learning rate at the start; default 0.05, or 0.01 for MobileNetV2 and ShuffleV1, V2"
+    )
     momentum: float = _key(0.9, "momentum of SGD")
     weight_decay: float = _key(5e-4, "weight decay of SGD")
     schedule: str = _key("step", "step (÷10 at 62.5, 75 and 87.5 % of the epochs) or cosine")
+    milestones: tuple[int, ...] | None = _key(
+        None, "epochs after which the step schedule divides by ten, instead of those shares"
+    )
     eval_every: int = _key(1, "test after every N epochs, and after the last")
     seed: int = _key(0, "seed of weights, order and negatives")
     device: str = _key("auto", "auto, cpu, cuda, cuda:1, mps, …")
@@ -91,13 +98,28 @@ class Training:
             raise unknown("precision", self.precision, PRECISIONS)
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        _require(0 < self.lr < float("inf"), "lr", self.lr, "above 0")
+        _require(self.lr is None or 0 < self.lr < float("inf"), "lr", self.lr, "above 0")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         _require(0 <= self.weight_decay < 1, "weight_decay", self.weight_decay, "in [0, 1)")
         _require(self.eval_every >= 1, "eval_every", self.eval_every, "at least 1")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "in 0..2³²−1")
         if self.schedule not in ("step", "cosine"):
             raise unknown("schedule", self.schedule, ["step", "cosine"])
+        if self.milestones is not None:
+            given = list(self.milestones)
+            _require(
+                self.schedule == "step",
+                "milestones",
+                given,
+                f"left out for schedule {self.schedule}",
+            )
+            rising = all(low < high for low, high in itertools.pairwise([0, *given, self.epochs]))
+            _require(
+                rising and bool(given),
+                "milestones",
+                given,
+                f"ascending epochs, from 1 to below epochs = {self.epochs}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +137,15 @@ class TrainTeacher(Images, Training):
             limit = f"-{self.limit}" if self.limit else ""
             held_out = f"-val{self.validation:g}" if self.validation else ""
             name = f"{catalog.short_name(self.dataset)}{limit}{held_out}-{self.model}.safetensors"
-            object.__setattr__(self, "out", str(Path("teachers") / name))
+            object.__setattr__(self, "out", str(Path("teachers") / name.replace("/", "-")))
         _require(not self.out or self.out.endswith(".safetensors"), "out", self.out,
                  "a .safetensors file")  # fmt: skip
 
     def for_size(self, image_size: int) -> TrainTeacher:
-        """With the network that suits images of this size, where none was named."""
-        return replace(self, model=self.model or catalog.networks(self.dataset, image_size)[0])
+        """With the network that suits images of this size and its learning rate, if not given."""
+        model = self.model or catalog.networks(self.dataset, image_size)[0]
+        lr = catalog.learning_rate(model) if self.lr is None else self.lr
+        return replace(self, model=model, lr=lr)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,9 +376,28 @@ def parse_alpha(text: str) -> Alpha:
         raise RichKDError(f"alpha = {text!r}: must be a number in [0, 1], or auto") from None
 
 
+def parse_epochs(text: str) -> tuple[int, ...]:
+    """Milestones as typed: epochs with commas."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise RichKDError(
+            f"milestones = {text!r}: must be epochs with commas, e.g. 30,60,90"
+        ) from None
+
+
 def describe(settings: type, name: str) -> str:
     """The explanation of one setting, for `--help` and for the documentation."""
     return next(str(f.metadata["help"]) for f in fields(settings) if f.name == name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """What others published."""
+
+    top1: float  # in %
+    epoch: str = "unknown"  # last; best, which was chosen on the test split; or unknown
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -363,7 +406,7 @@ class Recipe:
 
     name: str
     about: str
-    published: dict[str, float]  # top-1 in %, by others: teacher, and by the name of a method
+    published: dict[str, Figure]  # by others: of the teacher, and by the name of a method
     tables: dict[str, dict[str, Any]]
 
     def table(self, command: str) -> dict[str, Any]:
@@ -385,14 +428,18 @@ def load(path_or_name: str) -> Recipe:
     about, published = content.pop("about", ""), content.pop("published", {})
     if not isinstance(about, str):
         raise RichKDError(f"recipe {path}: about = {about!r} should be text")
-    if not isinstance(published, dict) or not all(fits(v, float) for v in published.values()):
-        raise RichKDError(f"recipe {path}: [published] should be a table of numbers")
+    if not isinstance(published, dict):
+        raise RichKDError(f"recipe {path}: [published] should be a table of figures")
+    figures = {
+        name: _read_figure(value, f"recipe {path} [published]: {name}")
+        for name, value in published.items()
+    }
     for section, values in content.items():
         if section not in SECTIONS or not isinstance(values, dict):
             raise unknown(f"table in recipe {path}:", section, ["about", "published", *SECTIONS])
         for name, value in values.items():
             _check_key(SECTIONS[section], name, value, f"recipe {path} [{section}]")
-    return Recipe(path.stem, about, published, content)
+    return Recipe(path.stem, about, figures, content)
 
 
 def resolve(
@@ -415,8 +462,9 @@ def resolve(
         merged["student_options"] = given.get("student_options", {})
     for name, value in merged.items():
         _check_key(settings, name, value, "setting")
-    if isinstance(merged.get("prompts"), list):
-        merged["prompts"] = tuple(merged["prompts"])
+    for name in ("prompts", "milestones"):
+        if isinstance(merged.get(name), list):
+            merged[name] = tuple(merged[name])
     return settings(**merged)
 
 
@@ -434,6 +482,24 @@ def packaged() -> Path:
     """The folder of the recipes that richkd brings along."""
     installed = Path(__file__).parent / "pipelines"
     return installed if installed.is_dir() else Path(__file__).parent.parent / "pipelines"
+
+
+def _read_figure(value: object, where: str) -> Figure:
+    """A figure as a recipe has it: a table, or a number of which no more is known.
+
+    Raises:
+        RichKDError: neither, or an entry that is missing, unknown or out of range.
+    """
+    table: dict[str, Any] = value if isinstance(value, dict) else {"top1": value}
+    for name, entry in table.items():
+        _check_key(Figure, name, entry, where)
+    if "top1" not in table:
+        raise RichKDError(f"{where}: top1 is missing")
+    _require(0 <= table["top1"] <= 100, f"{where}: top1", table["top1"], "in 0..100 (%)")
+    figure = Figure(**table)
+    if figure.epoch not in EPOCHS:
+        raise unknown(f"epoch in {where}:", figure.epoch, EPOCHS)
+    return figure
 
 
 def _find(path_or_name: str) -> Path:

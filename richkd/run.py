@@ -6,8 +6,8 @@ What is done is not done again.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Set
-from dataclasses import fields, replace
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from richkd.models import create_model
 from richkd.models.weights import file_sha256
 from richkd.precompute import precompute
 from richkd.progress import Report
-from richkd.recipe import Distill, Precompute, Recipe, Sweep, resolve, to_table
+from richkd.recipe import Distill, Figure, Precompute, Recipe, Sweep, resolve, to_table
 from richkd.report import write_report
 from richkd.store.place import open_place
 from richkd.store.reader import TeacherCache, open_cache, read_manifest
@@ -57,7 +57,8 @@ def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict
     })  # fmt: skip
     if not flags.get("cache") and "out" not in one:
         out = Path(stage_one.out)  # the default, which is no URL
-        named = out.with_name("-".join(filter(None, [out.stem, stage_one.teacher])) + out.suffix)
+        teacher = stage_one.teacher.replace("/", "-")  # timm/resnet34
+        named = out.with_name("-".join(filter(None, [out.stem, teacher])) + out.suffix)
         stage_one = replace(stage_one, out=str(named))
     two = recipe.table("distill")
     stage_two = resolve(Distill, two, {
@@ -78,15 +79,32 @@ def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict
         stage_two = with_defaults(stage_two, cache)
         if not flags.get("out") and "out" not in two:
             name = f"{stage_two.student}-{stage_two.method}-s{stage_two.seed}"
-            stage_two = replace(stage_two, out=str(folder / name))
+            stage_two = replace(stage_two, out=str(folder / name.replace("/", "-")))
         else:
             folder = Path(stage_two.out)
         result = train_student(stage_two, cache, report)
     page = write_page(folder, cache, report)
-    if recipe.published:
-        figures = ", ".join(f"{name} {value:.2f}" for name, value in recipe.published.items())
-        report.say(f"published by others for this recipe, top-1 in %: {figures}")
-    return {**result, "recipe": recipe.name, "published": recipe.published, "page": page}
+    for line in published_lines(recipe.published):
+        report.say(line)
+    figures = {name: asdict(figure) for name, figure in recipe.published.items()}
+    return {**result, "recipe": recipe.name, "published": figures, "page": page}
+
+
+def published_lines(published: Mapping[str, Figure]) -> Iterator[str]:
+    """The figures of others in a line a kind of epoch, with what of ours each compares with."""
+    kinds = {
+        "last": "after the last epoch (compare with top-1 last)",
+        "best": "of the best epoch on the test images (compare with best)",
+        "unknown": "of an epoch that is not known",
+    }
+    for epoch, kind in kinds.items():
+        figures = [
+            f"{name} {figure.top1:.2f}"
+            for name, figure in published.items()
+            if figure.epoch == epoch
+        ]
+        if figures:
+            yield f"published by others, top-1 in %, {kind}: {', '.join(figures)}"
 
 
 def check_names(settings: Distill) -> None:

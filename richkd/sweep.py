@@ -233,7 +233,9 @@ def blends(settings: Distill) -> bool:
     method, options = method_of(settings)
     reads = method.reads(options)
     target = settings.target or method.target
-    return "clip_features" in reads or (TARGET in reads and target == "fused")
+    if "clip_features" in reads and getattr(options, "feature_alpha", None) is None:
+        return True
+    return TARGET in reads and target == "fused"
 
 
 def check_grid(grid: Sequence[Distill], cache: TeacherCache) -> list[Entry]:
@@ -356,18 +358,19 @@ def show_plan(entries: Sequence[Entry], title: str, engine: Engine, report: Repo
     for entry in entries:
         settings = entry.settings
         alpha = "" if settings.alpha is None else f"{settings.alpha}"
-        rows.setdefault((settings.student, settings.method, alpha), []).append(entry)
-    alphas = any(alpha for _, _, alpha in rows)
+        row = (settings.student, f"{settings.lr:g}", settings.method, alpha)
+        rows.setdefault(row, []).append(entry)
+    alphas = any(alpha for *_, alpha in rows)
     costs = any(entry.cost for entry in entries)
     cells = []
-    for (student, method, alpha), runs in rows.items():
+    for (student, lr, method, alpha), runs in rows.items():
         to_do = [entry for entry in runs if entry.state == "waiting"]
         left = duration(total_left(to_do)) if to_do else "–"
         memory = size(to_do[0].memory) if to_do else "–"
         counts = (f"{len(runs)}", f"{len(to_do)}" if to_do else "–")
         known = (left, memory) if costs else ()
-        cells.append((student, method, *([alpha] if alphas else []), *counts, *known))
-    header = ["student", "method", *(["α"] if alphas else []), "runs", "to do",
+        cells.append((student, lr, method, *([alpha] if alphas else []), *counts, *known))
+    header = ["student", "lr", "method", *(["α"] if alphas else []), "runs", "to do",
               *(["about", "memory"] if costs else [])]  # fmt: skip
     report.table(title, header, cells, left=2)
     waiting = sum(entry.state == "waiting" for entry in entries)

@@ -98,6 +98,13 @@ def test_version(run: Run) -> None:
         ("train-teacher --dataset shapes --model resnet21", "unknown model 'resnet21'"),
         ("train-teacher --dataset shapes --out weights.pth", "safetensors"),
         ("train-teacher --dataset shapes --schedule linear", "unknown schedule 'linear'"),
+        ("train-teacher --dataset shapes --epochs 90 --milestones 30,90",
+         r"milestones = \[30, 90\]: must be ascending epochs, from 1 to below epochs = 90"),
+        ("distill --cache x --milestones 60,30", r"milestones = \[60, 30\]: must be ascending"),
+        ("distill --cache x --milestones 30,x", "milestones = '30,x': must be epochs with commas"),
+        ("sweep --cache x --students resnet8 --milestones 240", "must be ascending .* = 240"),
+        ("run kd-t4 --milestones 300", "must be ascending epochs"),
+        ("distill --cache x --schedule cosine --milestones 3", "left out for schedule cosine"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_leave_nothing(

@@ -326,6 +326,27 @@ def test_step_schedule_divides_by_ten_at_the_published_shares(store: Path, tmp_p
     assert rates == pytest.approx(expected)
 
 
+def test_milestones_say_when_the_step_schedule_divides(store: Path, tmp_path: Path) -> None:
+    train(store, tmp_path / "a", method="ce", epochs=5, lr=0.2, milestones=(1, 3), eval_every=5)
+    rates = [line["lr"] for line in metrics(tmp_path / "a")]
+    assert rates == pytest.approx([0.2, 0.02, 0.02, 0.002, 0.002])
+    recorded = tomllib.loads((tmp_path / "a" / "recipe.toml").read_text())
+    assert recorded["milestones"] == [1, 3]
+    with pytest.raises(RichKDError, match=r"milestones was \[1, 3\] and is now None"):
+        train(store, tmp_path / "a", method="ce", epochs=5, lr=0.2, resume=True, eval_every=5)
+
+
+@pytest.mark.parametrize(("student", "lr"), [("ShuffleV2", 0.01), ("resnet8", 0.05)])
+def test_the_default_learning_rate_is_the_students_and_recorded(
+    store: Path, tmp_path: Path, student: str, lr: float
+) -> None:
+    train(store, tmp_path / "a", student=student, method="ce", lr=None, epochs=1)
+    assert tomllib.loads((tmp_path / "a" / "recipe.toml").read_text())["lr"] == lr
+    assert metrics(tmp_path / "a")[0]["lr"] == lr
+    train(store, tmp_path / "b", student=student, method="ce", lr=0.03, epochs=1)
+    assert metrics(tmp_path / "b")[0]["lr"] == 0.03
+
+
 def test_a_diverging_student_stops_with_the_epoch_and_the_setting(
     store: Path, tmp_path: Path
 ) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from richkd import recipe
+from richkd.data import catalog
 from richkd.errors import RichKDError
-from richkd.recipe import Distill, Precompute, TrainTeacher
+from richkd.recipe import Distill, Figure, Precompute, TrainTeacher
 
 
 def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path: Path) -> None:
@@ -74,7 +75,16 @@ def test_flags_and_options_by_method(tmp_path: Path) -> None:
         ("[distill]\nprompts = ['a']", "prompts"),
         ("[distill]\noptions = 3", "options = 3"),
         ("about = 3", "about = 3 should be text"),
-        ("[published]\nkd = 'good'", "should be a table of numbers"),
+        ("published = 3", r"\[published\] should be a table of figures"),
+        ("[published]\nkd = 'good'", r"\[published\]: kd: top1 = 'good' should be float"),
+        ("[published]\nkd = 733.3", r"\[published\]: kd: top1 = 733.3: must be in 0..100"),
+        ("[published]\nkd = nan", "top1 = nan: must be in 0..100"),
+        ("[published.kd]\nepoch = 'last'", r"\[published\]: kd: top1 is missing"),
+        ("[published.kd]\ntop1 = 73\nepochs = 'last'", "unknown key 'epochs'.*epoch"),
+        ("[published.kd]\ntop1 = 73\nepoch = 'final'", "'final'.*best, last, unknown"),
+        ("[published.kd]\ntop1 = 73\nsource = 4", "source = 4 should be str"),
+        ("[distill]\nmilestones = [30.5]", "milestones"),
+        ("[distill]\nmilestones = 30", "milestones"),
     ],
 )
 def test_bad_recipes(tmp_path: Path, content: str, message: str) -> None:
@@ -101,6 +111,53 @@ def test_unknown_recipe() -> None:
 def test_values_out_of_range(name: str, value: object) -> None:
     with pytest.raises(RichKDError, match=name):
         recipe.resolve(Distill, {"cache": "c.zarr"}, {name: value})
+
+
+def test_figures_say_of_which_epoch_they_are_where_that_is_known(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text(
+        "[published]\nteacher = 79.42\nce = 72\nkd = { top1 = 73.33, epoch = 'last' }\n"
+        "dkd = { top1 = 76.32, epoch = 'best', source = 'x/y' }\n"
+    )
+    figures = recipe.load(str(file)).published
+    assert figures["teacher"] == Figure(top1=79.42) and figures["teacher"].epoch == "unknown"
+    assert figures["ce"].top1 == 72
+    assert figures["kd"] == Figure(top1=73.33, epoch="last")
+    assert figures["dkd"] == Figure(top1=76.32, epoch="best", source="x/y")
+
+
+def test_milestones_are_epochs_of_the_step_schedule(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text("[distill]\nepochs = 100\nmilestones = [30, 60, 90]\n")
+    table = {"cache": "c.zarr", **recipe.load(str(file)).table("distill")}
+    settings = recipe.resolve(Distill, table, {})
+    assert settings.milestones == (30, 60, 90)
+    assert recipe.to_table(settings)["milestones"] == [30, 60, 90]
+    assert recipe.resolve(Distill, table, {"milestones": (5,)}).milestones == (5,)
+    assert "milestones" not in recipe.to_table(recipe.resolve(Distill, {"cache": "c.zarr"}, {}))
+    for given, message in (
+        ((30, 30), r"milestones = \[30, 30\]: must be ascending"),
+        ((60, 30), r"milestones = \[60, 30\]: must be ascending"),
+        ((0, 30), "from 1"),
+        ((30, 100), "below epochs = 100"),
+        ((), "ascending"),
+    ):
+        with pytest.raises(RichKDError, match=message):
+            recipe.resolve(Distill, table, {"milestones": given})
+    with pytest.raises(RichKDError, match="left out for schedule cosine"):
+        recipe.resolve(Distill, table, {"schedule": "cosine"})
+    with pytest.raises(RichKDError, match="milestones = '30;60': must be epochs with commas"):
+        recipe.parse_epochs("30;60")
+
+
+def test_the_learning_rate_depends_on_the_network_unless_it_is_given() -> None:
+    for model in ("MobileNetV2", "ShuffleV1", "ShuffleV2", "resnet20", "vgg8"):
+        own = TrainTeacher(dataset="cifar100", model=model)
+        assert own.lr is None
+        light = model not in ("resnet20", "vgg8")
+        assert own.for_size(32).lr == catalog.learning_rate(model) == (0.01 if light else 0.05)
+        given = TrainTeacher(dataset="cifar100", model=model, lr=0.2)
+        assert given.for_size(32).lr == 0.2
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import tree, write_teacher
+from PIL import Image
 
 import richkd
 from richkd import recipe
+from richkd.run import published_lines
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]
@@ -22,19 +27,41 @@ NAMES = sorted(path.stem for path in recipe.packaged().glob("*.toml"))
 def tiny(
     clip_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., list[Any]]:
-    """Flags that make a recipe small: few drawings, one epoch, weights that were not trained."""
+    """Flags that make a recipe small: few images, an epoch or two, weights that were not trained.
+
+    The images are drawings, or a folder of noise where the recipe is for a folder.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("richkd.data.datasets.SHAPES_TEST", 32)
 
     def flags(name: str) -> list[Any]:
-        teacher = recipe.load(name).table("precompute")["teacher"]
-        weights = tmp_path / f"{teacher}.safetensors"
+        content = recipe.load(name)
+        teacher = content.table("precompute")["teacher"]
+        weights = tmp_path / f"{teacher.replace('/', '-')}.safetensors"
         if not weights.exists():
             write_teacher(weights, teacher, 16)
-        return ["run", name, "--dataset", "shapes", "--limit", 32, "--epochs", 1,
+        folder = content.table("precompute")["dataset"].startswith("imagefolder")
+        dataset = f"imagefolder:{write_folder(tmp_path / 'noise', 16)}" if folder else "shapes"
+        given = content.table("distill").get("milestones")
+        epochs = ["--epochs", 2, "--milestones", 1] if given else ["--epochs", 1]
+        return ["run", name, "--dataset", dataset, "--limit", 32, *epochs,
                 "--clip", clip_dir, "--teacher-weights", weights]  # fmt: skip
 
     return flags
+
+
+def write_folder(folder: Path, num_classes: int) -> Path:
+    """Two training images and one to test on of every class, each of another size."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 2), ("val", 1)):
+        for number in range(num_classes):
+            place = folder / split / f"class_{number:02d}"
+            place.mkdir(parents=True, exist_ok=True)
+            for image in range(count):
+                side = 48 + number + image
+                pixels = rng.integers(0, 256, (side, side + 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{image}.png")
+    return folder
 
 
 @pytest.mark.slow
@@ -48,9 +75,14 @@ def test_every_recipe_runs(run: Run, tiny: Callable[..., list[Any]], name: str) 
     assert Path(summary["page"]).is_file()
     assert summary["student"] == content.table("distill")["student"]
     assert summary["method"] == content.table("distill").get("method", "richkd")
-    assert summary["published"] == content.published
-    cache = richkd.open_cache(f"cache/shapes-{content.table('precompute')['teacher']}.zarr")
-    assert cache.manifest["teacher"]["name"] == content.table("precompute")["teacher"]
+    assert summary["published"] == {key: asdict(value) for key, value in content.published.items()}
+    teacher = content.table("precompute")["teacher"]
+    data = "noise" if "imagenet" in name else "shapes"
+    cache = richkd.open_cache(f"cache/{data}-{teacher.replace('/', '-')}.zarr")
+    assert cache.manifest["teacher"]["name"] == teacher
+    recorded = tomllib.loads(Path(summary["run"], "recipe.toml").read_text())
+    light = summary["student"] in ("MobileNetV2", "ShuffleV1", "ShuffleV2")
+    assert recorded["lr"] == (0.2 if "imagenet" in name else 0.01 if light else 0.05)
     assert Path(summary["run"], "summary.json").is_file()
 
 
@@ -59,13 +91,23 @@ def test_the_published_pairs_are_all_there() -> None:
         (load.table("precompute")["teacher"], load.table("distill")["student"])
         for load in map(recipe.load, NAMES) if load.published
     }  # fmt: skip
-    assert len(pairs) == 12
+    assert len(pairs) == 13
     for name in NAMES:
-        content = recipe.load(name)
-        for method, figure in content.published.items():
-            assert 60 < figure < 80, (name, method)
-        light = content.table("distill")["student"] in ("MobileNetV2", "ShuffleV1", "ShuffleV2")
-        assert content.table("distill").get("lr", 0.05) == (0.01 if light else 0.05), name
+        for method, figure in recipe.load(name).published.items():
+            assert 60 < figure.top1 < 80, (name, method)
+            assert figure.epoch in recipe.EPOCHS and figure.source.count("/") == 1, (name, method)
+
+
+def test_figures_are_said_by_kind_of_epoch() -> None:
+    lines = list(published_lines(recipe.load("resnet32x4-resnet8x4").published))
+    assert [line.partition(": ")[2] for line in lines] == [
+        "teacher 79.42, ce 72.50, kd 73.33, crd 75.51",
+        "dkd 76.32, mlkd 77.08, kd-ls 76.62, dkd-ls 77.01, mlkd-ls 78.28",
+        "revkd 75.63",
+    ]
+    assert "last epoch" in lines[0] and "best epoch on the test images" in lines[1]
+    assert "not known" in lines[2]
+    assert not list(published_lines({}))
 
 
 @pytest.mark.slow
@@ -123,17 +165,21 @@ def test_a_store_or_run_of_other_settings_is_named(
 
 @pytest.mark.slow
 def test_options_of_the_method_that_was_chosen(run: Run, tiny: Callable[..., list[Any]]) -> None:
-    import tomllib
-
     done = run(*tiny("vgg13-vgg8"), "--method", "dkd", "--set", "warmup=3", "--json")
     assert done.code == 0, done.err
     recorded = tomllib.loads(Path(done.json["run"], "recipe.toml").read_text())
-    assert recorded["options"] == {"dkd": {"nckd_weight": 6.0, "warmup": 3}}
+    assert recorded["options"]["dkd"] == {"nckd_weight": 6.0, "warmup": 3}
 
 
 @pytest.mark.slow
 def test_listings(run: Run, fails: Fails) -> None:
-    assert set(run("recipes", "--json").json) == set(NAMES)
+    listed = run("recipes", "--json").json
+    assert set(listed) == set(NAMES)
+    assert listed["vgg13-vgg8"]["published"]["dkd"] == {
+        "top1": 74.68,
+        "epoch": "best",
+        "source": "sunshangquan/logit-standardization-KD",
+    }
     methods = run("methods", "--json").json
     assert methods["dkd"]["options"]["nckd_weight"] == 8.0
     assert methods["richkd"]["target"] == "fused" and methods["crd"]["target"] is None

@@ -111,6 +111,33 @@ def test_a_dry_run_shows_the_grid_and_touches_nothing(
     assert max(map(len, done.out.splitlines())) <= 80
 
 
+def test_alpha_is_no_axis_where_only_features_blend_and_by_a_weight_of_their_own() -> None:
+    for method, own, blends in (
+        ("richkd-f", {}, True),
+        ("richkd-f", {"feature_alpha": 0.5}, False),
+        ("richkd", {"feature_alpha": 0.5}, True),
+        ("kd", {}, False),
+        ("crd-kd", {}, False),
+    ):
+        settings = Distill(cache="c.zarr", method=method, options={method: own})
+        assert sweeping.blends(settings) == blends, (method, own)
+
+
+def test_the_grid_shows_the_learning_rate_of_each_student(
+    run: Run, store: Path, tmp_path: Path
+) -> None:
+    grid = ["--students", "resnet8,ShuffleV2", "--methods", "ce", "--seeds", 1, "--dry-run"]
+    for given, rates in (([], ("0.05", "0.01")), (["--lr", 0.3], ("0.3", "0.3"))):
+        done = run("sweep", "--cache", store, "--out", tmp_path / "runs", *grid, *given)
+        assert done.code == 0, done.err
+        rows = {
+            line.split()[0]: line.split()[1]
+            for line in done.out.splitlines()
+            if line.split() and line.split()[0] in ("resnet8", "ShuffleV2")
+        }
+        assert rows == {"resnet8": rates[0], "ShuffleV2": rates[1]}
+
+
 @pytest.mark.slow
 def test_a_run_that_fails_leaves_the_others_whole(
     sweep: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

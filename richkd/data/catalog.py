@@ -65,6 +65,16 @@ def networks(dataset: str, image_size: int) -> tuple[str, str]:
     return suggested.teacher or by_size[0], suggested.student or by_size[1]
 
 
+# The learning rate that the CIFAR distillation literature starts a network with, by its name.
+LEARNING_RATE = 0.05
+LEARNING_RATES = {"MobileNetV2": 0.01, "ShuffleV1": 0.01, "ShuffleV2": 0.01}
+
+
+def learning_rate(network: str) -> float:
+    """The learning rate to start a network with, where none was given."""
+    return LEARNING_RATES.get(network, LEARNING_RATE)
+
+
 def split_name(dataset: str) -> tuple[str, Path | None]:
     """`imagefolder:PATH` into its kind and path; any other name into itself and None.
 

@@ -4,6 +4,7 @@ Importing a file registers its methods; `METHODS` has them all by name.
 """
 
 from richkd.losses.crd import CRD as CRD
+from richkd.losses.crd import CRDKD as CRDKD
 from richkd.losses.crd import CRDLoss as CRDLoss
 from richkd.losses.dist import DIST as DIST
 from richkd.losses.dist import dist_loss as dist_loss

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from richkd.errors import RichKDError
 from richkd.losses import method
+from richkd.losses.kd import LogitMethod, LogitOptions, kd_loss
 from richkd.losses.method import Batch, Widths, register
 from richkd.losses.relational import FeatureMethod
 
@@ -41,9 +42,10 @@ class CRDLoss(nn.Module):
     """The two-sided noise-contrastive loss over memory banks, and the banks.
 
     Negatives are of other classes where `labels` are given, else all other samples. They are drawn
-    uniformly, with replacement, as the noise distribution 1/N of the loss has it:
+    uniformly and with replacement, as the noise distribution 1/N of the loss has it; the published
+    code for CIFAR draws them without replacement, and that for ImageNet with it.
 
-    - exact: K for every sample, as published;
+    - exact: K for every sample;
     - shared: K for the whole batch, of which a sample leaves out those of its own class;
     - bank: none are drawn, all N samples of other classes are negatives.
 
@@ -281,6 +283,28 @@ class CRD(FeatureMethod):
     def update(self) -> None:
         """The memory banks."""
         self.contrast.update()
+
+
+@register("crd-kd")
+class CRDKD(LogitMethod, CRD):
+    """CRD beside knowledge distillation (Tian et al. 2020), weighted as in RepDistiller."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(CRD.Options, LogitOptions):
+        """Those of CRD, and weight and temperature τ of the logits' term."""
+
+        logit_weight: float = 1.0
+        temperature: float = 4.0
+
+    @classmethod
+    def reads(cls, options: Any) -> tuple[str, ...]:
+        """The target's logits and the CNN teacher's pooled features."""
+        return (*LogitMethod.reads(options), *CRD.reads(options))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The terms of CRD, and that of Hinton et al."""
+        loss = kd_loss(*self.logits(batch), self.options.temperature)
+        return {**CRD.forward(self, batch), "logit": self.options.logit_weight * loss}
 
 
 def contrast_of(options: CRD.Options, widths: Widths) -> CRDLoss:

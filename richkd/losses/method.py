@@ -155,6 +155,10 @@ def describe_method(name: str) -> dict[str, Any]:
 
 def _fault(key: str, value: object, hint: Any) -> str | None:  # noqa: PLR0911
     """What a value of an option should be instead, or None where it is fine."""
+    if type(None) in typing.get_args(hint):  # None has a meaning of its own
+        if value is None:
+            return None
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         return None if value in choices else "one of " + ", ".join(choices)
@@ -164,6 +168,8 @@ def _fault(key: str, value: object, hint: Any) -> str | None:  # noqa: PLR0911
         return "a whole number" if hint is int else "a number"
     if hint is int and not isinstance(value, int):
         return "a whole number"
+    if key.endswith("alpha"):
+        return None if 0 <= value <= 1 else "in [0, 1]"
     if not 0 <= value < float("inf"):
         return "finite and not negative"
     if value == 0 and (key.endswith("temperature") or hint is int):

@@ -1,7 +1,8 @@
 """Relations among the samples of a batch, in feature space: RKD, SP and PKT.
 
-All three take pooled features [B,F] of any two widths and train no layer of their own. No gradient
-flows into the teacher's. Losses are f32 scalars.
+All three take pooled features [B,F] of any two widths and train no layer of their own.
+RepDistiller's RKD and PKT take these as well; its SP takes the last feature map, so its figures are
+of another method. No gradient flows into the teacher's features. Losses are f32 scalars.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ class FeatureMethod(Method):
 
 @register("rkd")
 class RKD(FeatureMethod):
-    """Relational knowledge distillation (Park et al. 2019), weighted as in RepDistiller."""
+    """Relational knowledge distillation (Park et al. 2019) on pooled features.
+
+    Features and weights are those of RepDistiller.
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Options(method.Options):
@@ -82,7 +86,10 @@ class RKD(FeatureMethod):
 
 @register("sp")
 class SP(FeatureMethod):
-    """Similarity-preserving distillation (Tung & Mori 2019), weighted as in RepDistiller."""
+    """Similarity-preserving distillation (Tung & Mori 2019) on pooled features, not on maps.
+
+    Weighted as in RepDistiller, which takes the last feature map.
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Options(method.Options):
@@ -98,7 +105,10 @@ class SP(FeatureMethod):
 
 @register("pkt")
 class PKT(FeatureMethod):
-    """Probabilistic knowledge transfer (Passalis & Tefas 2018), weighted as in RepDistiller."""
+    """Probabilistic knowledge transfer (Passalis & Tefas 2018) on pooled features.
+
+    Features and weight are those of RepDistiller.
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Options(method.Options):

@@ -1,4 +1,4 @@
-"""RichKD (arXiv 2511.09286): distillation from the CNN teacher fused with CLIP.
+"""RichKD (Mansourian et al. 2026, arXiv 2511.09286): the CNN teacher fused with CLIP.
 
 L distils fused logits, F fused features (by CRD), L+F both. The weights are those of the release.
 """
@@ -21,20 +21,25 @@ from richkd.losses.method import TARGET, Batch, Widths, register
 @register("richkd-f", logit_weight=0.0)
 @register("richkd-ls", standardize=True, temperature=2.0, logit_weight=9.0)
 class RichKD(LogitMethod):
-    """Fused logits and features of CNN teacher and CLIP (RichKD 2025), weighted as released."""
+    """CNN teacher and CLIP, fused (Mansourian et al. 2026), with the weights of the release."""
 
     target = "fused"
 
     @dataclass(frozen=True, kw_only=True)
     class Options(CRD.Options, LogitOptions):
-        """Those of CRD, and weight and temperature τ of the fused logits."""
+        """Those of CRD, weight and temperature τ of the fused logits, and the features' own blend.
+
+        `feature_alpha` is the paper's λ; without it features are blended by the α of the logits, as
+        in the release.
+        """
 
         logit_weight: float = 3.0
         temperature: float = 3.0
+        feature_alpha: float | None = None
 
     def __init__(self, options: Options, widths: Widths) -> None:
         super().__init__(options, widths)
-        self.alpha = widths.alpha
+        self.alpha = widths.alpha if options.feature_alpha is None else options.feature_alpha
         if options.feature_weight > 0:
             self.embed_student = Embed(widths.student)
             self.embed_teacher = Embed(widths.teacher)

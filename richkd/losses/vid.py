@@ -1,4 +1,7 @@
-"""Variational information distillation (Ahn et al. 2019, arXiv 1904.05835), on pooled features."""
+"""Variational information distillation (Ahn et al. 2019, arXiv 1904.05835), on pooled features.
+
+RepDistiller's takes the intermediate feature maps, so its figures are of another method.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,10 @@ class VIDLoss(nn.Module):
 
 @register("vid")
 class VID(FeatureMethod):
-    """Variational information distillation (Ahn et al. 2019), weighted as in RepDistiller."""
+    """Variational information distillation (Ahn et al. 2019) on pooled features, not on maps.
+
+    Weighted as in RepDistiller, which takes the intermediate feature maps.
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Options(method.Options):

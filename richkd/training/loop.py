@@ -142,6 +142,7 @@ class Trainer:
         self.settings = settings
         self.device = device
         self.parameters = [*model.parameters(), *method.parameters()]
+        assert settings.lr is not None  # it depends on the network, and was found before
         self.optimizer = torch.optim.SGD(
             self.parameters,
             lr=settings.lr,
@@ -268,11 +269,17 @@ def accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, settings: Training) -> Scheduler:
-    """timm's schedule: ÷10 at 62.5, 75 and 87.5 % of the epochs, or a cosine to 0."""
+    """timm's schedule: ÷10 after the milestones, or a cosine to 0.
+
+    Milestones are 62.5, 75 and 87.5 % of the epochs where none were given.
+    """
     if settings.schedule == "cosine":
         return CosineLRScheduler(optimizer, t_initial=settings.epochs)
+    milestones = settings.milestones or [
+        max(1, round(settings.epochs * share)) for share in (0.625, 0.75, 0.875)
+    ]
     # timm divides one epoch before a step; the literature trains the step's epoch at the old rate
-    steps = [max(1, round(settings.epochs * share)) + 1 for share in (0.625, 0.75, 0.875)]
+    steps = [epoch + 1 for epoch in milestones]
     return MultiStepLRScheduler(optimizer, decay_t=steps, decay_rate=0.1)
 
 

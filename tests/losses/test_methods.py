@@ -24,6 +24,7 @@ READS = {
     "ce": set(),
     **{name: {TARGET} for name in ("kd", "kd-ls", "dkd", "dkd-ls", "mlkd", "mlkd-ls", "dist")},
     **dict.fromkeys(("crd", "rkd", "sp", "pkt", "vid"), FEATURES),
+    "crd-kd": {TARGET, *FEATURES},
     "richkd": {TARGET, "teacher_features", "clip_features"},
     "richkd-ls": {TARGET, "teacher_features", "clip_features"},
     "richkd-l": {TARGET},
@@ -102,18 +103,34 @@ def test_variants_are_parts_of_the_whole(rng: np.random.Generator) -> None:
     assert torch.equal(terms["richkd-f"]["feature"], whole["feature"])
 
 
-# As published; where: mdistiller's and RepDistiller's settings, and the papers named in the files.
+def test_features_may_have_a_blend_of_their_own(rng: np.random.Generator) -> None:
+    b = batch(rng)
+    terms = {}
+    for alpha in (None, 0.7, 0.2):
+        given = {} if alpha is None else {"feature_alpha": alpha}
+        kind, options = method_class("richkd", {"negatives": 6, **given})
+        torch.manual_seed(0)
+        terms[alpha] = kind(options, WIDTHS)(b)  # whose alpha is 0.7
+    assert torch.equal(terms[None]["feature"], terms[0.7]["feature"])
+    assert not torch.equal(terms[None]["feature"], terms[0.2]["feature"])
+    assert torch.equal(terms[None]["logit"], terms[0.2]["logit"])
+
+
+# As published; tests/published/methods.toml says where.
 PUBLISHED = {
     "richkd": {"ce_weight": 1.0, "logit_weight": 3.0, "feature_weight": 0.8, "temperature": 3.0,
                "negatives": 16384, "crd_temperature": 0.07, "bank_momentum": 0.5,
-               "contrast": "exact", "standardize": False},
+               "contrast": "exact", "standardize": False, "feature_alpha": None},
     "kd": {"ce_weight": 0.1, "logit_weight": 0.9, "temperature": 4.0},
     "kd-ls": {"ce_weight": 0.1, "logit_weight": 9.0, "temperature": 2.0, "standardize": True},
     "dkd": {"ce_weight": 1.0, "tckd_weight": 1.0, "nckd_weight": 8.0, "temperature": 4.0,
             "warmup": 20},
     "dkd-ls": {"tckd_weight": 9.0, "nckd_weight": 72.0, "temperature": 2.0, "standardize": True},
-    "dist": {"ce_weight": 1.0, "inter_weight": 1.0, "intra_weight": 1.0, "temperature": 1.0},
+    "mlkd": {"ce_weight": 0.1, "logit_weight": 0.9, "temperature": 4.0},
+    "mlkd-ls": {"ce_weight": 0.1, "logit_weight": 9.0, "temperature": 2.0, "standardize": True},
+    "dist": {"ce_weight": 1.0, "inter_weight": 2.0, "intra_weight": 2.0, "temperature": 4.0},
     "crd": {"ce_weight": 1.0, "feature_weight": 0.8, "negatives": 16384},
+    "crd-kd": {"ce_weight": 1.0, "logit_weight": 1.0, "temperature": 4.0, "feature_weight": 0.8},
     "rkd": {"ce_weight": 1.0, "distance_weight": 25.0, "angle_weight": 50.0},
     "sp": {"ce_weight": 1.0, "feature_weight": 3000.0},
     "pkt": {"ce_weight": 1.0, "feature_weight": 30000.0},
@@ -133,6 +150,13 @@ def test_every_method_can_be_described() -> None:
         assert entry["about"].endswith(".") and len(entry["about"]) <= 120
         assert entry["target"] == (None if TARGET not in READS[name]
                                    else "fused" if "richkd" in name else "teacher")  # fmt: skip
+
+
+def test_what_is_not_on_the_features_of_the_published_code_says_so() -> None:
+    for name in ("sp", "vid"):
+        assert "on pooled features, not on maps" in describe_method(name)["about"]
+    for name in ("rkd", "pkt"):  # RepDistiller's take pooled features as well
+        assert describe_method(name)["about"].endswith("on pooled features.")
 
 
 def test_options_are_by_method() -> None:
@@ -158,6 +182,9 @@ def test_options_are_by_method() -> None:
         ("kd", {"standardize": 1}, "standardize = 1 should be true or false"),
         ("dkd", {"warmup": 0}, "warmup = 0.*above 0"),
         ("dkd", {"warmup": True}, "warmup = True should be a whole number"),
+        ("richkd", {"feature_alpha": 1.5}, r"feature_alpha = 1.5 should be in \[0, 1\]"),
+        ("richkd", {"feature_alpha": float("nan")}, r"feature_alpha = nan should be in \[0, 1\]"),
+        ("richkd", {"feature_alpha": "half"}, "feature_alpha = 'half' should be a number"),
     ],
 )
 def test_bad_options(name: str, options: dict[str, object], message: str) -> None:

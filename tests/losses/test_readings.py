@@ -93,17 +93,17 @@ def read_mlkd(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
     terms = {name: torch.zeros(()).double() for name in ("instance", "batch", "class")}
     raw = b.logits, rows[TARGET]
     pair = [torch.stack([z_scores(row) for row in z]) for z in raw] if o.standardize else raw
-    for temperature in (2, 3, 4, 5, 6):
+    for temperature in (o.temperature, 2, 3, 5, 6):
         terms["instance"] = terms["instance"] + kd(pair[0], pair[1], temperature)
         s, t = ([softmax(row, temperature) for row in z] for z in raw)
         for i in range(B):
             for j in range(B):
                 gap = (t[i] * t[j]).sum() - (s[i] * s[j]).sum()
-                terms["batch"] = terms["batch"] + gap**2 / B
+                terms["batch"] = terms["batch"] + gap**2 / B / 2
         for c in range(C):
             for k in range(C):
                 gap = sum(t[i][c] * t[i][k] - s[i][c] * s[i][k] for i in range(B))
-                terms["class"] = terms["class"] + gap**2 / C
+                terms["class"] = terms["class"] + gap**2 / C / 2
     return {name: o.logit_weight * term for name, term in terms.items()}
 
 
@@ -200,11 +200,16 @@ def read_crd(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
     return {"feature": o.feature_weight * contrast(o, s, t, b, state)}
 
 
+def read_crd_kd(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
+    return {**read_crd(o, b, rows, state), **read_kd(o, b, rows, state)}
+
+
 def read_richkd(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
     terms = (read_kd_ls if o.standardize else read_kd)(o, b, rows, state)
     s = embed(b.features, state, "student")
-    fused = 0.6 * embed(rows["teacher_features"], state, "teacher")
-    fused = fused + 0.4 * embed(rows["clip_features"], state, "clip")
+    alpha = 0.6 if o.feature_alpha is None else o.feature_alpha
+    fused = alpha * embed(rows["teacher_features"], state, "teacher")
+    fused = fused + (1 - alpha) * embed(rows["clip_features"], state, "clip")
     fused = torch.stack([row / (row**2).sum().sqrt() for row in fused])
     return {**terms, "feature": o.feature_weight * contrast(o, s, fused, b, state)}
 
@@ -222,13 +227,15 @@ READINGS: list[tuple[str, dict[str, Any], Callable[..., Terms]]] = [
     ("mlkd", {}, read_mlkd),
     ("mlkd-ls", {}, read_mlkd),
     ("dist", {}, read_dist),
-    ("dist", {"temperature": 4.0, "inter_weight": 2.0, "intra_weight": 0.5}, read_dist),
+    ("dist", {"temperature": 1.0, "inter_weight": 2.0, "intra_weight": 0.5}, read_dist),
     ("rkd", {}, read_rkd),
     ("sp", {}, read_sp),
     ("pkt", {}, read_pkt),
     ("vid", {}, read_vid),
     ("crd", WHOLE_BANK, read_crd),
+    ("crd-kd", WHOLE_BANK, read_crd_kd),
     ("richkd", WHOLE_BANK, read_richkd),
+    ("richkd", {**WHOLE_BANK, "feature_alpha": 0.25}, read_richkd),
     ("richkd-ls", WHOLE_BANK, read_richkd),
 ]
 
@@ -271,6 +278,15 @@ def test_terms_and_gradients(
         assert mine.grad is not None
         scale = float(theirs.grad.abs().max())
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_the_published_masks_of_mlkd_halve_and_leave_nothing_out(rng: np.random.Generator) -> None:
+    """Samples and classes up to the median of the teacher's confidence, times a loss's mean."""
+    p = torch.softmax(torch.from_numpy(rng.normal(size=(64, 100))), dim=1).numpy()
+    loss = float(rng.uniform(1, 9))
+    for confidence in (p.max(axis=1), p.sum(axis=0)):
+        mask = confidence <= np.percentile(confidence, 50)
+        assert (loss * mask).mean() == pytest.approx(loss / 2)
 
 
 def test_identical_student_and_teacher_have_nothing_to_match(rng: np.random.Generator) -> None:

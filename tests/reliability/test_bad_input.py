@@ -68,6 +68,8 @@ BAD_FLAGS: dict[str, st.SearchStrategy[str]] = {
     "momentum": outside(0, 1 - 1e-16),
     "weight-decay": outside(0, 1 - 1e-16),
     "schedule": other_than("step", "cosine"),
+    "milestones": st.one_of(st.sampled_from(["0", "5,5", "9,3", "240", "1.5", "1,", "30;60"]),
+                            not_integers.filter(lambda text: "," not in text)),
     "precision": other_than("auto", "float32", "bfloat16"),
     "seed": st.one_of(not_integers, st.integers(max_value=-1).map(str),
                       st.integers(min_value=2**32).map(str)),
