@@ -279,8 +279,11 @@ def _out_of_range(manifest: Manifest) -> Iterator[str]:
 
 def teacher_input(manifest: Manifest) -> InputEntry:
     """What the CNN teacher takes; in stores of before it took what the students take."""
-    if "input" in manifest["teacher"]:
-        return manifest["teacher"]["input"]
+    return manifest["teacher"].get("input") or student_input(manifest)
+
+
+def student_input(manifest: Manifest) -> InputEntry:
+    """What students take that are trained from a store."""
     photographs = manifest["views"]["space"] == "resized-crop-flip"
     return NetworkInput(
         size=manifest["image_size"], mean=tuple(manifest["mean"]), std=tuple(manifest["std"]),

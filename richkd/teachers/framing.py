@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -26,13 +27,13 @@ def resolve_input(
 ) -> NetworkInput:
     """What the teacher takes, which is told.
 
-    First counts what it says itself: the metadata that `train-teacher` writes, or the configuration
-    of a pretrained tag. Else it is timm's configuration of the network, of photographs, or what
-    networks take that are trained here; and settings of the user's override each part of that.
+    Its own word counts first: what was written when it was trained here, or the configuration of a
+    pretrained tag. Otherwise the settings say, and what they leave open is timm's configuration of
+    the network (for image files), or what networks take that are trained here.
 
     Args:
         settings: the teacher's name and what the user says of it.
-        weights: its file; None where it is at hand no more than the weights are.
+        weights: its file; None where there is none yet.
         dataset: the images.
         report: where it is told.
 
@@ -42,7 +43,7 @@ def resolve_input(
     """
     check_unsaid(settings, weights)
     name, own = settings.teacher, _note(weights)
-    if "fingerprint" in own:
+    if own:
         found = _trained_here(own, weights, dataset)
         report.say(f"the teacher sees images of {found}, as {weights} says")
         return found
@@ -77,7 +78,7 @@ def check_unsaid(settings: Precompute, weights: Path | None) -> None:
     if not settings.teacher_input:
         return
     flag = f"--teacher-{next(iter(settings.teacher_input))}"
-    if "fingerprint" in _note(weights):
+    if _note(weights):
         raise RichKDError(
             f"{flag}: {weights} says itself what its teacher was trained with; leave it out"
         )
@@ -103,14 +104,31 @@ def check_from_elsewhere(settings: Precompute) -> None:
 
 
 def _note(weights: Path | None) -> dict[str, str]:
-    """The metadata of a weights file; empty where it has none, or there is no such file."""
+    """What was written about weights that were trained here; nothing about others."""
     if weights is None or weights.suffix != ".safetensors" or not weights.is_file():
         return {}
-    return read_note(weights)
+    note = read_note(weights)
+    if "fingerprint" in note:  # a teacher
+        return note
+    summary = weights.with_name("summary.json")
+    return _of_student(summary) if weights.stem in ("last", "best") and summary.is_file() else {}
+
+
+def _of_student(summary: Path) -> dict[str, str]:
+    """The same about a student, from its run folder."""
+    try:
+        about = json.loads(summary.read_text(encoding="utf-8"))
+        files = catalog.split_name(about["dataset"])[0] == catalog.IMAGE_FOLDER
+        return NetworkInput(
+            size=about["image_size"], mean=about["mean"], std=about["std"],
+            crop=CLEAN_SHARE if files else 1.0,
+        ).note  # fmt: skip
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RichKDError(f"{summary} is damaged or no run's summary ({error})") from None
 
 
 def _trained_here(note: Mapping[str, str], weights: Path | None, dataset: Dataset) -> NetworkInput:
-    """What a teacher takes that `train-teacher` wrote."""
+    """What a network takes by the note about it."""
     if "mean" in note:
         try:
             return NetworkInput.of_note(note)
