@@ -77,6 +77,11 @@ Broken = Annotated[str | None, _option(Precompute, "broken")]
 Validation = Annotated[float | None, _option(Precompute, "validation")]
 Teacher = Annotated[str | None, _option(Precompute, "teacher")]
 TeacherWeights = Annotated[str | None, _option(Precompute, "teacher_weights")]
+TeacherSize = Annotated[int | None, _option(Precompute, "teacher_size")]
+TeacherMean = Annotated[str | None, _option(Precompute, "teacher_mean")]
+TeacherStd = Annotated[str | None, _option(Precompute, "teacher_std")]
+TeacherCrop = Annotated[float | None, _option(Precompute, "teacher_crop")]
+TeacherInterpolation = Annotated[str | None, _option(Precompute, "teacher_interpolation")]
 Clip = Annotated[str | None, _option(Precompute, "clip")]
 Prompts = Annotated[str | None, _option(Precompute, "prompts")]
 Dtype = Annotated[str | None, _option(Precompute, "dtype")]
@@ -189,6 +194,8 @@ def train_teacher(
     "richkd precompute --dataset cifar100",
     "richkd precompute --dataset cifar100 --teacher-weights resnet32x4.pth --views 16",
     "richkd precompute --dataset imagefolder:my-images --class-names names.txt --broken skip",
+    "richkd precompute --dataset imagefolder:my-images --teacher-weights resnet32x4.pth "
+    "--teacher-mean 0.507,0.487,0.441 --teacher-std 0.267,0.256,0.276 --teacher-crop 1",
 )
 def precompute(
     dataset: Dataset = None,
@@ -196,6 +203,11 @@ def precompute(
     validation: Validation = None,
     teacher: Teacher = None,
     teacher_weights: TeacherWeights = None,
+    teacher_size: TeacherSize = None,
+    teacher_mean: TeacherMean = None,
+    teacher_std: TeacherStd = None,
+    teacher_crop: TeacherCrop = None,
+    teacher_interpolation: TeacherInterpolation = None,
     clip: Clip = None,
     prompts: Prompts = None,
     views: Views = None,
@@ -257,6 +269,11 @@ def plan(
     validation: Validation = None,
     teacher: Teacher = None,
     teacher_weights: TeacherWeights = None,
+    teacher_size: TeacherSize = None,
+    teacher_mean: TeacherMean = None,
+    teacher_std: TeacherStd = None,
+    teacher_crop: TeacherCrop = None,
+    teacher_interpolation: TeacherInterpolation = None,
     clip: Clip = None,
     prompts: Prompts = None,
     views: Views = None,
@@ -797,6 +814,8 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in arguments.items() if name not in _NOT_SETTINGS}
     readers: dict[str, Callable[[Any], Any]] = {
         "scale": recipes.parse_scale,
+        "teacher_mean": recipes.parse_numbers,
+        "teacher_std": recipes.parse_numbers,
         "alpha": recipes.parse_alpha,
         "milestones": recipes.parse_epochs,
         "options": lambda texts: _assignments("--set", texts),

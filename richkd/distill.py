@@ -20,6 +20,7 @@ from torch import Tensor
 
 from richkd.data import catalog
 from richkd.data.datasets import Split, load_dataset
+from richkd.data.framing import NetworkInput
 from richkd.data.inputs import Normalize, make_inputs
 from richkd.data.views import views_tensor
 from richkd.errors import RichKDError
@@ -32,6 +33,7 @@ from richkd.recipe import Distill, Images, to_table
 from richkd.results import teacher_accuracies
 from richkd.store import pages
 from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
+from richkd.store.schema import student_input, teacher_input
 from richkd.store.topk import Rows
 from richkd.targets import Target, choice_samples, choose_target, describe_target, held_out
 from richkd.training.checkpoint import Best, RunFolder
@@ -541,6 +543,8 @@ def identity(cache: TeacherCache) -> str:
         f"{manifest['views']['count']} views of seed {manifest['views']['seed']}",
         f"alpha {manifest['alpha']} scale {manifest['scale']} {manifest['dtype']}",
     ]
+    if (seen := teacher_input(manifest)) != student_input(manifest):
+        parts.append(f"the teacher sees {NetworkInput.of(seen)}")
     if "keep" in manifest:
         parts.append(f"top {manifest['keep']} at {manifest['keep_temperature']:g}")
     return ", ".join(parts)

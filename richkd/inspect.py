@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from richkd.data.framing import NetworkInput
 from richkd.progress import Report, percent, size
 from richkd.results import teacher_accuracies
 from richkd.store import schema
@@ -61,6 +62,7 @@ def show(summary: dict[str, Any], report: Report) -> None:
         ("classes", f"{len(manifest['class_names'])}: {_some(manifest['class_names'])}"),
         ("views", f"{views['count']} of {views['space']}, seed {views['seed']}"),
         ("teacher", f"{teacher['name']}, sha256 {teacher['sha256'][:16]}"),
+        ("  sees", f"{NetworkInput.of(schema.teacher_input(manifest))}"),
         ("  top-1", f"{percent(accuracy['cnn'])} %"),
     ]
     if clip:

@@ -29,11 +29,9 @@ from richkd import fusion
 from richkd.data import catalog
 from richkd.data.datasets import Dataset, ImageFiles, Split, load_dataset
 from richkd.data.folders import Paths
-from richkd.data.inputs import Normalize
 from richkd.data.prompts import load_prompts
 from richkd.data.views import views_tensor
 from richkd.errors import RichKDError
-from richkd.models import check_fit, create_model
 from richkd.precompute import (
     begin_store,
     check_given,
@@ -55,6 +53,7 @@ from richkd.store.writer import ROUNDED, blank_files, encoded_bytes, round_bits
 from richkd.teachers.clip import ClipTeacher, blank_clip, check_clip, load_clip, local_folder
 from richkd.teachers.cnn import CNNTeacher, load_teacher
 from richkd.teachers.demo_clip import demo_clip
+from richkd.teachers.framing import resolve_input
 from richkd.teachers.rows import BlockRows, Teachers
 from richkd.training.device import choose_device, hardware, versions, wait_for
 from richkd.typecheck import fits, hints
@@ -74,6 +73,7 @@ class Pace:
     teacher: str
     clip: str
     image_size: int
+    teacher_size: int  # side of the images that the CNN teacher takes
     files: bool  # images are files, decoded on the way
     clean_s: float  # CLIP, and what does not depend on views; of files, decoding too
     view_s: float  # the CNN teacher, a view
@@ -225,7 +225,8 @@ class Trial:
         self.cnn, trained = planned_teacher(settings, dataset, device)
         self.clip = planned_clip(settings.clip, device, report)
         self.text: Tensor | None = None
-        self.about = f"{settings.teacher}{'' if trained else ' (random weights)'}"
+        side, random = self.cnn.input.size, "" if trained else ", random weights"
+        self.about = f"{settings.teacher} ({side}×{side}{random})"
         self.store: Folder | None = None  # the last one written
         if self.clip is None:
             self.about += ", no CLIP"
@@ -255,6 +256,7 @@ class Trial:
             teacher=self.cnn.name,
             clip=self.settings.clip,
             image_size=self.dataset.image_size,
+            teacher_size=self.cnn.input.size,
             files=isinstance(self.dataset.train.images, ImageFiles),
             clean_s=max(one - view_s, 0.0),
             view_s=view_s,
@@ -324,14 +326,9 @@ def planned_teacher(
         "validation": settings.validation,
     })  # fmt: skip
     weights = teacher_weights(settings, training)
-    normalize = Normalize(dataset.mean, dataset.std, device)
-    classes, side = len(dataset.class_names), dataset.image_size
-    if weights is not None:
-        return load_teacher(settings.teacher, weights, classes, side, normalize, device), True
-    model = create_model(settings.teacher, classes, image_size=side)
-    width = check_fit(model, settings.teacher, side, classes)
-    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    return CNNTeacher(settings.teacher, model, "", width, normalize), False
+    found = resolve_input(settings, weights, dataset, Report(quiet=True))
+    classes = len(dataset.class_names)
+    return load_teacher(settings.teacher, weights, classes, found, device), weights is not None
 
 
 def planned_clip(name: str, device: torch.device, report: Report) -> ClipTeacher | None:
@@ -353,6 +350,7 @@ def read_pace(file: Path, here: Pace) -> Pace:
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))["pace"]
+        found.setdefault("teacher_size", found["image_size"])  # plans of before
         for name, hint in hints(Pace).items():
             if not fits(found[name], hint):
                 raise ValueError(f"{name} is {found[name]!r}")
@@ -362,7 +360,7 @@ def read_pace(file: Path, here: Pace) -> Pace:
             f"{file} is no plan that can be read ({error}); make one on the other machine: richkd "
             f"plan … --json > FILE"
         ) from None
-    for name in ("teacher", "clip", "image_size", "files"):
+    for name in ("teacher", "clip", "image_size", "teacher_size", "files"):
         if getattr(there, name) != getattr(here, name):
             raise RichKDError(
                 f"{file} was measured with {name} = {getattr(there, name)!r}, this plan has "

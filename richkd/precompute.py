@@ -24,7 +24,8 @@ from torch import Tensor
 
 from richkd import fusion
 from richkd.data.datasets import Dataset, load_dataset
-from richkd.data.inputs import Normalize, make_inputs
+from richkd.data.framing import NetworkInput
+from richkd.data.inputs import make_inputs
 from richkd.data.prompts import load_prompts
 from richkd.data.views import PadCropFlip, check_num_views, views_tensor
 from richkd.errors import RichKDError
@@ -42,6 +43,7 @@ from richkd.store.topk import check_keep, kl_errors, say_errors
 from richkd.store.writer import StoreWriter, check_target
 from richkd.teachers.clip import ClipTeacher, check_clip, load_clip
 from richkd.teachers.cnn import CNNTeacher, load_teacher, train_teacher
+from richkd.teachers.framing import check_from_elsewhere, check_unsaid, resolve_input
 from richkd.teachers.rows import BlockRows, Teachers
 from richkd.training.device import choose_device, versions
 from richkd.training.loop import accuracy
@@ -56,6 +58,7 @@ def precompute(
     dataset: Dataset | None = None,
     teacher_recipe: Mapping[str, Any] | None = None,
     redo: Collection[Block] | None = None,
+    teacher_input: NetworkInput | None = None,
     report: Report | None = None,
 ) -> TeacherCache:
     """Run both teachers over a data set and write the store.
@@ -66,6 +69,7 @@ def precompute(
         dataset: the images, where they are at hand; else `settings` say which to load.
         teacher_recipe: settings of the teacher's training, where one has to be trained.
         redo: the store is complete but for these blocks, which are damaged.
+        teacher_input: what the CNN teacher takes, where a store says so; else it is resolved.
         report: where progress goes.
 
     Raises:
@@ -82,7 +86,7 @@ def precompute(
         check_same_files(dataset, ranks)
         settings = settings.for_size(dataset.image_size)
         teacher, clip, text = make_teachers(
-            settings, dataset, teacher_recipe or {}, device, ranks, report
+            settings, dataset, teacher_input, teacher_recipe or {}, device, ranks, report
         )
         manifest = make_manifest(settings, dataset, teacher, clip, text)
         views = dataset.train.view_space.draw(settings.seed, len(dataset.train), settings.views)
@@ -123,6 +127,8 @@ def look_ahead(
     check_clip(settings.clip)
     load_prompts(settings.prompts)
     check_given(settings)
+    check_from_elsewhere(settings)
+    check_unsaid(settings, Path(settings.teacher_weights))
     dataset = dataset or load_dataset(settings, report=report)
     check_counts(settings, dataset)
     report.say(f"{describe(dataset)}; fingerprint {dataset.fingerprint[:12]}")
@@ -133,6 +139,7 @@ def look_ahead(
 def make_teachers(
     settings: Precompute,
     dataset: Dataset,
+    teacher_input: NetworkInput | None,
     teacher_recipe: Mapping[str, Any],
     device: torch.device,
     ranks: Ranks,
@@ -147,9 +154,8 @@ def make_teachers(
     weights = ranks.from_first(lambda: teacher_weights(settings, training))
 
     def load(weights: Path) -> CNNTeacher:
-        normalize = Normalize(dataset.mean, dataset.std, device)
-        return load_teacher(settings.teacher, weights, len(dataset.class_names),
-                            dataset.image_size, normalize, device)  # fmt: skip
+        found = teacher_input or resolve_input(settings, weights, dataset, report)
+        return load_teacher(settings.teacher, weights, len(dataset.class_names), found, device)
 
     if weights is None:
         model = create_model(
@@ -405,6 +411,7 @@ def make_manifest(
             "name": teacher.name,
             "sha256": teacher.sha256,
             "num_features": teacher.num_features,
+            "input": teacher.input.entry,
             "accuracy": None,
         },
         clip=None

@@ -28,6 +28,7 @@ ENGINES = ("local", "ray")
 EPOCHS = ("last", "best", "unknown")  # that a published figure is of
 AUTO_HOLDOUT = 0.2  # of the test images, for alpha auto and halving
 PRECISIONS = ("auto", "float32", "bfloat16")
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 TOP_K = re.compile("top-[1-9][0-9]{0,8}")
 
 
@@ -154,6 +155,21 @@ class Precompute(Images):
 
     teacher: str = _key("", "CNN teacher, of the zoo or of timm; the data set suggests one")
     teacher_weights: str = _key("", "its weights (.safetensors, or a state dict .pt/.pth)")
+    teacher_size: int | None = _key(
+        None, "side of the images that its weights were trained on; timm or the data set knows one"
+    )
+    teacher_mean: float | tuple[float, ...] | None = _key(
+        None, "mean of pixels in 0..1 that they were trained with: one number, or R,G,B"
+    )
+    teacher_std: float | tuple[float, ...] | None = _key(
+        None, "their standard deviation, like the mean"
+    )
+    teacher_crop: float | None = _key(
+        None, "share of an image's shorter side that the teacher is tested on, in (0, 1]"
+    )
+    teacher_interpolation: str = _key(
+        "", "how its images were resized: bilinear, bicubic or nearest"
+    )
     clip: str = _key("", "open_clip NAME:TAG, a local directory, demo or none")
     prompts: str = _key("richkd", "prompt set (richkd, single) or a file of templates with {}")
     views: int = _key(8, "augmented views a training sample")
@@ -181,6 +197,7 @@ class Precompute(Images):
             self, "out", self.out or f"cache/{catalog.short_name(self.dataset)}.zarr"
         )
         _require(self.views >= 1, "views", self.views, "at least 1")
+        self._check_teacher_input()
         check_blend(self.alpha, self.scale)
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "in 0..2³²−1")
@@ -193,6 +210,32 @@ class Precompute(Images):
                  "all, or top-K with K from 1, as in top-50")  # fmt: skip
         _require(0 < self.keep_temperature < float("inf"), "keep_temperature",
                  self.keep_temperature, "above 0")  # fmt: skip
+
+    def _check_teacher_input(self) -> None:
+        """Check what is said of the teacher's images; one number stands for three channels."""
+        for name in ("teacher_mean", "teacher_std"):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            numbers = given if isinstance(given, tuple) else (given,)
+            numbers = tuple(map(float, numbers * 3 if len(numbers) == 1 else numbers))
+            object.__setattr__(self, name, numbers)
+            within = all(0 <= number <= 1 for number in numbers) and len(numbers) == 3
+            positive = name == "teacher_mean" or 0 not in numbers
+            _require(within and positive, name, given, "one number or three, of pixels in 0..1"
+                     + (", above 0" if name == "teacher_std" else ""))  # fmt: skip
+        size, crop = self.teacher_size, self.teacher_crop
+        _require(size is None or size >= 8, "teacher_size", size, "at least 8")
+        _require(crop is None or 0 < crop <= 1, "teacher_crop", crop, "in (0, 1]")
+        if self.teacher_interpolation not in ("", *INTERPOLATIONS):
+            raise unknown("interpolation", self.teacher_interpolation, INTERPOLATIONS)
+
+    @property
+    def teacher_input(self) -> dict[str, Any]:
+        """What was said of the teacher's images, by the names of `NetworkInput`."""
+        given = {name: getattr(self, f"teacher_{name}")
+                 for name in ("size", "mean", "std", "crop", "interpolation")}  # fmt: skip
+        return {name: value for name, value in given.items() if value not in (None, "")}
 
     @property
     def top_k(self) -> int | None:
@@ -368,6 +411,14 @@ def parse_scale(text: str) -> Scale:
         return cast(Scale, text)
 
 
+def parse_numbers(text: str) -> tuple[float, ...]:
+    """Numbers as typed, with commas."""
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise RichKDError(f"{text!r}: give one number, or three as in 0.5,0.5,0.5") from None
+
+
 def parse_alpha(text: str) -> Alpha:
     """An alpha as typed: `auto` or a number."""
     try:
@@ -462,9 +513,9 @@ def resolve(
         merged["student_options"] = given.get("student_options", {})
     for name, value in merged.items():
         _check_key(settings, name, value, "setting")
-    for name in ("prompts", "milestones"):
-        if isinstance(merged.get(name), list):
-            merged[name] = tuple(merged[name])
+    for name, value in merged.items():
+        if isinstance(value, list):
+            merged[name] = tuple(value)
     return settings(**merged)
 
 

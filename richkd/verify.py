@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from richkd import fusion
+from richkd.data.framing import NetworkInput
+from richkd.data.inputs import make_inputs
 from richkd.data.views import NUM_VIEW_IDS
-from richkd.distill import Source
+from richkd.distill import load_images
 from richkd.errors import RichKDError
 from richkd.memory import spans
 from richkd.precompute import precompute
@@ -38,9 +40,10 @@ from richkd.store.checksums import (
 )
 from richkd.store.place import Folder, Place, open_place
 from richkd.store.reader import TeacherCache, copy_of, open_cache, open_store
-from richkd.store.schema import LOGITS, Block, Manifest, array_specs, blocks
+from richkd.store.schema import LOGITS, Block, Manifest, array_specs, blocks, teacher_input
 from richkd.store.topk import Rows, TopKRows, keep_classes, kl_errors
 from richkd.teachers.cnn import load_teacher
+from richkd.training.device import choose_device
 from richkd.training.loop import accuracy
 
 SAMPLED_ROWS = 256
@@ -139,7 +142,8 @@ def repair_store(path: str | Path, report: Report) -> list[str]:
         report.say(f"{one.file}: {one.reason}")
     settings = resolve(Precompute, manifest["recipe"], {"out": str(path)})
     report.say(f"computing {len(redo)} of {len(blocks(manifest))} blocks again")
-    precompute(settings, redo=redo, report=report)
+    stored = NetworkInput.of(teacher_input(manifest))
+    precompute(settings, redo=redo, teacher_input=stored, report=report)
     return [block.name for block in redo]
 
 
@@ -338,11 +342,14 @@ KEPT = ("kept logits", "descend, classes differ", check_kept)  # of stores that 
 def check_teacher(cache: TeacherCache, weights: Path, report: Report) -> Iterator[str]:
     """Some training rows, drawn afresh, are what the CNN teacher gives on their views."""
     manifest = cache.manifest
-    source = Source(Distill(cache=cache.place.name), report, cache)
+    settings = Distill(cache=cache.place.name)
+    device = choose_device(settings.device)
+    train = load_images(cache, settings, report)["train"]
     teacher = load_teacher(
-        manifest["teacher"]["name"], weights, cache.num_classes, manifest["image_size"],
-        source.data.normalize, source.device,
+        manifest["teacher"]["name"], weights, cache.num_classes,
+        NetworkInput.of(teacher_input(manifest)), device,
     )  # fmt: skip
+    inputs = make_inputs(train.images, device, teacher.input)
     if teacher.sha256 != manifest["teacher"]["sha256"]:
         yield (f"{weights} are other weights (SHA-256 {teacher.sha256[:12]}) than those of the "
                f"store ({manifest['teacher']['sha256'][:12]})")  # fmt: skip
@@ -351,7 +358,7 @@ def check_teacher(cache: TeacherCache, weights: Path, report: Report) -> Iterato
         views = cache.slab(view, ()).views
         index = torch.randperm(cache.num_samples)[:each].sort().values
         found = [teacher.rows(images)
-                 for _, images in source.data.train.batches(index, views, 256)]  # fmt: skip
+                 for _, images in inputs.batches(index, views, 256)]  # fmt: skip
         for number, name in enumerate(("teacher_logits", "teacher_features")):
             rows = cache.rows(f"train/{name}", view)[index]
             again = torch.cat([row[number] for row in found])

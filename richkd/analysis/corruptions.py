@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from richkd.data.datasets import ImageFiles
+from richkd.data.framing import Framing
 from richkd.data.inputs import ArrayInputs, Batches, num_workers
-from richkd.data.views import CLEAN_VIEW_ID, ResizedCropFlip, resized_crop
+from richkd.data.views import CLEAN_VIEW_ID
 from richkd.errors import RichKDError
 from richkd.training.loop import EVAL_BATCH, derive_seed
 
@@ -162,10 +163,8 @@ class _Corrupted(TorchDataset[tuple[int, Tensor]]):
     def _clean(self, sample: int) -> np.ndarray[Any, Any]:
         if not isinstance(self.images, ImageFiles):
             return self.images[sample].numpy()
-        files = self.images
-        image = torch.from_numpy(np.array(files.open(sample))).permute(2, 0, 1)
-        space = ResizedCropFlip(files.sizes[sample : sample + 1], files.image_size)
-        return resized_crop(image, space.clean(1)[0], files.image_size).numpy()
+        framing = Framing(size=self.images.image_size)
+        return framing.clean(self.images.open(sample))[0].numpy()
 
 
 def corrupt(

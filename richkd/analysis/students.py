@@ -31,7 +31,7 @@ from richkd.analysis.corruptions import (
 from richkd.data.datasets import ImageFiles, Split, files_split
 from richkd.data.folders import class_words, list_images
 from richkd.data.inputs import Batches, Normalize, make_inputs
-from richkd.data.views import ResizedCropFlip, views_tensor
+from richkd.data.views import CLEAN_SHARE, ResizedCropFlip, views_tensor
 from richkd.distill import load_images
 from richkd.errors import RichKDError, nearest
 from richkd.files import check_writable, write
@@ -285,7 +285,7 @@ def load_shift(folder: Path, store: TeacherCache) -> Shift:
     classes = torch.tensor([number[plain(name)] for name in found])
     assert isinstance(split.images, ImageFiles)
     space = ResizedCropFlip(split.images.sizes, split.images.image_size)
-    views = space.clean(len(split), 8 if store.manifest["dataset"]["embedded"] else 7)
+    views = space.clean(len(split), 1 if store.manifest["dataset"]["embedded"] else CLEAN_SHARE)
     return Shift(split.images, views_tensor(views), classes[split.labels], classes.sort().values)
 
 

@@ -23,11 +23,13 @@ from torch import Tensor
 from richkd.data import catalog, folders
 from richkd.data.catalog import DEBIAN_FASHION_MNIST
 from richkd.data.folders import Paths
-from richkd.data.views import PadCropFlip, ResizedCropFlip, ViewSpace
+from richkd.data.framing import NetworkInput
+from richkd.data.views import CLEAN_SHARE, PadCropFlip, ResizedCropFlip, ViewSpace
 from richkd.errors import RichKDError
 from richkd.progress import Report
 from richkd.recipe import Images
 
+SMALL_SIDE = 32  # of the images of every data set but folders
 SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000
 SHAPES_SEEDS = {"train": 1, "test": 2}
 
@@ -122,6 +124,13 @@ class Dataset:
         validation = {} if self.validation is None else {"validation": self.validation}
         return {"train": self.train, "test": self.test, **validation}
 
+    @property
+    def network_input(self) -> NetworkInput:
+        """What networks take that are trained here on these images."""
+        whole = isinstance(self.train.images, Tensor)
+        return NetworkInput(size=self.image_size, mean=self.mean, std=self.std,
+                            crop=1.0 if whole else CLEAN_SHARE)  # fmt: skip
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over all splits: pixels and labels, or for files their names and lengths."""
@@ -137,6 +146,11 @@ class Dataset:
                 digest.update(np.ascontiguousarray(images.numpy()).data)
             digest.update(split.labels.numpy().astype("<i8").data)
         return digest.hexdigest()
+
+
+def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of a data set's pixels in 0..1; RichKDError for no data set."""
+    return _STATISTICS[catalog.split_name(name)[0]]
 
 
 def load_dataset(
@@ -164,7 +178,7 @@ def load_dataset(
         parts = _fashion_mnist(root)
     else:
         parts = _cifar(kind, root)
-    mean, std = _STATISTICS[kind]
+    mean, std = statistics(settings.dataset)
     train, validation = hold_out(
         parts.train.first(settings.limit), settings.validation, parts.class_names
     )
@@ -221,7 +235,7 @@ class Parts:
     class_names: tuple[str, ...]
     train: Split
     test: Split
-    image_size: int = 32
+    image_size: int = SMALL_SIDE
     skipped: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,7 +17,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from richkd.data.datasets import ImageFiles
-from richkd.data.views import gather_views, resized_crop
+from richkd.data.framing import Framing
+from richkd.data.views import gather_views
 
 MOST_WORKERS = 8
 UNDER_WAY = 512 * 2**20  # bytes: what stage one's workers hold at once
@@ -27,17 +27,31 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 class ArrayInputs:
-    """Images [N,H,W,3] uint8, copied to the device once."""
+    """Images [N,H,W,3] uint8, copied to the device once.
 
-    def __init__(self, images: Tensor, device: torch.device) -> None:
+    They are framed for a network as `framing` says; without one they stay as they are.
+    """
+
+    def __init__(
+        self, images: Tensor, device: torch.device, framing: Framing | None = None
+    ) -> None:
         self.images = images.to(device)
+        self.framing = framing
 
-    def batches(self, order: Tensor, views: Tensor, batch_size: int) -> Batches:
-        """Yield (index [B], images [B,H,W,3] uint8) for views [N] of the samples in order."""
+    def batches(self, order: Tensor, views: Tensor | None, batch_size: int) -> Batches:
+        """Yield (index [B], images [B,S,S,3] uint8) for views [N] of the samples in order.
+
+        Without `views`, it is the network's evaluation view.
+        """
         device = self.images.device
-        order, views = order.to(device), views.to(device)
-        for index in torch.split(order, batch_size):
-            yield index, gather_views(self.images, index, views[index])
+        views = None if views is None else views.to(device)
+        for index in torch.split(order.to(device), batch_size):
+            images = self.images[index] if views is None else gather_views(
+                self.images, index, views[index]
+            )  # fmt: skip
+            if self.framing is not None:
+                images = self.framing.of_array(images, clean=views is None)
+            yield index, images
 
 
 IndexedSamples = TorchDataset[tuple[int | Tensor, ...]]
@@ -45,21 +59,34 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 class FileInputs:
-    """Image files, decoded by workers; every batch goes to the device as bytes."""
+    """Image files, decoded by workers; every batch goes to the device as bytes.
 
-    def __init__(self, files: ImageFiles, device: torch.device) -> None:
+    They are framed for a network as `framing` says; without one as for students.
+    """
+
+    def __init__(
+        self, files: ImageFiles, device: torch.device, framing: Framing | None = None
+    ) -> None:
         self.files = files
         self.device = device
+        self.framing = framing or Framing(size=files.image_size)
 
-    def batches(self, order: Tensor, views: Tensor, batch_size: int) -> Batches:
-        """Yield (index [B], images [B,S,S,3] uint8) for views [N,5] of the samples in order."""
+    def batches(self, order: Tensor, views: Tensor | None, batch_size: int) -> Batches:
+        """Yield (index [B], images [B,S,S,3] uint8) for views [N,5] of the samples in order.
+
+        Without `views`, it is the network's evaluation view.
+        """
         cut = (index.tolist() for index in torch.split(order, batch_size))
-        samples, workers = _FileViews(self.files, views[None]), num_workers(len(order), batch_size)
-        for index, crops in self._loaded(cut, samples, workers):
+        samples = _FileViews(self.files, self.framing, None if views is None else views[None])
+        for index, crops in self._loaded(cut, samples, num_workers(len(order), batch_size)):
             yield index, crops[:, 0]
 
     def decode_once(
-        self, spans: Sequence[range], views: Tensor, batch: int, transform: Transform | None
+        self,
+        spans: Sequence[range],
+        views: Tensor | None,
+        batch: int,
+        transform: Transform | None,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """All views of the samples in the spans, and the images as CLIP sees them, by one decode.
 
@@ -69,21 +96,21 @@ class FileInputs:
 
         Args:
             spans: the samples, in order.
-            views: [V,N,5].
+            views: [V,N,5]; None for one view, the network's evaluation view.
             batch: images of a batch, at most.
             transform: from the whole image to CLIP's pixels, on the CPU; None where none are asked.
 
         Yields:
             index [b], crops [b,V,S,S,3] uint8 and pixels [b,3,s,s] (or None), on the device.
         """
-        image_bytes = len(views) * self.files.image_size**2 * 3
+        image_bytes = (1 if views is None else len(views)) * self.framing.size**2 * 3
         if transform is not None:
             image_bytes += transform(Image.new("RGB", (1, 1))).nbytes
         # the same on every machine, for a teacher's last bits depend on the batch
         batch = min(batch, max(1, UNDER_WAY // ((2 * MOST_WORKERS + 1) * max(1, image_bytes))))
         cut = ([*range(start, min(start + batch, span.stop))]
                for span in spans for start in range(span.start, span.stop, batch))  # fmt: skip
-        samples = _FileViews(self.files, views, transform)
+        samples = _FileViews(self.files, self.framing, views, transform)
         workers = num_workers(sum(map(len, spans)), batch)
         for index, crops, *pixels in self._loaded(cut, samples, workers):
             yield index, crops, pixels[0] if pixels else None
@@ -111,16 +138,25 @@ class _FileViews(IndexedSamples):
     """Sample i: its number, its views [V,S,S,3] uint8 and, with a transform, the whole image's."""
 
     def __init__(
-        self, files: ImageFiles, views: Tensor, transform: Transform | None = None
+        self,
+        files: ImageFiles,
+        framing: Framing,
+        views: Tensor | None,
+        transform: Transform | None = None,
     ) -> None:
         self.files = files
+        self.framing = framing
         self.views = views  # [V,N,5]
         self.transform = transform
 
     def __getitem__(self, index: int) -> tuple[int | Tensor, ...]:
         with one_thread():
             image = self.files.open(index)
-            crops = _crops(image, self.views[:, index], self.files.image_size)
+            crops = (
+                self.framing.clean(image)
+                if self.views is None
+                else self.framing.views(image, self.views[:, index])
+            )
             return index, crops, *([self.transform(image)] if self.transform else [])
 
 
@@ -135,20 +171,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _crops(image: Image.Image, views: Tensor, image_size: int) -> Tensor:
-    """Views [V,5] of one photograph: [V,S,S,3] uint8."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    crops = torch.empty(len(views), image_size, image_size, 3, dtype=torch.uint8)
-    for crop, view in zip(crops, views.tolist(), strict=True):
-        crop.copy_(resized_crop(pixels, view, image_size))
-    return crops
-
-
 def image_views(images: Tensor | ImageFiles, index: Tensor, views: Tensor) -> Tensor:
     """Views [B] or [B,5] of the samples index [B], in this process: [B,H,W,3] uint8."""
     if isinstance(images, ImageFiles):
-        pairs = zip(index.tolist(), views, strict=True)
-        return torch.cat([_crops(images.open(number), view[None], images.image_size)
+        framing, pairs = Framing(size=images.image_size), zip(index.tolist(), views, strict=True)
+        return torch.cat([framing.views(images.open(number), view[None])
                           for number, view in pairs])  # fmt: skip
     return gather_views(images, index, views)
 
@@ -156,11 +183,13 @@ def image_views(images: Tensor | ImageFiles, index: Tensor, views: Tensor) -> Te
 Inputs = ArrayInputs | FileInputs
 
 
-def make_inputs(images: Tensor | ImageFiles, device: torch.device) -> Inputs:
-    """The inputs that suit the images."""
+def make_inputs(
+    images: Tensor | ImageFiles, device: torch.device, framing: Framing | None = None
+) -> Inputs:
+    """The inputs that suit the images, as a network sees them; None for students."""
     if isinstance(images, ImageFiles):
-        return FileInputs(images, device)
-    return ArrayInputs(images, device)
+        return FileInputs(images, device, framing)
+    return ArrayInputs(images, device, framing)
 
 
 class Normalize:

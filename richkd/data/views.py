@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 from torch import Tensor
 
 from richkd.errors import RichKDError
@@ -23,6 +24,7 @@ PAD = 4
 OFFSETS = 2 * PAD + 1
 NUM_VIEW_IDS = OFFSETS * OFFSETS * 2
 CLEAN_VIEW_ID = (PAD * OFFSETS + PAD) * 2
+CLEAN_SHARE = 7 / 8  # of a photograph's shorter side
 
 
 def apply_views(images: Tensor, view_ids: Tensor) -> Tensor:
@@ -155,15 +157,14 @@ class ResizedCropFlip:
         flip = uniform[:, -1:] < 0.5
         return np.concatenate([top, left, box_height, box_width, flip], axis=1)
 
-    def clean(self, num_samples: int, eighths: int = 7) -> NDArray[np.float32]:
-        """Parameters [N,5] of the clean view: the central square of the shorter side's 7/8.
+    def clean(self, num_samples: int, share: float = CLEAN_SHARE) -> NDArray[np.float32]:
+        """Parameters [N,5] of the clean view: the central square of a share of the shorter side.
 
-        Other `eighths` for images that others cropped before: 8 leaves them whole.
+        Another `share` for images that others cropped before: 1 leaves squares whole.
         """
         height, width = self.sizes[:num_samples].T
-        side = np.maximum(1, np.minimum(height, width) * eighths // 8)
-        top, left = (height - side) // 2, (width - side) // 2
-        return np.stack([top, left, side, side, np.zeros_like(side)], axis=1).astype(np.float32)
+        box = central_box(height, width, share)
+        return np.stack([*box, np.zeros_like(height)], axis=1).astype(np.float32)
 
 
 ViewSpace = PadCropFlip | ResizedCropFlip
@@ -183,14 +184,55 @@ def check_num_views(num_views: int, limit: int | None) -> None:
         )
 
 
-def resized_crop(image: Tensor, view: Any, image_size: int) -> Tensor:
-    """One view of one photograph: [3,h,w] uint8 and (top, left, height, width, flip) -> [S,S,3]."""
+def central_box(height: ArrayLike, width: ArrayLike, share: float) -> tuple[NDArray[np.int64], ...]:
+    """Top, left, height and width of the central square of a share of the shorter side."""
+    height, width = np.asarray(height, np.int64), np.asarray(width, np.int64)
+    side = np.maximum(1, (np.minimum(height, width) * share).astype(np.int64))
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+def photo_pixels(image: Image.Image) -> Tensor:
+    """The pixels of a photograph in RGB: [3,h,w] uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def resized_crop(
+    photo: Tensor | Image.Image, view: Any, image_size: int, interpolation: str = "bilinear"
+) -> Tensor:
+    """One view of one photograph, resized by torchvision or, of a PIL image, by PIL.
+
+    Args:
+        photo: [3,h,w] uint8, or a PIL image in RGB.
+        view: (top, left, height, width, flip).
+        image_size: S.
+        interpolation: its name.
+
+    Returns:
+        [S,S,3] uint8.
+    """
     from torchvision.transforms.v2 import functional
 
     top, left, height, width, flip = (int(number) for number in view)
-    crop: Tensor = functional.resized_crop_image(
-        image, top, left, height, width, [image_size, image_size], antialias=True
-    )
-    if flip:
-        crop = crop.flip(-1)
-    return crop.permute(1, 2, 0).contiguous()
+    crop = functional.resized_crop(
+        photo, top, left, height, width, [image_size, image_size], _mode(interpolation),
+        antialias=True,
+    )  # fmt: skip
+    pixels: Tensor = photo_pixels(crop) if isinstance(crop, Image.Image) else crop
+    return (pixels.flip(-1) if flip else pixels).permute(1, 2, 0).contiguous()
+
+
+def resize_bytes(images: Tensor, size: list[int], interpolation: str) -> Tensor:
+    """A batch [B,3,h,w] uint8, resized on its device and rounded to bytes, as PIL's images are."""
+    from torchvision.transforms.v2 import functional
+
+    if [*images.shape[-2:]] == size:
+        return images
+    resized: Tensor = functional.resize(images.float(), size, _mode(interpolation), antialias=True)
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def _mode(interpolation: str) -> Any:
+    """torchvision's mode of a name; its `nearest` is another than PIL's."""
+    from torchvision.transforms import InterpolationMode
+
+    return InterpolationMode("nearest-exact" if interpolation == "nearest" else interpolation)

@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from richkd.data.framing import CROP_MODES, NetworkInput
 from richkd.errors import RichKDError, nearest
 
 # importing a family registers its models with timm
@@ -84,6 +85,37 @@ def check_names(names: Collection[str]) -> None:
 def _registered(name: str) -> str:
     """The name by which timm knows a model."""
     return _VGGS.get(name, name.removeprefix("timm/"))
+
+
+def has_tag(name: str) -> bool:
+    """Whether a name of timm's names pretrained weights, too, as in `resnet18.a1_in1k`."""
+    return name not in ZOO and "." in _registered(name)
+
+
+def pretrained_input(name: str) -> NetworkInput | None:
+    """What a network takes by timm's configuration: that of its tag, or of timm's own choice.
+
+    None for networks without one, such as the CIFAR zoo's.
+
+    Raises:
+        RichKDError: no such tag, or images that are not square, or that get borders.
+    """
+    try:
+        config = None if name in ZOO else timm.models.get_pretrained_cfg(_registered(name))
+    except RuntimeError as error:
+        raise RichKDError(f"teacher {name!r}: {_first_line(error)}") from None
+    if config is None:
+        return None
+    _, height, width = config.input_size
+    if height != width or config.crop_mode not in CROP_MODES:
+        raise RichKDError(
+            f"teacher {name} takes images of {height}×{width} px, crop mode {config.crop_mode}; "
+            f"here they are square and have no borders: choose another"
+        )
+    return NetworkInput(
+        size=height, mean=tuple(config.mean), std=tuple(config.std), crop=config.crop_pct,
+        interpolation=config.interpolation, crop_mode=config.crop_mode,
+    )  # fmt: skip
 
 
 def _build(

@@ -119,7 +119,7 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], name: str, path: 
         if weights[key].shape != tensor.shape:
             raise RichKDError(
                 f"{path} does not fit {name}: {key} is {tuple(weights[key].shape)}, the model's "
-                f"is {tuple(tensor.shape)} (another number of classes, or another width?)"
+                f"is {tuple(tensor.shape)} (another number of classes, width or image size?)"
             )
     model.load_state_dict(dict(weights))
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict, cast
 
+from richkd.data.framing import InputEntry, NetworkInput, input_fault
+from richkd.data.views import CLEAN_SHARE
 from richkd.typecheck import misfit
 
 SCHEMA = 2
@@ -48,6 +50,7 @@ class TeacherEntry(TypedDict):
     name: str
     sha256: str
     num_features: int
+    input: NotRequired[InputEntry]  # absent from stores of before (`teacher_input`)
     accuracy: float | None
 
 
@@ -285,15 +288,38 @@ def _out_of_range(manifest: Manifest) -> Iterator[str]:
     mean, std = manifest["mean"], manifest["std"]
     if not len(mean) == len(std) == 3 or min(std) <= 0:
         yield f"mean is {mean!r}, std {std!r}"
+    elif (fault := input_fault(teacher_input(manifest))) is not None:
+        yield f"of teacher.input, {fault}"
+
+
+def teacher_input(manifest: Manifest) -> InputEntry:
+    """What the CNN teacher takes; in stores of before it took what the students take."""
+    return manifest["teacher"].get("input") or student_input(manifest)
+
+
+def student_input(manifest: Manifest) -> InputEntry:
+    """What students take that are trained from a store."""
+    photographs = manifest["views"]["space"] == "resized-crop-flip"
+    return NetworkInput(
+        size=manifest["image_size"], mean=tuple(manifest["mean"]), std=tuple(manifest["std"]),
+        crop=CLEAN_SHARE if photographs else 1.0,
+    ).entry  # fmt: skip
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """The first setting in which two manifests tell different stores, or None."""
 
+    def whole(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+        """With the teacher's input, where anything is known of it."""
+        if manifest_fault(manifest) is not None:
+            return manifest
+        found = teacher_input(cast(Manifest, manifest))
+        return {**manifest, "teacher": {**manifest["teacher"], "input": found}}
+
     was, now = (
         {
             name: value
-            for name, value in _flat("", manifest)
+            for name, value in _flat("", whole(manifest))
             if name.partition(".")[0] not in NOT_IDENTITY and not name.endswith(".accuracy")
         }
         for manifest in (old, new)

@@ -18,11 +18,11 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from richkd.data.inputs import ArrayInputs, Inputs
 from richkd.data.prompts import fill
+from richkd.data.views import resize_bytes
 from richkd.errors import RichKDError, nearest, unknown
 from richkd.models.weights import state_sha256
 
@@ -52,8 +52,7 @@ class ClipTeacher:
         config = self.preprocessing
         size = config["size"]
         height, width = (size, size) if isinstance(size, int) else size
-        bicubic = config["interpolation"] != "bilinear"
-        mode = InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR
+        interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
         pixels = images.permute(0, 3, 1, 2)
         rows, columns = pixels.shape[-2:]
         if config["resize_mode"] == "squash":
@@ -64,9 +63,7 @@ class ClipTeacher:
             # torchvision's Resize cuts off where open_clip's own resizing rounds
             whole = int if not longest and height == width else round
             target = [whole(rows / ratio + 1e-9), whole(columns / ratio + 1e-9)]
-        if [rows, columns] != target:
-            resized = functional.resize(pixels.float(), target, mode, antialias=True)
-            pixels = resized.round().clamp(0, 255)  # PIL's images are bytes
+        pixels = resize_bytes(pixels, target, interpolation)
         if target != [height, width]:
             if config["resize_mode"] == "longest":
                 down, right = height - target[0], width - target[1]

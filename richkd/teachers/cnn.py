@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from richkd.data.datasets import Dataset
+from richkd.data.framing import NetworkInput
 from richkd.data.inputs import Normalize, make_inputs
 from richkd.data.views import views_tensor
 from richkd.errors import RichKDError
@@ -26,38 +29,46 @@ from richkd.training.loop import Data, EpochRows, EvalSet, Trainer, derive_seed
 
 @dataclass(frozen=True)
 class CNNTeacher:
-    """A trained network in evaluation mode; images go in as bytes."""
+    """A trained network in evaluation mode; images go in as bytes, framed as it takes them."""
 
     name: str
     model: nn.Module
     sha256: str
     num_features: int
-    normalize: Normalize
+    input: NetworkInput
+    device: torch.device
+
+    @cached_property
+    def normalize(self) -> Normalize:
+        """Bytes to what the network takes."""
+        return Normalize(self.input.mean, self.input.std, self.device)
 
     @torch.inference_mode()
     def rows(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[B,H,W,3] uint8 -> logits [B,C] and pooled features [B,F], f32."""
+        """[B,S,S,3] uint8 -> logits [B,C] and pooled features [B,F], f32."""
         return forward(self.model, self.normalize(images))
 
 
 def load_teacher(
     name: str,
-    weights: Path,
+    weights: Path | None,
     num_classes: int,
-    image_size: int,
-    normalize: Normalize,
+    network_input: NetworkInput,
     device: torch.device,
 ) -> CNNTeacher:
-    """A teacher from a file of weights.
+    """A teacher from a file of weights; of random ones without.
 
     Raises:
         RichKDError: no such model or file, or weights of another architecture or classes.
     """
-    model = create_model(name, num_classes, image_size=image_size)
-    num_features = check_fit(model, name, image_size, num_classes)
-    load_into(model, read_weights(weights), name, weights)
+    size = network_input.size
+    model = create_model(name, num_classes, image_size=size)
+    num_features = check_fit(model, name, size, num_classes)
+    if weights is not None:
+        load_into(model, read_weights(weights), name, weights)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return CNNTeacher(name, model.eval(), file_sha256(weights), num_features, normalize)
+    sha256 = file_sha256(weights) if weights else ""
+    return CNNTeacher(name, model.eval(), sha256, num_features, network_input, device)
 
 
 def check_output(path: Path, overwrite: bool) -> None:
@@ -121,6 +132,7 @@ def train_teacher(
         "model": settings.model, "dataset": dataset.name, "fingerprint": dataset.fingerprint,
         "epochs": str(settings.epochs), "seed": str(settings.seed),
         "test_accuracy": repr(record.test_accuracy),
+        "class_names": json.dumps(dataset.class_names), **dataset.network_input.note,
     })  # fmt: skip
     report.say(
         f"teacher {settings.model}: train {percent(record.train_accuracy)} %, test "

@@ -12,7 +12,6 @@ from torch import Tensor
 from richkd import fusion
 from richkd.data.datasets import Dataset, Split
 from richkd.data.inputs import ArrayInputs, FileInputs, make_inputs
-from richkd.data.views import views_tensor
 from richkd.progress import Advance, Report, percent
 from richkd.recipe import Precompute
 from richkd.store.schema import Block
@@ -67,11 +66,9 @@ class BlockRows:
         writer: StoreWriter,
     ) -> None:  # fmt: skip
         self.splits: dict[str, Split] = dataset.splits
-        self.inputs = {name: make_inputs(split.images, device)
+        self.inputs = {name: make_inputs(split.images, device, teachers.cnn.input)
                        for name, split in self.splits.items()}  # fmt: skip
-        self.views = {name: views_tensor(split.view_space.clean(len(split)))[None]
-                      for name, split in self.splits.items()}  # fmt: skip
-        self.views["train"] = views  # [V,N,…] each
+        self.views = views  # [V,N,…], of the training split
         self.teachers = teachers
         self.writer = writer
         self._similarity: tuple[tuple[str, int], Tensor] | None = None  # of the last span read
@@ -134,7 +131,8 @@ class BlockRows:
                 )
         if (view := cnn_view(block)) is not None:
             order = torch.arange(block.start, block.stop)
-            batches = inputs.batches(order, self.views[block.split][view], batch_size)
+            views = self.views[view] if block.split == "train" else None
+            batches = inputs.batches(order, views, batch_size)
             parts = [teachers.cnn.rows(images) for _, images in batches]
             rows |= teachers.cnn_rows(parts, self._similarity_of(block, rows))
         return rows
@@ -149,8 +147,9 @@ class BlockRows:
         clip = teachers.clip if any(block.view is None for block in first) else None
         spans = [range(unit[0].start, unit[0].stop) for unit in units]
         decoded = inputs.decode_once(
-            spans, self.views[split][wanted], DECODED, clip.transform if clip else None
-        )
+            spans, self.views[wanted] if split == "train" else None, DECODED,
+            clip.transform if clip else None,
+        )  # fmt: skip
         for unit, span in zip(units, spans, strict=True):
             features: list[Tensor] = []
             cnn: list[list[tuple[Tensor, Tensor]]] = [[] for _ in wanted]

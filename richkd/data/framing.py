@@ -1,0 +1,167 @@
+"""What a network takes: how an image becomes the square that it sees, and the constants.
+
+They belong to a network, not to a data set: the teacher and the students of one store may differ in
+all of them, and see the same crop of the same image. A manifest keeps them as `InputEntry`, a
+weights file of `train-teacher` as its metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Self, TypedDict, cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from richkd.data.views import CLEAN_SHARE, central_box, photo_pixels, resize_bytes, resized_crop
+from richkd.recipe import INTERPOLATIONS
+from richkd.typecheck import misfit
+
+HERE = "box"  # the crop mode of what is trained here
+CROP_MODES = (HERE, "center", "squash")
+
+
+class InputEntry(TypedDict):
+    """What a network takes, as JSON has it; mean and std are of pixels in 0..1."""
+
+    size: int
+    mean: list[float]
+    std: list[float]
+    crop: float
+    interpolation: str
+    crop_mode: str
+
+
+def input_fault(entry: Mapping[str, Any]) -> str | None:
+    """What is wrong with an entry from anywhere, or None."""
+    fault = misfit(entry, InputEntry)
+    if fault is not None:
+        return fault
+    mean, std, crop, mode = (entry[name] for name in ("mean", "std", "crop", "crop_mode"))
+    if entry["size"] < 1:
+        return f"size is {entry['size']}"
+    if (
+        not len(mean) == len(std) == 3
+        or not all(map(math.isfinite, [*mean, *std]))
+        or min(std) <= 0
+    ):
+        return f"mean is {mean!r}, std {std!r}"
+    if not 0 < crop <= (1 if mode == HERE else 2):  # timm has some that leave a margin
+        return f"crop is {crop!r}"
+    if entry["interpolation"] not in INTERPOLATIONS or mode not in CROP_MODES:
+        return f"interpolation is {entry['interpolation']!r}, crop_mode {mode!r}"
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Framing:
+    """How an image becomes the square of bytes that a network sees.
+
+    A view of a photograph is its box, cut out and resized. The evaluation view depends on the mode:
+    `box`, that of everything trained here, is the central square of `crop` of the shorter side,
+    cut out and resized, by torchvision on tensors. `center` and `squash` are timm's: PIL resizes
+    the image so that its shorter side (of `squash`, each side) is `size`/`crop`, and the middle is
+    taken. Images of an array are resized in batches, on their device.
+    """
+
+    size: int
+    crop: float = CLEAN_SHARE
+    interpolation: str = "bilinear"
+    crop_mode: str = HERE
+
+    def views(self, image: Image.Image, views: Tensor) -> Tensor:
+        """Views [V,5] of a photograph: [V,S,S,3] uint8."""
+        photo = photo_pixels(image) if self.crop_mode == HERE else image
+        crops = torch.empty(len(views), self.size, self.size, 3, dtype=torch.uint8)
+        for crop, view in zip(crops, views.tolist(), strict=True):
+            crop.copy_(resized_crop(photo, view, self.size, self.interpolation))
+        return crops
+
+    def clean(self, image: Image.Image) -> Tensor:
+        """The evaluation view of a photograph: [1,S,S,3] uint8."""
+        if self.crop_mode == HERE:
+            box = map(int, central_box(image.height, image.width, self.crop))
+            return self.views(image, torch.tensor([[*box, 0]]))
+        pixels: Tensor = self._evaluation(image)
+        return pixels.permute(1, 2, 0)[None]
+
+    @cached_property
+    def _evaluation(self) -> Any:
+        """timm's own transform from a PIL image to bytes [3,S,S]."""
+        from timm.data import transforms_factory
+
+        create: Any = transforms_factory.create_transform
+        return create(
+            (3, self.size, self.size), interpolation=self.interpolation, crop_pct=self.crop,
+            crop_mode=self.crop_mode, normalize=False,
+        )  # fmt: skip
+
+    def of_array(self, images: Tensor, clean: bool) -> Tensor:
+        """Images of an array, or views of them: [B,H,W,3] -> [B,S,S,3] uint8.
+
+        Args:
+            images: uint8.
+            clean: give the evaluation view; else the whole image.
+        """
+        pixels = images.permute(0, 3, 1, 2)
+        whole = self.size
+        if clean and self.crop_mode == HERE:
+            height, width = images.shape[1:3]
+            top, left, height, width = map(int, central_box(height, width, self.crop))
+            pixels = pixels[..., top : top + height, left : left + width]
+        elif clean:
+            whole = math.floor(self.size / self.crop)
+        pixels = resize_bytes(pixels, [whole, whole], self.interpolation)
+        if whole != self.size:
+            from torchvision.transforms.v2 import functional
+
+            pixels = functional.center_crop(pixels, [self.size, self.size])
+        return pixels.permute(0, 2, 3, 1).contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkInput(Framing):
+    """All that a network takes: a framing, and mean and standard deviation of pixels in 0..1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Self:
+        """From an entry without fault."""
+        values: dict[str, Any] = {key: entry[key] for key in InputEntry.__annotations__}
+        return cls(**{**values, "mean": tuple(entry["mean"]), "std": tuple(entry["std"])})
+
+    @property
+    def entry(self) -> InputEntry:
+        """As a manifest has it."""
+        entry: Any = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        return cast(InputEntry, entry)
+
+    @property
+    def note(self) -> dict[str, str]:
+        """As the metadata of a weights file: JSON, but for text."""
+        return {key: value if isinstance(value, str) else json.dumps(value)
+                for key, value in self.entry.items()}  # fmt: skip
+
+    @classmethod
+    def of_note(cls, note: Mapping[str, str]) -> Self:
+        """From the metadata of a weights file; ValueError where it is damaged."""
+        texts = {"interpolation", "crop_mode"}
+        entry = {key: note[key] if key in texts else json.loads(note[key])
+                 for key in InputEntry.__annotations__ if key in note}  # fmt: skip
+        fault = input_fault(entry)
+        if fault is not None:
+            raise ValueError(fault)
+        return cls.of(entry)
+
+    def __str__(self) -> str:
+        """For people."""
+        mean, std = (",".join(f"{number:g}" for number in each) for each in (self.mean, self.std))
+        return (f"{self.size}×{self.size}, crop {100 * self.crop:g} %, {self.interpolation}, mean "
+                f"{mean}, std {std}")  # fmt: skip

@@ -1,0 +1,163 @@
+"""What the CNN teacher takes: as it says itself, as the user says, or as is usual for its kind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from richkd.data import catalog
+from richkd.data.datasets import SMALL_SIDE, Dataset, statistics
+from richkd.data.framing import NetworkInput
+from richkd.data.views import CLEAN_SHARE
+from richkd.errors import RichKDError
+from richkd.models import create_model, has_tag, pretrained_input
+from richkd.models.weights import read_note, read_weights
+from richkd.progress import Report
+from richkd.recipe import Precompute
+
+
+def resolve_input(
+    settings: Precompute, weights: Path | None, dataset: Dataset, report: Report
+) -> NetworkInput:
+    """What the teacher takes, which is told.
+
+    Its own word counts first: what was written when it was trained here, or the configuration of a
+    pretrained tag. Otherwise the settings say, and what they leave open is timm's configuration of
+    the network (for image files), or what networks take that are trained here.
+
+    Args:
+        settings: the teacher's name and what the user says of it.
+        weights: its file; None where there is none yet.
+        dataset: the images.
+        report: where it is told.
+
+    Raises:
+        RichKDError: the user says what the teacher says itself; no such tag; or images that are
+            not framed for networks here.
+    """
+    check_unsaid(settings, weights)
+    name, own = settings.teacher, _note(weights)
+    if own:
+        found = _trained_here(own, weights, dataset)
+        report.say(f"the teacher sees images of {found}, as {weights} says")
+        return found
+    known = pretrained_input(name)
+    if known is not None and has_tag(name):
+        report.say(f"the teacher sees images of {known}, timm's configuration of {name}")
+        return known
+    here = dataset.network_input
+    if known is None or weights is None or isinstance(dataset.train.images, Tensor):
+        found, source = here, f"as networks do that are trained here on {dataset.name}"
+    else:
+        found, source = known, f"timm's configuration of {name}"
+    found = replace(found, **settings.teacher_input)
+    if weights is not None and settings.teacher_size is None:
+        sizes = [each.size for each in (found, here, known) if each is not None]
+        found = replace(found, size=_size_of(name, weights, len(dataset.class_names), sizes))
+    source += ", and as given" * bool(settings.teacher_input)
+    other = f" {here.size}, the students', and" * (found.size != here.size)
+    report.say(
+        f"the teacher sees images of {found} ({source}); --teacher-size{other or ','} "
+        f"--teacher-mean, --teacher-std, --teacher-crop and --teacher-interpolation say otherwise"
+    )
+    return found
+
+
+def check_unsaid(settings: Precompute, weights: Path | None) -> None:
+    """Refuse settings that say what the teacher says itself.
+
+    Raises:
+        RichKDError: there are some.
+    """
+    if not settings.teacher_input:
+        return
+    flag = f"--teacher-{next(iter(settings.teacher_input))}"
+    if _note(weights):
+        raise RichKDError(
+            f"{flag}: {weights} says itself what its teacher was trained with; leave it out"
+        )
+    if settings.teacher and has_tag(settings.teacher):
+        raise RichKDError(
+            f"{flag}: timm's configuration of {settings.teacher} says what it was trained with; "
+            f"leave it out, or name the network without its tag"
+        )
+
+
+def check_from_elsewhere(settings: Precompute) -> None:
+    """Refuse to say what a teacher was trained with that is trained here.
+
+    Raises:
+        RichKDError: there are such settings, and no weights.
+    """
+    if settings.teacher_input and not settings.teacher_weights:
+        raise RichKDError(
+            f"--teacher-{next(iter(settings.teacher_input))} is for weights from elsewhere, and a "
+            f"teacher that is trained here says itself what it takes; pass --teacher-weights, or "
+            f"leave it out"
+        )
+
+
+def _note(weights: Path | None) -> dict[str, str]:
+    """What was written about weights that were trained here; nothing about others."""
+    if weights is None or weights.suffix != ".safetensors" or not weights.is_file():
+        return {}
+    note = read_note(weights)
+    if "fingerprint" in note:  # a teacher
+        return note
+    summary = weights.with_name("summary.json")
+    return _of_student(summary) if weights.stem in ("last", "best") and summary.is_file() else {}
+
+
+def _of_student(summary: Path) -> dict[str, str]:
+    """The same about a student, from its run folder."""
+    try:
+        about = json.loads(summary.read_text(encoding="utf-8"))
+        files = catalog.split_name(about["dataset"])[0] == catalog.IMAGE_FOLDER
+        return NetworkInput(
+            size=about["image_size"], mean=about["mean"], std=about["std"],
+            crop=CLEAN_SHARE if files else 1.0,
+        ).note  # fmt: skip
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RichKDError(f"{summary} is damaged or no run's summary ({error})") from None
+
+
+def _trained_here(note: Mapping[str, str], weights: Path | None, dataset: Dataset) -> NetworkInput:
+    """What a network takes by the note about it."""
+    if "mean" in note:
+        try:
+            return NetworkInput.of_note(note)
+        except ValueError as error:
+            raise RichKDError(f"{weights} is damaged: of its metadata, {error}") from None
+    # earlier versions did not say, and knew nothing but the data set's
+    here, name = dataset.network_input, note.get("dataset", dataset.name)
+    if name == dataset.name:
+        return here
+    mean, std = statistics(name)
+    if catalog.split_name(name)[0] == catalog.IMAGE_FOLDER:
+        return replace(here, mean=mean, std=std, crop=CLEAN_SHARE)
+    return replace(here, mean=mean, std=std, crop=1.0, size=SMALL_SIDE)
+
+
+def _size_of(name: str, weights: Path, num_classes: int, sizes: list[int]) -> int:
+    """The first size at which a network has parameters of the shapes in a file, else the first.
+
+    Convolutions fit any size; position embeddings are of one.
+    """
+    found: dict[int, dict[str, torch.Size]] = {}
+    for size in dict.fromkeys(sizes):
+        with suppress(RichKDError), torch.device("meta"):
+            found[size] = _shapes(create_model(name, num_classes, image_size=size).state_dict())
+    if all(shapes == found.get(sizes[0]) for shapes in found.values()):
+        return sizes[0]
+    there = _shapes(read_weights(weights))
+    return next((size for size, shapes in found.items() if shapes == there), sizes[0])
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
