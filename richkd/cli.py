@@ -524,6 +524,7 @@ def run(
     dataset: Dataset = None,
     limit: Limit = None,
     validation: Validation = None,
+    views: Views = None,
     teacher_weights: TeacherWeights = None,
     clip: Clip = None,
     cache: Annotated[

@@ -37,7 +37,9 @@ def run_demo(out: str, seed: int, report: Report, *, overwrite: bool = False) ->
     report.say(f"richkd demo: {LABELLED:,} labelled drawings; everything goes to {folder}")
     report.say("\nStage one: CNN teacher and CLIP look at every image once")
     cache = precompute(
-        Precompute(dataset="shapes", limit=LABELLED, out=str(folder / "shapes.zarr")),
+        Precompute(
+            dataset="shapes", limit=LABELLED, views=STUDENT_EPOCHS, out=str(folder / "shapes.zarr")
+        ),
         teacher_recipe={
             "epochs": TEACHER_EPOCHS,
             "schedule": "cosine",

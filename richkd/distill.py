@@ -70,6 +70,7 @@ def distill(
     source = Source(settings, report)
     with StudentRun(source, settings, resume=resume, overwrite=overwrite) as run:
         report.say(run.opening())
+        say_few_views([run.settings], source.cache, report)
         with report.track("distill", run.images_to_go, "images") as tick:
             for rows, waited in source.epochs(run.rows.values(), run.done + 1, run.settings.epochs):
                 record = run.train_epoch(rows, waited, tick)
@@ -548,6 +549,23 @@ def identity(cache: TeacherCache) -> str:
     if "keep" in manifest:
         parts.append(f"top {manifest['keep']} at {manifest['keep_temperature']:g}")
     return ", ".join(parts)
+
+
+def say_few_views(runs: Collection[Distill], cache: TeacherCache, report: Report) -> None:
+    """Say which methods lose accuracy because the store has few views of an image, and how much."""
+    said: dict[str, str] = {}
+    for settings in runs:
+        method_type, options = method_of(settings)
+        few = method_type.few_views
+        wanted = min(few.enough, settings.epochs)  # more than one an epoch is of no use
+        if method_type.reads(options) and cache.num_views < wanted:
+            said[settings.method] = (
+                f"{settings.method} learns from {cache.num_views} views of each image and wants "
+                f"{wanted}: {few.cost(cache.num_views)} (docs/comparisons.md); richkd precompute "
+                f"--views {wanted} makes them"
+            )
+    for message in said.values():
+        report.say(message)
 
 
 def check_finite(record: EpochRecord, settings: Distill) -> None:

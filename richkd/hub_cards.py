@@ -14,6 +14,7 @@ from typing import Any
 from richkd.inspect import summarize
 from richkd.progress import harmless, percent, size
 from richkd.run_folders import complete_run
+from richkd.store import schema
 
 TAGS = ["knowledge-distillation", "richkd"]
 MOST_NAMES = 200  # class names that a card lists
@@ -56,8 +57,8 @@ def store_card(folder: Path, repo_id: str) -> str:
         "licence of the data set may hold for what was computed from it."
     )  # fmt: skip
     made = [
-        ("Data", f"{text(dataset['name'])}, {dataset['num_train']:,} training and "
-                 f"{dataset['num_test']:,} test images of {manifest['image_size']} pixels"),
+        ("Data", f"{text(dataset['name'])}, {schema.say_splits(manifest)} images of "
+                 f"{manifest['image_size']} pixels"),
         ("Views", f"{views['count']} of each training image, {text(views['space'])}, "
                   f"seed {views['seed']}"),
         ("CNN teacher", f"{text(teacher['name'])}, SHA-256 {text(teacher['sha256'][:16])}"),

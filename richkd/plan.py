@@ -60,7 +60,7 @@ from richkd.typecheck import fits, hints
 
 ENOUGH_S = 5.0  # of stage one, to know its pace
 FIRST, MOST = 16, 16_384  # images that it is tried on
-VIEWS, KEPT = (1, 2, 4, 8, 16, 32), 50  # what the table has besides what was asked for
+VIEWS, KEPT = (1, 2, 4, 8, 16, 32, 64, 162), 50  # what the table has besides what was asked for
 USD_A_GB_MONTH = 0.023  # S3 Standard's list price in us-east-1
 DRAWN_FILES, DRAWN_SIZE = 64, (500, 375)  # JPEGs like ImageNet's, in width and height
 

@@ -163,7 +163,9 @@ def make_teachers(
         )
         check_fit(model, settings.teacher, dataset.image_size, len(dataset.class_names))
     else:
-        if not settings.teacher_weights:
+        if settings.teacher_weights:
+            say_what_it_learnt(weights, dataset, report)
+        else:
             check_trained_on(weights, dataset)
         teacher = load(weights)
     clip = open_clip_teacher(settings.clip, device, ranks, report)
@@ -357,6 +359,17 @@ def check_trained_on(weights: Path, dataset: Dataset) -> None:
             f"{weights} was trained on other data ({trained_on[:12]}) than {dataset.name} "
             f"({dataset.fingerprint[:12]}); pass it as --teacher-weights to use it all the same, "
             f"or move it away to train another"
+        )
+
+
+def say_what_it_learnt(weights: Path, dataset: Dataset, report: Report) -> None:
+    """Say where a teacher from elsewhere may have been trained on the validation images."""
+    note = read_safetensors(weights)[1] if weights.suffix == ".safetensors" else {}
+    if dataset.validation is not None and note.get("fingerprint") != dataset.fingerprint:
+        report.say(
+            f"{weights} may have been trained on the validation images, too; if so, alpha auto "
+            f"trusts the CNN teacher too much: train one on the others by leaving "
+            f"--teacher-weights out"
         )
 
 

@@ -172,7 +172,7 @@ class Precompute(Images):
     )
     clip: str = _key("", "open_clip NAME:TAG, a local directory, demo or none")
     prompts: str = _key("richkd", "prompt set (richkd, single) or a file of templates with {}")
-    views: int = _key(8, "augmented views a training sample")
+    views: int = _key(32, "augmented views a training sample, a new one each epoch while they last")
     alpha: float = _key(0.7, "weight of the CNN teacher in the blend; CLIP has 1 − alpha")
     scale: Scale = _key("native", "of CLIP's cosines: native (CLIP's own), raw (1) or a number")
     dtype: str = _key("float16", "of the stored rows: float16 or float32")

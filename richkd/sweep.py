@@ -28,6 +28,7 @@ from richkd.distill import (
     check_reads,
     identity,
     method_of,
+    say_few_views,
     with_defaults,
 )
 from richkd.errors import RichKDError
@@ -157,6 +158,7 @@ def run_sweep(
     entries = check_grid(make_grid(sweep, recipe, flags, cache), cache)
     with open_engine(sweep, entries, cache, report) as engine:
         show_plan(entries, f"{cache.place} → {sweep.out}/", engine, report)
+        say_few_views([entry.settings for entry in entries], cache, report)
         if dry_run:
             return outcome(entries)
         with Board(entries, report, engine.lanes) as board:

@@ -20,12 +20,13 @@ from test_distill import metrics, same, train, weights
 import richkd
 from richkd.data.datasets import hold_out, load_dataset
 from richkd.distill import Source
+from richkd.losses import METHODS
 from richkd.models import forward
 from richkd.precompute import precompute
 from richkd.probe import fit_probe, stratified_folds
 from richkd.progress import Report
 from richkd.recipe import Distill, Images, Precompute, TrainTeacher
-from richkd.results import leaderboard
+from richkd.results import leaderboard, paired_difference
 from richkd.store.schema import split_sizes
 from richkd.teachers.cnn import train_teacher
 from richkd.training.loop import derive_seed, epoch_order
@@ -187,6 +188,20 @@ def test_validation_is_repaired_and_found_again(validated: Path, tmp_path: Path,
     assert done.code == 0, done.err
     assert before.keys() == tree(damaged).keys()
     assert run("verify", damaged).code == 0
+
+
+def test_a_teacher_from_elsewhere_may_know_the_validation_images(
+    validated: Path, shapes_teacher: Path, tmp_path: Path, run: Run
+) -> None:
+    words = ["precompute", "--dataset", "shapes", "--limit", 160, "--validation", 0.25, "--teacher",
+             "resnet8", "--clip", "none", "--views", 1, "--device", "cpu"]  # fmt: skip
+    trained = validated.parent / "teachers" / "shapes-160-val0.25-resnet8.safetensors"
+    for number, (weights, doubtful) in enumerate([(shapes_teacher, True), (trained, False)]):
+        done = run(*words, "--teacher-weights", weights, "--out", tmp_path / f"{number}.zarr")
+        assert done.code == 0, done.err
+        assert ("may have been trained on the validation images" in done.err) == doubtful
+        assert "123 training, 37 validation and 40 test images" in done.err
+    assert "123 training, 37 validation and 40 test" in run("inspect", tmp_path / "0.zarr").out
 
 
 def with_noisy_test_labels(store: Path, out: Path) -> Path:
@@ -383,3 +398,46 @@ def test_classes_too_small_for_the_probe_are_named(
     assert done.code == 0, done.err
     shown = f"{', '.join(names[:8])} and {len(names) - 8} more"
     assert f"the probe has fewer training images than folds of: {shown}" in done.err
+
+
+def test_few_views_are_said_with_what_they_cost(
+    make_store: Make, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(views=2)
+
+    def said(*words: Any) -> list[str]:
+        done = run(*words, "--cache", store, "--device", "cpu", "--batch-size", 48)
+        assert done.code == 0, done.err
+        return [line for line in done.err.splitlines() if "views of each image" in line]
+
+    short = ["--student", "resnet8", "--epochs", 2]
+    assert not said("distill", "--method", "kd", *short, "--out", tmp_path / "a")
+    long = ["--student", "resnet8", "--epochs", 3]
+    (line,) = said("distill", "--method", "kd", *long, "--out", tmp_path / "b")
+    assert line.startswith("kd learns from 2 views of each image and wants 3: 8 views cost kd 0.")
+    assert line.endswith("richkd precompute --views 3 makes them")
+    assert not said("distill", "--method", "ce", *long, "--out", tmp_path / "c")
+    lines = said("sweep", "--students", "resnet8", "--methods", "ce,kd,crd,richkd", "--seeds", 2,
+                 "--epochs", 40, "--dry-run", "--out", tmp_path / "d")  # fmt: skip
+    assert [line.split()[0] for line in lines] == ["kd", "crd", "richkd"]
+
+
+def test_what_few_views_cost_is_what_was_measured() -> None:
+    """The figures in the code are those of the published measurement."""
+    results = Path(__file__).parents[1] / "benchmarks" / "results" / "views.json"
+    runs = json.loads(results.read_text())["runs"]
+    top1 = {(r["method"], r["views"], r["seed"]): r["top1"] for r in runs}
+    seeds = {seed for _, _, seed in top1}
+    assert len(seeds) >= 5
+    for name in ("kd", "pkt", "richkd"):
+        few = METHODS[name][0].few_views
+        assert few.measured_with == name
+        behind = {}
+        for count in (8, 16, 32, 64, 162):
+            pairs = [top1[name, str(count), s] - top1[name, "online", s] for s in seeds]
+            difference = paired_difference(pairs)
+            assert difference is not None and difference.n == len(seeds)
+            if difference.high < 0:
+                behind[count] = round(-100 * difference.mean, 2)
+        assert few.points == {count: behind[count] for count in few.points}
+        assert max(behind, default=0) < few.enough or name == "richkd"

@@ -44,7 +44,7 @@ def tiny(
         dataset = f"imagefolder:{write_folder(tmp_path / 'noise', 16)}" if folder else "shapes"
         given = content.table("distill").get("milestones")
         epochs = ["--epochs", 2, "--milestones", 1] if given else ["--epochs", 1]
-        return ["run", name, "--dataset", dataset, "--limit", 32, *epochs,
+        return ["run", name, "--dataset", dataset, "--limit", 32, *epochs, "--views", 3,
                 "--clip", clip_dir, "--teacher-weights", weights]  # fmt: skip
 
     return flags

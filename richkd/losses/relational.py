@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from richkd.losses import method
-from richkd.losses.method import Batch, Method, register
+from richkd.losses.method import Batch, FewViews, Method, register
 
 
 def rkd_loss(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,6 +56,8 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 class FeatureMethod(Method):
     """A method that matches the student's pooled features to the CNN teacher's."""
+
+    few_views = FewViews(measured_with="pkt", points={8: 0.39})
 
     @classmethod
     def reads(cls, options: method.Options) -> tuple[str, ...]:

@@ -158,6 +158,14 @@ def split_sizes(manifest: Manifest) -> dict[str, int]:
     return sizes
 
 
+def say_splits(manifest: Manifest) -> str:
+    """The sizes of the splits in words, such as `500 training and 10,000 test`."""
+    counts = split_sizes(manifest)
+    words = {"train": "training", "validation": "validation", "test": "test"}
+    *first, last = (f"{counts[split]:,} {word}" for split, word in words.items() if split in counts)
+    return f"{', '.join(first)} and {last}"
+
+
 def blocks(manifest: Manifest) -> list[Block]:
     """All blocks in the order of their flags: test, validation, then training block by block."""
     size = manifest["block"]
