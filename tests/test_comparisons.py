@@ -196,8 +196,8 @@ def test_a_teacher_from_elsewhere_may_know_the_validation_images(
     words = ["precompute", "--dataset", "shapes", "--limit", 160, "--validation", 0.25, "--teacher",
              "resnet8", "--clip", "none", "--views", 1, "--device", "cpu"]  # fmt: skip
     trained = validated.parent / "teachers" / "shapes-160-val0.25-resnet8.safetensors"
-    for number, (weights, doubtful) in enumerate([(shapes_teacher, True), (trained, False)]):
-        done = run(*words, "--teacher-weights", weights, "--out", tmp_path / f"{number}.zarr")
+    for number, (file, doubtful) in enumerate([(shapes_teacher, True), (trained, False)]):
+        done = run(*words, "--teacher-weights", file, "--out", tmp_path / f"{number}.zarr")
         assert done.code == 0, done.err
         assert ("may have been trained on the validation images" in done.err) == doubtful
         assert "123 training, 37 validation and 40 test images" in done.err

@@ -1,0 +1,58 @@
+"""The measurements in benchmarks/, small: what they train is what the product trains."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_distill import train
+
+ROOT = Path(__file__).parents[2]
+Make = Callable[..., Path]
+
+
+def script(name: str, *words: Any) -> str:
+    command = [sys.executable, ROOT / "benchmarks" / name, *words, "--device", "cpu"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_fewer_views_are_what_a_smaller_store_has(make_store: Make, tmp_path: Path) -> None:
+    store, few = make_store(views=162), make_store(views=8)
+    words = (store, "--out", tmp_path / "v", "--epochs", 9, "--seeds", 1, "--methods", "ce,kd",
+             "--views", "8,162,online")  # fmt: skip
+    out = script("views.py", *words)
+    runs = json.loads((tmp_path / "v" / "views.json").read_text())["runs"]
+    top1 = {(run["method"], run["views"]): run["top1"] for run in runs}
+    assert len(top1) == 6 and "| kd | 1 |" in out
+
+    def trained(own: Path, method: str) -> float:
+        settings = {"epochs": 9, "batch_size": 64, "lr": 0.05, "precision": "float32"}
+        accuracy: float = train(own, tmp_path / f"{own.parent.name}-{method}", method=method,
+                                **settings)["top1_last"]  # fmt: skip
+        return accuracy
+
+    assert trained(few, "kd") == top1["kd", "8"]
+    assert trained(store, "kd") == top1["kd", "162"]
+    assert trained(few, "ce") == top1["ce", "online"]  # which is plain training
+    table = (tmp_path / "v" / "views.md").read_text()
+    assert script("views.py", *words).endswith(table + "\n")
+
+
+@pytest.mark.slow
+def test_the_table_of_methods(make_store: Make, tmp_path: Path) -> None:
+    words = (make_store(limit=120), "--out", tmp_path / "m", "--epochs", 1, "--seeds", 1)
+    out = script("methods.py", *words)
+    rows = [line for line in out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 16 and any(line.startswith("| KD | 1 |") for line in rows)
+    runs = json.loads((tmp_path / "m" / "methods.json").read_text())["runs"]
+    assert {run["tested"] for run in runs} == {32}
+    again = script("methods.py", *words)
+    assert again.splitlines()[-len(rows) :] == out.splitlines()[-len(rows) :]
