@@ -157,8 +157,9 @@ class BlockRows:
                 if clip is not None and pixels is not None:
                     features.append(clip.encode(pixels))
                 for number, parts in enumerate(cnn):
-                    parts.append(teachers.cnn.rows(crops[:, number]))
-                tick(len(crops) * len(unit))
+                    images = torch.cat([part[:, number] for part in crops])
+                    parts.append(teachers.cnn.rows(images))
+                tick(sum(map(len, crops)) * len(unit))
                 check()
             shared = teachers.clip_rows(torch.cat(features)) if features else {}
             for block in unit:
@@ -202,8 +203,11 @@ def cnn_view(block: Block) -> int | None:
 
 def batched(
     decoded: Iterator[tuple[Tensor, Tensor, Tensor | None]], count: int, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The next `count` images in batches for a network: crops [B,V,S,S,3], CLIP's pixels."""
+) -> Iterator[tuple[list[Tensor], Tensor | None]]:
+    """The next `count` images in batches for a network: crops [b,V,S,S,3] in parts, CLIP's pixels.
+
+    The parts stay apart: those of all views together would be there twice.
+    """
     done = 0
     parts: list[tuple[Tensor, Tensor | None]] = []
     while done < count:
@@ -212,5 +216,5 @@ def batched(
         done += len(crops)
         if done == count or sum(len(crops) for crops, _ in parts) >= batch_size:
             every = [pixels for _, pixels in parts if pixels is not None]
-            yield torch.cat([crops for crops, _ in parts]), torch.cat(every) if every else None
+            yield [crops for crops, _ in parts], torch.cat(every) if every else None
             parts = []
