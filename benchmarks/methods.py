@@ -109,7 +109,9 @@ def main() -> None:
     runs = [
         json.loads(path.read_text()) for path in sorted(options.out.glob("runs/*/summary.json"))
     ]
-    settings = {k: str(v) for k, v in vars(options).items() if k != "out"}
+    for run in runs:
+        run["run"] = Path(run["run"]).name
+    settings = {**vars(options), "store": options.store.name, "out": ""}
     found = {"settings": settings, "versions": versions(), "runs": runs}
     write(options.out / "methods.json", json.dumps(found, indent=1) + "\n")
     write(options.out / "methods.md", table(options.out, options.seeds))

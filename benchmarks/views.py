@@ -213,7 +213,7 @@ def main() -> None:
                 pool.terminate()
                 break
     results = [json.loads(path.read_text()) for path in sorted(runs_folder.glob("*.json"))]
-    settings = {k: str(v) for k, v in vars(options).items() if k not in ("out", "minutes")}
+    settings = {**vars(options), "store": options.store.name, "out": ""}
     found = {"settings": settings, "versions": versions(), "runs": results}
     write(options.out / "views.json", json.dumps(found, indent=1) + "\n")
     write(options.out / "views.md", table(results))

@@ -54,7 +54,9 @@ class Board:
         if entry.state == "failed":
             self.say(f"{entry.label} failed: {entry.reason}")
         else:
-            self.say(f"{entry.label}: {percent(entry.accuracy)} %, {self.summary()}")
+            self.say(
+                f"{entry.label}: {entry.scored_on} {percent(entry.accuracy)} %, {self.summary()}"
+            )
 
     def tick(self, entry: Entry, images: int) -> None:
         """Some images of a run's epoch have been trained on."""
@@ -86,7 +88,9 @@ class Board:
 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), min_width=78)
         table.add_column("run", no_wrap=True)
-        for name in ("epoch", "top-1", "best", "left"):
+        kinds = {entry.scored_on for entry in self.entries}
+        score = f"{kinds.pop()} top-1" if len(kinds) == 1 else "top-1"
+        for name in ("epoch", score, "best", "left"):
             table.add_column(name, justify="right", no_wrap=True)
         room = max(4, self.report.console.height - 6)
         for entry in self._shown(room):

@@ -104,6 +104,21 @@ Device = Annotated[str | None, _shared("device")]
 Precision = Annotated[str | None, _shared("precision")]
 
 
+def _of_the_store(share: float | None) -> None:
+    """Refuse to hold out validation images where the store is made already."""
+    if share is not None:
+        raise RichKDError(
+            f"--validation {share:g}: validation images belong to the store, whose teacher must "
+            f"not be trained on them; make it by richkd precompute --validation {share:g}, or hold "
+            f"out test images by --holdout"
+        )
+
+
+NoValidation = Annotated[
+    float | None, typer.Option("--validation", hidden=True, callback=_of_the_store)
+]
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         from richkd import __version__
@@ -415,6 +430,7 @@ def distill(
         str | None, typer.Option(help=describe(Distill, "prompts") + ", e.g. 0,3,5")
     ] = None,
     clip_head: Annotated[str | None, _option(Distill, "clip_head")] = None,
+    validation: NoValidation = None,
     holdout: Annotated[float | None, _option(Distill, "holdout")] = None,
     options: Annotated[list[str] | None, _option(Distill, "options", "--set")] = None,
     student_options: Annotated[
@@ -475,6 +491,7 @@ def sweep(
     target: Annotated[str | None, _option(Distill, "target")] = None,
     scale: Annotated[str | None, _option(Distill, "scale")] = None,
     clip_head: Annotated[str | None, _option(Distill, "clip_head")] = None,
+    validation: NoValidation = None,
     holdout: Annotated[float | None, _option(Distill, "holdout")] = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,

@@ -49,6 +49,9 @@ from richkd.training.loop import (
     timed,
 )
 
+# Methods whose settings are others than those of runs whose recipes name no hold-out.
+CHANGED = frozenset({"dist", "mlkd", "mlkd-ls"})
+
 
 def distill(
     settings: Distill,
@@ -269,6 +272,8 @@ class StudentRun:
         reads = method_type.reads(options)
         check_reads(cache, settings)
         self.folder = RunFolder(Path(settings.out))
+        if not overwrite:
+            check_version(self.folder, settings)
         recorded = to_table(settings), identity(cache)
         self.folder.check(*recorded, resume=resume, overwrite=overwrite)
         data = source.data_for(settings)
@@ -379,7 +384,7 @@ class StudentRun:
             "top5_last": top5,
             "top1_best": best,
             "epoch_best": self.best.epoch,
-            "best_chosen_on": self.choices,
+            "best_chosen_on": choice_images(self.source.cache, self.settings),
             "choice_accuracy": None if data.choice is None else self.best.accuracy,
             "tested": len(tested),
             "views": self.source.cache.num_views if self.rows else "fresh",
@@ -389,13 +394,6 @@ class StudentRun:
         }
         self.folder.finish(self.trainer.model.state_dict(), summary)
         return summary
-
-    @property
-    def choices(self) -> str:
-        """The images that the best epoch is chosen on."""
-        if self.trainer.data.choice is None:
-            return "test"
-        return "held-out test" if self.settings.holdout else "validation"
 
     def test_best(self, last: float) -> float:
         """Top-1 on the test images after the best epoch, which other images chose."""
@@ -549,6 +547,29 @@ def identity(cache: TeacherCache) -> str:
     if "keep" in manifest:
         parts.append(f"top {manifest['keep']} at {manifest['keep_temperature']:g}")
     return ", ".join(parts)
+
+
+def choice_images(cache: TeacherCache, settings: Distill) -> str:
+    """The images that a run's best epoch is chosen on: validation, held-out test, or test."""
+    if "validation" in cache.splits:
+        return "validation"
+    return "held-out test" if settings.holdout else "test"
+
+
+def check_version(folder: RunFolder, settings: Distill) -> None:
+    """Refuse a run that an earlier version of richkd began and trained otherwise.
+
+    Raises:
+        RichKDError: the method's settings or its views changed since, or what choices are made on.
+    """
+    method_type, options = method_of(settings)
+    changed = not method_type.reads(options) or settings.method in CHANGED or settings.holdout
+    if changed and folder.of_earlier_version:
+        raise RichKDError(
+            f"the run in {folder.path} was begun by an earlier version of richkd, which trained "
+            f"{settings.method} otherwise, or made choices on other images (see the changelog); "
+            f"choose another --out, or remove it"
+        )
 
 
 def say_few_views(runs: Collection[Distill], cache: TeacherCache, report: Report) -> None:

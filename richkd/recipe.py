@@ -217,13 +217,14 @@ class Precompute(Images):
             given = getattr(self, name)
             if given is None:
                 continue
-            numbers = given if isinstance(given, tuple) else (given,)
+            numbers = tuple(given) if isinstance(given, tuple | list) else (given,)
             numbers = tuple(map(float, numbers * 3 if len(numbers) == 1 else numbers))
             object.__setattr__(self, name, numbers)
             within = all(0 <= number <= 1 for number in numbers) and len(numbers) == 3
             positive = name == "teacher_mean" or 0 not in numbers
-            _require(within and positive, name, given, "one number or three, of pixels in 0..1"
-                     + (", above 0" if name == "teacher_std" else ""))  # fmt: skip
+            must = "one number or three, of pixels in 0..1"
+            must += ", above 0" if name == "teacher_std" else ""
+            _require(within and positive, name, ",".join(f"{n:g}" for n in numbers), must)
         size, crop = self.teacher_size, self.teacher_crop
         _require(size is None or size >= 8, "teacher_size", size, "at least 8")
         _require(crop is None or 0 < crop <= 1, "teacher_crop", crop, "in (0, 1]")
@@ -396,7 +397,7 @@ def check_blend(alpha: float, scale: Scale) -> None:
 def recorded_holdout(settings: Mapping[str, Any]) -> float:
     """The share of the test images that a run was not tested on, by its recipe.toml.
 
-    Recipes of before 0.2 name it only where the user did.
+    Those of earlier versions name it only where the user did.
     """
     default = AUTO_HOLDOUT if settings.get("alpha") == "auto" else 0.0
     return float(settings.get("holdout", default))
@@ -412,11 +413,13 @@ def parse_scale(text: str) -> Scale:
 
 
 def parse_numbers(text: str) -> tuple[float, ...]:
-    """Numbers as typed, with commas."""
+    """Mean or standard deviation as typed, with commas."""
     try:
         return tuple(map(float, text.split(",")))
     except ValueError:
-        raise RichKDError(f"{text!r}: give one number, or three as in 0.5,0.5,0.5") from None
+        raise RichKDError(
+            f"mean or std of the teacher = {text!r}: must be one number, or three as in 0.5,0.5,0.5"
+        ) from None
 
 
 def parse_alpha(text: str) -> Alpha:

@@ -15,7 +15,7 @@ from richkd.store.schema import Manifest
 # Settings that say where a run is, not what it is.
 PLACES = ("seed", "out", "cache", "device", "dataset", "data_root")
 # Settings of what a student is taught; the others are of how it is trained.
-TEACHING = ("method", "options", "target", "alpha", "scale", "prompts", "clip_head", "views")
+TEACHING = ("method", "options", "target", "alpha", "scale", "prompts", "clip_head")
 # What is said of best epochs, by the images that they were chosen on.
 CHOSEN_ON = {
     "test": "“Best” is the best epoch on these very test images, which flatters it",
@@ -60,7 +60,7 @@ def results_table(report: Report, title: str, summaries: Sequence[Mapping[str, A
 
 
 def about_best(summaries: Iterable[Mapping[str, Any]]) -> str:
-    """Which images the best epochs were chosen on; runs of before 0.2 chose on the test images."""
+    """Which images the best epochs were chosen on; earlier versions chose on the test images."""
     kinds = {summary.get("best_chosen_on", "test") for summary in summaries}
     return ". ".join(text for kind, text in CHOSEN_ON.items() if kind in kinds) + "."
 
@@ -123,8 +123,8 @@ def leaderboard(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> 
     for settings, summary in runs:
         own = {name: value for name, value in settings.items() if name not in PLACES}
         own["holdout"] = recorded_holdout(settings)
-        if summary.get("views") == "fresh":  # runs of before 0.2 saw the cached ones
-            own["views"] = "fresh"
+        if "tested" not in summary:  # which trained some methods otherwise
+            own["version"] = "an earlier one"
         group = groups.setdefault(repr(sorted(own.items())), (own, {}))
         group[1][summary["seed"]] = summary
     rivals = [own for own, _ in groups.values()]

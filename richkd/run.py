@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from richkd.distill import distill, identity, with_defaults
+from richkd.distill import check_version, distill, identity, with_defaults
 from richkd.errors import RichKDError
 from richkd.losses import method_class, method_options
 from richkd.models import create_model
@@ -58,7 +58,9 @@ def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict
     if not flags.get("cache") and "out" not in one:
         out = Path(stage_one.out)  # the default, which is no URL
         teacher = stage_one.teacher.replace("/", "-")  # timm/resnet34
-        named = out.with_name("-".join(filter(None, [out.stem, teacher])) + out.suffix)
+        validation = f"val{stage_one.validation:g}" if stage_one.validation else ""
+        parts = filter(None, [out.stem, teacher, validation])
+        named = out.with_name("-".join(parts) + out.suffix)
         stage_one = replace(stage_one, out=str(named))
     two = recipe.table("distill")
     stage_two = resolve(Distill, two, {
@@ -66,6 +68,8 @@ def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict
     })  # fmt: skip
     check_names(stage_two)
     folder = Path("runs") / recipe.name
+    if stage_one.validation:
+        folder = folder.with_name(f"{folder.name}-val{stage_one.validation:g}")
 
     cache = make_store(stage_one, recipe, report)
     if "sweep" in recipe.tables and not any(flags.get(name) is not None for name in ONE_RUN):
@@ -154,6 +158,7 @@ def train_student(settings: Distill, cache: TeacherCache, report: Report) -> dic
     run = RunFolder(Path(settings.out))
     if not run.complete:
         return distill(settings, resume=True, report=report)
+    check_version(run, settings)
     run.check_same(to_table(settings), identity(cache))
     report.say(f"{run.path} is complete already")
     summary: dict[str, Any] = json.loads((run.path / "summary.json").read_text(encoding="utf-8"))

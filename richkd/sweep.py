@@ -26,6 +26,8 @@ from richkd.distill import (
     StudentRun,
     build_student,
     check_reads,
+    check_version,
+    choice_images,
     identity,
     method_of,
     say_few_views,
@@ -66,6 +68,7 @@ class Entry:
     done: int = 0  # epochs
     images: int = 0  # of the epoch under way
     scores: dict[int, float] = field(default_factory=dict)  # epoch -> top-1 in 0..1
+    scored_on: str = "test"  # the images of these: test, held-out test or validation
     state: str = "waiting"  # waiting, training, done, failed, stopped
     reason: str = ""
     cost: Estimate | None = None  # of those that are not done
@@ -250,13 +253,15 @@ def check_grid(grid: Sequence[Distill], cache: TeacherCache) -> list[Entry]:
     for settings in grid:
         check_reads(cache, settings)
         folder = RunFolder(Path(settings.out))
+        check_version(folder, settings)
         recorded = to_table(settings), identity(cache)
         if folder.complete:
             folder.check_same(*recorded)
         else:
             folder.check(*recorded, resume=True, overwrite=False)
         done = settings.epochs if folder.complete else folder.epochs_done()
-        entry = Entry(settings=settings, done=done, scores=scores_until(done, folder))
+        entry = Entry(settings=settings, done=done, scores=scores_until(done, folder),
+                      scored_on=choice_images(cache, settings))  # fmt: skip
         summary = folder.summary()
         if summary is not None:
             entry.finish(summary)
@@ -341,8 +346,9 @@ def try_student(settings: Distill, source: Source) -> Estimate:
 def method_memory(settings: Distill, student: Estimate, source: Source) -> int:
     """Bytes of a method's memory banks and the like."""
     kind, options = method_of(settings)
+    widths = source.widths(student.features, alpha=0.5)  # which may read the images
     with torch.device("meta"):
-        method = kind(options, source.widths(student.features, alpha=0.5))
+        method = kind(options, widths)
     return sum(buffer.nbytes for buffer in method.buffers())
 
 

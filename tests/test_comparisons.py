@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import tree
+from helpers import tree, write_teacher
+from PIL import Image
 from safetensors.torch import load_file
 from test_distill import metrics, same, train, weights
 
 import richkd
 from richkd.data.datasets import hold_out, load_dataset
 from richkd.distill import Source
+from richkd.errors import RichKDError
 from richkd.losses import METHODS
 from richkd.models import forward
 from richkd.precompute import precompute
@@ -29,6 +31,7 @@ from richkd.recipe import Distill, Images, Precompute, TrainTeacher
 from richkd.results import leaderboard, paired_difference
 from richkd.store.schema import split_sizes
 from richkd.teachers.cnn import train_teacher
+from richkd.training.checkpoint import RunFolder
 from richkd.training.loop import derive_seed, epoch_order
 
 Make = Callable[..., Path]
@@ -275,9 +278,9 @@ def test_held_out_test_images_choose_and_the_others_test(store: Path, tmp_path: 
         (
             48,
             0.1,
-            r"validation = 0.1: class '.*' has [1-9] training images, .* none to validate on",
+            r"validation = 0.1: of the [1-9] training images of class '.*' .* none to validate",
         ),
-        (48, 0.9, r"= 0.9: class '.*' has [1-9] training images, .* none to train on"),
+        (48, 0.9, r"= 0.9: of the [1-9] training images of class '.*' .* none to train on"),
         (48, 1.0, r"validation = 1.0: must be in \[0, 1\)"),
         (48, -0.1, r"validation = -0.1: must be in \[0, 1\)"),
     ],
@@ -287,6 +290,76 @@ def test_bad_shares(fails: Run, tmp_path: Path, limit: int, share: float, messag
                  "--clip", "none", "--out", tmp_path / "x.zarr")  # fmt: skip
     assert re.search(message, line), line
     assert not (tmp_path / "x.zarr").exists()
+
+
+def test_photographs_are_validated_alike(
+    tmp_path: Path, run: Run, rng: np.random.Generator
+) -> None:
+    for split, count in (("train", 8), ("val", 3)):
+        for name, level in (("dark", 60), ("light", 190)):
+            place = tmp_path / "photos" / split / name
+            place.mkdir(parents=True)
+            for number in range(count):
+                side = 40 + 3 * number
+                pixels = rng.integers(level - 40, level + 40, (side, side + 5, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(place / f"{number}.png")
+    common = ["--device", "cpu", "--batch-size", 4]
+    done = run("precompute", "--dataset", f"imagefolder:{tmp_path / 'photos'}", "--image-size", 32,
+               "--teacher", "resnet8", "--validation", 0.25, "--clip", "none", "--views", 2,
+               "--teacher-weights", write_teacher(tmp_path / "t.safetensors", "resnet8", 2),
+               "--out", tmp_path / "p.zarr", *common)  # fmt: skip
+    assert done.code == 0, done.err
+    cache = richkd.open_cache(tmp_path / "p.zarr")
+    assert split_sizes(cache.manifest) == {"train": 12, "test": 6, "validation": 4}
+    assert run("verify", tmp_path / "p.zarr").code == 0
+    done = run("sweep", "--cache", tmp_path / "p.zarr", "--students", "resnet8", "--methods",
+               "ce,kd,pkt", "--seeds", 1, "--epochs", 2, "--halving", 2, "--out", tmp_path / "r",
+               "--json", *common)  # fmt: skip
+    assert done.code == 0, done.err
+    assert [one["best_chosen_on"] for one in done.json["runs"]] == ["validation"] * 2
+    assert len(done.json["stopped"]) == 1
+
+
+def test_validation_belongs_to_the_store(fails: Run, store: Path, tmp_path: Path) -> None:
+    for command in (["distill"], ["sweep", "--students", "resnet8"]):
+        line = fails(*command, "--cache", store, "--validation", 0.1, "--out", tmp_path / "x")
+        assert "richkd precompute --validation 0.1" in line and "--holdout" in line
+    assert not (tmp_path / "x").exists()
+
+
+def as_an_earlier_version_began_it(run: Path) -> None:
+    """Take away what recipes did not say before."""
+    recipe = run / "recipe.toml"
+    lines = [line for line in recipe.read_text().splitlines() if not line.startswith("holdout")]
+    recipe.write_text("\n".join(lines) + "\n")
+
+
+def test_runs_that_were_begun_otherwise_are_not_resumed(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class CutOff(BaseException):
+        pass
+
+    saved = RunFolder.save_epoch
+
+    def cut(self: RunFolder, epoch: int, *arguments: Any) -> None:
+        saved(self, epoch, *arguments)
+        raise CutOff
+
+    methods = {"ce": {}, "dist": {}, "mlkd": {}, "kd": {}, "richkd-l": {"alpha": "auto"}}
+    for method, settings in methods.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "save_epoch", cut)
+            with pytest.raises(CutOff):
+                train(store, tmp_path / method, method=method, **settings)
+        as_an_earlier_version_began_it(tmp_path / method)
+        if method == "kd":  # which is what it was
+            assert train(store, tmp_path / method, method=method, resume=True)["tested"] == 40
+            continue
+        before = tree(tmp_path / method)
+        with pytest.raises(RichKDError, match=r"begun by an earlier version.*another --out"):
+            train(store, tmp_path / method, method=method, resume=True, **settings)
+        assert tree(tmp_path / method) == before
 
 
 # --- reports -------------------------------------------------------------------------------------
@@ -332,6 +405,15 @@ def test_runs_of_before_hold_out_what_their_recipes_imply() -> None:
     found = {row.method: (row.holdout, row.minus_kd is None, len(row.runs)) for row in rows}
     assert found == {"kd": (0.0, True, 2), "richkd": (0.2, True, 2), "dkd": (0.0, False, 2)}
 
+    # nor are they pooled with those of this version, which may have trained a method otherwise
+    old, new = run_of("kd", 0), run_of("kd", 1)
+    new[1]["tested"] = 40
+    rows = leaderboard([old, new, run_of("dist", 0)])
+    assert len(rows) == 3
+    assert {row.method: row.minus_kd is None for row in rows if row.method == "dist"} == {
+        "dist": False
+    }
+
 
 # --- rows that are not what a loss assumes -------------------------------------------------------
 
@@ -365,10 +447,14 @@ def test_a_temperature_that_overflows_is_refused(fails: Run, store: Path, tmp_pa
 
 def test_logits_are_of_f32_under_autocast(rng: np.random.Generator) -> None:
     images = torch.from_numpy(rng.normal(size=(256, 3, 32, 32)).astype(np.float32))
-    for name in ("resnet8", "timm/test_vit", "timm/test_efficientnet"):
-        model = richkd.create_model(name, 100, image_size=32).eval()
+    for name, side in (
+        ("resnet8", 32), ("timm/test_vit", 32), ("timm/test_efficientnet", 32),
+        ("timm/crossvit_tiny_240", 240),  # its feature maps are a list
+    ):  # fmt: skip
+        model = richkd.create_model(name, 100, image_size=side).eval()
+        shown = images if side == 32 else torch.randn(2, 3, side, side)
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            logits, _ = forward(model, images)
+            logits, _ = forward(model, shown)
         assert logits.dtype == torch.float32
         top2 = logits.topk(2).values
         assert (top2[:, 0] == top2[:, 1]).float().mean() < 0.002
@@ -414,7 +500,8 @@ def test_few_views_are_said_with_what_they_cost(
     assert not said("distill", "--method", "kd", *short, "--out", tmp_path / "a")
     long = ["--student", "resnet8", "--epochs", 3]
     (line,) = said("distill", "--method", "kd", *long, "--out", tmp_path / "b")
-    assert line.startswith("kd learns from 2 views of each image and wants 3: 8 views cost kd 0.")
+    assert line.startswith("kd learns from 2 views of each image and wants 3: in 120 epochs")
+    assert "8 views cost kd 0." in line and "fewer cost more" in line
     assert line.endswith("richkd precompute --views 3 makes them")
     assert not said("distill", "--method", "ce", *long, "--out", tmp_path / "c")
     lines = said("sweep", "--students", "resnet8", "--methods", "ce,kd,crd,richkd", "--seeds", 2,

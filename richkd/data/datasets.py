@@ -220,8 +220,9 @@ def hold_out(train: Split, share: float, class_names: Sequence[str]) -> tuple[Sp
         first = int(short[0])
         side = "validate" if held[first] == 0 else "train"
         raise RichKDError(
-            f"validation = {share}: class {class_names[first]!r} has {int(counts[first])} training "
-            f"images, which leaves none to {side} on; choose another share, or take more images"
+            f"validation = {share}: of the {int(counts[first])} training images of class "
+            f"{class_names[first]!r} that leaves none to {side} on; choose another share, or take "
+            f"more images"
         )
     rank = torch.arange(len(train)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     chosen = rank < held.repeat_interleave(counts)

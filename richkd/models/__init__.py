@@ -152,10 +152,17 @@ def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     # else two heads whose logits are averaged, a convolution on what is not flattened yet, …
     enters = features if once else maps
     if torch.is_autocast_enabled(images.device.type):
-        enters = enters.float()
+        enters = _single(enters)
     with torch.autocast(images.device.type, enabled=False):
         logits = classifier(enters) if once else model.forward_head(enters)  # type: ignore[operator]
     return logits, features.flatten(1)
+
+
+def _single(maps: Any) -> Any:
+    """A tensor, or several in a list or tuple, in f32."""
+    if isinstance(maps, Tensor):
+        return maps.float()
+    return type(maps)(_single(each) for each in maps)
 
 
 def check_fit(

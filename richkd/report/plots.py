@@ -180,7 +180,10 @@ def learning_curves(
         figure.add_annotation(x=x, y=y, text=f" {name}", showarrow=False, xanchor="left",
                               font={"color": colour})  # fmt: skip
     figure.update_xaxes(title="epoch")
-    figure.update_yaxes(title="top-1, %", range=(bottom, max(top, *places)))
+    chosen = any(record.get("validation_accuracy") is not None for run in runs
+                 for record in run.metrics)  # fmt: skip
+    figure.update_yaxes(title="top-1 on images for choices, %" if chosen else "top-1, %",
+                        range=(bottom, max(top, *places)))  # fmt: skip
     widest = max(len(name) for _, _, name, _ in ends)
     return plain(figure, right=14 + 7 * widest, title=student)
 

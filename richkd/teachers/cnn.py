@@ -134,8 +134,10 @@ def train_teacher(
         "test_accuracy": repr(record.test_accuracy),
         "class_names": json.dumps(dataset.class_names), **dataset.network_input.note,
     })  # fmt: skip
+    validation = record.validation_accuracy
+    said = "" if validation is None else f"validation {percent(validation)} %, "
     report.say(
-        f"teacher {settings.model}: train {percent(record.train_accuracy)} %, test "
+        f"teacher {settings.model}: train {percent(record.train_accuracy)} %, {said}test "
         f"{percent(record.test_accuracy)} %, saved to {out}"
     )
     return {
@@ -144,6 +146,7 @@ def train_teacher(
         "dataset": dataset.name,
         "epochs": settings.epochs,
         "seed": settings.seed,
+        "top1_validation": validation,
         "top1_last": record.test_accuracy,
         "top5_last": record.test_top5,
         "seconds": time.perf_counter() - started,

@@ -61,10 +61,11 @@ def resolve_input(
         sizes = [each.size for each in (found, here, known) if each is not None]
         found = replace(found, size=_size_of(name, weights, len(dataset.class_names), sizes))
     source += ", and as given" * bool(settings.teacher_input)
-    other = f" {here.size}, the students', and" * (found.size != here.size)
+    students = f" (students see {here.size})" * (found.size != here.size)
     report.say(
-        f"the teacher sees images of {found} ({source}); --teacher-size{other or ','} "
-        f"--teacher-mean, --teacher-std, --teacher-crop and --teacher-interpolation say otherwise"
+        f"the teacher sees images of {found} ({source}); if it was trained otherwise, say so by "
+        f"--teacher-size{students}, --teacher-mean, --teacher-std, --teacher-crop or "
+        f"--teacher-interpolation"
     )
     return found
 

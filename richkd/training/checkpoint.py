@@ -133,12 +133,7 @@ class RunFolder:
     def check_same(self, recipe: Mapping[str, Any], identity: str) -> None:
         """Refuse a folder whose run has other settings, or trained on something else."""
         wanted = {"richkd-distill": identity, **recipe}
-        try:
-            was = tomllib.loads(self._recorded.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RichKDError(
-                f"cannot read {self._recorded}: {error}; begin anew with --overwrite"
-            ) from None
+        was = self._read_recipe()
         if was.get("richkd-distill") != identity:
             raise RichKDError(
                 f"the run in {self.path} was trained on another store, or on this one before it "
@@ -151,6 +146,19 @@ class RunFolder:
                     f"cannot resume {self.path}: {name} was {was.get(name)!r} and is now "
                     f"{wanted.get(name)!r}; resume with the same settings, or choose another --out"
                 )
+
+    @property
+    def of_earlier_version(self) -> bool:
+        """Whether the run in it was begun before every recipe named what was held out."""
+        return self._recorded.is_file() and "holdout" not in self._read_recipe()
+
+    def _read_recipe(self) -> dict[str, Any]:
+        try:
+            return tomllib.loads(self._recorded.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RichKDError(
+                f"cannot read {self._recorded}: {error}; begin anew with --overwrite"
+            ) from None
 
     def metrics(self) -> list[dict[str, Any]]:
         """A record an epoch; of a run that was cut off, also those after its checkpoint."""

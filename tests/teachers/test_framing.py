@@ -272,8 +272,9 @@ def test_who_is_asked_first(photos: str, tmp_path: Path, capfd: pytest.CaptureFi
     assert found == timms
     assert said == (
         "the teacher sees images of 160×160, crop 95 %, bilinear, mean 0.5,0.5,0.5, std "
-        "0.5,0.5,0.5 (timm's configuration of test_resnet); --teacher-size 32, the students', and "
-        "--teacher-mean, --teacher-std, --teacher-crop and --teacher-interpolation say otherwise\n"
+        "0.5,0.5,0.5 (timm's configuration of test_resnet); if it was trained otherwise, say so by "
+        "--teacher-size (students see 32), --teacher-mean, --teacher-std, --teacher-crop or "
+        "--teacher-interpolation\n"
     )
     assert asked(arrays, "test_resnet")[0] == arrays.network_input
     for dataset in (photographs, arrays):
@@ -344,7 +345,7 @@ def test_bad_input(photos: str, run: Run, fails: Fails, tmp_path: Path) -> None:
         ((*named, "--teacher-weights", damaged), "damaged.safetensors is damaged: of its metadata"),
         ((*given, "--teacher-mean", "123.7,116.3,103.5"), "teacher_mean = .*pixels in 0..1"),
         ((*given, "--teacher-mean", "0.5,0.5"), "teacher_mean = .*one number or three"),
-        ((*given, "--teacher-mean", "grey"), "'grey': give one number, or three"),
+        ((*given, "--teacher-mean", "grey"), "'grey': must be one number, or three"),
         ((*given, "--teacher-std", "0.2,0,0.2"), "teacher_std = .*above 0"),
         ((*given, "--teacher-crop", "0"), r"teacher_crop = 0.0: must be in \(0, 1\]"),
         ((*given, "--teacher-crop", "87.5"), r"teacher_crop = 87.5: must be in \(0, 1\]"),
