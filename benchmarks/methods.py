@@ -113,7 +113,7 @@ def main() -> None:
         run["run"] = Path(run["run"]).name
     settings = {**vars(options), "store": options.store.name, "out": ""}
     found = {"settings": settings, "versions": versions(), "runs": runs}
-    write(options.out / "methods.json", json.dumps(found, indent=1) + "\n")
+    write(options.out / "methods.json", json.dumps(found) + "\n")
     write(options.out / "methods.md", table(options.out, options.seeds))
     print(table(options.out, options.seeds))
 

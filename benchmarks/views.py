@@ -215,7 +215,7 @@ def main() -> None:
     results = [json.loads(path.read_text()) for path in sorted(runs_folder.glob("*.json"))]
     settings = {**vars(options), "store": options.store.name, "out": ""}
     found = {"settings": settings, "versions": versions(), "runs": results}
-    write(options.out / "views.json", json.dumps(found, indent=1) + "\n")
+    write(options.out / "views.json", json.dumps(found) + "\n")
     write(options.out / "views.md", table(results))
     print(table(results))
 
