@@ -516,7 +516,7 @@ def test_what_few_views_cost_is_what_was_measured() -> None:
     top1 = {(r["method"], r["views"], r["seed"]): r["top1"] for r in runs}
     seeds = {seed for _, _, seed in top1}
     assert len(seeds) >= 5
-    for name in ("kd", "pkt", "richkd"):
+    for name in ("kd", "pkt"):
         few = METHODS[name][0].few_views
         assert few.measured_with == name
         behind = {}
@@ -526,5 +526,4 @@ def test_what_few_views_cost_is_what_was_measured() -> None:
             assert difference is not None and difference.n == len(seeds)
             if difference.high < 0:
                 behind[count] = round(-100 * difference.mean, 2)
-        assert few.points == {count: behind[count] for count in few.points}
-        assert max(behind, default=0) < few.enough or name == "richkd"
+        assert few.points == behind and few.enough == 16

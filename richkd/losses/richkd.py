@@ -13,7 +13,7 @@ from torch import Tensor
 from richkd.fusion import fuse_features
 from richkd.losses.crd import CRD, Embed, contrast_of
 from richkd.losses.kd import LogitMethod, LogitOptions, kd_loss
-from richkd.losses.method import TARGET, Batch, FewViews, Widths, register
+from richkd.losses.method import TARGET, Batch, Widths, register
 
 
 @register("richkd")
@@ -24,7 +24,6 @@ class RichKD(LogitMethod):
     """CNN teacher and CLIP, fused (Mansourian et al. 2026), with the weights of the release."""
 
     target = "fused"
-    few_views = FewViews(measured_with="richkd", points={8: 0.48})
 
     @dataclass(frozen=True, kw_only=True)
     class Options(CRD.Options, LogitOptions):
