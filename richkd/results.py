@@ -18,9 +18,9 @@ PLACES = ("seed", "out", "cache", "device", "dataset", "data_root")
 TEACHING = ("method", "options", "target", "alpha", "scale", "prompts", "clip_head")
 # What is said of best epochs, by the images that they were chosen on.
 CHOSEN_ON = {
-    "test": "“Best” is the best epoch on these very test images, which flatters it",
-    "held-out test": "“Best” is the best epoch on test images that were held out",
-    "validation": "“Best” is the best epoch on validation images",
+    "test": "these very test images, which flatters it",
+    "held-out test": "test images that were held out",
+    "validation": "validation images",
 }
 
 
@@ -62,7 +62,8 @@ def results_table(report: Report, title: str, summaries: Sequence[Mapping[str, A
 def about_best(summaries: Iterable[Mapping[str, Any]]) -> str:
     """Which images the best epochs were chosen on; earlier versions chose on the test images."""
     kinds = {summary.get("best_chosen_on", "test") for summary in summaries}
-    return ". ".join(text for kind, text in CHOSEN_ON.items() if kind in kinds) + "."
+    images = ", or on ".join(text for kind, text in CHOSEN_ON.items() if kind in kinds)
+    return f"“Best” is the best epoch on {images}."
 
 
 def _own_target(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -26,7 +26,10 @@ COSTS = {
 }
 
 
-def look_of(standings: Sequence[Standing]) -> dict[str, tuple[str, str]]:
+Looks = dict[str, tuple[str, str]]  # colour and symbol by method
+
+
+def look_of(standings: Sequence[Standing]) -> Looks:
     """Colour and symbol of each method, the same in every plot."""
     methods = dict.fromkeys(sorted(standing.method for standing in standings))
     return {
@@ -42,11 +45,10 @@ def key(standings: Sequence[Standing]) -> dict[str, tuple[str, str]]:
 
 
 def pareto(
-    standings: Sequence[Standing], costs: Sequence[Cost], cost: str, heading: str = ""
+    standings: Sequence[Standing], costs: Sequence[Cost], cost: str, looks: Looks, heading: str = ""
 ) -> go.Figure:
     """Accuracy against one cost; the line joins students that no cheaper one surpasses."""
     title, factor = COSTS[cost]
-    looks = look_of(standings)
     figure = go.Figure()
     points = [(factor * getattr(c, cost), 100 * s.last[0], s)
               for s, c in zip(standings, costs, strict=True)]  # fmt: skip
@@ -146,13 +148,13 @@ def differences(standings: Sequence[Standing]) -> go.Figure | None:
 
 
 def learning_curves(
-    standings: Sequence[Standing], runs: Sequence[Run], student: str
-) -> go.Figure | None:
+    standings: Sequence[Standing], runs: Sequence[Run], student: str, looks: Looks,
+    heading: str = "",
+) -> go.Figure | None:  # fmt: skip
     """Accuracy by epoch, the mean over seeds, a line a configuration of one student.
 
     On validation images where a run has them, else on test images.
     """
-    looks = look_of(standings)
     by_path = {str(run.path): run for run in runs}
     figure = go.Figure()
     ends = []
@@ -180,12 +182,14 @@ def learning_curves(
         figure.add_annotation(x=x, y=y, text=f" {name}", showarrow=False, xanchor="left",
                               font={"color": colour})  # fmt: skip
     figure.update_xaxes(title="epoch")
-    chosen = any(record.get("validation_accuracy") is not None for run in runs
+    shown = [by_path[str(summary["run"])] for s in standings for summary in s.runs.values()]
+    chosen = any(record.get("validation_accuracy") is not None for run in shown
                  for record in run.metrics)  # fmt: skip
     figure.update_yaxes(title="top-1 on images for choices, %" if chosen else "top-1, %",
                         range=(bottom, max(top, *places)))  # fmt: skip
     widest = max(len(name) for _, _, name, _ in ends)
-    return plain(figure, right=14 + 7 * widest, title=student)
+    title = f"{student} ({heading})" if heading else student
+    return plain(figure, right=14 + 7 * widest, title=title)
 
 
 def _scores(run: Run) -> dict[int, float]:

@@ -25,17 +25,18 @@ def render(
     result: Mapping[str, Any],
 ) -> str:
     """The whole page."""
-    parts = by_images(standings)
+    parts, looks = by_images(standings), plots.look_of(standings)
     cost_plots: dict[str, Any] = {}
     curves = []
     for images, members in parts.items():
         suffix = "" if len(parts) == 1 else f"-{len(cost_plots)}"
         title = "" if len(parts) == 1 else images
         own = [costs[standings.index(standing)] for standing in members]
-        cost_plots |= {f"pareto-{name}{suffix}": plots.pareto(members, own, name, title)
+        cost_plots |= {f"pareto-{name}{suffix}": plots.pareto(members, own, name, looks, title)
                        for name in plots.COSTS}  # fmt: skip
         students = dict.fromkeys(standing.student for standing in members)
-        curves += [plots.learning_curves(members, runs, student) for student in students]
+        curves += [plots.learning_curves(members, runs, student, looks, title)
+                   for student in students]  # fmt: skip
     rows = [table_row(*each) for each in zip(standings, costs, extra, strict=True)]
     if len(parts) > 1:  # a heading above the first row of each
         for images, members in parts.items():
