@@ -28,7 +28,7 @@ def test_precompute_and_distill_with_defaults(
     assert (manifest["teacher"]["name"], manifest["alpha"], cache.num_views) == (
         "resnet32x4",
         0.7,
-        8,
+        32,
     )
     assert len(manifest["prompts"]) == 12 and manifest["scale"] == "native"
     assert cache.num_classes == 100 and manifest["class_names"][3] == "class 03"
