@@ -30,8 +30,9 @@ COMMON = ["--students", "resnet8", "--batch-size", 16, "--device", "cpu", "--lr"
 # Two nodes of one CPU each, the second with a GPU that it only says it has. They end with this
 # process's standard input, so with the tests, whatever becomes of those.
 CLUSTER = """
-import sys
+import os, sys
 from ray.cluster_utils import Cluster
+os.makedirs("/tmp/ray", exist_ok=True)  # where it writes the address whatever temp_dir says
 temporary, port = sys.argv[1:]
 own = {"num_cpus": 1, "object_store_memory": 2**27, "include_dashboard": False}
 head = {**own, "gcs_server_port": int(port), "temp_dir": temporary}
@@ -208,7 +209,7 @@ def test_two_workers_give_the_local_engines_table_and_files(
     where = f"2 at once, each with 1 CPU and 0 GPUs, on the Ray cluster at {cluster}: 2 nodes, "
     assert f"4 runs of 3 epochs, 4 to do, {where}2 CPUs, 1 GPU\n" in said
     assert "4 of 4 runs done" in said
-    ours = ("4 runs of ", "shapes-resnet8-", "sweep: ")
+    ours = ("4 runs of ", "shapes-resnet8-", "sweep: ", "“Best” is ")
     assert [line for line in said.splitlines() if not line.startswith(ours)] == []  # Ray is quiet
 
     page = run("report", tmp_path / "ray", "--json")

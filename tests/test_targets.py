@@ -14,7 +14,7 @@ from test_distill import metrics, train
 import richkd
 from richkd.distill import Source
 from richkd.errors import RichKDError
-from richkd.probe import fit_probe
+from richkd.probe import fit_probe, stratified_folds
 from richkd.progress import Report
 from richkd.recipe import Distill
 from richkd.targets import choose_target, describe_target, held_out
@@ -121,7 +121,7 @@ def test_a_probe_is_the_penalised_maximum_of_likelihood_out_of_fold(
     x, labels = gaussians(rng, 60, 3, 6)
     test, _ = gaussians(rng, 9, 3, 6)
     probe = fit_probe(x, labels, test, 3, folds=4, seed=5)
-    fold = torch.randperm(60, generator=torch.Generator().manual_seed(5)) % 4
+    fold = stratified_folds(labels, 4, seed=5)
     mean, std = x.double().mean(0), x.double().std(0)
     z, z_test = (x.double() - mean) / std, (test.double() - mean) / std
     tests = []
