@@ -31,7 +31,7 @@ from richkd.data.views import PadCropFlip, check_num_views, views_tensor
 from richkd.errors import RichKDError
 from richkd.interrupt import held_back
 from richkd.models import check_fit, create_model
-from richkd.models.weights import read_safetensors
+from richkd.models.weights import read_note
 from richkd.progress import Report, duration, percent, size
 from richkd.ranks import Ranks, joined
 from richkd.recipe import Precompute, TrainTeacher, resolve, to_table
@@ -353,7 +353,7 @@ def check_trained_on(weights: Path, dataset: Dataset) -> None:
     Raises:
         RichKDError: its metadata names another fingerprint, or none.
     """
-    trained_on = read_safetensors(weights)[1].get("fingerprint", "nothing that it names")
+    trained_on = read_note(weights).get("fingerprint", "nothing that it names")
     if trained_on != dataset.fingerprint:
         raise RichKDError(
             f"{weights} was trained on other data ({trained_on[:12]}) than {dataset.name} "
@@ -364,8 +364,10 @@ def check_trained_on(weights: Path, dataset: Dataset) -> None:
 
 def say_what_it_learnt(weights: Path, dataset: Dataset, report: Report) -> None:
     """Say where a teacher from elsewhere may have been trained on the validation images."""
-    note = read_safetensors(weights)[1] if weights.suffix == ".safetensors" else {}
-    if dataset.validation is not None and note.get("fingerprint") != dataset.fingerprint:
+    if dataset.validation is None:
+        return
+    note = read_note(weights) if weights.suffix == ".safetensors" else {}
+    if note.get("fingerprint") != dataset.fingerprint:
         report.say(
             f"{weights} may have been trained on the validation images, too; if so, alpha auto "
             f"trusts the CNN teacher too much: train one on the others by leaving "
