@@ -120,9 +120,15 @@ class Bucket(Place):
         return True
 
     def create(self, content: Mapping[str, bytes]) -> None:
-        """The manifest goes first and comes first: without it there is no store."""
-        self.delete(METADATA)
+        """The manifest goes first and comes first: without it there is no store.
+
+        What is not there is not deleted: a server that was slow to answer may carry out the first
+        try of a request late, when the new manifest is there already.
+        """
         others = list(self.sizes())
+        if METADATA in others:
+            others.remove(METADATA)
+            self.delete(METADATA)
         with self.explained("write to"):
             for start in range(0, len(others), 1000):  # as many as a request takes
                 some = others[start : start + 1000]

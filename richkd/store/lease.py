@@ -123,9 +123,25 @@ class Lease:
             else:
                 try:
                     self._write({"e_tag": self._tag})
-                except (*TAKEN, FileNotFoundError):
-                    self._lost = True
+                except FileNotFoundError:
+                    self._lost = not self._restored()
+                except TAKEN:
+                    self._lost = not (self.look() is None and self._restored())
             self._seen = time.monotonic()
+
+    def _restored(self) -> bool:
+        """Make a lock anew that went away although nobody else can have taken it yet.
+
+        A server that was slow to answer may delete late: what it deletes is then this lock, not
+        the one before it.
+        """
+        if time.monotonic() - self._seen > 2 * BEAT_S:  # others wait for longer than that
+            return False
+        try:
+            self._write("create")
+        except TAKEN:
+            return False
+        return True
 
     def _write(self, mode: Any) -> None:
         beat = secrets.token_hex(8)

@@ -321,6 +321,36 @@ def test_two_writers_at_once(
         assert not remote_tree(url)
 
 
+@pytest.mark.fault
+def test_a_late_delete_takes_nothing(
+    run: Run, s3: FakeS3, url: str, stage_one: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deleted: list[Any] = []
+    original = obstore.delete
+
+    def delete(store: Any, paths: Any) -> None:
+        deleted.extend([paths] if isinstance(paths, str) else paths)
+        original(store, paths)
+
+    monkeypatch.setattr(obstore, "delete", delete)
+    assert run(*stage_one, "--out", url).code == 0
+    assert set(deleted) == {".lock"}  # nothing that is not there: it might be carried out later
+    assert run(*stage_one, "--out", url, "--overwrite").code == 0
+    assert "zarr.json" in deleted
+
+    monkeypatch.setattr(lease, "BEAT_S", 0.2)
+    remote: Any = from_url(url, client_options={"allow_http": True})
+    place = open_place(url)
+    with place.held():
+        for _ in range(3):
+            time.sleep(0.3)
+            original(remote, ".lock")  # as of the lock before this one
+        time.sleep(0.5)
+        place.check_still_held()
+        assert place.token is not None and place.token.encode() in remote_tree(url)[".lock"]
+    assert ".lock" not in remote_tree(url)
+
+
 @pytest.mark.slow
 @pytest.mark.fault
 def test_a_writer_that_was_held_up_does_not_go_on(
