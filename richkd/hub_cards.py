@@ -56,9 +56,9 @@ def store_card(folder: Path, repo_id: str) -> str:
         "The images are not inside: whoever trains from this store needs the data set itself. The "
         "licence of the data set may hold for what was computed from it."
     )  # fmt: skip
+    splits = schema.say_splits(schema.split_sizes(manifest))
     made = [
-        ("Data", f"{text(dataset['name'])}, {schema.say_splits(manifest)} images of "
-                 f"{manifest['image_size']} pixels"),
+        ("Data", f"{text(dataset['name'])}, {splits} images of {manifest['image_size']} pixels"),
         ("Views", f"{views['count']} of each training image, {text(views['space'])}, "
                   f"seed {views['seed']}"),
         ("CNN teacher", f"{text(teacher['name'])}, SHA-256 {text(teacher['sha256'][:16])}"),

@@ -56,7 +56,7 @@ def show(summary: dict[str, Any], report: Report) -> None:
     images = "embedded" if dataset["embedded"] else "not embedded, read from the data set"
     rows = [
         ("state", state),
-        ("data", f"{dataset['name']}: {schema.say_splits(manifest)} images"),
+        ("data", f"{dataset['name']}: {schema.say_splits(schema.split_sizes(manifest))} images"),
         ("images", f"{manifest['image_size']}×{manifest['image_size']}, {images}"),
         ("fingerprint", dataset["fingerprint"][:16]),
         ("classes", f"{len(manifest['class_names'])}: {_some(manifest['class_names'])}"),

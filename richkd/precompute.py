@@ -498,13 +498,9 @@ def finish(writer: StoreWriter, manifest: Manifest) -> None:
 
 def describe(dataset: Dataset) -> str:
     """A data set in one line."""
-    counts = {"training": dataset.train, "validation": dataset.validation, "test": dataset.test}
-    *first, last = (f"{len(split):,} {name}" for name, split in counts.items() if split)
+    counts = schema.say_splits({name: len(split) for name, split in dataset.splits.items()})
     side = dataset.image_size
-    return (
-        f"{dataset.name}: {', '.join(first)} and {last} images of {side}×{side}, "
-        f"{len(dataset.class_names)} classes"
-    )
+    return f"{dataset.name}: {counts} images of {side}×{side}, {len(dataset.class_names)} classes"
 
 
 def closing(cache: TeacherCache, seconds: float) -> str:

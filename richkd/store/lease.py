@@ -123,10 +123,8 @@ class Lease:
             else:
                 try:
                     self._write({"e_tag": self._tag})
-                except FileNotFoundError:
+                except (*TAKEN, FileNotFoundError):
                     self._lost = not self._restored()
-                except TAKEN:
-                    self._lost = not (self.look() is None and self._restored())
             self._seen = time.monotonic()
 
     def _restored(self) -> bool:

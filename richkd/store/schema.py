@@ -158,9 +158,8 @@ def split_sizes(manifest: Manifest) -> dict[str, int]:
     return sizes
 
 
-def say_splits(manifest: Manifest) -> str:
+def say_splits(counts: Mapping[str, int]) -> str:
     """The sizes of the splits in words, such as `500 training and 10,000 test`."""
-    counts = split_sizes(manifest)
     words = {"train": "training", "validation": "validation", "test": "test"}
     *first, last = (f"{counts[split]:,} {word}" for split, word in words.items() if split in counts)
     return f"{', '.join(first)} and {last}"

@@ -338,17 +338,21 @@ def test_a_late_delete_takes_nothing(
     assert run(*stage_one, "--out", url, "--overwrite").code == 0
     assert "zarr.json" in deleted
 
-    monkeypatch.setattr(lease, "BEAT_S", 0.2)
+    monkeypatch.setattr(lease, "BEAT_S", 60.0)  # so that its thread does not renew it
     remote: Any = from_url(url, client_options={"allow_http": True})
-    place = open_place(url)
+    place = buckets.Bucket(url)
     with place.held():
         for _ in range(3):
-            time.sleep(0.3)
             original(remote, ".lock")  # as of the lock before this one
-        time.sleep(0.5)
-        place.check_still_held()
-        assert place.token is not None and place.token.encode() in remote_tree(url)[".lock"]
+            place._lease._renew()
+            place.check_still_held()
+            assert place.token is not None and place.token.encode() in remote_tree(url)[".lock"]
     assert ".lock" not in remote_tree(url)
+    with place.held():
+        original(remote, ".lock")
+        place._lease._seen -= 150.0  # long enough for others to have taken it
+        with pytest.raises(RichKDError, match="was taken over"):
+            place.check_still_held()
 
 
 @pytest.mark.slow
