@@ -74,6 +74,8 @@ DataRoot = Annotated[str | None, _option(Precompute, "data_root")]
 ImageSize = Annotated[int | None, _option(Precompute, "image_size")]
 ClassNames = Annotated[str | None, _option(Precompute, "class_names")]
 Broken = Annotated[str | None, _option(Precompute, "broken")]
+Background = Annotated[str | None, _option(Precompute, "background")]
+PixelRange = Annotated[str | None, _option(Precompute, "pixel_range")]
 Validation = Annotated[float | None, _option(Precompute, "validation")]
 Teacher = Annotated[str | None, _option(Precompute, "teacher")]
 TeacherWeights = Annotated[str | None, _option(Precompute, "teacher_weights")]
@@ -181,6 +183,8 @@ def train_teacher(
     image_size: ImageSize = None,
     class_names: ClassNames = None,
     broken: Broken = None,
+    background: Background = None,
+    pixel_range: PixelRange = None,
     device: Device = None,
     precision: Precision = None,
     recipe: Recipe = None,
@@ -192,15 +196,15 @@ def train_teacher(
     settings = recipes.resolve(TrainTeacher, _table(recipe, "train-teacher"), given)
     from pathlib import Path
 
-    from richkd.data.datasets import load_dataset
+    from richkd.data.datasets import introduce, load_dataset
     from richkd.teachers import cnn
 
     if settings.out:
         cnn.check_output(Path(settings.out), overwrite)
     report = _report(as_json)
-    summary = cnn.train_teacher(
-        settings, load_dataset(settings, report=report), report, overwrite=overwrite
-    )
+    images = load_dataset(settings, report=report)
+    introduce(images, report)
+    summary = cnn.train_teacher(settings, images, report, overwrite=overwrite)
     _print(summary, as_json)
 
 
@@ -239,6 +243,8 @@ def precompute(
     image_size: ImageSize = None,
     class_names: ClassNames = None,
     broken: Broken = None,
+    background: Background = None,
+    pixel_range: PixelRange = None,
     device: Device = None,
     recipe: Recipe = None,
     overwrite: Overwrite = False,
@@ -832,6 +838,7 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in arguments.items() if name not in _NOT_SETTINGS}
     readers: dict[str, Callable[[Any], Any]] = {
         "scale": recipes.parse_scale,
+        "pixel_range": recipes.parse_numbers,
         "teacher_mean": recipes.parse_numbers,
         "teacher_std": recipes.parse_numbers,
         "alpha": recipes.parse_alpha,

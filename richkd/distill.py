@@ -20,6 +20,7 @@ from torch import Tensor
 
 from richkd.data import catalog
 from richkd.data.datasets import Split, load_dataset
+from richkd.data.decoding import Decoding
 from richkd.data.framing import NetworkInput
 from richkd.data.inputs import Normalize, make_inputs
 from richkd.data.views import views_tensor
@@ -507,6 +508,7 @@ def load_images(
         ),
         skipped=entry.get("skipped", []),
         report=report,
+        decoding=Decoding.from_entry(entry["decoding"]) if "decoding" in entry else None,
     )
     photographs = catalog.split_name(dataset.name)[0] == catalog.IMAGE_FOLDER  # named at will
     if len(dataset.class_names) != cache.num_classes or (
@@ -516,6 +518,12 @@ def load_images(
             f"{cache.place} is for other classes than {dataset.name}: "
             f"{len(cache.manifest['class_names'])} against {len(dataset.class_names)}, or by other "
             f"names; pass the --dataset that it was made from"
+        )
+    if dataset.read_otherwise_in(entry["fingerprint"]):
+        raise RichKDError(
+            f"{cache.place} was made by an earlier version of richkd, which read some files of "
+            f"{dataset.name} otherwise: those with an EXIF orientation, transparency or more than "
+            f"8 bits; make the store again with richkd precompute --overwrite"
         )
     if dataset.fingerprint != entry["fingerprint"]:
         raise RichKDError(

@@ -28,6 +28,7 @@ from torch import Tensor
 from richkd import fusion
 from richkd.data import catalog
 from richkd.data.datasets import Dataset, ImageFiles, Split, load_dataset
+from richkd.data.decoding import Decoding
 from richkd.data.folders import Paths
 from richkd.data.prompts import load_prompts
 from richkd.data.views import views_tensor
@@ -207,7 +208,7 @@ def drawn_files(folder: Path, side: int) -> ImageFiles:
         drawn.save(folder / f"{number}.jpg", quality=80)
     paths = Paths.of(f"{number % DRAWN_FILES}.jpg" for number in range(MOST))
     sizes = np.tile(np.array(DRAWN_SIZE[::-1], np.int64), (MOST, 1))
-    return ImageFiles(folder, paths, sizes, side)
+    return ImageFiles(folder, paths, sizes, np.zeros(MOST, np.uint8), side, Decoding())
 
 
 # --- the trial -----------------------------------------------------------------------------------

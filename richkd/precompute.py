@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from richkd import fusion
-from richkd.data.datasets import Dataset, load_dataset
+from richkd.data.datasets import Dataset, introduce, load_dataset
 from richkd.data.framing import NetworkInput
 from richkd.data.inputs import make_inputs
 from richkd.data.prompts import load_prompts
@@ -131,8 +131,7 @@ def look_ahead(
     check_unsaid(settings, Path(settings.teacher_weights))
     dataset = dataset or load_dataset(settings, report=report)
     check_counts(settings, dataset)
-    report.say(f"{describe(dataset)}; fingerprint {dataset.fingerprint[:12]}")
-    say_left_out(dataset, report)
+    introduce(dataset, report)
     return dataset
 
 
@@ -307,17 +306,6 @@ def check_counts(settings: Precompute, dataset: Dataset) -> None:
         check_keep(settings.top_k, len(dataset.class_names))
 
 
-def say_left_out(dataset: Dataset, report: Report) -> None:
-    """Name the files of a folder that are not in the data set."""
-    for path in dataset.skipped:
-        report.say(f"left out, for it is no whole image: {path}")
-    if dataset.ignored:
-        report.say(
-            f"ignored, for they are not called images: {len(dataset.ignored)} files, "
-            f"{dataset.ignored[0]} among them"
-        )
-
-
 def preview(
     clip: ClipTeacher, text: Tensor, templates: tuple[str, ...], dataset: Dataset,
     device: torch.device, report: Report,
@@ -406,6 +394,8 @@ def make_manifest(
     )
     if dataset.skipped:
         images["skipped"] = list(dataset.skipped)
+    if dataset.decoding is not None:
+        images["decoding"] = dataset.decoding.entry
     if dataset.validation is not None:
         images |= {"validation": settings.validation, "num_validation": len(dataset.validation)}
     manifest = Manifest(
@@ -494,13 +484,6 @@ def finish(writer: StoreWriter, manifest: Manifest) -> None:
         top1("clip_similarity") if has_clip else None,
         top1("fused_logits") if has_clip else None,
     )
-
-
-def describe(dataset: Dataset) -> str:
-    """A data set in one line."""
-    counts = schema.say_splits({name: len(split) for name, split in dataset.splits.items()})
-    side = dataset.image_size
-    return f"{dataset.name}: {counts} images of {side}×{side}, {len(dataset.class_names)} classes"
 
 
 def closing(cache: TeacherCache, seconds: float) -> str:

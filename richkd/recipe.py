@@ -52,6 +52,14 @@ class Images:
     image_size: int | None = _key(None, "side of an imagefolder's images; they suggest one")
     class_names: str = _key("", "file of an imagefolder's class names, a line a class")
     broken: str = _key("refuse", "an imagefolder's damaged files: refuse or skip")
+    background: str = _key(
+        "white", "colour behind an imagefolder's transparent pixels: a name, or #RRGGBB"
+    )
+    pixel_range: tuple[float, ...] | None = _key(
+        None,
+        "values of an imagefolder's 16-bit, 32-bit and float images that are black and white, as "
+        "LOW,HIGH; their format or values suggest them",
+    )
     validation: float = _key(
         0.0, "share of the training images to make choices on; no network trains on them"
     )
@@ -68,6 +76,19 @@ class Images:
         _require(not self.class_names or kind == catalog.IMAGE_FOLDER, "class_names",
                  self.class_names, f"left out for {kind}, whose classes have names")  # fmt: skip
         _require(0 <= self.validation < 1, "validation", self.validation, "in [0, 1)")
+        for name, default in (("background", "white"), ("pixel_range", None)):
+            value = getattr(self, name)
+            _require(value == default or kind == catalog.IMAGE_FOLDER, name, value,
+                     f"left out for {kind}, whose images are 8 bits deep and opaque")  # fmt: skip
+        if self.background != "white":
+            from richkd.data.decoding import read_colour
+
+            read_colour(self.background)
+        if self.pixel_range is not None:
+            given = tuple(map(float, self.pixel_range))
+            object.__setattr__(self, "pixel_range", given)
+            ascending = len(given) == 2 and given[0] < given[1]
+            _require(ascending, "pixel_range", given, "two ascending numbers, as in 0,4095")
         if self.broken not in ("refuse", "skip"):
             raise unknown("choice for --broken", self.broken, ["refuse", "skip"])
 
@@ -413,12 +434,12 @@ def parse_scale(text: str) -> Scale:
 
 
 def parse_numbers(text: str) -> tuple[float, ...]:
-    """Mean or standard deviation as typed, with commas."""
+    """Numbers as typed, with commas."""
     try:
         return tuple(map(float, text.split(",")))
     except ValueError:
         raise RichKDError(
-            f"mean or std of the teacher = {text!r}: must be one number, or three as in 0.5,0.5,0.5"
+            f"{text!r}: must be numbers with commas between them, as in 0.5,0.5,0.5 or 0,4095"
         ) from None
 
 

@@ -29,7 +29,8 @@ from richkd.analysis.corruptions import (
     relative_errors,
 )
 from richkd.data.datasets import ImageFiles, Split, files_split
-from richkd.data.folders import class_words, list_images
+from richkd.data.decoding import Decoding
+from richkd.data.folders import Listing, class_words, list_images
 from richkd.data.inputs import Batches, Normalize, make_inputs
 from richkd.data.views import CLEAN_SHARE, ResizedCropFlip, views_tensor
 from richkd.distill import load_images
@@ -270,7 +271,8 @@ def load_shift(folder: Path, store: TeacherCache) -> Shift:
     names = store.manifest["class_names"]
     number = {plain(name): place for place, name in enumerate(names)}
     listing = list_images(folder, "refuse")
-    split = files_split(listing, store.manifest["image_size"])
+    decoding = shift_decoding(listing, store)
+    split = files_split(listing, store.manifest["image_size"], decoding)
     found = listing.classes
     if {*found} == {str(place) for place in range(len(names))} and not {*found} & {*number}:
         number = {str(place): place for place in range(len(names))}  # as ImageNet-V2 has them
@@ -287,6 +289,16 @@ def load_shift(folder: Path, store: TeacherCache) -> Shift:
     space = ResizedCropFlip(split.images.sizes, split.images.image_size)
     views = space.clean(len(split), 1 if store.manifest["dataset"]["embedded"] else CLEAN_SHARE)
     return Shift(split.images, views_tensor(views), classes[split.labels], classes.sort().values)
+
+
+def shift_decoding(listing: Listing, store: TeacherCache) -> Decoding:
+    """As the store's own files were decoded; kinds of files that it has not, by their values."""
+    own = Decoding.of("white", None, [listing.values])
+    entry = store.manifest["dataset"].get("decoding")
+    if entry is None:
+        return own
+    known = Decoding.from_entry(entry)
+    return replace(known, ranges={**own.ranges, **known.ranges})
 
 
 def plain(name: str) -> str:

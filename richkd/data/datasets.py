@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ from torch import Tensor
 
 from richkd.data import catalog, folders
 from richkd.data.catalog import DEBIAN_FASHION_MNIST
+from richkd.data.decoding import CHANGED, Decoding, say_reading
 from richkd.data.folders import Paths
 from richkd.data.framing import NetworkInput
 from richkd.data.views import CLEAN_SHARE, PadCropFlip, ResizedCropFlip, ViewSpace
 from richkd.errors import RichKDError
 from richkd.progress import Report
 from richkd.recipe import Images
+from richkd.store.schema import say_splits
 
 SMALL_SIDE = 32  # of the images of every data set but folders
 SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000
@@ -54,19 +57,26 @@ class ImageFiles:
 
     root: Path
     paths: Paths  # relative to root
-    sizes: NDArray[np.int64]  # [N,2], height and width
+    sizes: NDArray[np.int64]  # [N,2], height and width, upright
+    traits: NDArray[np.uint8]  # [N], bits as of data/decoding.py
     image_size: int  # side of the square views
+    decoding: Decoding
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def open(self, index: int) -> Image.Image:
-        """The image as PIL reads it, in RGB."""
-        with Image.open(self.root / self.paths[index]) as image:
-            if image.mode == "P" and "transparency" in image.info:
-                return image.convert("RGBA").convert("RGB")
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")  # which copies
+        """The image in RGB; errors are those of `Decoding.read`."""
+        return self.decoding.read(self.root / self.paths[index])
+
+    def take(self, which: slice | NDArray[np.generic]) -> ImageFiles:
+        """Some of the files, by a slice, their numbers or a mask."""
+        return replace(
+            self,
+            paths=self.paths.take(which),
+            sizes=self.sizes[which],
+            traits=self.traits[which],
+        )
 
 
 @dataclass(frozen=True)
@@ -87,10 +97,7 @@ class Split:
         """Some of the samples, by a slice or by their ids."""
         images = self.images
         if isinstance(images, ImageFiles):
-            some = which.numpy() if isinstance(which, Tensor) else which
-            images = ImageFiles(
-                images.root, images.paths.take(some), images.sizes[some], images.image_size
-            )
+            images = images.take(which.numpy() if isinstance(which, Tensor) else which)
         else:
             images = images[which]
         return Split(images, self.labels[which])
@@ -117,6 +124,7 @@ class Dataset:
     skipped: tuple[str, ...] = ()  # files of a folder that are no whole images
     ignored: tuple[str, ...] = ()  # and those that are not called images
     validation: Split | None = None  # training images that choices are made on
+    assumed: tuple[str, ...] = ()  # in reading the files of a folder, a sentence each
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -131,9 +139,27 @@ class Dataset:
         return NetworkInput(size=self.image_size, mean=self.mean, std=self.std,
                             crop=1.0 if whole else CLEAN_SHARE)  # fmt: skip
 
+    @property
+    def decoding(self) -> Decoding | None:
+        """How files become RGB, where that takes more than what is stored in some of them."""
+        every = [split.images for split in self.splits.values()]
+        files = [images for images in every if isinstance(images, ImageFiles)]
+        changed = any((images.traits & CHANGED).any() for images in files)
+        return files[0].decoding if changed else None
+
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all splits: pixels and labels, or for files their names and lengths."""
+        """SHA-256 over all splits: pixels and labels, or for files their names and lengths.
+
+        How files are decoded is part of it, where that changes pixels.
+        """
+        return self._digest(self.decoding)
+
+    def read_otherwise_in(self, fingerprint: str) -> bool:
+        """Whether a fingerprint is of these very files, decoded as before `Decoding` was there."""
+        return self.decoding is not None and fingerprint == self._digest(None)
+
+    def _digest(self, decoding: Decoding | None) -> str:
         digest = hashlib.sha256()
         for split in self.splits.values():
             images = split.images
@@ -141,10 +167,14 @@ class Dataset:
                 for path in images.paths:
                     size = (images.root / path).stat().st_size
                     digest.update(f"{path}\0{size}\0".encode(errors="surrogateescape"))
+                if decoding is not None:
+                    digest.update((images.traits & CHANGED).data)
             else:
                 digest.update(str(tuple(images.shape)).encode())
                 digest.update(np.ascontiguousarray(images.numpy()).data)
             digest.update(split.labels.numpy().astype("<i8").data)
+        if decoding is not None:
+            digest.update(json.dumps(decoding.entry).encode())
         return digest.hexdigest()
 
 
@@ -154,7 +184,10 @@ def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def load_dataset(
-    settings: Images, skipped: Collection[str] | None = None, report: Report | None = None
+    settings: Images,
+    skipped: Collection[str] | None = None,
+    report: Report | None = None,
+    decoding: Decoding | None = None,
 ) -> Dataset:
     """Read a data set by name, its first `limit` training samples.
 
@@ -163,6 +196,7 @@ def load_dataset(
         skipped: of a folder of images, the files that stage one left out, where that is known;
             else every file is decoded once to find those that are broken.
         report: where the progress of that goes.
+        decoding: how stage one decoded a folder's files, where that is known.
 
     Raises:
         RichKDError: an unknown name, missing or damaged files, or no network to fetch them.
@@ -171,7 +205,7 @@ def load_dataset(
     root = Path(settings.data_root)
     if kind == catalog.IMAGE_FOLDER:
         assert path is not None
-        parts = _image_folder(settings, path, skipped, report or Report(quiet=True))
+        parts = _image_folder(settings, path, skipped, report or Report(quiet=True), decoding)
     elif kind == "shapes":
         parts = _shapes(settings.limit)
     elif kind == "fashion-mnist":
@@ -193,7 +227,27 @@ def load_dataset(
         image_size=parts.image_size,
         skipped=parts.skipped,
         ignored=parts.ignored,
+        assumed=parts.assumed,
     )
+
+
+def introduce(dataset: Dataset, report: Report) -> None:
+    """Say what a data set is, what was assumed in reading it, and what was left out."""
+    counts = say_splits({name: len(split) for name, split in dataset.splits.items()})
+    side, classes = dataset.image_size, len(dataset.class_names)
+    report.say(
+        f"{dataset.name}: {counts} images of {side}×{side}, {classes} classes; fingerprint "
+        f"{dataset.fingerprint[:12]}"
+    )
+    for sentence in dataset.assumed:
+        report.say(sentence)
+    for path in dataset.skipped:
+        report.say(f"left out, for it is no whole image: {path}")
+    if dataset.ignored:
+        report.say(
+            f"ignored, for they are not called images: {len(dataset.ignored)} files, "
+            f"{dataset.ignored[0]} among them"
+        )
 
 
 def hold_out(train: Split, share: float, class_names: Sequence[str]) -> tuple[Split, Split | None]:
@@ -239,6 +293,7 @@ class Parts:
     image_size: int = SMALL_SIDE
     skipped: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
 
 
 def _shapes(limit: int | None) -> Parts:
@@ -329,7 +384,11 @@ def _download_with_torchvision(name: str, root: Path, offline: str) -> Any:
 
 
 def _image_folder(
-    settings: Images, path: Path, skipped: Collection[str] | None, report: Report
+    settings: Images,
+    path: Path,
+    skipped: Collection[str] | None,
+    report: Report,
+    decoding: Decoding | None,
 ) -> Parts:
     if not path.is_dir():
         raise RichKDError(f"imagefolder:{path}: there is no such folder")
@@ -352,13 +411,20 @@ def _image_folder(
         folders.read_class_names(Path(settings.class_names), train.classes)
         if settings.class_names else tuple(map(folders.class_words, train.classes))
     )  # fmt: skip
+    listings = train, test
+    values, traits = [each.values for each in listings], [each.traits for each in listings]
+    decoding = decoding or Decoding.of(settings.background, settings.pixel_range, values)
+    splits = [files_split(each, image_size, decoding) for each in listings]
     return Parts(
-        names, files_split(train, image_size), files_split(test, image_size), image_size,
+        names, splits[0], splits[1], image_size,
         (*train.skipped, *test.skipped), (*train.ignored, *test.ignored),
+        tuple(say_reading(decoding, settings.pixel_range, values, np.concatenate(traits))),
     )  # fmt: skip
 
 
-def files_split(listing: folders.Listing, image_size: int) -> Split:
+def files_split(listing: folders.Listing, image_size: int, decoding: Decoding) -> Split:
     """Images that stay files."""
-    files = ImageFiles(listing.folder, listing.paths, listing.sizes, image_size)
+    files = ImageFiles(
+        listing.folder, listing.paths, listing.sizes, listing.traits, image_size, decoding
+    )
     return Split(files, torch.from_numpy(listing.labels))

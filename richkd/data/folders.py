@@ -12,21 +12,21 @@ from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from richkd.data import decoding
+from richkd.data.decoding import SUFFIXES, Values
 from richkd.errors import RichKDError, nearest
 from richkd.files import home, replacing
 from richkd.progress import Report
 
-# As torchvision has them, and those of GIF.
-SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
+_READING = 2  # another number whenever files are looked at otherwise
 LOOKED_AT = 4096  # files that wait for a thread at once
 _SYNSET = re.compile(r"n\d{8}")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -80,7 +80,9 @@ class Listing:
     classes: tuple[str, ...]  # names of folders
     paths: Paths  # relative to folder
     labels: NDArray[np.int64]  # [N]
-    sizes: NDArray[np.int64]  # [N,2], height and width
+    sizes: NDArray[np.int64]  # [N,2], height and width, upright
+    traits: NDArray[np.uint8]  # [N], bits as of data/decoding.py
+    values: Values  # of those that are deeper than 8 bits
     skipped: tuple[str, ...]  # files that are no whole images, relative to what folder is in
     ignored: tuple[str, ...]  # likewise: files that are not called images
 
@@ -128,6 +130,13 @@ def list_images(
         paths=paths.take(whole),
         labels=labels[whole],
         sizes=look.sizes[whole],
+        traits=look.traits[whole],
+        values=replace(
+            look.values,
+            kind=look.values.kind[whole],
+            low=look.values.low[whole],
+            high=look.values.high[whole],
+        ),
         skipped=tuple(f"{folder.name}/{paths[number]}" for number in faults),
         ignored=tuple(ignored),
     )
@@ -174,6 +183,8 @@ class _Look:
     """What the files of a folder say of themselves."""
 
     sizes: NDArray[np.int64]  # [N,2], height and width; 0 where even that cannot be read
+    traits: NDArray[np.uint8]  # [N]
+    values: Values
     faults: Mapping[int, str]  # why files are no whole images
     decoded: bool  # else only their headers were read
 
@@ -182,13 +193,15 @@ def _remembered(folder: Path, paths: Paths, decode: bool, report: Report) -> _Lo
     """A look at all files: an earlier one from the user's cache folder if no file has changed."""
     folder_id = hashlib.sha256(str(folder.resolve()).encode(errors="surrogateescape")).hexdigest()
     note = home() / "listings" / f"{folder_id[:32]}.npz"
-    state = _state(folder, paths)
+    state = f"{_READING} {' '.join(decoding.readable())} {_state(folder, paths)}"
     look = _recall(note, state, len(paths))
     if look is None or decode > look.decoded:
         look = _look(folder, paths, decode, report)
         with suppress(OSError), replacing(note) as temporary, temporary.open("wb") as file:
             np.savez(
-                file, state=state, sizes=look.sizes, decoded=look.decoded,
+                file, state=state, sizes=look.sizes, decoded=look.decoded, traits=look.traits,
+                kinds=np.array(look.values.kinds, str), kind=look.values.kind,
+                low=look.values.low, high=look.values.high,
                 broken=np.array([*look.faults], np.int64),
                 reasons=np.array([*look.faults.values()], str),
             )  # fmt: skip
@@ -218,45 +231,54 @@ def _recall(note: Path, state: str, count: int) -> _Look | None:
             sizes, broken, reasons = kept["sizes"], kept["broken"], kept["reasons"]
             faults = dict(zip(broken.tolist(), reasons.tolist(), strict=True))
             decoded = bool(kept["decoded"])
+            traits = kept["traits"]
+            values = Values(kept["kinds"].tolist(), kept["kind"], kept["low"], kept["high"])
     except Exception:  # no file, another's, damaged: numpy and zipfile raise errors of many kinds
         return None
     as_written = (
         sizes.shape == (count, 2)
         and sizes.dtype == np.int64
         and not (sizes < 0).any()
+        and traits.shape == values.kind.shape == values.low.shape == values.high.shape == (count,)
+        and traits.dtype == values.kind.dtype == np.uint8
+        and values.low.dtype == values.high.dtype == np.float64
+        and int(values.kind.max(initial=0)) <= len(values.kinds)
         and {*np.flatnonzero(~sizes.any(1))} <= {*faults}
         and all(number in range(count) for number in faults)
     )
-    return _Look(sizes=sizes, faults=faults, decoded=decoded) if as_written else None
+    if not as_written:
+        return None
+    return _Look(sizes=sizes, traits=traits, values=values, faults=faults, decoded=decoded)
 
 
 def _look(folder: Path, paths: Paths, decode: bool, report: Report) -> _Look:
-    sizes = np.zeros((len(paths), 2), np.int64)
+    count = len(paths)
+    sizes, traits = np.zeros((count, 2), np.int64), np.zeros(count, np.uint8)
+    kind, low, high = np.zeros(count, np.uint8), np.full(count, np.nan), np.full(count, np.nan)
+    kinds: list[str] = []
     faults: dict[int, str] = {}
 
-    def look(number: int) -> str | None:
-        """Why a file is no image; `decode` reads it to its end."""
-        path = folder / paths[number]
-        try:
-            with Image.open(path) as image:
-                sizes[number] = image.height, image.width
-                if decode:
-                    image.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return str(error).replace(str(path), "it")
-        return None
+    def look(number: int) -> decoding.Found:
+        return decoding.look(folder / paths[number], decode)
 
     with (
         ThreadPoolExecutor(os.cpu_count() or 1) as pool,
-        report.track(f"looking at {folder}", len(paths), "files") as tick,
+        report.track(f"looking at {folder}", count, "files") as tick,
     ):
-        for start in range(0, len(paths), LOOKED_AT):
-            span = range(start, min(start + LOOKED_AT, len(paths)))
-            for number, fault in zip(span, pool.map(look, span), strict=True):
-                if fault is not None:
-                    faults[number] = fault
+        for start in range(0, count, LOOKED_AT):
+            span = range(start, min(start + LOOKED_AT, count))
+            for number, found in zip(span, pool.map(look, span), strict=True):
+                sizes[number], traits[number] = found.size, found.traits
+                low[number], high[number] = found.low, found.high
+                if found.fault:
+                    faults[number] = found.fault
+                elif found.kind:
+                    if found.kind not in kinds:
+                        kinds.append(found.kind)
+                    kind[number] = 1 + kinds.index(found.kind)
                 tick(1)
-    return _Look(sizes=sizes, faults=faults, decoded=decode)
+    values = Values(kinds, kind, low, high)
+    return _Look(sizes=sizes, traits=traits, values=values, faults=faults, decoded=decode)
 
 
 # --- class names ---------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ class DatasetEntry(TypedDict):
     num_test: int
     embedded: bool
     skipped: NotRequired[list[str]]  # files of a folder that are no whole images
+    decoding: NotRequired[dict[str, Any]]  # of files, where it changes pixels (data/decoding.py)
     validation: NotRequired[float]  # share of the training images that choices are made on
     num_validation: NotRequired[int]  # how many these are; they are not in num_train
 

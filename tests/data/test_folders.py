@@ -125,7 +125,12 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of all files that PIL opens from here on."""
     names: list[str] = []
     plain = Image.open
-    monkeypatch.setattr(Image, "open", lambda path: names.append(Path(path).name) or plain(path))
+
+    def spy(path: Path, **options: Any) -> Image.Image:
+        names.append(Path(path).name)
+        return plain(path, **options)
+
+    monkeypatch.setattr(Image, "open", spy)
     return names
 
 

@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional
 
 from richkd.data import inputs
 from richkd.data.datasets import ImageFiles, files_split
+from richkd.data.decoding import Decoding
 from richkd.data.folders import list_images
 from richkd.data.inputs import FileInputs
 from richkd.data.views import ResizedCropFlip, views_tensor
@@ -35,7 +36,7 @@ def files(tmp_path: Path, rng: np.random.Generator) -> ImageFiles:
         pixels = rng.integers(0, 256, (*rng.integers(20, 90, 2), 3), np.uint8)
         suffix = "png" if mode in ("P", "RGBA") else "jpg"
         Image.fromarray(pixels).convert(mode).save(folder / f"{number}.{suffix}")
-    images = files_split(list_images(tmp_path / "photos", "refuse"), SIDE).images
+    images = files_split(list_images(tmp_path / "photos", "refuse"), SIDE, Decoding()).images
     assert isinstance(images, ImageFiles)
     return images
 

@@ -345,7 +345,7 @@ def test_bad_input(photos: str, run: Run, fails: Fails, tmp_path: Path) -> None:
         ((*named, "--teacher-weights", damaged), "damaged.safetensors is damaged: of its metadata"),
         ((*given, "--teacher-mean", "123.7,116.3,103.5"), "teacher_mean = .*pixels in 0..1"),
         ((*given, "--teacher-mean", "0.5,0.5"), "teacher_mean = .*one number or three"),
-        ((*given, "--teacher-mean", "grey"), "'grey': must be one number, or three"),
+        ((*given, "--teacher-mean", "grey"), "'grey': must be numbers with commas"),
         ((*given, "--teacher-std", "0.2,0,0.2"), "teacher_std = .*above 0"),
         ((*given, "--teacher-crop", "0"), r"teacher_crop = 0.0: must be in \(0, 1\]"),
         ((*given, "--teacher-crop", "87.5"), r"teacher_crop = 87.5: must be in \(0, 1\]"),
