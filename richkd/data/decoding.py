@@ -207,17 +207,17 @@ def _range(kind: str, low: float, high: float) -> tuple[float, float]:
     return 0.0, float(2**bits - 1)
 
 
-def values_of(image: Image.Image, depth: Depth) -> NDArray[np.float64]:
-    """The values of a decoded image: [H,W], or [H,W,3] of the upper bytes of colours."""
+def values_of(image: Image.Image, depth: Depth) -> NDArray[np.floating[Any]]:
+    """The values of a decoded image: [H,W], or [H,W,3] of colours, to their upper byte."""
     if depth.upper_byte:
         plain = image if image.mode in ("L", "RGB") else image.convert(
             "L" if image.mode == "LA" else "RGB"
         )  # fmt: skip
-        return np.asarray(plain, np.float64) * 257
+        return np.asarray(plain, np.float32) * 257
     stored = np.asarray(image)
     if depth.kind.startswith("32-bit") and stored.dtype == np.int32:
         stored = stored.view(np.uint32)  # Pillow has no mode for them
-    return stored.astype(np.float64)
+    return stored.astype(np.float32 if stored.itemsize < 4 else np.float64)
 
 
 def depth_of(image: Image.Image) -> Depth | None:
@@ -375,9 +375,11 @@ def say_reading(
         highs = np.concatenate([each.high[each.kind == 1 + list(each.kinds).index(kind)]
                                 for each in values if kind in each.kinds])  # fmt: skip
         dark = int(np.count_nonzero(highs < low + (high - low) / 8))
+        beyond = int(np.count_nonzero(highs > high))
         how = "--pixel-range" if pixel_range else "from their values; --pixel-range says otherwise"
         lines.append(
             f"{kind} images, from {low:,.6g} (black) to {high:,.6g} (white; {how}): {len(highs):,}"
             + (f", {dark:,} of them below an eighth of that" if dark else "")
+            + (f", {beyond:,} of them with values above it" if beyond else "")
         )
     return lines

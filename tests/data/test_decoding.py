@@ -186,6 +186,18 @@ def test_a_range_is_that_of_all_training_images(tmp_path: Path) -> None:
     assert again == given
 
 
+def test_images_that_may_be_of_another_depth_are_counted(tmp_path: Path) -> None:
+    """Of one kind to Pillow, one read too dark and one cut off at white: nobody can tell."""
+    v = np.linspace(0, 1, 2400).reshape(40, 60)
+    for name, top in (("a", 4095), ("b", 60), ("c", 65535)):
+        save(whole(v, top), tmp_path / f"{name}.png")
+    train, test = values(tmp_path / "a.png", tmp_path / "b.png"), values(tmp_path / "c.png")
+    reading = Decoding.of("white", None, [train, test])
+    (line,) = decoding.say_reading(reading, None, [train, test], np.zeros(3, np.uint8))
+    assert "to 4,095 (white" in line and "--pixel-range" in line
+    assert ": 3, 1 of them below an eighth of that, 1 of them with values above it" in line
+
+
 # --- orientation ---------------------------------------------------------------------------------
 
 # How a viewer's picture lies in a file of each orientation (EXIF 2.32, 4.6.4, tag 274), in NumPy.
