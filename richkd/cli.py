@@ -193,14 +193,15 @@ def train_teacher(
     from pathlib import Path
 
     from richkd.data.datasets import load_dataset
+    from richkd.precompute import say_left_out
     from richkd.teachers import cnn
 
     if settings.out:
         cnn.check_output(Path(settings.out), overwrite)
     report = _report(as_json)
-    summary = cnn.train_teacher(
-        settings, load_dataset(settings, report=report), report, overwrite=overwrite
-    )
+    images = load_dataset(settings, report=report)
+    say_left_out(images, report)
+    summary = cnn.train_teacher(settings, images, report, overwrite=overwrite)
     _print(summary, as_json)
 
 

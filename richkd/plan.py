@@ -37,6 +37,7 @@ from richkd.precompute import (
     check_given,
     finish,
     make_manifest,
+    say_left_out,
     teacher_weights,
     write_blocks,
 )
@@ -166,6 +167,7 @@ def sample_of(
     here = kind == "shapes" or catalog.found(settings.dataset, Path(settings.data_root))
     if here and not known:
         dataset = load_dataset(settings, skipped=(), report=report)
+        say_left_out(dataset, report)
         validation = len(dataset.validation or ())
         # a validation image costs what a test image does
         return replace(dataset, validation=None), (

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from richkd import fusion
-from richkd.data.datasets import Dataset, load_dataset
+from richkd.data.class_names import check_distinct, class_words
+from richkd.data.datasets import Dataset, check_class_names, load_dataset
 from richkd.data.framing import NetworkInput
 from richkd.data.inputs import make_inputs
 from richkd.data.prompts import load_prompts
@@ -126,6 +128,8 @@ def look_ahead(
     check_target(out, overwrite, repairing=redo is not None)
     check_clip(settings.clip)
     load_prompts(settings.prompts)
+    if dataset is None:
+        check_class_names(settings)
     check_given(settings)
     check_from_elsewhere(settings)
     check_unsaid(settings, Path(settings.teacher_weights))
@@ -133,6 +137,8 @@ def look_ahead(
     check_counts(settings, dataset)
     report.say(f"{describe(dataset)}; fingerprint {dataset.fingerprint[:12]}")
     say_left_out(dataset, report)
+    if settings.clip != "none" and redo is None:
+        check_distinct(dataset.class_names)
     return dataset
 
 
@@ -308,14 +314,11 @@ def check_counts(settings: Precompute, dataset: Dataset) -> None:
 
 
 def say_left_out(dataset: Dataset, report: Report) -> None:
-    """Name the files of a folder that are not in the data set."""
+    """Say how a folder was read, and what in it is not in the data set."""
+    for note in dataset.notes:
+        report.say(note)
     for path in dataset.skipped:
         report.say(f"left out, for it is no whole image: {path}")
-    if dataset.ignored:
-        report.say(
-            f"ignored, for they are not called images: {len(dataset.ignored)} files, "
-            f"{dataset.ignored[0]} among them"
-        )
 
 
 def preview(
@@ -324,8 +327,12 @@ def preview(
 ) -> None:  # fmt: skip
     """Say, before anything long, what CLIP will be asked and how well it answers so far."""
     names = dataset.class_names
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    report.say(f"classes: {shown}")
+    shown = [
+        f"{folder} → {name}" if folder and name != class_words(folder) else name
+        for folder, name in zip_longest(dataset.class_folders[:8], names[:8])
+    ]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    report.say(f"classes: {', '.join(shown)}{more}")
     asked = "; ".join(template.replace("{}", names[0]) for template in templates[:3])
     more = f"; and {len(templates) - 3} more" if len(templates) > 3 else ""
     report.say(f"prompts a class: {len(templates)}: {asked}{more}")
@@ -407,7 +414,11 @@ def make_manifest(
     if dataset.skipped:
         images["skipped"] = list(dataset.skipped)
     if dataset.validation is not None:
-        images |= {"validation": settings.validation, "num_validation": len(dataset.validation)}
+        images["num_validation"] = len(dataset.validation)
+        if settings.validation:
+            images["validation"] = settings.validation
+    if dataset.folders:
+        images["folders"] = dict(dataset.folders)
     manifest = Manifest(
         format=schema.FORMAT,
         schema=schema.SCHEMA,
