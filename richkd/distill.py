@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from richkd.data import catalog
-from richkd.data.datasets import Split, load_dataset
-from richkd.data.decoding import Decoding
+from richkd.data.datasets import Split, load_again
 from richkd.data.framing import NetworkInput
 from richkd.data.inputs import Normalize, make_inputs
 from richkd.data.views import views_tensor
@@ -30,7 +29,7 @@ from richkd.losses import Widths, method_class, method_options
 from richkd.losses.method import TARGET, Method
 from richkd.models import check_fit, create_model
 from richkd.progress import Advance, Report, percent
-from richkd.recipe import Distill, Images, to_table
+from richkd.recipe import Distill, to_table
 from richkd.results import teacher_accuracies
 from richkd.store import pages
 from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
@@ -498,18 +497,7 @@ def load_images(
     if entry["embedded"]:
         return {split: Split(cache.read(f"{split}/images"), labels)
                 for split, labels in labels_of.items()}  # fmt: skip
-    dataset = load_dataset(
-        Images(
-            dataset=settings.dataset or entry["name"],
-            limit=entry["num_train"] + entry.get("num_validation", 0),
-            validation=entry.get("validation", 0.0),
-            data_root=settings.data_root,
-            image_size=cache.manifest["image_size"],
-        ),
-        skipped=entry.get("skipped", []),
-        report=report,
-        decoding=Decoding.from_entry(entry["decoding"]) if "decoding" in entry else None,
-    )
+    dataset = load_again(cache.manifest, settings.dataset, settings.data_root, report)
     photographs = catalog.split_name(dataset.name)[0] == catalog.IMAGE_FOLDER  # named at will
     if len(dataset.class_names) != cache.num_classes or (
         not photographs and list(dataset.class_names) != cache.manifest["class_names"]
@@ -525,7 +513,7 @@ def load_images(
             f"{dataset.name} otherwise: those with an EXIF orientation, transparency or more than "
             f"8 bits; make the store again with richkd precompute --overwrite"
         )
-    if dataset.fingerprint != entry["fingerprint"]:
+    if {*dataset.splits} != {*labels_of} or dataset.fingerprint != entry["fingerprint"]:
         raise RichKDError(
             f"{dataset.name} is not what {cache.place} was made from (its fingerprint differs); "
             f"restore the files, or make the store again with richkd precompute"

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from richkd import fusion
 from richkd.data import catalog
-from richkd.data.datasets import Dataset, ImageFiles, Split, load_dataset
+from richkd.data.datasets import Dataset, ImageFiles, Split, introduce, load_dataset
 from richkd.data.decoding import Decoding
 from richkd.data.folders import Paths
 from richkd.data.prompts import load_prompts
@@ -167,6 +167,7 @@ def sample_of(
     here = kind == "shapes" or catalog.found(settings.dataset, Path(settings.data_root))
     if here and not known:
         dataset = load_dataset(settings, skipped=(), report=report)
+        introduce(dataset, report)
         validation = len(dataset.validation or ())
         # a validation image costs what a test image does
         return replace(dataset, validation=None), (

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from richkd import fusion
-from richkd.data.datasets import Dataset, introduce, load_dataset
+from richkd.data.class_names import check_distinct, class_words
+from richkd.data.datasets import Dataset, check_class_names, introduce, load_dataset
 from richkd.data.framing import NetworkInput
 from richkd.data.inputs import make_inputs
 from richkd.data.prompts import load_prompts
@@ -126,12 +128,16 @@ def look_ahead(
     check_target(out, overwrite, repairing=redo is not None)
     check_clip(settings.clip)
     load_prompts(settings.prompts)
+    if dataset is None:
+        check_class_names(settings)
     check_given(settings)
     check_from_elsewhere(settings)
     check_unsaid(settings, Path(settings.teacher_weights))
     dataset = dataset or load_dataset(settings, report=report)
     check_counts(settings, dataset)
     introduce(dataset, report)
+    if settings.clip != "none" and redo is None:
+        check_distinct(dataset.class_names)
     return dataset
 
 
@@ -312,8 +318,12 @@ def preview(
 ) -> None:  # fmt: skip
     """Say, before anything long, what CLIP will be asked and how well it answers so far."""
     names = dataset.class_names
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    report.say(f"classes: {shown}")
+    shown = [
+        f"{folder} → {name}" if folder and name != class_words(folder) else name
+        for folder, name in zip_longest(dataset.class_folders[:8], names[:8])
+    ]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    report.say(f"classes: {', '.join(shown)}{more}")
     asked = "; ".join(template.replace("{}", names[0]) for template in templates[:3])
     more = f"; and {len(templates) - 3} more" if len(templates) > 3 else ""
     report.say(f"prompts a class: {len(templates)}: {asked}{more}")
@@ -397,7 +407,11 @@ def make_manifest(
     if dataset.decoding is not None:
         images["decoding"] = dataset.decoding.entry
     if dataset.validation is not None:
-        images |= {"validation": settings.validation, "num_validation": len(dataset.validation)}
+        images["num_validation"] = len(dataset.validation)
+        if settings.validation:
+            images["validation"] = settings.validation
+    if dataset.folders:
+        images["folders"] = dict(dataset.folders)
     manifest = Manifest(
         format=schema.FORMAT,
         schema=schema.SCHEMA,

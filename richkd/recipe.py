@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from richkd.data import catalog
 from richkd.errors import RichKDError, nearest, unknown
+from richkd.files import read_text
 from richkd.typecheck import fits, hints
 
 Scale = float | Literal["native", "raw"]
@@ -497,8 +498,8 @@ def load(path_or_name: str) -> Recipe:
     """
     path = _find(path_or_name)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        content = tomllib.loads(read_text(path))
+    except (OSError, ValueError) as error:  # of which TOML's errors are some
         raise RichKDError(f"cannot read recipe {path}: {error}") from None
     about, published = content.pop("about", ""), content.pop("published", {})
     if not isinstance(about, str):

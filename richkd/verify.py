@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from richkd import fusion
+from richkd.data.datasets import load_again
 from richkd.data.framing import NetworkInput
 from richkd.data.inputs import make_inputs
 from richkd.data.views import NUM_VIEW_IDS
@@ -143,7 +144,13 @@ def repair_store(path: str | Path, report: Report) -> list[str]:
     settings = resolve(Precompute, manifest["recipe"], {"out": str(path)})
     report.say(f"computing {len(redo)} of {len(blocks(manifest))} blocks again")
     stored = NetworkInput.of(teacher_input(manifest))
-    precompute(settings, redo=redo, teacher_input=stored, report=report)
+    dataset = None
+    if not manifest["dataset"]["embedded"]:
+        dataset = replace(
+            load_again(manifest, settings.dataset, settings.data_root, report),
+            class_names=tuple(manifest["class_names"]),
+        )
+    precompute(settings, redo=redo, dataset=dataset, teacher_input=stored, report=report)
     return [block.name for block in redo]
 
 

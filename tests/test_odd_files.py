@@ -71,7 +71,9 @@ def write_used(folder: Path, rng: np.random.Generator) -> dict[str, Array]:
     put("deep 16.tif", (one.astype(np.uint16) * 257), thrice(one))
     put("deep 32.tif", (one.astype(np.int32) * 8421504), thrice(one))
     put("float.tiff", (one / 255).astype(np.float32), thrice(one))
-    (folder / "deep.pgm").write_bytes(b"P5 56 40 4080\n" + (one.astype(">u2") * 16).tobytes())
+    (folder / "deep.pgm").write_bytes(
+        b"P5 56 40 4080\n" + (one * np.uint16(16)).astype(">u2").tobytes()
+    )
     shown["deep.pgm"] = thrice(one)
     rgb = picture(rng)
     mask = np.zeros((40, 56), bool)
@@ -110,8 +112,8 @@ def write_used(folder: Path, rng: np.random.Generator) -> dict[str, Array]:
     return shown
 
 
-def write_left_out(folder: Path, whole: bytes) -> tuple[list[str], list[str]]:
-    """Files that are no images: those that are named one by one, and those that are counted."""
+def write_left_out(folder: Path, whole: bytes) -> list[str]:
+    """Files that are no images; returns those that are named one by one, the rest is counted."""
     broken = {
         "cut.jpg": whole[: len(whole) // 2], "text.png": b"hello", "empty.jpg": b"",
         "postscript.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n", "page.jpg": b"<html></html>",
@@ -121,13 +123,14 @@ def write_left_out(folder: Path, whole: bytes) -> tuple[list[str], list[str]]:
         (folder / name).write_bytes(content)
     Image.new("L", (4000, 1)).save(folder / "absurd.png")
     (folder / "dangling.jpg").symlink_to("nowhere.jpg")
-    os.mkfifo(folder / "pipe.jpg")
-    counted = [".DS_Store", "._clear.png", ".hidden.png", "Thumbs.db", "desktop.ini", "notes.txt",
-               "@eaDir/a.jpg/THUMB.jpg", ".ipynb_checkpoints/a.jpg", "__MACOSX/._a.jpg"]  # fmt: skip
+    os.mkfifo(folder / "pipe.jpg")  # counted as a file that is no image
+    counted = [".DS_Store", "._clear.png", ".hidden.png", "Thumbs.db", "desktop.ini",
+               "@eaDir/a.jpg/THUMB.jpg", ".ipynb_checkpoints/a.jpg", "__MACOSX/._a.jpg",
+               "notes.txt", "layers.psd"]  # fmt: skip
     for name in counted:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(whole)
-    return [*broken, "absurd.png", "dangling.jpg", "pipe.jpg"], counted
+    return [*broken, "absurd.png", "dangling.jpg"]
 
 
 def test_every_odd_file_is_used_rightly_or_named(
@@ -141,7 +144,7 @@ def test_every_odd_file_is_used_rightly_or_named(
     shown = write_used(odd / "train" / "cat", rng)
     names = sorted(shown)  # as a listing has them
     whole = (odd / "train/cat/a.jpeg").read_bytes()
-    broken, counted = write_left_out(odd / "train" / "cat", whole)
+    broken = write_left_out(odd / "train" / "cat", whole)
     for number, name in enumerate(names):  # the same pictures as anybody's PNG
         Image.fromarray(shown[name]).save(plain / "train" / "cat" / f"{number:03}.png")
     for part, name in (("train", "dog"), ("val", "cat"), ("val", "dog")):
@@ -162,8 +165,9 @@ def test_every_odd_file_is_used_rightly_or_named(
             said = made.err
     for name in broken:
         assert f"train/cat/{name}" in said
-    ignored = next(line for line in said.splitlines() if line.startswith("ignored"))
-    assert any(str(number) in ignored for number in range(7, len(counted) + 1)), ignored
+    assert "left out 8 hidden or system files or folders" in said
+    assert "left out 2 files that are not called images" in said and "notes.txt" in said
+    assert "left out 1 image of a format that is not read" in said and "layers.psd" in said
     for words in ("EXIF orientation", "transparency", "16-bit PNG", "16-bit TIFF", "float TIFF",
                   "several images"):  # fmt: skip
         assert words in said
@@ -177,7 +181,7 @@ def test_every_odd_file_is_used_rightly_or_named(
         apart = (one - other).norm(dim=1) / spread
         labels = rows[odd].read("train/labels")
         worst = {names[place]: float(gap)
-                 for place, gap in enumerate(apart[labels == 0]) if gap > 0.35}  # fmt: skip
+                 for place, gap in enumerate(apart[labels == 0]) if gap > 0.5}  # fmt: skip
         assert not worst, f"{array}: {worst}"
 
     store = stores[odd]

@@ -10,11 +10,13 @@ Several runs see the very same images, so what sets them apart is paired, image 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,9 +30,10 @@ from richkd.analysis.corruptions import (
     PublishedCorruptions,
     relative_errors,
 )
+from richkd.data.class_names import class_words, text_key
 from richkd.data.datasets import ImageFiles, Split, files_split
 from richkd.data.decoding import Decoding
-from richkd.data.folders import Listing, class_words, list_images
+from richkd.data.folders import Listing, find_images, list_images
 from richkd.data.inputs import Batches, Normalize, make_inputs
 from richkd.data.views import CLEAN_SHARE, ResizedCropFlip, views_tensor
 from richkd.distill import load_images
@@ -130,7 +133,7 @@ def evaluate(
     chosen = choose_device(device)
     name = store.manifest["dataset"]["name"]
     corrupted = find_corruptions(test, store, root, corruptions, corruption_files, seed)
-    shifted = None if shift is None else load_shift(Path(shift), store)
+    shifted = None if shift is None else load_shift(Path(shift), store, test, report)
     students = [prepare(run, store, weights, chosen) for run in runs]
 
     labels = test.labels[tested]
@@ -258,37 +261,79 @@ class Shift:
     classes: Tensor  # which of them there are, ascending
 
 
-def load_shift(folder: Path, store: TeacherCache) -> Shift:
-    """Other images of the same classes: a folder a class, by its name or, for all, its number.
+def load_shift(folder: Path, store: TeacherCache, test: Split, report: Report) -> Shift:
+    """Other images of the same classes: a folder a class.
 
-    They are seen as the store's own images are: small ones whole, photographs without their rim.
+    A folder is of the class whose own folder has its name, else of the class of that name, or, for
+    all, number. They are seen as the store's own images are: small ones whole, photographs without
+    their rim.
 
     Raises:
-        RichKDError: no folder, or one in it that is no class of the store.
+        RichKDError: no folder, or one in it that is no class of the store, or of several.
     """
     if not folder.is_dir():
         raise RichKDError(f"no folder {folder}; it should hold a folder of images a class")
-    names = store.manifest["class_names"]
-    number = {plain(name): place for place, name in enumerate(names)}
-    listing = list_images(folder, "refuse")
+    found = find_images(folder)
+    numbers = shift_classes(found.classes, folder, store, test)
+    for line in found.tally.lines():
+        report.say(line)
+    listing = list_images(folder, "refuse", found=found)
     decoding = shift_decoding(listing, store)
     split = files_split(listing, store.manifest["image_size"], decoding)
-    found = listing.classes
-    if {*found} == {str(place) for place in range(len(names))} and not {*found} & {*number}:
-        number = {str(place): place for place in range(len(names))}  # as ImageNet-V2 has them
-    strange = [name for name in found if plain(name) not in number]
+    assert isinstance(split.images, ImageFiles)
+    space = ResizedCropFlip(split.images.sizes, split.images.image_size)
+    views = space.clean(len(split), 1 if store.manifest["dataset"]["embedded"] else CLEAN_SHARE)
+    there = torch.tensor(sorted({*numbers}))
+    return Shift(split.images, views_tensor(views), torch.tensor(numbers)[split.labels], there)
+
+
+def shift_classes(
+    found: Sequence[str], folder: Path, store: TeacherCache, test: Split
+) -> list[int]:
+    """The class of each folder of other images; errors are those of `load_shift`."""
+    names = store.manifest["class_names"]
+    by_folder: dict[str, set[int]] = defaultdict(set)  # also such a name without its number, …
+    by_name: dict[str, set[int]] = defaultdict(set)
+    own = class_folders(test)
+    for place, name in enumerate(names):
+        by_name[text_key(name)].add(place)
+        by_name[plain(name)].add(place)
+    for place, name in own.items():
+        by_folder[plain(name)].add(place)
+    exact = {name: {place} for place, name in own.items()}
+    numbers = {str(place): {place} for place in range(len(names))}
+    if {*found} == {*numbers} and not {*found} & {*exact, *by_name}:
+        exact = numbers  # as ImageNet-V2 has them
+    classes = [
+        exact.get(name) or by_name.get(text_key(name)) or by_name.get(plain(name))
+        or by_folder[plain(name)] for name in found
+    ]  # fmt: skip
+    strange = [name for name, places in zip(found, classes, strict=True) if not places]
     if strange:
         more = f", nor have {len(strange) - 1} more" if len(strange) > 1 else ""
         raise RichKDError(
             f"{folder / strange[0]}: no class of {store.path} has this name "
-            f"({nearest(plain(strange[0]), number)}){more}; name the folders as the classes, or "
+            f"({nearest(plain(strange[0]), by_name)}){more}; name the folders as the classes, or "
             f"all of them by numbers from 0"
         )
-    classes = torch.tensor([number[plain(name)] for name in found])
-    assert isinstance(split.images, ImageFiles)
-    space = ResizedCropFlip(split.images.sizes, split.images.image_size)
-    views = space.clean(len(split), 1 if store.manifest["dataset"]["embedded"] else CLEAN_SHARE)
-    return Shift(split.images, views_tensor(views), classes[split.labels], classes.sort().values)
+    for name, places in zip(found, classes, strict=True):
+        if len(places) > 1:
+            which = " and ".join(f"{number} ({own.get(number, names[number])})"
+                                 for number in sorted(places))  # fmt: skip
+            raise RichKDError(
+                f"{folder / name}: the classes {which} of {store.path} have this name; name the "
+                f"folder as that of the class"
+            )
+    return [min(places) for places in classes]
+
+
+def class_folders(split: Split) -> dict[int, str]:
+    """The names of the folders that a split's images are in, by class; none of an array's."""
+    if not isinstance(split.images, ImageFiles):
+        return {}
+    labels, first = np.unique(split.labels.numpy(), return_index=True)
+    return {int(label): split.images.paths[int(index)].split("/")[0]
+            for label, index in zip(labels, first, strict=True)}  # fmt: skip
 
 
 def shift_decoding(listing: Listing, store: TeacherCache) -> Decoding:
@@ -303,7 +348,7 @@ def shift_decoding(listing: Listing, store: TeacherCache) -> Decoding:
 
 def plain(name: str) -> str:
     """A class name without what folders write differently."""
-    return class_words(name).casefold()
+    return text_key(class_words(name))
 
 
 # --- robustness ----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The data sets: class names, and for each split uint8 images (or image files) and labels.
 
 What is read: `shapes` (drawn), Fashion-MNIST (Debian's package or torchvision's files), CIFAR-10
-and -100 (torchvision), and folders of images laid out as PATH/train/CLASS/* and PATH/val/CLASS/*.
+and -100 (torchvision), and folders of images (`layouts`).
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from richkd.data import catalog, folders
+from richkd.data import catalog, class_names, folders, layouts
 from richkd.data.catalog import DEBIAN_FASHION_MNIST
 from richkd.data.decoding import CHANGED, Decoding, say_reading
 from richkd.data.folders import Paths
 from richkd.data.framing import NetworkInput
 from richkd.data.views import CLEAN_SHARE, PadCropFlip, ResizedCropFlip, ViewSpace
+from richkd.data.walk import Walk
 from richkd.errors import RichKDError
 from richkd.progress import Report
 from richkd.recipe import Images
-from richkd.store.schema import say_splits
+from richkd.store.schema import Manifest, say_splits
 
 SMALL_SIDE = 32  # of the images of every data set but folders
 SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000
@@ -122,9 +123,10 @@ class Dataset:
     std: tuple[float, ...]
     image_size: int
     skipped: tuple[str, ...] = ()  # files of a folder that are no whole images
-    ignored: tuple[str, ...] = ()  # and those that are not called images
-    validation: Split | None = None  # training images that choices are made on
-    assumed: tuple[str, ...] = ()  # in reading the files of a folder, a sentence each
+    validation: Split | None = None  # that choices are made on
+    folders: Mapping[str, str] = field(default_factory=dict)  # of each split, in that of a folder
+    class_folders: tuple[str, ...] = ()  # of the classes, likewise
+    notes: tuple[str, ...] = ()  # how a folder was read, line by line
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -187,6 +189,7 @@ def load_dataset(
     settings: Images,
     skipped: Collection[str] | None = None,
     report: Report | None = None,
+    layout: layouts.Layout | None = None,
     decoding: Decoding | None = None,
 ) -> Dataset:
     """Read a data set by name, its first `limit` training samples.
@@ -196,7 +199,8 @@ def load_dataset(
         skipped: of a folder of images, the files that stage one left out, where that is known;
             else every file is decoded once to find those that are broken.
         report: where the progress of that goes.
-        decoding: how stage one decoded a folder's files, where that is known.
+        layout: of a folder of images, the folders of its splits, where that is known.
+        decoding: likewise, how its files were decoded.
 
     Raises:
         RichKDError: an unknown name, missing or damaged files, or no network to fetch them.
@@ -205,7 +209,9 @@ def load_dataset(
     root = Path(settings.data_root)
     if kind == catalog.IMAGE_FOLDER:
         assert path is not None
-        parts = _image_folder(settings, path, skipped, report or Report(quiet=True), decoding)
+        parts = _image_folder(
+            settings, path, skipped, layout, decoding, report or Report(quiet=True)
+        )
     elif kind == "shapes":
         parts = _shapes(settings.limit)
     elif kind == "fashion-mnist":
@@ -220,34 +226,76 @@ def load_dataset(
         name=settings.dataset,
         class_names=parts.class_names,
         train=train,
-        validation=validation,
+        validation=parts.validation or validation,
         test=parts.test,
         mean=mean,
         std=std,
         image_size=parts.image_size,
         skipped=parts.skipped,
-        ignored=parts.ignored,
-        assumed=parts.assumed,
+        folders=parts.folders,
+        class_folders=parts.class_folders,
+        notes=parts.notes,
     )
 
 
 def introduce(dataset: Dataset, report: Report) -> None:
-    """Say what a data set is, what was assumed in reading it, and what was left out."""
+    """Say what a data set is, how its files were read, and what was left out."""
     counts = say_splits({name: len(split) for name, split in dataset.splits.items()})
     side, classes = dataset.image_size, len(dataset.class_names)
     report.say(
         f"{dataset.name}: {counts} images of {side}×{side}, {classes} classes; fingerprint "
         f"{dataset.fingerprint[:12]}"
     )
-    for sentence in dataset.assumed:
-        report.say(sentence)
+    for note in dataset.notes:
+        report.say(note)
     for path in dataset.skipped:
         report.say(f"left out, for it is no whole image: {path}")
-    if dataset.ignored:
-        report.say(
-            f"ignored, for they are not called images: {len(dataset.ignored)} files, "
-            f"{dataset.ignored[0]} among them"
+
+
+def check_class_names(settings: Images) -> None:
+    """Refuse a file of class names that does not fit the folders, before any image is read.
+
+    Raises:
+        RichKDError: as `load_dataset`.
+    """
+    _, path = catalog.split_name(settings.dataset)
+    if settings.class_names and path is not None and path.is_dir():
+        train = path / layouts.find_layout(path).folders["train"]
+        class_names.read_class_names(Path(settings.class_names), Walk(train, ()).classes)
+
+
+def load_again(
+    manifest: Manifest, dataset: str = "", data_root: str = "data", report: Report | None = None
+) -> Dataset:
+    """Read the data set that a store was made from, as it was read then.
+
+    Args:
+        manifest: of the store.
+        dataset: where it is now, if it moved.
+        data_root: the folder where data sets lie.
+        report: where progress goes.
+
+    Raises:
+        RichKDError: as `load_dataset`. That it is the same is for the fingerprint to say.
+    """
+    entry = manifest["dataset"]
+    settings = Images(
+        dataset=dataset or entry["name"],
+        limit=entry["num_train"] + (entry.get("num_validation", 0) if "validation" in entry else 0),
+        validation=entry.get("validation", 0.0),
+        data_root=data_root,
+        image_size=manifest["image_size"],
+    )
+    _, path = catalog.split_name(settings.dataset)
+    layout = None
+    if path is not None:
+        layout = (
+            layouts.Layout(entry["folders"]) if "folders" in entry else layouts.earlier_layout(path)
         )
+    skipped = entry.get("skipped", [])
+    decoding = Decoding.from_entry(entry["decoding"]) if "decoding" in entry else None
+    found = load_dataset(settings, skipped, report, layout, decoding)
+    return replace(found, skipped=tuple(skipped))
 
 
 def hold_out(train: Split, share: float, class_names: Sequence[str]) -> tuple[Split, Split | None]:
@@ -291,9 +339,11 @@ class Parts:
     train: Split
     test: Split
     image_size: int = SMALL_SIDE
+    validation: Split | None = None
     skipped: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
-    assumed: tuple[str, ...] = ()
+    folders: Mapping[str, str] = field(default_factory=dict)
+    class_folders: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def _shapes(limit: int | None) -> Parts:
@@ -387,39 +437,46 @@ def _image_folder(
     settings: Images,
     path: Path,
     skipped: Collection[str] | None,
-    report: Report,
+    layout: layouts.Layout | None,
     decoding: Decoding | None,
+    report: Report,
 ) -> Parts:
     if not path.is_dir():
         raise RichKDError(f"imagefolder:{path}: there is no such folder")
-    held_out = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
-    if not (path / "train").is_dir() or held_out is None:
+    found, notes = layouts.find_splits(path, layout)
+    if settings.validation and "validation" in found:
         raise RichKDError(
-            f"imagefolder:{path} needs the layout {path}/train/CLASS/image.jpg and "
-            f"{path}/val/CLASS/image.jpg"
+            f"validation = {settings.validation:g}: {found['validation'].folder} has validation "
+            f"images; leave --validation out, or move that folder away to hold out training images"
         )
-    train = folders.list_images(path / "train", settings.broken, skipped, report)
-    test = folders.list_images(held_out, settings.broken, skipped, report)
-    if train.classes != test.classes:
-        different = sorted({*train.classes} ^ {*test.classes})
-        raise RichKDError(
-            f"imagefolder:{path}: {different[0]!r} is a class of one of "
-            f"{path / 'train'} and {held_out} only"
-        )
-    image_size = settings.image_size or folders.suggest_image_size(train.sizes)
+    train = found["train"]
     names = (
-        folders.read_class_names(Path(settings.class_names), train.classes)
-        if settings.class_names else tuple(map(folders.class_words, train.classes))
+        class_names.read_class_names(Path(settings.class_names), train.classes)
+        if settings.class_names else class_names.name_classes(train.classes)
     )  # fmt: skip
-    listings = train, test
-    values, traits = [each.values for each in listings], [each.traits for each in listings]
+    listed = {
+        split: folders.list_images(each.folder, settings.broken, skipped, report, each)
+        for split, each in found.items()
+    }
+    image_size = settings.image_size or folders.suggest_image_size(listed["train"].sizes)
+    values = [each.values for each in listed.values()]
     decoding = decoding or Decoding.of(settings.background, settings.pixel_range, values)
-    splits = [files_split(each, image_size, decoding) for each in listings]
+    splits = {split: files_split(each, image_size, decoding) for split, each in listed.items()}
+    traits = np.concatenate([each.traits for each in listed.values()])
+    read = say_reading(decoding, settings.pixel_range, values, traits)
     return Parts(
-        names, splits[0], splits[1], image_size,
-        (*train.skipped, *test.skipped), (*train.ignored, *test.ignored),
-        tuple(say_reading(decoding, settings.pixel_range, values, np.concatenate(traits))),
-    )  # fmt: skip
+        names.names,
+        splits["train"],
+        splits["test"],
+        image_size,
+        validation=splits.get("validation"),
+        skipped=tuple(path for each in listed.values() for path in each.skipped),
+        folders={}
+        if layout is not None and layout.earlier
+        else {split: each.folder.name for split, each in found.items()},
+        class_folders=train.classes,
+        notes=(*notes, *names.notes, *read),
+    )
 
 
 def files_split(listing: folders.Listing, image_size: int, decoding: Decoding) -> Split:

@@ -8,7 +8,6 @@ to be told which of them are black and white. That range is decided once for a d
 
 from __future__ import annotations
 
-import stat
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +28,8 @@ FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png", ".apng"),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
-    "BMP": (".bmp", ".dib"),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
     "GIF": (".gif",),
@@ -247,8 +247,6 @@ def look(path: Path, decode: bool) -> Found:
     """What a file says of itself; `decode` reads it to its end, to find whether it is whole."""
     found = Found()
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            return replace(found, fault="it is no regular file")
         with _opened(path) as image:
             depth = depth_of(image)
             found = _header(image, depth)
@@ -376,7 +374,8 @@ def say_reading(
                                 for each in values if kind in each.kinds])  # fmt: skip
         dark = int(np.count_nonzero(highs < low + (high - low) / 8))
         beyond = int(np.count_nonzero(highs > high))
-        how = "--pixel-range" if pixel_range else "from their values; --pixel-range says otherwise"
+        source = "their format" if kind in _DECLARED else "their values"
+        how = "--pixel-range" if pixel_range else f"by {source}; --pixel-range says otherwise"
         lines.append(
             f"{kind} images, from {low:,.6g} (black) to {high:,.6g} (white; {how}): {len(highs):,}"
             + (f", {dark:,} of them below an eighth of that" if dark else "")

@@ -1,19 +1,18 @@
-"""Folders of people's own images: which files are images, and what their folders are called.
+"""Folders of people's own images, a folder a class: their files, and what these say of themselves.
 
-Layout: PATH/train/CLASS/* and PATH/val/CLASS/* (or test), as torchvision's ImageFolder reads it.
+Which files are images is `walk`'s to say, which folder is which split `layouts`'s, and what classes
+are called `class_names`'s.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import overload
 
@@ -22,15 +21,17 @@ from numpy.typing import NDArray
 
 from richkd.data import decoding
 from richkd.data.decoding import SUFFIXES, Values
-from richkd.errors import RichKDError, nearest
+from richkd.data.walk import Kind, Tally, Walk
+from richkd.errors import RichKDError
 from richkd.files import home, replacing
 from richkd.progress import Report
 
+# Those that were read before stores said which folders they are of.
+EARLIER_SUFFIXES = {
+    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif",
+}  # fmt: skip
 _READING = 2  # another number whenever files are looked at otherwise
 LOOKED_AT = 4096  # files that wait for a thread at once
-_SYNSET = re.compile(r"n\d{8}")
-_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-_NUMBERED = re.compile(r"\d+[._-]+(?=\D)")  # as in 001.Black_footed_Albatross
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +74,47 @@ class Paths(Sequence[str]):
 
 
 @dataclass(frozen=True)
+class Found:
+    """The files of one split that are called images, the classes evenly spread."""
+
+    folder: Path
+    classes: tuple[str, ...]  # names of folders
+    paths: Paths  # relative to folder
+    labels: NDArray[np.int64]  # [N]
+    tally: Tally  # of what else is there
+    real: Mapping[tuple[int, int], str]  # as of `Walk`
+    empty: Mapping[str, str]  # classes without images, and what is there instead
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong with the folder, and the remedy; None where each class has images."""
+        beside = self.tally.counts[Kind.BESIDE]
+        if not self.classes:
+            has = f"holds {beside:,} images and no folders of classes" if beside else (
+                "holds no folders of classes"
+            )  # fmt: skip
+            return f"{self.folder} {has}; {self.sort}"
+        if self.empty:
+            name, instead = next(iter(self.empty.items()))
+            more = f", nor in {len(self.empty) - 1} more" if len(self.empty) > 1 else ""
+            return (
+                f"{self.folder}/{name}: there is no image in it{more}; add images of the class, or "
+                f"remove the folder{instead and f' ({instead})'}"
+            )
+        return None
+
+    @property
+    def sort(self) -> str:
+        """How images are sorted into classes."""
+        hint = ""
+        if (self.folder / "val_annotations.txt").is_file():
+            hint = "; val_annotations.txt says the class of each"
+        elif any("ILSVRC2012_val_" in path for path in self.tally.paths[Kind.BESIDE]):
+            hint = "; a script called valprep.sh does that for ImageNet"
+        return f"put each image into the folder of its class, {self.folder}/CLASS/image.jpg{hint}"
+
+
+@dataclass(frozen=True)
 class Listing:
     """The image files of one split, the classes evenly spread."""
 
@@ -84,7 +126,6 @@ class Listing:
     traits: NDArray[np.uint8]  # [N], bits as of data/decoding.py
     values: Values  # of those that are deeper than 8 bits
     skipped: tuple[str, ...]  # files that are no whole images, relative to what folder is in
-    ignored: tuple[str, ...]  # likewise: files that are not called images
 
 
 def list_images(
@@ -92,6 +133,7 @@ def list_images(
     broken: str,
     known: Collection[str] | None = None,
     report: Report | None = None,
+    found: Found | None = None,
 ) -> Listing:
     """Read a folder of class folders.
 
@@ -100,11 +142,15 @@ def list_images(
         broken: what to do with files that cannot be decoded to their end: refuse or skip.
         known: the broken files, as an earlier listing skipped them: none is decoded then.
         report: where progress goes.
+        found: what is in it, where that is known already.
 
     Raises:
         RichKDError: no class, a class without images, or a broken file that is to be refused.
     """
-    classes, paths, labels, ignored = _find(folder)
+    found = found or find_images(folder)
+    if found.fault is not None:
+        raise RichKDError(found.fault)
+    classes, paths, labels = found.classes, found.paths, found.labels
     look = _remembered(folder, paths, known is None, report or Report(quiet=True))
     left_out = {*(known or ())}
     faults = {number: reason for number, reason in look.faults.items()
@@ -138,44 +184,50 @@ def list_images(
             high=look.values.high[whole],
         ),
         skipped=tuple(f"{folder.name}/{paths[number]}" for number in faults),
-        ignored=tuple(ignored),
     )
 
 
-def _find(folder: Path) -> tuple[tuple[str, ...], Paths, NDArray[np.int64], list[str]]:
-    """The classes, every file called an image with its label, and the files that are not.
+def find_images(folder: Path, *, earlier: bool = False) -> Found:
+    """The classes of a folder, and every file called an image with its label.
 
     The order is one in which every prefix holds the classes evenly, so that --limit N does not take
     the first classes only.
+
+    Args:
+        folder: with a folder a class.
+        earlier: read what earlier versions read: files of fewer formats, and hidden ones.
+
+    Raises:
+        RichKDError: a folder in it cannot be read, or two class folders are one.
     """
-    from torchvision.datasets.folder import find_classes, make_dataset
+    walk = Walk(folder, EARLIER_SUFFIXES if earlier else SUFFIXES, with_hidden=earlier)
+    counts = np.zeros(len(walk.classes), np.int64)
+    empty: dict[str, str] = {}
 
-    ignored: list[str] = []
-    above = str(folder / "_")[:-1]
-
-    def is_image(file: str) -> bool:
-        called = os.path.splitext(file)[1].lower() in SUFFIXES  # noqa: PTH122
-        if not called and not os.path.basename(file).startswith("."):  # noqa: PTH119
-            ignored.append(f"{folder.name}/{file.removeprefix(above)}")
-        return called
-
-    def in_classes(numbers: dict[str, int]) -> Iterator[str]:
+    def in_classes() -> Iterator[str]:
         """The paths, class by class: the lists of all at once would be much larger."""
-        for name, number in numbers.items():
-            samples = make_dataset(str(folder), {name: number}, is_valid_file=is_image)
-            counts[number] = len(samples)
-            yield from (file.removeprefix(above) for file, _ in samples)
+        for number, name in enumerate(walk.classes):
+            own = Tally()
+            for path in walk.images(name, own):
+                counts[number] += 1
+                yield path
+            if not counts[number]:
+                empty[name] = "; ".join(own.lines())
+            walk.tally.merge(own)
 
-    try:
-        classes, numbers = find_classes(str(folder))
-        counts = np.zeros(len(classes), np.int64)
-        paths = Paths.of(in_classes(numbers))
-    except FileNotFoundError as error:
-        raise RichKDError(f"{folder}: {error}") from None
-    labels = np.repeat(np.arange(len(classes)), counts)
+    paths = Paths.of(in_classes())
+    labels = np.repeat(np.arange(len(counts)), counts)
     place = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)  # in its class
     order = np.lexsort((labels, place))
-    return tuple(classes), paths.take(order), labels[order], ignored
+    return Found(
+        folder=folder,
+        classes=tuple(walk.classes),
+        paths=paths.take(order),
+        labels=labels[order],
+        tally=walk.tally,
+        real=walk.real,
+        empty=empty,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,60 +331,6 @@ def _look(folder: Path, paths: Paths, decode: bool, report: Report) -> _Look:
                 tick(1)
     values = Values(kinds, kind, low, high)
     return _Look(sizes=sizes, traits=traits, values=values, faults=faults, decoded=decode)
-
-
-# --- class names ---------------------------------------------------------------------------------
-
-
-def class_words(folder: str) -> str:
-    """A folder's name as words: no underscores, no numbers in front, camel case apart.
-
-    WordNet ids (n02123045) are looked up among timm's ImageNet classes; the first lemma is taken.
-    """
-    if _SYNSET.fullmatch(folder):
-        return _lemmas().get(folder, folder)
-    words = _CAMEL.sub(" ", _NUMBERED.sub("", folder).replace("_", " ").replace("-", " "))
-    return " ".join(words.split()) or folder
-
-
-@cache
-def _lemmas() -> dict[str, str]:
-    from timm.data.imagenet_info import ImageNetInfo
-
-    known = ImageNetInfo("imagenet-22k")
-    return {
-        synset: known.label_name_to_description(synset).split(",")[0]
-        for synset in known.label_names()  # type: ignore[no-untyped-call]
-    }
-
-
-def read_class_names(file: Path, folders: Sequence[str]) -> tuple[str, ...]:
-    """Names from a text file: a line a class in the order of the folders, or FOLDER: NAME lines.
-
-    Raises:
-        RichKDError: no such file, a folder that there is not, or too few or too many names.
-    """
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise RichKDError(f"cannot read --class-names {file}: {error}") from None
-    lines = [line for line in lines if line]
-    named = dict(line.split(":", 1) for line in lines if ":" in line)
-    if len(named) < len(lines):
-        if len(lines) != len(folders):
-            raise RichKDError(
-                f"{file} has {len(lines)} names for {len(folders)} classes; write a name a line in "
-                f"the order of the folders, or lines of FOLDER: NAME"
-            )
-        return tuple(lines)
-    named = {folder.strip(): name.strip() for folder, name in named.items()}
-    strange = sorted(named.keys() - {*folders})
-    if strange:
-        raise RichKDError(
-            f"{file} names {strange[0]!r}, which is no folder of a class; "
-            f"{nearest(strange[0], folders)}"
-        )
-    return tuple(named.get(folder) or class_words(folder) for folder in folders)
 
 
 def suggest_image_size(sizes: NDArray[np.int64]) -> int:

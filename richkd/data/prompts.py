@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from richkd.errors import RichKDError, unknown
+from richkd.files import read_text
 
 PROMPT_SETS: dict[str, tuple[str, ...]] = {
     # the twelve of the RichKD release
@@ -30,7 +31,7 @@ def load_prompts(name_or_file: str) -> tuple[str, ...]:
     """Templates, each with one `{}` for the class name.
 
     Args:
-        name_or_file: a set's name, or a UTF-8 text file with one template a line
+        name_or_file: a set's name, or a text file with one template a line
             (empty lines and lines that start with # do not count).
 
     Raises:
@@ -42,8 +43,8 @@ def load_prompts(name_or_file: str) -> tuple[str, ...]:
     if not path.is_file():
         raise unknown("prompt set, nor is there such a file:", name_or_file, PROMPT_SETS)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).split("\n")
+    except (OSError, ValueError) as error:
         raise RichKDError(f"cannot read prompts from {path}: {error}") from None
     templates = []
     for number, line in enumerate(lines, 1):

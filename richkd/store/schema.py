@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from richkd.data.framing import InputEntry, NetworkInput, input_fault
@@ -34,7 +35,8 @@ class DatasetEntry(TypedDict):
     skipped: NotRequired[list[str]]  # files of a folder that are no whole images
     decoding: NotRequired[dict[str, Any]]  # of files, where it changes pixels (data/decoding.py)
     validation: NotRequired[float]  # share of the training images that choices are made on
-    num_validation: NotRequired[int]  # how many these are; they are not in num_train
+    num_validation: NotRequired[int]  # images that choices are made on; they are not in num_train
+    folders: NotRequired[dict[str, str]]  # of each split of a folder of images, by its name in that
 
 
 class ViewsEntry(TypedDict):
@@ -106,6 +108,7 @@ class Manifest(TypedDict):
 NOT_IDENTITY = frozenset(
     {"complete", "fused_accuracy", "keep_kl", "recipe", "versions", "checksums", "seal"}
 )
+SPLITS = {"train", "test", "validation"}
 
 
 @dataclass(frozen=True)
@@ -293,6 +296,11 @@ def _out_of_range(manifest: Manifest) -> Iterator[str]:
         keep, temperature = manifest.get("keep", 0), manifest.get("keep_temperature", 0)
         if not 1 <= keep < len(manifest["class_names"]) or temperature <= 0:
             yield f"keep is {keep}, keep_temperature {temperature}"
+    folders = manifest["dataset"].get("folders")
+    if folders is not None:
+        plain = all(name == Path(name).name not in ("", "..") for name in folders.values())
+        if not {"train", "test"} <= folders.keys() <= SPLITS or not plain:
+            yield f"dataset.folders is {folders!r}"
     mean, std = manifest["mean"], manifest["std"]
     if not len(mean) == len(std) == 3 or min(std) <= 0:
         yield f"mean is {mean!r}, std {std!r}"
@@ -328,7 +336,9 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
         {
             name: value
             for name, value in _flat("", whole(manifest))
-            if name.partition(".")[0] not in NOT_IDENTITY and not name.endswith(".accuracy")
+            if name.partition(".")[0] not in NOT_IDENTITY
+            and not name.endswith(".accuracy")
+            and not name.startswith("dataset.folders.")  # the fingerprint is of what is in them
         }
         for manifest in (old, new)
     )

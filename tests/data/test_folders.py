@@ -20,9 +20,7 @@ from richkd.data.datasets import load_dataset
 from richkd.data.folders import (
     Listing,
     Paths,
-    class_words,
     list_images,
-    read_class_names,
     suggest_image_size,
 )
 from richkd.errors import RichKDError
@@ -30,18 +28,6 @@ from richkd.recipe import Images
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]
-
-WORDS = {
-    "polar_bear": "polar bear", "PolarBear": "Polar Bear",
-    "aquarium-fish": "aquarium fish", "001.Black_footed_Albatross": "Black footed Albatross",
-    "n02123045": "tabby", "n99999999": "n99999999", "zebra": "zebra", "Käfer": "Käfer",
-    "HTMLPage": "HTML Page", "42": "42", "_": "_",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("folder", "words"), WORDS.items())
-def test_folder_names_become_words(folder: str, words: str) -> None:
-    assert class_words(folder) == words
 
 
 @pytest.fixture
@@ -243,24 +229,6 @@ def test_a_home_that_cannot_be_written_is_no_fault(
     assert len(list_images(own / "train", "skip").paths) == 6
 
 
-def test_class_names_from_a_file(own: Path, tmp_path: Path) -> None:
-    file, folders = tmp_path / "names.txt", ("polar_bear", "seeLöwe")
-    file.write_text("ice bear\nsea lion\n", encoding="utf-8")
-    assert read_class_names(file, folders) == ("ice bear", "sea lion")
-    file.write_text("seeLöwe: sea lion\n", encoding="utf-8")
-    assert read_class_names(file, folders) == ("polar bear", "sea lion")
-    settings = Images(dataset=f"imagefolder:{own}", class_names=str(file), broken="skip")
-    assert load_dataset(settings).class_names == ("polar bear", "sea lion")
-    file.write_text("one\n")
-    with pytest.raises(RichKDError, match="1 names for 2 classes"):
-        read_class_names(file, folders)
-    file.write_text("polar_baer: x\n")
-    with pytest.raises(RichKDError, match="names 'polar_baer', which is no folder"):
-        read_class_names(file, folders)
-    with pytest.raises(RichKDError, match="cannot read --class-names"):
-        read_class_names(tmp_path / "none.txt", folders)
-
-
 def test_the_image_size_that_most_images_have() -> None:
     sizes = np.array([[300, 400]] * 3 + [[100, 100]])
     assert suggest_image_size(sizes) == 224
@@ -325,7 +293,7 @@ def test_a_users_folder_through_both_stages(
     said = done.err
     for file in BROKEN:
         assert f"left out, for it is no whole image: {file}" in said
-    assert "not called images: 1 files, train/zebra/readme.txt among them" in said
+    assert "2 files that are not called images: train/notes.txt, train/zebra/readme.txt" in said
     order = ("classes: Ære", "prompts a class: 12: a photo of a Ære", "CLIP zero-shot on 40",
              "training the teacher, resnet32x4", "is complete")  # fmt: skip
     places = [said.index(text) for text in order]
