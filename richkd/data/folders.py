@@ -10,7 +10,6 @@ import os
 import re
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from richkd.cpus import threads, usable_cpus
 from richkd.errors import RichKDError, nearest
 from richkd.files import home, replacing
 from richkd.progress import Report
@@ -247,7 +247,7 @@ def _look(folder: Path, paths: Paths, decode: bool, report: Report) -> _Look:
         return None
 
     with (
-        ThreadPoolExecutor(os.cpu_count() or 1) as pool,
+        threads(usable_cpus()) as pool,
         report.track(f"looking at {folder}", len(paths), "files") as tick,
     ):
         for start in range(0, len(paths), LOOKED_AT):
