@@ -37,10 +37,15 @@ class Report:
         """One line; what is in it is text, never markup. A terminal wraps it between words."""
         if self.quiet:
             return
-        if sys.stderr.isatty():
-            self.console.print(harmless(message), markup=False, emoji=False)
-        else:
-            print(harmless(message), file=sys.stderr, flush=True)
+        try:
+            if sys.stderr.isatty():
+                self.console.print(harmless(message), markup=False, emoji=False)
+            else:
+                print(harmless(message), file=sys.stderr, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError:  # a log on a disk that is full, a terminal that is gone: work goes on
+            pass
 
     @contextmanager
     def track(self, task: str, total: int, unit: str) -> Iterator[Advance]:
