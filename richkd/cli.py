@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from richkd import recipe as recipes
+from richkd.data.catalog import at_home
 from richkd.errors import RichKDError, machine_fault
 from richkd.interrupt import Interrupted, stopped_at_once
 from richkd.recipe import Distill, Precompute, Sweep, TrainTeacher, describe
@@ -893,7 +894,7 @@ def execute(arguments: Sequence[str]) -> int:
     """Run a command; the only place that turns errors into exit codes."""
     try:
         with stopped_at_once():
-            code = app(list(arguments) or ["--help"], standalone_mode=False)
+            code = app([*map(_at_home, arguments)] or ["--help"], standalone_mode=False)
     except RichKDError as error:
         code = fail(str(error), 2)
     except Interrupted as interrupted:
@@ -915,6 +916,14 @@ def execute(arguments: Sequence[str]) -> int:
         else:
             raise
     return code if isinstance(code, int) else 0
+
+
+def _at_home(argument: str) -> str:
+    """An argument with the home folder for `~`: the shell leaves --out=~/x as it is."""
+    flag, equals, value = argument.partition("=")
+    if equals and flag.startswith("--"):
+        return f"{flag}={at_home(value)}"
+    return at_home(argument)
 
 
 def main() -> NoReturn:
