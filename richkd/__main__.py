@@ -6,6 +6,7 @@ Signals, the standard streams and OpenMP are seen to here; the commands are in c
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -14,12 +15,15 @@ from richkd import cpus, interrupt, streams
 
 # Commands that go on where they were interrupted, when they are given again.
 RESUMED = {"demo", "train-teacher", "precompute", "distill", "sweep", "run"}
+NARROW = 60  # columns
 
 
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
     streams.prepare()
     prepare_threads()
+    if shutil.get_terminal_size().columns < NARROW:
+        os.environ.setdefault("TYPER_USE_RICH", "0")  # whose columns cut the names of flags there
     interrupt.unmoved_at_the_end()
     try:
         with interrupt.stopped_at_once(closing_line(sys.argv[1:])):

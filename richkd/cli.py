@@ -13,6 +13,7 @@ from dataclasses import asdict, fields
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import HAS_RICH
 
 from richkd import recipe as recipes
 from richkd.data.catalog import at_home
@@ -52,8 +53,8 @@ def _help_of(function: Callable[..., None]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that rich does not read as its markup."""
-    return text.replace("[", "\\[")
+    """Text that rich does not read as its markup, where rich shows it."""
+    return text.replace("[", "\\[") if HAS_RICH else text
 
 
 def _option(settings: type, name: str, *flags: str) -> Any:
@@ -631,8 +632,10 @@ def evaluate(
         bool,
         typer.Option(
             "--corruptions",
-            help="15 corruptions, five severities: DATA_ROOT/CIFAR-100-C or -10-C, else made here "
-            "(richkd\\[corruptions])",
+            help=_plain(
+                "15 corruptions, five severities: DATA_ROOT/CIFAR-100-C or -10-C, else "
+                "made here (richkd[corruptions])"
+            ),
         ),
     ] = False,
     corruption_files: Annotated[

@@ -60,7 +60,7 @@ def flushed(code: int) -> int:
             if error.errno == errno.EPIPE:
                 code = code or 141
             elif stream is sys.stdout:
-                code = fail(f"cannot write to standard output: {error}", code or 2)
+                code = code or fail(f"cannot write to standard output: {error}", 2)
     return code
 
 
