@@ -1,6 +1,56 @@
-"""`python -m richkd` is the command line."""
+"""The process behind `richkd` and `python -m richkd`: what surrounds a command, before any import.
 
-from richkd.cli import main
+Signals, the standard streams and OpenMP are seen to here; the commands are in cli.py.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from richkd import cpus, interrupt, streams
+
+# Commands that go on where they were interrupted, when they are given again.
+RESUMED = {"demo", "train-teacher", "precompute", "distill", "sweep", "run"}
+NARROW = 60  # columns
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its code."""
+    streams.prepare()
+    prepare_threads()
+    if shutil.get_terminal_size().columns < NARROW:
+        os.environ.setdefault("TYPER_USE_RICH", "0")  # whose columns cut the names of flags there
+    interrupt.unmoved_at_the_end()
+    try:
+        with interrupt.stopped_at_once(closing_line(sys.argv[1:])):
+            from richkd.cli import execute
+
+            code = streams.flushed(execute(sys.argv[1:]))
+    except interrupt.Interrupted as interrupted:
+        code = streams.flushed(streams.fail(str(interrupted), interrupted.exit_code))
+    interrupt.leave(code)
+
+
+def closing_line(arguments: Sequence[str]) -> str:
+    """What to say where a command is interrupted, without a word of its own on how far it is."""
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    return interrupt.GOES_ON if command in RESUMED else "interrupted; run it again from the start"
+
+
+def prepare_threads() -> None:
+    """Say to OpenMP, before PyTorch loads it, how many threads to use and how they wait.
+
+    Threads that spin while they wait take the CPU from those that work, where there are fewer CPUs
+    than threads; and OpenMP does not know the quota of a container.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if cpus.usable_cpus() < cpus.assigned_cpus():
+        os.environ.setdefault("OMP_NUM_THREADS", str(cpus.usable_cpus()))
+
 
 if __name__ == "__main__":
     main()

@@ -8,7 +8,6 @@ Ratios are medians of the ratios of each round, so that a machine that slows dow
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -28,6 +27,7 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from richkd import fusion
+from richkd.cpus import usable_cpus
 from richkd.data import catalog
 from richkd.data.datasets import Dataset, Split
 from richkd.data.inputs import ArrayInputs, Normalize
@@ -523,4 +523,4 @@ def show(result: Mapping[str, Any], report: Report) -> None:
           f"{entry['kl']:.1e}" if "kl" in entry else "")
          for name, entry in result["bytes"].items()],
     )  # fmt: skip
-    report.say(f"{os.cpu_count()} cores, {result['threads']} threads; took {result['took']:.0f} s")
+    report.say(f"{usable_cpus()} cores, {result['threads']} threads; took {result['took']:.0f} s")

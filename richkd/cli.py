@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import inspect as inspection
 import json
-import sys
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import HAS_RICH
 
 from richkd import recipe as recipes
-from richkd.errors import RichKDError
+from richkd.data.catalog import at_home
+from richkd.errors import RichKDError, machine_fault
 from richkd.interrupt import Interrupted, stopped_at_once
 from richkd.recipe import Distill, Precompute, Sweep, TrainTeacher, describe
+from richkd.streams import fail
 
 app = typer.Typer(
     name="richkd",
@@ -51,8 +53,8 @@ def _help_of(function: Callable[..., None]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that rich does not read as its markup."""
-    return text.replace("[", "\\[")
+    """Text that rich does not read as its markup, where rich shows it."""
+    return text.replace("[", "\\[") if HAS_RICH else text
 
 
 def _option(settings: type, name: str, *flags: str) -> Any:
@@ -636,8 +638,10 @@ def evaluate(
         bool,
         typer.Option(
             "--corruptions",
-            help="15 corruptions, five severities: DATA_ROOT/CIFAR-100-C or -10-C, else made here "
-            "(richkd\\[corruptions])",
+            help=_plain(
+                "15 corruptions, five severities: DATA_ROOT/CIFAR-100-C or -10-C, else "
+                "made here (richkd[corruptions])"
+            ),
         ),
     ] = False,
     corruption_files: Annotated[
@@ -896,29 +900,44 @@ def _assignments(flag: str, texts: list[str]) -> dict[str, Any]:
     return values
 
 
-def main() -> NoReturn:
-    """Run the command line; the only place that turns errors into exit codes."""
+def execute(arguments: Sequence[str]) -> int:
+    """Run a command; the only place that turns errors into exit codes."""
     try:
         with stopped_at_once():
-            code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+            code = app([*map(_at_home, arguments)] or ["--help"], standalone_mode=False)
     except RichKDError as error:
-        code = _fail(str(error), 2)
+        code = fail(str(error), 2)
     except Interrupted as interrupted:
-        code = _fail(str(interrupted), interrupted.exit_code)
-    except typer.Abort:
-        code = _fail("interrupted", 130)
+        code = fail(str(interrupted), interrupted.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        code = fail("interrupted", 130)
+    except BrokenPipeError:  # who read what is printed has seen enough, as has rich's reader below
+        code = 141
+    except SystemExit as exit_:
+        code = exit_.code
     except OSError as error:  # a disk that is full, a folder without permission, …
-        code = _fail(f"{error}; make room, or see to the path and its permissions", 2)
+        code = fail(f"{error}; make room, or see to the path and its permissions", 2)
     except Exception as error:
         # a mistyped command or flag; typer's own class for it is not public
-        if not hasattr(error, "format_message"):
+        if hasattr(error, "format_message"):
+            code = fail(f"{error.format_message().rstrip('.')}; see richkd --help", 2)
+        elif (fault := machine_fault(error)) is not None:
+            code = fail(fault, 2)
+        else:
             raise
-        code = _fail(f"{error.format_message().rstrip('.')}; see richkd --help", 2)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
-def _fail(message: str, code: int) -> int:
-    from richkd.progress import harmless
+def _at_home(argument: str) -> str:
+    """An argument with the home folder for `~`: the shell leaves --out=~/x as it is."""
+    flag, equals, value = argument.partition("=")
+    if equals and flag.startswith("--"):
+        return f"{flag}={at_home(value)}"
+    return at_home(argument)
 
-    print(f"richkd: {harmless(' '.join(message.split()))}", file=sys.stderr)
-    return code
+
+def main() -> NoReturn:
+    """The process behind `richkd`."""
+    from richkd.__main__ import main
+
+    main()

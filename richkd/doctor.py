@@ -14,6 +14,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from richkd.cpus import usable_cpus
 from richkd.data.catalog import PLACES, found
 from richkd.errors import RichKDError
 from richkd.progress import Report, size
@@ -26,6 +27,7 @@ EXTRAS = {
     "ray": ("richkd sweep --engine ray", "ray"),
     "cloud": ("stores at s3://, gs://, az://", "obstore"),
 }
+LITTLE_SHARED_MEMORY = 2**30  # what data-loader workers may put there, twice
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,18 @@ def devices() -> Iterator[Finding]:
     """CPU, memory and GPUs."""
     import torch
 
+    from richkd.data.workers import SHARED_MEMORY, free_shared_memory
     from richkd.training.device import free_memory
 
-    cpu = torch.device("cpu")
-    yield Finding("cpu", f"{os.cpu_count()} cores, {size(free_memory(cpu))} of memory free")
+    machine, usable = os.cpu_count() or 1, usable_cpus()
+    cores = f"{usable} cores" if usable == machine else f"{usable} of {machine} cores"
+    free = free_memory(torch.device("cpu"))
+    yield Finding("cpu", f"{cores}, {torch.get_num_threads()} threads, {size(free)} of memory free")
+    shared = free_shared_memory()
+    if shared is not None:
+        yield Finding("shared memory", f"{size(shared)} free in {SHARED_MEMORY}",
+                      "small for image folders; docker run --shm-size=1g"
+                      if shared < LITTLE_SHARED_MEMORY else "")  # fmt: skip
     for number in range(torch.cuda.device_count()):
         gpu = torch.device("cuda", number)
         bf16 = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"

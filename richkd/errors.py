@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_NO_MEMORY = re.compile(
+    "out of memory|can't allocate memory|cannot allocate memory|not enough memory|ALLOC_FAILED",
+    re.IGNORECASE,
+)
 
 
 class RichKDError(Exception):
@@ -32,3 +38,24 @@ def nearest(name: str, choices: Iterable[str], limit: int = 8, fallback: Iterabl
 def unknown(kind: str, name: str, choices: Iterable[str]) -> RichKDError:
     """The error for a name that does not exist, with the names that do."""
     return RichKDError(f"unknown {kind} {name!r}; {nearest(name, choices)}")
+
+
+def machine_fault(error: Exception) -> str | None:
+    """What the machine lacks, in one line with the remedy; None where an error says something else.
+
+    PyTorch tells of memory in RuntimeErrors of many texts.
+    """
+    reason = " ".join(str(error).split())
+    if "received 0 items of ancdata" in reason or "Too many open files" in reason:
+        return "too many open files; allow more (ulimit -n 4096), or set RICHKD_WORKERS=0"
+    if re.search(r"shared memory|/torch_\d+_", reason):
+        return (
+            f"shared memory ran out ({reason[:120]}); enlarge /dev/shm (docker run --shm-size=1g) "
+            f"or do without data-loader workers (RICHKD_WORKERS=0)"
+        )
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(reason) is not None:
+        return (
+            f"out of memory ({reason[:120] or type(error).__name__}); lower --batch-size or choose "
+            f"smaller networks, then run it again"
+        )
+    return None

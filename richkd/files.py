@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from richkd.errors import RichKDError
+from richkd.interrupt import not_in_between
 
 # by `replacing`, and by zarr
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp|.+\.[0-9a-f]{32}\.partial")
@@ -113,16 +114,18 @@ def held(path: Path) -> Iterator[None]:
     note = _lock_file(path)
     lock = FileLock(note)
     try:
-        lock.acquire(timeout=0)
+        with not_in_between():
+            lock.acquire(timeout=0)
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            note.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {now}")
+        yield
     except Timeout:
         raise _held_by(path, note) from None
-    try:
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        note.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {now}")
-        yield
     finally:
-        note.unlink(missing_ok=True)
-        lock.release()
+        with not_in_between():
+            if lock.is_locked:
+                note.unlink(missing_ok=True)
+                lock.release()
 
 
 def check_not_held(path: Path) -> None:

@@ -1,14 +1,33 @@
-"""Being told to stop, by SIGINT (Ctrl-C) or SIGTERM (batch systems), so that nothing is lost."""
+"""Being told to stop (Ctrl-C, a batch system, a terminal that is closed), so that nothing is lost.
+
+A signal raises `Interrupted` wherever the program is, but for three places: while signals are held
+back, which is until the work in hand is done; inside an import, whose modules would stay half made
+for whoever catches ImportError; and where Python cannot raise (`__del__`), after which it is raised
+again. A second signal does not wait; one that comes while the first is being answered ends the
+process there and then.
+"""
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import FrameType
+from typing import Any, NoReturn
 
-AT_ONCE = "interrupted; the same command goes on, distill with --resume"
+STOPPING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+GOES_ON = "interrupted; the same command goes on"
+# `timeout` and others signal the process and then its group, which is one request
+SAME_REQUEST_S = 0.5
+TRY_AGAIN_S = 0.05
 
 
 class Interrupted(BaseException):
@@ -19,42 +38,83 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signum
 
 
+@dataclass
+class _State:
+    """What has been asked of the main thread, and how far the answer is."""
+
+    message: str = GOES_ON
+    handled: bool = False  # by this module
+    imports: int = 0  # that whoever is stopped is inside of, and that are not awaited
+    caught: int = 0  # the signal that is being answered
+    when: float = 0.0  # it came
+    holding: int = 0  # blocks that hold signals back
+    insisted: bool = False  # a second one came: hold nothing back
+    raised: bool = False
+
+
+_state = _State()
+
+
 @contextmanager
-def stopped_at_once() -> Iterator[None]:
-    """A signal raises Interrupted wherever the program is."""
-
-    def stop(signum: int, _: FrameType | None) -> None:
-        raise Interrupted(signum, AT_ONCE)
-
-    with _handled_by(stop):
-        yield
+def stopped_at_once(message: str = GOES_ON) -> Iterator[None]:
+    """A signal raises Interrupted, with the message; what fails afterwards failed because of it."""
+    with _handled(message):
+        try:
+            yield
+        except Exception:  # as some libraries make of what is raised inside them
+            if not _state.caught:
+                raise
+            raise Interrupted(_state.caught, _state.message) from None
 
 
 @contextmanager
 def held_back() -> Iterator[Callable[[str], None]]:
     """Signals wait for a call of what this gives, with the message; a second one does not wait."""
-    caught: list[int] = []
-
-    def note(signum: int, _: FrameType | None) -> None:
-        if caught:
-            raise Interrupted(signum, AT_ONCE)
-        caught.append(signum)
 
     def check(message: str) -> None:
-        if caught:
-            raise Interrupted(caught[0], message)
+        if _state.caught and not _state.raised and _in_main_thread():
+            _raise(message)
 
-    with _handled_by(note):
+    with _handled(_state.message), not_in_between():
         yield check
+
+
+@contextmanager
+def not_in_between() -> Iterator[None]:
+    """A signal waits for the end of the block, wherever signals are handled."""
+    if not _in_main_thread():
+        yield
+        return
+    _state.holding += 1
+    try:
+        yield
+    finally:
+        _state.holding -= 1
+        if _state.caught and not _state.holding and not _state.raised:
+            signal.raise_signal(signal.SIGALRM)
+
+
+@contextmanager
+def children_left_alone() -> Iterator[None]:
+    """Processes made in the block are never reached by these signals: whoever made them ends them.
+
+    A terminal or a batch system signals all processes of a job.
+    """
+    with not_in_between():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
 def handlers_kept() -> Iterator[None]:
     """What handles signals now does so afterwards, whatever a library sets meanwhile."""
-    if threading.current_thread() is not threading.main_thread():
+    if not _in_main_thread():
         yield
         return
-    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+    before = {which: signal.getsignal(which) for which in STOPPING}
     try:
         yield
     finally:
@@ -62,13 +122,110 @@ def handlers_kept() -> Iterator[None]:
             signal.signal(which, earlier)
 
 
+def leave(code: int) -> NoReturn:
+    """End the process, whose work is over: a signal hurries it, and changes nothing else."""
+    for which in STOPPING:
+        signal.signal(which, lambda *_: os._exit(code))
+    sys.exit(code)
+
+
+def unmoved_at_the_end() -> None:
+    """Let no signal change the exit code while Python takes itself down; to be called early."""
+
+    def ignore() -> None:
+        for which in STOPPING:
+            signal.signal(which, signal.SIG_IGN)
+
+    atexit.register(ignore)  # the first to be registered is the last to be called
+
+
 @contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """In a thread other than the main one, where signals never arrive, this does nothing."""
-    if threading.current_thread() is not threading.main_thread():
+def _handled(message: str) -> Iterator[None]:
+    """Signals are answered here. In a thread other than the main one, where none arrive, no-op."""
+    if not _in_main_thread() or _state.handled:
         yield
         return
+    before, hook = vars(_state).copy(), sys.unraisablehook
+    vars(_state).update(vars(_State(message, True, _imports(sys._getframe()))))
+    alarm = signal.getsignal(signal.SIGALRM)
     with handlers_kept():
-        for which in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(which, handler)
-        yield
+        for which in STOPPING:
+            # nohup ignores SIGHUP, for the process to outlive its terminal
+            if which is signal.SIGINT or signal.getsignal(which) is not signal.SIG_IGN:
+                signal.signal(which, _answer)
+        signal.signal(signal.SIGALRM, _answer)
+        sys.unraisablehook = _raise_again(hook)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, alarm)
+            sys.unraisablehook = hook
+            vars(_state).update(before)
+
+
+def _answer(signum: int, frame: FrameType | None) -> None:
+    """The handler: of the signals, and of the alarm that reminds of one."""
+    if signum != signal.SIGALRM:
+        now = time.monotonic()
+        if not _state.caught:
+            _state.caught, _state.when = signum, now
+        elif now - _state.when < SAME_REQUEST_S:
+            return
+        elif _state.raised or _state.insisted or _importing(frame):
+            _end()
+        else:
+            _state.insisted, _state.when = True, now
+    if _state.raised or not _state.caught or (_state.holding and not _state.insisted):
+        return
+    if _importing(frame):
+        signal.setitimer(signal.ITIMER_REAL, TRY_AGAIN_S)
+        return
+    _raise(_state.message)
+
+
+def _raise(message: str) -> NoReturn:
+    _state.raised = True
+    raise Interrupted(_state.caught, message)
+
+
+def _raise_again(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A hook for what Python could not raise."""
+
+    def unraisable(failure: Any) -> None:
+        if isinstance(failure.exc_value, Interrupted):
+            _state.raised = False
+            signal.setitimer(signal.ITIMER_REAL, TRY_AGAIN_S)
+        else:
+            hook(failure)
+
+    return unraisable
+
+
+def _importing(frame: FrameType | None) -> bool:
+    return _imports(frame) > _state.imports
+
+
+def _imports(frame: FrameType | None) -> int:
+    """How deep in imports a frame is."""
+    depth = 0
+    while frame is not None:
+        depth += frame.f_code.co_filename.startswith("<frozen importlib")
+        frame = frame.f_back
+    return depth
+
+
+def _end() -> NoReturn:
+    """End this process and those that it made, whatever they are doing."""
+    from multiprocessing import active_children
+
+    with suppress(Exception):
+        for child in active_children():
+            child.kill()
+    with suppress(OSError):
+        os.write(2, f"richkd: {_state.message}\n".encode("ascii", "replace"))
+    os._exit(128 + _state.caught)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

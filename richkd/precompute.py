@@ -31,7 +31,7 @@ from richkd.data.inputs import make_inputs
 from richkd.data.prompts import load_prompts
 from richkd.data.views import PadCropFlip, check_num_views, views_tensor
 from richkd.errors import RichKDError
-from richkd.interrupt import held_back
+from richkd.interrupt import held_back, not_in_between
 from richkd.models import check_fit, create_model
 from richkd.models.weights import read_note
 from richkd.progress import Report, duration, percent, size
@@ -97,7 +97,8 @@ def precompute(
 
         def begin() -> StoreWriter:
             check_room(out, manifest, report)
-            return begin_store(out, manifest, views, text, overwrite, redo)
+            with not_in_between():
+                return begin_store(out, manifest, views, text, overwrite, redo)
 
         started = time.perf_counter()
         with out.held() if ranks.first else nullcontext():

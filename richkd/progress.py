@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Advance = Callable[[int], None]
 LINE_EVERY_S = 10.0
+MOST_OF_A_WORD = 12  # longer ones, as paths are, may be cut in two where there is no room
 
 
 class Report:
@@ -37,10 +38,15 @@ class Report:
         """One line; what is in it is text, never markup. A terminal wraps it between words."""
         if self.quiet:
             return
-        if sys.stderr.isatty():
-            self.console.print(harmless(message), markup=False, emoji=False)
-        else:
-            print(harmless(message), file=sys.stderr, flush=True)
+        try:
+            if sys.stderr.isatty():
+                self.console.print(harmless(message), markup=False, emoji=False)
+            else:
+                print(harmless(message), file=sys.stderr, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError:  # a log on a disk that is full, a terminal that is gone: work goes on
+            pass
 
     @contextmanager
     def track(self, task: str, total: int, unit: str) -> Iterator[Advance]:
@@ -83,7 +89,8 @@ class Report:
     ) -> None:
         """A table on standard output: the first `left` columns to the left, the others right.
 
-        Where there is no room, those to the left wrap, but not the first of several.
+        Where there is no room, those to the left wrap, but not the first of several. Where there
+        is none for that either, each row is lines of its own: no number is cut.
         """
         if self.quiet:
             return
@@ -92,6 +99,12 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
+        console = Console()
+        wraps = range(min(1, left - 1), left)
+        cells = [[harmless(cell) for cell in row] for row in (header, *rows)]
+        if _least_width(cells, wraps) > console.width:
+            _print_lines(console, harmless(title), cells)
+            return
         table = Table(
             title=Text(harmless(title)),
             show_header=any(header),
@@ -104,11 +117,37 @@ class Report:
         )
         for number, name in enumerate(header):
             side: JustifyMethod = "left" if number < left else "right"
-            wraps = number in range(min(1, left - 1), left)
-            table.add_column(name, justify=side, no_wrap=not wraps, overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(harmless(cell)) for cell in row))
-        Console().print(table)
+            table.add_column(name, justify=side, no_wrap=number not in wraps, overflow="fold")
+        for row in cells[1:]:
+            table.add_row(*map(Text, row))
+        console.print(table)
+
+
+def _least_width(cells: Sequence[Sequence[str]], wraps: Container[int]) -> int:
+    """The columns that a table takes at the least: those that wrap do so between words."""
+    from rich.cells import cell_len
+
+    widths = [
+        max(min(MOST_OF_A_WORD, max(map(cell_len, cell.split()), default=0)) if number in wraps
+            else cell_len(cell) for cell in column)
+        for number, column in enumerate(zip(*cells, strict=True))
+    ]  # fmt: skip
+    return sum(widths) + len(widths)
+
+
+def _print_lines(console: Console, title: str, cells: Sequence[Sequence[str]]) -> None:
+    """A table as lines: the first cell of a row, and below it the others with their names."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console.print(Text(title, "bold"))
+    names, *rows = cells
+    for first, *rest in rows:
+        console.print(Text(first), overflow="fold")
+        for name, cell in zip(names[1:], rest, strict=True):
+            if cell:
+                said = f"{name}: {cell}" if name else cell
+                console.print(Padding(Text(said, overflow="fold"), (0, 0, 0, 2)))
 
 
 class _Lines:

@@ -27,10 +27,11 @@ import torch
 from ray.exceptions import RayError, RaySystemError, RayTaskError
 
 from richkd.board import Board
+from richkd.cpus import usable_cpus
 from richkd.distill import Source, StudentRun, build_student, identity
 from richkd.errors import RichKDError
 from richkd.files import check_not_held, held
-from richkd.interrupt import AT_ONCE, Interrupted, handlers_kept, held_back
+from richkd.interrupt import GOES_ON, Interrupted, handlers_kept, held_back
 from richkd.progress import Report
 from richkd.recipe import Distill, Sweep, to_table
 from richkd.store.reader import TeacherCache
@@ -133,11 +134,15 @@ def start(address: str) -> None:
     """Join the cluster at an address, or start one for `local`; errors of `connected`."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # a cluster of ours reports nothing to anyone
     try:
-        ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        cpus = usable_cpus() if address == "local" else None
+        ray.init(
+            address, num_cpus=cpus, include_dashboard=False, log_to_driver=False,
+            logging_level=logging.ERROR,
+        )  # fmt: skip
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         raise _unreachable(address, str(error).splitlines()[0]) from None
     except SystemExit:  # Ray's answer to SIGTERM
-        raise Interrupted(signal.SIGTERM, AT_ONCE) from None
+        raise Interrupted(signal.SIGTERM, GOES_ON) from None
 
 
 def check_address(address: str) -> None:

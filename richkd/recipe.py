@@ -30,6 +30,16 @@ EPOCHS = ("last", "best", "unknown")  # that a published figure is of
 AUTO_HOLDOUT = 0.2  # of the test images, for alpha auto and halving
 PRECISIONS = ("auto", "float32", "bfloat16")
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
+PATHS = {
+    "dataset",
+    "data_root",
+    "class_names",
+    "teacher_weights",
+    "clip",
+    "prompts",
+    "cache",
+    "out",
+}
 TOP_K = re.compile("top-[1-9][0-9]{0,8}")
 
 
@@ -41,6 +51,13 @@ def _key(default: Any, help: str) -> Any:
 def _require(condition: bool, name: str, value: object, must: str) -> None:
     if not condition:
         raise RichKDError(f"{name} = {value!r}: must be {must}")
+
+
+def _expand_home(settings: Any) -> None:
+    """Put the home folder for `~` in the settings that are paths."""
+    for name in PATHS & {known.name for known in fields(settings)}:
+        if isinstance(value := getattr(settings, name), str):
+            object.__setattr__(settings, name, catalog.at_home(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +83,7 @@ class Images:
     )
 
     def __post_init__(self) -> None:
+        _expand_home(self)
         if not self.dataset:
             raise RichKDError("no data set given: say which, e.g. --dataset cifar100")
         kind, _ = catalog.split_name(self.dataset)
@@ -303,6 +321,7 @@ class Distill(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _expand_home(self)
         if not self.cache:
             raise RichKDError("no store given: say which, e.g. --cache cache/cifar100.zarr")
         alpha = 0.0 if self.alpha is None or self.alpha == "auto" else self.alpha
@@ -366,6 +385,7 @@ class Sweep:
     out: str = _key("runs", "folder of the run folders")
 
     def __post_init__(self) -> None:
+        _expand_home(self)
         for name in ("students", "methods", "alpha"):
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         for name, example in (("students", "resnet8,resnet20"), ("methods", "ce,kd,richkd")):

@@ -33,7 +33,7 @@ from richkd.distill import (
     say_few_views,
     with_defaults,
 )
-from richkd.errors import RichKDError
+from richkd.errors import RichKDError, machine_fault
 from richkd.losses.method import METHODS, TARGET
 from richkd.models import check_names, forward
 from richkd.progress import Advance, Report, duration, percent, size
@@ -496,10 +496,11 @@ def watching(entry: Entry, board: Board) -> Iterator[Advance]:
 def describe_failure(error: Exception, settings: Distill, also: str) -> str:
     """What became of a run, in one line; `also` helps against too little memory."""
     reason = " ".join(str(error).split())
-    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in reason
-    if memory and not isinstance(error, RichKDError):
-        return (f"out of memory with batches of {settings.batch_size}; lower --batch-size or "
-                f"{also}")  # fmt: skip
+    if not isinstance(error, RichKDError) and (fault := machine_fault(error)) is not None:
+        if fault.startswith("out of memory"):
+            return (f"out of memory with batches of {settings.batch_size}; lower --batch-size or "
+                    f"{also}")  # fmt: skip
+        return fault
     return reason or type(error).__name__
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import write_clip, write_teacher
 
-from richkd.cli import main
+from richkd.cli import execute
 from richkd.precompute import precompute
 from richkd.recipe import Precompute
 
@@ -89,18 +89,14 @@ class Outcome:
 
 
 @pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., Outcome]:
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Run a command of richkd in this process."""
 
     def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr("sys.argv", ["richkd", *map(str, arguments)])
         capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main()
+        code = execute([*map(str, arguments)])
         out, err = capfd.readouterr()
-        return Outcome(int(exit_.value.code or 0), out, err)
+        return Outcome(code, out, err)
 
     return run
 

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from richkd.data.datasets import ImageFiles
 from richkd.data.framing import Framing
-from richkd.data.inputs import ArrayInputs, Batches, num_workers
+from richkd.data.inputs import ArrayInputs, Batches
 from richkd.data.views import CLEAN_VIEW_ID
+from richkd.data.workers import load, num_workers
 from richkd.errors import RichKDError
 from richkd.training.loop import EVAL_BATCH, derive_seed
 
@@ -126,6 +126,7 @@ class MadeCorruptions:
                 f"name files of your own by --corruption-files"
             )
         self.images = images
+        self.image_bytes = 3 * side**2 if isinstance(images, ImageFiles) else images[0].nbytes
         self.seed = seed
         self.about = f"made by imagecorruptions, severities of ImageNet-C, seed {seed}"
         # compiles glass_blur's inner loop once, before there are workers
@@ -135,14 +136,12 @@ class MadeCorruptions:
         """Every corruption and severity of the samples `tested`."""
         chunks = torch.split(tested.cpu(), EVAL_BATCH)
         order = [(name, severity) for name in NAMES for severity in range(1, SEVERITIES + 1)]
-        loader = DataLoader(
-            _Corrupted(self.images, self.seed),
-            batch_sampler=[[(*cell, int(sample)) for sample in chunk]
-                           for cell in order for chunk in chunks],
-            num_workers=num_workers(len(order) * len(tested), EVAL_BATCH),
+        cut = ([(*cell, int(sample)) for sample in chunk] for cell in order for chunk in chunks)
+        batches = load(
+            _Corrupted(self.images, self.seed), cut,
+            num_workers(len(order) * len(tested), EVAL_BATCH), EVAL_BATCH * self.image_bytes,
             pin_memory=device.type == "cuda",
         )  # fmt: skip
-        batches = iter(loader)
         for name, severity in order:
             yield name, severity, (
                 (index.to(device), images.to(device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,24 @@ LEARNING_RATES = {"MobileNetV2": 0.01, "ShuffleV1": 0.01, "ShuffleV2": 0.01}
 def learning_rate(network: str) -> float:
     """The learning rate to start a network with, where none was given."""
     return LEARNING_RATES.get(network, LEARNING_RATE)
+
+
+def at_home(text: str) -> str:
+    """A path, or a data set's name, with the user's home folder for a `~` at the path's start.
+
+    The shell puts it there only at the start of a word: not after a colon or an equals sign.
+
+    Raises:
+        RichKDError: there is no home folder.
+    """
+    prefix = f"{IMAGE_FOLDER}:"
+    path = text.removeprefix(prefix)
+    if not path.startswith("~"):
+        return text
+    whole = os.path.expanduser(path)  # noqa: PTH111  # which leaves ~x where x is no user
+    if whole == path and path[1:2] in ("", "/"):
+        raise RichKDError(f"{text}: there is no home folder to put for ~; set HOME, or name it")
+    return text[: len(text) - len(path)] + whole
 
 
 def split_name(dataset: str) -> tuple[str, Path | None]:

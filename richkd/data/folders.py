@@ -10,7 +10,6 @@ import hashlib
 import os
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
+from richkd.cpus import threads, usable_cpus
 from richkd.data import decoding
 from richkd.data.decoding import SUFFIXES, Values
 from richkd.data.walk import Kind, Tally, Walk
@@ -314,7 +314,7 @@ def _look(folder: Path, paths: Paths, decode: bool, report: Report) -> _Look:
         return decoding.look(folder / paths[number], decode)
 
     with (
-        ThreadPoolExecutor(os.cpu_count() or 1) as pool,
+        threads(usable_cpus()) as pool,
         report.track(f"looking at {folder}", count, "files") as tick,
     ):
         for start in range(0, count, LOOKED_AT):

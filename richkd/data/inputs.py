@@ -6,21 +6,18 @@ decoded and cropped in data-loader workers. Either way: indices and views in, ui
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
 from richkd.data.datasets import ImageFiles
 from richkd.data.framing import Framing
 from richkd.data.views import gather_views
+from richkd.data.workers import MOST_WORKERS, Samples, load, num_workers
 
-MOST_WORKERS = 8
 UNDER_WAY = 512 * 2**20  # bytes: what stage one's workers hold at once
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -54,7 +51,6 @@ class ArrayInputs:
             yield index, images
 
 
-IndexedSamples = TorchDataset[tuple[int | Tensor, ...]]
 Transform = Callable[[Image.Image], Tensor]
 
 
@@ -78,7 +74,9 @@ class FileInputs:
         """
         cut = (index.tolist() for index in torch.split(order, batch_size))
         samples = _FileViews(self.files, self.framing, None if views is None else views[None])
-        for index, crops in self._loaded(cut, samples, num_workers(len(order), batch_size)):
+        workers = num_workers(len(order), batch_size)
+        batch_bytes = batch_size * self.framing.size**2 * 3
+        for index, crops in self._loaded(cut, samples, workers, batch_bytes):
             yield index, crops[:, 0]
 
     def decode_once(
@@ -112,29 +110,19 @@ class FileInputs:
                for span in spans for start in range(span.start, span.stop, batch))  # fmt: skip
         samples = _FileViews(self.files, self.framing, views, transform)
         workers = num_workers(sum(map(len, spans)), batch)
-        for index, crops, *pixels in self._loaded(cut, samples, workers):
+        for index, crops, *pixels in self._loaded(cut, samples, workers, batch * image_bytes):
             yield index, crops, pixels[0] if pixels else None
 
     def _loaded(
-        self, batches: Iterable[list[int]], samples: IndexedSamples, workers: int
+        self, batches: Iterable[list[int]], samples: Samples, workers: int, batch_bytes: int
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the parts of each batch of samples, stacked, computed by the workers."""
-        loader = DataLoader(
-            samples,
-            batch_sampler=batches,
-            num_workers=workers,
-            pin_memory=self.device.type == "cuda",
-        )
-        for parts in loader:
+        """Yield the parts of each batch on the device; arguments and errors as of `load`."""
+        pin = self.device.type == "cuda"
+        for parts in load(samples, batches, workers, batch_bytes, pin_memory=pin):
             yield tuple(part.to(self.device, non_blocking=True) for part in parts)
 
 
-def num_workers(count: int, batch_size: int) -> int:
-    """Data-loader processes for so many images; none where starting them would take longer."""
-    return min(os.cpu_count() or 1, MOST_WORKERS) if count > 4 * batch_size else 0
-
-
-class _FileViews(IndexedSamples):
+class _FileViews(Samples):
     """Sample i: its number, its views [V,S,S,3] uint8 and, with a transform, the whole image's."""
 
     def __init__(

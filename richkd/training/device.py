@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import sys
 
 import torch
 
+from richkd.cpus import usable_cpus
 from richkd.errors import RichKDError
 from richkd.memory import available_memory
 
@@ -73,7 +73,7 @@ def hardware(device: torch.device) -> str:
     """The device in words, for summaries."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {platform.machine()}, {os.cpu_count()} cores"
+    return f"{device.type}, {platform.machine()}, {usable_cpus()} cores"
 
 
 def versions() -> dict[str, str]:

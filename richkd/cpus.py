@@ -1,0 +1,80 @@
+"""How many CPUs this process may use; os.cpu_count() says how many the machine has."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+MEMBERSHIP = Path("/proc/self/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def usable_cpus() -> int:
+    """Those that the scheduler lets it run on, or fewer where a container has less of their time.
+
+    A batch system or `taskset` sets the first (sched_getaffinity), `docker run --cpus` or
+    Kubernetes the second (the quota of a control group); parts of a CPU count as a whole one.
+    """
+    return max(1, min([assigned_cpus(), *map(math.ceil, _quotas())]))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads for work that is dropped, not waited for, where the block ends with an error."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def assigned_cpus() -> int:
+    """Those that the scheduler lets it run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _quotas() -> Iterator[float]:
+    """CPUs that the process's control groups, of both versions, leave it; each limits those in it.
+
+    In a container, the paths may be those that the machine outside knows.
+    """
+    try:
+        lines = MEMBERSHIP.read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        return
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if not controllers:
+            for folder in _with_parents(CGROUPS, group):
+                yield from _quota(folder / "cpu.max")
+        elif "cpu" in controllers.split(","):
+            for mount in (CGROUPS / controllers, CGROUPS / "cpu"):
+                for folder in _with_parents(mount, group):
+                    yield from _quota(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
+
+
+def _with_parents(mount: Path, group: str) -> list[Path]:
+    folder = mount / group.strip("/")
+    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(mount))]
+
+
+def _quota(*files: Path) -> Iterator[float]:
+    """Time in a period, by the period: `max` and -1 are no limit."""
+    try:
+        quota, period = " ".join(file.read_text(encoding="ascii") for file in files).split()
+        if float(quota) > 0 and float(period) > 0:
+            yield float(quota) / float(period)
+    except (OSError, ValueError):
+        return

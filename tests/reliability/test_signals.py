@@ -1,0 +1,396 @@
+"""Signals to all processes of a job, at any moment of any command: one line, and on it goes.
+
+RICHKD_TEST_SIGNALS=30 sends so many to each command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import write_teacher
+from PIL import Image
+
+from richkd import interrupt
+from richkd.files import is_temporary
+from richkd.interrupt import Interrupted, held_back, not_in_between, stopped_at_once
+
+SIGNALS = int(os.environ.get("RICHKD_TEST_SIGNALS", "3"))
+KINDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+pytestmark = [
+    pytest.mark.fault,
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+]
+
+
+@pytest.fixture
+def moments() -> random.Random:
+    seed = int(os.environ.get("RICHKD_TEST_SEED") or random.randrange(2**32))
+    print(f"RICHKD_TEST_SEED={seed}")
+    return random.Random(seed)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images, more than it takes for workers to be worth it, and what needs them."""
+    root = tmp_path_factory.mktemp("signals")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 40), ("val", 8)):
+        for name in ("cat", "dog"):
+            folder = root / "images" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (40, 40, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    write_teacher(root / "teacher.safetensors", "resnet8", 2)
+    (root / "mine.toml").write_text(
+        '[precompute]\ndataset = "imagefolder:images"\nimage_size = 32\nteacher = "resnet8"\n'
+        'teacher_weights = "teacher.safetensors"\nclip = "none"\nviews = 2\nbatch_size = 8\n'
+        "teacher_size = 32\n"
+        '[distill]\nstudent = "resnet8"\nmethod = "kd"\nepochs = 4\nbatch_size = 8\n'
+    )
+    return root
+
+
+def environment(root: Path) -> dict[str, str]:
+    return {**os.environ, "RICHKD_HOME": str(root / "home"), "OMP_NUM_THREADS": "1"}
+
+
+def start(root: Path, words: list[Any], **given: Any) -> subprocess.Popen[str]:
+    """A command in a session of its own, whose group is signalled."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "richkd", *map(str, words)], cwd=root, env=environment(root),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
+        start_new_session=True, **given,
+    )  # fmt: skip
+
+
+def finish(root: Path, words: list[Any]) -> float:
+    began = time.perf_counter()
+    process = start(root, words)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    return time.perf_counter() - began
+
+
+def ready(process: subprocess.Popen[str]) -> None:
+    """Until the command answers signals: before that, Python has not come to it."""
+    bit = 1 << (signal.SIGTERM - 1)
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        caught = re.search(r"SigCgt:\s+(\w+)", status)
+        if caught and int(caught[1], 16) & bit:
+            return
+        time.sleep(0.002)
+
+
+def members(group: int) -> list[int]:
+    """The processes of a group that live."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state, _, own, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(own) == group and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def gone(group: int) -> bool:
+    """Whether no process of a group lives, within the time that a killed one takes to go."""
+    for _ in range(100):
+        if not members(group):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def told(process: subprocess.Popen[str], by: int) -> tuple[int, str]:
+    """Signal the whole group; its exit code and what it said."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, by)
+    try:
+        _, err = process.communicate(timeout=90)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, err
+
+
+def check_stopped(code: int, err: str, by: int) -> None:
+    """One line of richkd's, the last, and the exit code of a signal."""
+    lines = err.strip().splitlines()
+    assert code == 128 + by, (code, err)
+    assert [line for line in lines if line.startswith("richkd: ")] == lines[-1:], err
+    for noise in ("Traceback", "Exception ignored", "Error"):
+        assert noise not in err, err
+
+
+@dataclass
+class Job:
+    """A command, and what it makes at a path."""
+
+    words: Callable[[Path], list[Any]]
+    made: Callable[[Path], Any]  # comparable
+    goes_on: bool = True
+    done: list[float] = field(default_factory=list)
+
+
+def checksums(store: Path) -> Any:
+    return json.loads((store / "zarr.json").read_text())["attributes"]["checksums"]
+
+
+def content(file: Path) -> tuple[Any, bytes]:
+    """A file of tensors: its header, whose notes lie in no order, and the bytes of the tensors."""
+    whole = file.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    return json.loads(whole[8:end]), whole[end:]
+
+
+def weights(folder: Path) -> Any:
+    return {str(path.relative_to(folder)): content(path)
+            for path in sorted(folder.rglob("last.safetensors"))}  # fmt: skip
+
+
+def evaluation(folder: Path) -> Any:
+    return json.loads((folder / "comparison.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def jobs(photographs: Path) -> dict[str, Job]:
+    images = ["--dataset", "imagefolder:images", "--image-size", 32, "--device", "cpu"]
+    stage_one = ["precompute", *images, "--teacher", "resnet8", "--teacher-weights",
+                 "teacher.safetensors", "--teacher-size", 32, "--clip", "none",
+                 "--batch-size", 8]  # fmt: skip
+    student = ["--batch-size", 8, "--device", "cpu"]
+    finish(photographs, [*stage_one, "--views", 2, "--out", "given.zarr"])
+    finish(photographs, ["distill", "--cache", "given.zarr", "--student", "resnet8", "--method",
+                         "kd", "--epochs", 1, *student, "--out", "given"])  # fmt: skip
+
+    def distill(out: Path) -> list[Any]:
+        again = ["--resume"] if (out / "recipe.toml").exists() else []
+        return ["distill", "--cache", "given.zarr", "--student", "resnet8", "--method", "kd",
+                "--epochs", 4, *student, "--out", out, *again]  # fmt: skip
+
+    return {
+        "train-teacher": Job(
+            lambda out: ["train-teacher", *images, "--model", "resnet8", "--epochs", 4,
+                         "--batch-size", 8, "--out", out / "w.safetensors"],
+            lambda out: content(out / "w.safetensors"),
+        ),
+        "precompute": Job(
+            lambda out: [*stage_one, "--views", 24, "--out", out / "s.zarr"],
+            lambda out: checksums(out / "s.zarr"),
+        ),
+        "distill": Job(distill, weights),
+        "sweep": Job(
+            lambda out: ["sweep", "--cache", "given.zarr", "--students", "resnet8", "--methods",
+                         "ce,kd", "--seeds", 1, "--epochs", 2, *student, "--out", out],
+            weights,
+        ),
+        "run": Job(
+            lambda out: ["run", "mine.toml", "--device", "cpu", "--cache", out / "s.zarr",
+                         "--out", out / "run"],
+            lambda out: (checksums(out / "s.zarr"), weights(out)),
+        ),
+        "evaluate": Job(
+            lambda out: ["evaluate", "given", "--corruptions", "--device", "cpu", "--out", out],
+            evaluation, goes_on=False,
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["train-teacher", "precompute", "distill", "sweep", "run", "evaluate"]
+)
+def test_signals_to_all_processes_at_any_moment(
+    name: str, jobs: dict[str, Job], photographs: Path, tmp_path: Path, moments: random.Random
+) -> None:
+    job = jobs[name]
+    whole = tmp_path / "whole"
+    seconds = finish(photographs, job.words(whole))
+    right = job.made(whole)
+    codes: Counter[int] = Counter()
+    sent, runs = 0, 0
+    while sent < SIGNALS:
+        out = tmp_path / f"cut-{runs}"
+        runs += 1
+        code = -1
+        while code != 0 and sent < SIGNALS:
+            by = moments.choice(KINDS)
+            process = start(photographs, job.words(out))
+            ready(process)
+            time.sleep(moments.uniform(0, seconds))
+            code, err = told(process, by)
+            sent += 1
+            codes[code] += 1
+            if code != 0:
+                check_stopped(code, err, by)
+                assert ("goes on" in err.splitlines()[-1]) == job.goes_on, err
+            assert gone(process.pid), members(process.pid)
+            assert not [*filter(is_temporary, tmp_path.rglob("*"))], err
+            assert not [*tmp_path.rglob(".*.lock")], err
+            assert not [*filter(is_temporary, photographs.rglob("*"))], err
+        if code != 0:
+            finish(photographs, job.words(out))
+        assert job.made(out) == right
+    print(f"{name}: {seconds:.1f} s undisturbed, {sent} signals in {runs} runs, codes {codes}")
+    assert not [*Path("/dev/shm").glob("torch_*")] or os.environ.get("PYTEST_XDIST_WORKER")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", KINDS)
+def test_a_second_signal_does_not_wait(
+    by: signal.Signals, jobs: dict[str, Job], photographs: Path, tmp_path: Path
+) -> None:
+    """Once it is there, the first holds for the whole group too, workers and all."""
+    process = start(photographs, jobs["precompute"].words(tmp_path))
+    while process.poll() is None and len(members(process.pid)) < 2:
+        time.sleep(0.01)
+    for _ in range(3):
+        os.killpg(process.pid, by)
+        time.sleep(1.2 * interrupt.SAME_REQUEST_S)
+        if process.poll() is not None:
+            break
+    code, err = told(process, by)
+    check_stopped(code, err, by)
+    assert gone(process.pid)
+    finish(photographs, jobs["precompute"].words(tmp_path))
+
+
+@pytest.mark.slow
+def test_signals_in_the_first_second(photographs: Path, moments: random.Random) -> None:
+    for _ in range(max(4, SIGNALS)):
+        by = moments.choice(KINDS)
+        process = start(photographs, ["inspect", "given.zarr"])
+        ready(process)
+        time.sleep(moments.uniform(0, 0.6))
+        code, err = told(process, by)
+        if code != 0:
+            check_stopped(code, err, by)
+
+
+@pytest.mark.slow
+def test_a_process_that_ignores_hangups_goes_on(
+    jobs: dict[str, Job], photographs: Path, tmp_path: Path
+) -> None:
+    """As nohup starts it."""
+    process = start(photographs, jobs["precompute"].words(tmp_path),
+                    preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))  # fmt: skip
+    while process.poll() is None and len(members(process.pid)) < 2:
+        time.sleep(0.01)
+    code, err = told(process, signal.SIGHUP)
+    assert code == 0, err
+
+
+# --- in this process -----------------------------------------------------------------------------
+
+
+@contextmanager
+def answered(*args: Any) -> Iterator[None]:
+    """Signals raise Interrupted here, which must come."""
+    with pytest.raises(Interrupted) as caught, stopped_at_once():
+        yield
+    assert caught.value.exit_code in (129, 130, 143)
+
+
+def wait() -> None:
+    for _ in range(500):
+        time.sleep(0.01)
+    pytest.fail("nothing was raised")
+
+
+@pytest.mark.parametrize("by", KINDS)
+def test_a_signal_raises_at_once(by: signal.Signals) -> None:
+    before = [signal.getsignal(which) for which in (*KINDS, signal.SIGALRM)]
+    with answered():
+        signal.raise_signal(by)
+        wait()
+    assert [signal.getsignal(which) for which in (*KINDS, signal.SIGALRM)] == before
+
+
+def test_it_waits_for_what_is_held_back_and_for_what_must_be_whole() -> None:
+    seen = []
+    with answered():
+        with not_in_between():
+            signal.raise_signal(signal.SIGTERM)
+            seen.append("whole")
+        seen.append("never")
+    with pytest.raises(Interrupted, match="done so far"), stopped_at_once(), held_back() as check:
+        check("nothing came")
+        signal.raise_signal(signal.SIGINT)
+        with not_in_between():
+            seen.append("inner")
+        seen.append("held")
+        check("done so far")
+    with answered(), held_back():
+        signal.raise_signal(signal.SIGINT)
+        seen.append("to the end")
+    assert seen == ["whole", "inner", "held", "to the end"]
+
+
+def test_a_second_one_ends_what_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupt, "SAME_REQUEST_S", 0.0)
+    with answered(), held_back():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        wait()
+
+
+def test_two_at_once_are_one_request() -> None:
+    """As `timeout` sends them, to the process and to its group."""
+    seen = []
+    with pytest.raises(Interrupted, match="here"), stopped_at_once(), held_back() as check:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        seen.append("held")
+        check("here")
+    assert seen == ["held"]
+
+
+def test_it_is_raised_again_where_python_cannot_raise() -> None:
+    class Slow:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.01)
+
+    with answered():
+        Slow()
+        wait()
+
+
+def test_an_import_comes_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose modules would be half made; C turns what is raised in one to ImportError."""
+    (tmp_path / "made_whole.py").write_text(
+        "import signal, time\nsignal.raise_signal(signal.SIGTERM)\ntime.sleep(0.2)\ndone = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with answered():
+        import made_whole  # type: ignore[import-not-found]
+
+        assert made_whole.done
+        wait()
+
+
+def test_what_fails_after_a_signal_failed_because_of_it() -> None:
+    with answered(), not_in_between():
+        signal.raise_signal(signal.SIGTERM)
+        raise ImportError("made of it by a library")
