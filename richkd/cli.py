@@ -82,6 +82,7 @@ TeacherMean = Annotated[str | None, _option(Precompute, "teacher_mean")]
 TeacherStd = Annotated[str | None, _option(Precompute, "teacher_std")]
 TeacherCrop = Annotated[float | None, _option(Precompute, "teacher_crop")]
 TeacherInterpolation = Annotated[str | None, _option(Precompute, "teacher_interpolation")]
+TeacherClasses = Annotated[str | None, _option(Precompute, "teacher_classes")]
 Clip = Annotated[str | None, _option(Precompute, "clip")]
 Prompts = Annotated[str | None, _option(Precompute, "prompts")]
 Dtype = Annotated[str | None, _option(Precompute, "dtype")]
@@ -223,6 +224,7 @@ def precompute(
     teacher_std: TeacherStd = None,
     teacher_crop: TeacherCrop = None,
     teacher_interpolation: TeacherInterpolation = None,
+    teacher_classes: TeacherClasses = None,
     clip: Clip = None,
     prompts: Prompts = None,
     views: Views = None,
@@ -289,6 +291,7 @@ def plan(
     teacher_std: TeacherStd = None,
     teacher_crop: TeacherCrop = None,
     teacher_interpolation: TeacherInterpolation = None,
+    teacher_classes: TeacherClasses = None,
     clip: Clip = None,
     prompts: Prompts = None,
     views: Views = None,
@@ -543,6 +546,7 @@ def run(
     validation: Validation = None,
     views: Views = None,
     teacher_weights: TeacherWeights = None,
+    teacher_classes: TeacherClasses = None,
     clip: Clip = None,
     cache: Annotated[
         str | None, typer.Option(help="the store; default cache/DATASET-TEACHER.zarr")

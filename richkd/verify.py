@@ -40,7 +40,15 @@ from richkd.store.checksums import (
 )
 from richkd.store.place import Folder, Place, open_place
 from richkd.store.reader import TeacherCache, copy_of, open_cache, open_store
-from richkd.store.schema import LOGITS, Block, Manifest, array_specs, blocks, teacher_input
+from richkd.store.schema import (
+    LOGITS,
+    Block,
+    Manifest,
+    TeacherEntry,
+    array_specs,
+    blocks,
+    teacher_input,
+)
 from richkd.store.topk import Rows, TopKRows, keep_classes, kl_errors
 from richkd.teachers.cnn import load_teacher
 from richkd.training.device import choose_device
@@ -142,8 +150,8 @@ def repair_store(path: str | Path, report: Report) -> list[str]:
         report.say(f"{one.file}: {one.reason}")
     settings = resolve(Precompute, manifest["recipe"], {"out": str(path)})
     report.say(f"computing {len(redo)} of {len(blocks(manifest))} blocks again")
-    stored = NetworkInput.of(teacher_input(manifest))
-    precompute(settings, redo=redo, teacher_input=stored, report=report)
+    recorded = TeacherEntry(**{**manifest["teacher"], "input": teacher_input(manifest)})
+    precompute(settings, redo=redo, recorded=recorded, report=report)
     return [block.name for block in redo]
 
 
@@ -345,9 +353,11 @@ def check_teacher(cache: TeacherCache, weights: Path, report: Report) -> Iterato
     settings = Distill(cache=cache.place.name)
     device = choose_device(settings.device)
     train = load_images(cache, settings, report)["train"]
+    outputs = manifest["teacher"].get("outputs")
     teacher = load_teacher(
         manifest["teacher"]["name"], weights, cache.num_classes,
         NetworkInput.of(teacher_input(manifest)), device,
+        outputs=None if outputs is None else tuple(outputs), report=report,
     )  # fmt: skip
     inputs = make_inputs(train.images, device, teacher.input)
     if teacher.sha256 != manifest["teacher"]["sha256"]:

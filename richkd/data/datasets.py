@@ -117,6 +117,7 @@ class Dataset:
     skipped: tuple[str, ...] = ()  # files of a folder that are no whole images
     ignored: tuple[str, ...] = ()  # and those that are not called images
     validation: Split | None = None  # training images that choices are made on
+    class_folders: tuple[str, ...] = ()  # of a folder of images, in the order of the classes
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -193,6 +194,7 @@ def load_dataset(
         image_size=parts.image_size,
         skipped=parts.skipped,
         ignored=parts.ignored,
+        class_folders=parts.class_folders,
     )
 
 
@@ -239,6 +241,7 @@ class Parts:
     image_size: int = SMALL_SIDE
     skipped: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    class_folders: tuple[str, ...] = ()
 
 
 def _shapes(limit: int | None) -> Parts:
@@ -354,7 +357,7 @@ def _image_folder(
     )  # fmt: skip
     return Parts(
         names, files_split(train, image_size), files_split(test, image_size), image_size,
-        (*train.skipped, *test.skipped), (*train.ignored, *test.ignored),
+        (*train.skipped, *test.skipped), (*train.ignored, *test.ignored), train.classes,
     )  # fmt: skip
 
 

@@ -51,6 +51,7 @@ class TeacherEntry(TypedDict):
     sha256: str
     num_features: int
     input: NotRequired[InputEntry]  # absent from stores of before (`teacher_input`)
+    outputs: NotRequired[list[int]]  # of each class, where the teacher's order is another
     accuracy: float | None
 
 
@@ -292,6 +293,9 @@ def _out_of_range(manifest: Manifest) -> Iterator[str]:
         keep, temperature = manifest.get("keep", 0), manifest.get("keep_temperature", 0)
         if not 1 <= keep < len(manifest["class_names"]) or temperature <= 0:
             yield f"keep is {keep}, keep_temperature {temperature}"
+    outputs, count = manifest["teacher"].get("outputs"), len(manifest["class_names"])
+    if outputs is not None and sorted(outputs) != [*range(count)]:
+        yield f"teacher.outputs is not one of each of {count} classes"
     mean, std = manifest["mean"], manifest["std"]
     if not len(mean) == len(std) == 3 or min(std) <= 0:
         yield f"mean is {mean!r}, std {std!r}"
