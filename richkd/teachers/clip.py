@@ -36,6 +36,8 @@ LOCAL = "local-dir:"
 HUB = "hf-hub:"
 TEXT_BATCH = 256
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+# what open_clip and transformers say where a file could not be fetched
+_NOT_FETCHED = re.compile("Failed to download|Failed initial config|Required pretrained|connect")
 _PIECES = re.compile("mt5|xlm|nllb")  # tokenizers that may come as a model of sentencepiece's
 _VOCABULARIES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
@@ -245,7 +247,7 @@ def load_clip(name: str, device: torch.device) -> ClipTeacher:
         raise
     except Exception as error:  # open_clip and the hub raise errors of many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if unreachable is not None:
+        if unreachable is not None and _NOT_FETCHED.search(str(error)):
             reason = f"it is not in the cache, and {unreachable}"
         if local:
             remedy = "check its config and weights"
@@ -295,7 +297,7 @@ def hub_fault() -> str | None:
                 proxies = [key for key in urllib.request.getproxies() if key in ("https", "all")]
                 through = f" through the proxy of {proxies[0].upper()}_PROXY" if proxies else ""
                 host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
-                return f"{host} cannot be reached{through} ({error or type(error).__name__})"
+                return f"{host} cannot be reached{through} ({str(error) or type(error).__name__})"
         time.sleep(1)
     return None
 
