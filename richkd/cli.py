@@ -86,6 +86,7 @@ TeacherMean = Annotated[str | None, _option(Precompute, "teacher_mean")]
 TeacherStd = Annotated[str | None, _option(Precompute, "teacher_std")]
 TeacherCrop = Annotated[float | None, _option(Precompute, "teacher_crop")]
 TeacherInterpolation = Annotated[str | None, _option(Precompute, "teacher_interpolation")]
+TeacherClasses = Annotated[str | None, _option(Precompute, "teacher_classes")]
 Clip = Annotated[str | None, _option(Precompute, "clip")]
 Prompts = Annotated[str | None, _option(Precompute, "prompts")]
 Dtype = Annotated[str | None, _option(Precompute, "dtype")]
@@ -229,6 +230,7 @@ def precompute(
     teacher_std: TeacherStd = None,
     teacher_crop: TeacherCrop = None,
     teacher_interpolation: TeacherInterpolation = None,
+    teacher_classes: TeacherClasses = None,
     clip: Clip = None,
     prompts: Prompts = None,
     views: Views = None,
@@ -297,6 +299,7 @@ def plan(
     teacher_std: TeacherStd = None,
     teacher_crop: TeacherCrop = None,
     teacher_interpolation: TeacherInterpolation = None,
+    teacher_classes: TeacherClasses = None,
     clip: Clip = None,
     prompts: Prompts = None,
     views: Views = None,
@@ -551,6 +554,7 @@ def run(
     validation: Validation = None,
     views: Views = None,
     teacher_weights: TeacherWeights = None,
+    teacher_classes: TeacherClasses = None,
     clip: Clip = None,
     cache: Annotated[
         str | None, typer.Option(help="the store; default cache/DATASET-TEACHER.zarr")

@@ -27,7 +27,7 @@ from richkd.errors import RichKDError
 from richkd.files import held
 from richkd.losses import Widths, method_class, method_options
 from richkd.losses.method import TARGET, Method
-from richkd.models import check_fit, create_model
+from richkd.models import check_fit, check_trainable, create_model
 from richkd.progress import Advance, Report, percent
 from richkd.recipe import Distill, to_table
 from richkd.results import teacher_accuracies
@@ -469,6 +469,7 @@ def check_reads(cache: TeacherCache, settings: Distill) -> None:
 
 def build_student(settings: Distill, cache: TeacherCache) -> tuple[torch.nn.Module, int]:
     """The student, its weights drawn from the seed, and its feature width."""
+    check_trainable(settings.student)
     torch.manual_seed(derive_seed(settings.seed, 0, 2))
     size = cache.manifest["image_size"]
     model = create_model(

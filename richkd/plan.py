@@ -51,6 +51,7 @@ from richkd.store.reader import TeacherCache, open_cache
 from richkd.store.schema import ArraySpec, Manifest
 from richkd.store.topk import keep_top
 from richkd.store.writer import ROUNDED, blank_files, encoded_bytes, round_bits
+from richkd.teachers.class_order import check_teacher_classes, given_outputs
 from richkd.teachers.clip import ClipTeacher, blank_clip, check_clip, load_clip, local_folder
 from richkd.teachers.cnn import CNNTeacher, load_teacher
 from richkd.teachers.demo_clip import demo_clip
@@ -323,6 +324,9 @@ def planned_teacher(
 ) -> tuple[CNNTeacher, bool]:
     """The CNN teacher that stage one would take, and whether it is trained already."""
     check_given(settings)
+    check_teacher_classes(settings)
+    if settings.teacher_classes and dataset.class_folders:
+        given_outputs(settings, dataset)
     training = resolve(TrainTeacher, {}, {
         "dataset": settings.dataset, "limit": settings.limit, "model": settings.teacher,
         "validation": settings.validation,

@@ -32,25 +32,30 @@ from richkd.data.prompts import load_prompts
 from richkd.data.views import PadCropFlip, check_num_views, views_tensor
 from richkd.errors import RichKDError
 from richkd.interrupt import held_back, not_in_between
-from richkd.models import check_fit, create_model
-from richkd.models.weights import read_note
+from richkd.models import check_fit, check_trainable, create_model
+from richkd.models.weights import check_weights, read_note
 from richkd.progress import Report, duration, percent, size
 from richkd.ranks import Ranks, joined
 from richkd.recipe import Precompute, TrainTeacher, resolve, to_table
 from richkd.store import schema
 from richkd.store.place import Folder, Place, open_place
 from richkd.store.reader import TeacherCache, open_cache
-from richkd.store.schema import Block, Manifest
+from richkd.store.schema import Block, Manifest, TeacherEntry
 from richkd.store.topk import check_keep, kl_errors, say_errors
 from richkd.store.writer import StoreWriter, check_target
+from richkd.teachers.class_order import (
+    LOOKED_AT,
+    check_teacher_classes,
+    given_outputs,
+    preview_teacher,
+    resolve_outputs,
+)
 from richkd.teachers.clip import ClipTeacher, check_clip, load_clip
-from richkd.teachers.cnn import CNNTeacher, load_teacher, train_teacher
+from richkd.teachers.cnn import CNNTeacher, Outputs, load_teacher, train_teacher
 from richkd.teachers.framing import check_from_elsewhere, check_unsaid, resolve_input
 from richkd.teachers.rows import BlockRows, Teachers
 from richkd.training.device import choose_device, versions
 from richkd.training.loop import accuracy
-
-PREVIEWED = 256  # test images that CLIP sees before anything long
 
 
 def precompute(
@@ -60,7 +65,7 @@ def precompute(
     dataset: Dataset | None = None,
     teacher_recipe: Mapping[str, Any] | None = None,
     redo: Collection[Block] | None = None,
-    teacher_input: NetworkInput | None = None,
+    recorded: TeacherEntry | None = None,
     report: Report | None = None,
 ) -> TeacherCache:
     """Run both teachers over a data set and write the store.
@@ -71,7 +76,8 @@ def precompute(
         dataset: the images, where they are at hand; else `settings` say which to load.
         teacher_recipe: settings of the teacher's training, where one has to be trained.
         redo: the store is complete but for these blocks, which are damaged.
-        teacher_input: what the CNN teacher takes, where a store says so; else it is resolved.
+        recorded: what the store says of the CNN teacher, where it is to be the same again: what it
+            takes, and the order of its classes; else both are resolved.
         report: where progress goes.
 
     Raises:
@@ -82,13 +88,13 @@ def precompute(
         report = report if report and ranks.first else Report(quiet=True)
         out = open_place(settings.out)
         device = choose_device(settings.device)
-        dataset = ranks.from_first(
+        dataset, begun = ranks.from_first(
             lambda: look_ahead(settings, out, overwrite, redo, dataset, report)
         )
         check_same_files(dataset, ranks)
         settings = settings.for_size(dataset.image_size)
         teacher, clip, text = make_teachers(
-            settings, dataset, teacher_input, teacher_recipe or {}, device, ranks, report
+            settings, dataset, recorded, begun, teacher_recipe or {}, device, ranks, report
         )
         manifest = make_manifest(settings, dataset, teacher, clip, text)
         views = dataset.train.view_space.draw(settings.seed, len(dataset.train), settings.views)
@@ -122,30 +128,41 @@ def look_ahead(
     redo: Collection[Block] | None,
     dataset: Dataset | None,
     report: Report,
-) -> Dataset:
-    """Refuse what can be refused before anything long, and read the data set."""
+) -> tuple[Dataset, Mapping[str, Any] | None]:
+    """Refuse what can be refused before anything long, and read the data set.
+
+    Returns:
+        It, and the manifest of the store to go on with, where there is one.
+    """
     out.check_writable()
     out.check_not_held()
-    check_target(out, overwrite, repairing=redo is not None)
+    begun = check_target(out, overwrite, repairing=redo is not None)
     check_clip(settings.clip)
     load_prompts(settings.prompts)
     if dataset is None:
         check_class_names(settings)
+    if redo is None:  # a store may be older than these rules
+        check_trainable(settings.teacher, settings.teacher_weights)
+        check_teacher_classes(settings)
     check_given(settings)
     check_from_elsewhere(settings)
     check_unsaid(settings, Path(settings.teacher_weights))
     dataset = dataset or load_dataset(settings, report=report)
     check_counts(settings, dataset)
     introduce(dataset, report)
-    if settings.clip != "none" and redo is None:
-        check_distinct(dataset.class_names)
-    return dataset
+    if redo is None:
+        if settings.clip != "none":
+            check_distinct(dataset.class_names)
+        if settings.teacher_classes:
+            given_outputs(settings, dataset)
+    return dataset, begun
 
 
 def make_teachers(
     settings: Precompute,
     dataset: Dataset,
-    teacher_input: NetworkInput | None,
+    recorded: TeacherEntry | None,
+    begun: Mapping[str, Any] | None,
     teacher_recipe: Mapping[str, Any],
     device: torch.device,
     ranks: Ranks,
@@ -160,8 +177,11 @@ def make_teachers(
     weights = ranks.from_first(lambda: teacher_weights(settings, training))
 
     def load(weights: Path) -> CNNTeacher:
-        found = teacher_input or resolve_input(settings, weights, dataset, report)
-        return load_teacher(settings.teacher, weights, len(dataset.class_names), found, device)
+        found = (NetworkInput.of(recorded["input"]) if recorded is not None
+                 else resolve_input(settings, weights, dataset, report))  # fmt: skip
+        return load_teacher(
+            settings.teacher, weights, len(dataset.class_names), found, device, report=report
+        )
 
     if weights is None:
         model = create_model(
@@ -174,6 +194,16 @@ def make_teachers(
         else:
             check_trained_on(weights, dataset)
         teacher = load(weights)
+        known = recorded or recorded_order(begun, settings, teacher)
+
+        def look() -> Outputs | None:
+            if known is not None:
+                return tuple(known["outputs"]) if "outputs" in known else None
+            return resolve_outputs(settings, weights, teacher, dataset, report)
+
+        teacher = replace(teacher, outputs=ranks.from_first(look))
+        if ranks.first and recorded is None:
+            preview_teacher(teacher, weights, dataset, report)
     clip = open_clip_teacher(settings.clip, device, ranks, report)
     text = None
     if clip is not None:
@@ -299,7 +329,9 @@ def write_blocks(writer: StoreWriter, compute: BlockRows, ranks: Ranks, report: 
 def check_given(settings: Precompute) -> None:
     """Refuse teacher weights that are given and not there, before any image is read."""
     path = Path(settings.teacher_weights)
-    if settings.teacher_weights and not path.is_file():
+    if settings.teacher_weights and path.exists():
+        check_weights(path)
+    elif settings.teacher_weights:
         raise RichKDError(
             f"no teacher weights at {path}; pass a file of {settings.teacher or 'its'} weights, or "
             f"leave --teacher-weights out to train one"
@@ -328,10 +360,10 @@ def preview(
     asked = "; ".join(template.replace("{}", names[0]) for template in templates[:3])
     more = f"; and {len(templates) - 3} more" if len(templates) > 3 else ""
     report.say(f"prompts a class: {len(templates)}: {asked}{more}")
-    count = min(PREVIEWED, len(dataset.test))
+    count = min(LOOKED_AT, len(dataset.test))
     inputs = make_inputs(dataset.test.first(count).images, device)
     similarity = fusion.clip_similarity(
-        clip.image_features(inputs, 0, count, PREVIEWED), fusion.class_embeddings(text)
+        clip.image_features(inputs, 0, count, LOOKED_AT), fusion.class_embeddings(text)
     )
     top1 = accuracy(similarity.cpu(), dataset.test.labels[:count], 1)
     report.say(f"CLIP zero-shot on {count} of the test images: {percent(top1)} % (chance "
@@ -365,13 +397,22 @@ def say_what_it_learnt(weights: Path, dataset: Dataset, report: Report) -> None:
     """Say where a teacher from elsewhere may have been trained on the validation images."""
     if dataset.validation is None:
         return
-    note = read_note(weights) if weights.suffix == ".safetensors" else {}
-    if note.get("fingerprint") != dataset.fingerprint:
+    if read_note(weights).get("fingerprint") != dataset.fingerprint:
         report.say(
             f"{weights} may have been trained on the validation images, too; if so, alpha auto "
             f"trusts the CNN teacher too much: train one on the others by leaving "
             f"--teacher-weights out"
         )
+
+
+def recorded_order(
+    begun: Mapping[str, Any] | None, settings: Precompute, teacher: CNNTeacher
+) -> TeacherEntry | None:
+    """What a store to go on with says of this very teacher, unless the user says its order."""
+    if begun is None or settings.teacher_classes or schema.manifest_fault(begun) is not None:
+        return None
+    entry: TeacherEntry = begun["teacher"]
+    return entry if entry["sha256"] == teacher.sha256 else None
 
 
 def open_clip_teacher(
@@ -413,6 +454,15 @@ def make_manifest(
             images["validation"] = settings.validation
     if dataset.folders:
         images["folders"] = dict(dataset.folders)
+    entry = schema.TeacherEntry(
+        name=teacher.name,
+        sha256=teacher.sha256,
+        num_features=teacher.num_features,
+        input=teacher.input.entry,
+        accuracy=None,
+    )
+    if teacher.outputs is not None:
+        entry["outputs"] = list(teacher.outputs)
     manifest = Manifest(
         format=schema.FORMAT,
         schema=schema.SCHEMA,
@@ -427,13 +477,7 @@ def make_manifest(
             "count": settings.views,
             "seed": settings.seed,
         },
-        teacher={
-            "name": teacher.name,
-            "sha256": teacher.sha256,
-            "num_features": teacher.num_features,
-            "input": teacher.input.entry,
-            "accuracy": None,
-        },
+        teacher=entry,
         clip=None
         if clip is None or text is None
         else {

@@ -30,16 +30,9 @@ EPOCHS = ("last", "best", "unknown")  # that a published figure is of
 AUTO_HOLDOUT = 0.2  # of the test images, for alpha auto and halving
 PRECISIONS = ("auto", "float32", "bfloat16")
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
-PATHS = {
-    "dataset",
-    "data_root",
-    "class_names",
-    "teacher_weights",
-    "clip",
-    "prompts",
-    "cache",
-    "out",
-}
+PATHS = {"dataset", "data_root", "class_names", "teacher_weights", "teacher_classes", "clip",
+         "prompts", "cache", "out"}  # fmt: skip
+ORDERS = ("sorted", "natural")  # of classes, by the names of their folders
 TOP_K = re.compile("top-[1-9][0-9]{0,8}")
 
 
@@ -210,7 +203,10 @@ class Precompute(Images):
     teacher_interpolation: str = _key(
         "", "how its images were resized: bilinear, bicubic or nearest"
     )
-    clip: str = _key("", "open_clip NAME:TAG, a local directory, demo or none")
+    teacher_classes: str = _key(
+        "", "order of its outputs: a file with a class folder a line, sorted, or natural (timm's)"
+    )
+    clip: str = _key("", "open_clip NAME:TAG, hf-hub:OWNER/NAME, a local directory, demo or none")
     prompts: str = _key("richkd", "prompt set (richkd, single) or a file of templates with {}")
     views: int = _key(32, "augmented views a training sample, a new one each epoch while they last")
     alpha: float = _key(0.7, "weight of the CNN teacher in the blend; CLIP has 1 − alpha")

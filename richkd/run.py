@@ -16,7 +16,7 @@ import torch
 from richkd.distill import check_version, distill, identity, with_defaults
 from richkd.errors import RichKDError
 from richkd.losses import method_class, method_options
-from richkd.models import create_model
+from richkd.models import check_trainable, create_model
 from richkd.models.weights import file_sha256
 from richkd.precompute import precompute
 from richkd.progress import Report
@@ -115,6 +115,7 @@ def check_names(settings: Distill) -> None:
     """Refuse a student or method that does not exist before stage one takes its time."""
     method_class(settings.method, method_options(settings.options, settings.method))
     if settings.student:
+        check_trainable(settings.student)
         with torch.device("meta"):
             create_model(settings.student, 2, **settings.student_options)
 

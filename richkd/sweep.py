@@ -35,7 +35,7 @@ from richkd.distill import (
 )
 from richkd.errors import RichKDError, machine_fault
 from richkd.losses.method import METHODS, TARGET
-from richkd.models import check_names, forward
+from richkd.models import check_names, check_trainable, forward
 from richkd.progress import Advance, Report, duration, percent, size
 from richkd.recipe import Distill, Recipe, Sweep, resolve, to_table
 from richkd.results import Standing, leaderboard, leaderboard_table
@@ -156,6 +156,8 @@ def run_sweep(
             is in `failed`, and the others go on.
     """
     check_names(sweep.students)
+    for student in sweep.students:
+        check_trainable(student)
     first = first_settings(sweep, recipe, flags)
     cache = open_cache(first.cache)
     entries = check_grid(make_grid(sweep, recipe, flags, cache), cache)

@@ -41,7 +41,15 @@ from richkd.store.checksums import (
 )
 from richkd.store.place import Folder, Place, open_place
 from richkd.store.reader import TeacherCache, copy_of, open_cache, open_store
-from richkd.store.schema import LOGITS, Block, Manifest, array_specs, blocks, teacher_input
+from richkd.store.schema import (
+    LOGITS,
+    Block,
+    Manifest,
+    TeacherEntry,
+    array_specs,
+    blocks,
+    teacher_input,
+)
 from richkd.store.topk import Rows, TopKRows, keep_classes, kl_errors
 from richkd.teachers.cnn import load_teacher
 from richkd.training.device import choose_device
@@ -143,14 +151,14 @@ def repair_store(path: str | Path, report: Report) -> list[str]:
         report.say(f"{one.file}: {one.reason}")
     settings = resolve(Precompute, manifest["recipe"], {"out": str(path)})
     report.say(f"computing {len(redo)} of {len(blocks(manifest))} blocks again")
-    stored = NetworkInput.of(teacher_input(manifest))
+    recorded = TeacherEntry(**{**manifest["teacher"], "input": teacher_input(manifest)})
     dataset = None
     if not manifest["dataset"]["embedded"]:
         dataset = replace(
             load_again(manifest, settings.dataset, settings.data_root, report),
             class_names=tuple(manifest["class_names"]),
         )
-    precompute(settings, redo=redo, dataset=dataset, teacher_input=stored, report=report)
+    precompute(settings, redo=redo, dataset=dataset, recorded=recorded, report=report)
     return [block.name for block in redo]
 
 
@@ -352,9 +360,11 @@ def check_teacher(cache: TeacherCache, weights: Path, report: Report) -> Iterato
     settings = Distill(cache=cache.place.name)
     device = choose_device(settings.device)
     train = load_images(cache, settings, report)["train"]
+    outputs = manifest["teacher"].get("outputs")
     teacher = load_teacher(
         manifest["teacher"]["name"], weights, cache.num_classes,
         NetworkInput.of(teacher_input(manifest)), device,
+        outputs=None if outputs is None else tuple(outputs), report=report,
     )  # fmt: skip
     inputs = make_inputs(train.images, device, teacher.input)
     if teacher.sha256 != manifest["teacher"]["sha256"]:

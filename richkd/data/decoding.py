@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from richkd.errors import RichKDError
+from richkd.store.schema import DecodingEntry
 
 # What is read: Pillow's name of a format, and what its files are called. No other decoder ever
 # runs, whatever a file's name and content say.
@@ -128,13 +129,13 @@ class Decoding:
         return cls(read_colour(background), ranges)
 
     @property
-    def entry(self) -> dict[str, Any]:
+    def entry(self) -> DecodingEntry:
         """For a manifest."""
-        ranges = {kind: list(values) for kind, values in sorted(self.ranges.items())}
+        ranges = {kind: list(ends) for kind, ends in sorted(self.ranges.items())}
         return {"background": "#{:02x}{:02x}{:02x}".format(*self.background), "ranges": ranges}
 
     @classmethod
-    def from_entry(cls, entry: Mapping[str, Any]) -> Decoding:
+    def from_entry(cls, entry: DecodingEntry) -> Decoding:
         """What `entry` gave."""
         ranges = {kind: (float(low), float(high)) for kind, (low, high) in entry["ranges"].items()}
         return cls(read_colour(entry["background"]), ranges)

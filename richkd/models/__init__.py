@@ -92,6 +92,27 @@ def has_tag(name: str) -> bool:
     return name not in ZOO and "." in _registered(name)
 
 
+def check_trainable(name: str, weights: str = "") -> None:
+    """Refuse a name with a tag of pretrained weights where a network is trained from scratch.
+
+    Args:
+        name: of the network; may be empty.
+        weights: of a teacher, which say themselves what the network starts with.
+
+    Raises:
+        RichKDError: it has a tag, and there are no weights.
+    """
+    if not name or weights or not has_tag(name):
+        return
+    plain, _, tag = _registered(name).partition(".")
+    plain = f"timm/{plain}" if name.startswith("timm/") or plain in ZOO else plain
+    raise RichKDError(
+        f"model {name!r} names pretrained weights ({tag}), and none are downloaded or loaded by "
+        f"name: say {plain} to train it from scratch; a teacher's weights are given by "
+        f"--teacher-weights FILE"
+    )
+
+
 def pretrained_input(name: str) -> NetworkInput | None:
     """What a network takes by timm's configuration: that of its tag, or of timm's own choice.
 

@@ -7,6 +7,7 @@ arrays with a view axis and (block, …) for the others, so that a block is whol
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,13 @@ MOST = 2**40  # of anything that a manifest counts
 LOGITS = ("teacher_logits", "fused_logits")
 
 
+class DecodingEntry(TypedDict):
+    """How image files became RGB (data/decoding.py)."""
+
+    background: str  # #RRGGBB
+    ranges: dict[str, list[float]]  # by kind of file: the values that are black and white
+
+
 class DatasetEntry(TypedDict):
     """The images that the rows belong to."""
 
@@ -33,7 +41,7 @@ class DatasetEntry(TypedDict):
     num_test: int
     embedded: bool
     skipped: NotRequired[list[str]]  # files of a folder that are no whole images
-    decoding: NotRequired[dict[str, Any]]  # of files, where it changes pixels (data/decoding.py)
+    decoding: NotRequired[DecodingEntry]  # of files, where it changes pixels
     validation: NotRequired[float]  # share of the training images that choices are made on
     num_validation: NotRequired[int]  # images that choices are made on; they are not in num_train
     folders: NotRequired[dict[str, str]]  # of each split of a folder of images, by its name in that
@@ -54,6 +62,7 @@ class TeacherEntry(TypedDict):
     sha256: str
     num_features: int
     input: NotRequired[InputEntry]  # absent from stores of before (`teacher_input`)
+    outputs: NotRequired[list[int]]  # of each class, where the teacher's order is another
     accuracy: float | None
 
 
@@ -296,16 +305,31 @@ def _out_of_range(manifest: Manifest) -> Iterator[str]:
         keep, temperature = manifest.get("keep", 0), manifest.get("keep_temperature", 0)
         if not 1 <= keep < len(manifest["class_names"]) or temperature <= 0:
             yield f"keep is {keep}, keep_temperature {temperature}"
-    folders = manifest["dataset"].get("folders")
-    if folders is not None:
-        plain = all(name == Path(name).name not in ("", "..") for name in folders.values())
-        if not {"train", "test"} <= folders.keys() <= SPLITS or not plain:
-            yield f"dataset.folders is {folders!r}"
+    yield from _out_of_order(manifest)
     mean, std = manifest["mean"], manifest["std"]
     if not len(mean) == len(std) == 3 or min(std) <= 0:
         yield f"mean is {mean!r}, std {std!r}"
     elif (fault := input_fault(teacher_input(manifest))) is not None:
         yield f"of teacher.input, {fault}"
+
+
+def _out_of_order(manifest: Manifest) -> Iterator[str]:
+    """What is wrong with what says how images were read, and in which order of classes."""
+    dataset = manifest["dataset"]
+    folders = dataset.get("folders")
+    if folders is not None:
+        plain = all(name == Path(name).name not in ("", "..") for name in folders.values())
+        if not {"train", "test"} <= folders.keys() <= SPLITS or not plain:
+            yield f"dataset.folders is {folders!r}"
+    if "decoding" in dataset:
+        if re.fullmatch("#[0-9a-f]{6}", dataset["decoding"]["background"]) is None:
+            yield f"dataset.decoding.background is {dataset['decoding']['background']!r}"
+        for kind, ends in dataset["decoding"]["ranges"].items():
+            if len(ends) != 2 or not -math.inf < ends[0] < ends[1] < math.inf:
+                yield f"dataset.decoding.ranges of {kind} is {ends!r}"
+    outputs, count = manifest["teacher"].get("outputs"), len(manifest["class_names"])
+    if outputs is not None and sorted(outputs) != [*range(count)]:
+        yield f"teacher.outputs is not one of each of {count} classes"
 
 
 def teacher_input(manifest: Manifest) -> InputEntry:

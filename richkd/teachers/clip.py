@@ -6,9 +6,15 @@ batches on the device, for files by open_clip's PIL transform in data-loader wor
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import logging
+import re
+import time
+import urllib.parse
+import urllib.request
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +33,16 @@ from richkd.errors import RichKDError, nearest, unknown
 from richkd.models.weights import state_sha256
 
 LOCAL = "local-dir:"
+HUB = "hf-hub:"
 TEXT_BATCH = 256
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+# what open_clip and transformers say where a file could not be fetched
+_NOT_FETCHED = re.compile("Failed to download|Failed initial config|Required pretrained|connect")
+_PIECES = re.compile("mt5|xlm|nllb")  # tokenizers that may come as a model of sentencepiece's
+_VOCABULARIES = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
+    "tokenizer.model",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,26 +126,26 @@ class ClipTeacher:
 def check_clip(name: str) -> None:
     """Refuse, before anything long, a CLIP that cannot be: by name alone, nothing is loaded.
 
-    `NAME:TAG` of open_clip, a directory with open_clip_config.json, `demo` or `none`.
+    `NAME:TAG` of open_clip, `hf-hub:OWNER/NAME`, a directory with open_clip_config.json, `demo` or
+    `none`.
 
     Raises:
-        RichKDError: no such model, tag or directory, or a tag trained with another GELU.
+        RichKDError: no such model, tag or directory, a tag trained with another GELU, or a text
+            tower or tokenizer of Hugging Face's without the packages that read it.
     """
-    if name in ("demo", "none"):
-        return
-    folder = local_folder(name)
+    folder, hub = local_folder(name), hub_name(name)
     if folder is not None:
-        if not (folder / "open_clip_config.json").is_file():
-            raise RichKDError(
-                f"{folder} holds no open_clip_config.json; a local CLIP is a directory with that "
-                f"and open_clip_model.safetensors"
-            )
-        if not any(folder.glob("*.safetensors")):
-            raise RichKDError(
-                f"{folder} holds no .safetensors weights; save the CLIP's state_dict as "
-                f"{folder / 'open_clip_model.safetensors'}"
-            )
-        return
+        _check_folder(name, folder)
+    elif hub is not None:  # what it needs stands in its configuration, which load_clip reads first
+        if not _REPOSITORY.fullmatch(hub):
+            raise RichKDError(f"CLIP {name!r}: name a repository as {HUB}OWNER/NAME")
+    elif name not in ("demo", "none"):
+        _check_tag(name)
+        _check_text(name, open_clip.get_model_config(name.partition(":")[0]) or {})
+
+
+def _check_tag(name: str) -> None:
+    """Refuse a name that is no model and tag of open_clip's, or weights of another GELU."""
     model, colon, tag = name.partition(":")
     if model not in open_clip.list_models():
         raise unknown("CLIP (neither a directory nor a model of open_clip):", model,
@@ -140,13 +155,66 @@ def check_clip(name: str) -> None:
         raise RichKDError(f"CLIP {name!r}: say which weights as {model}:TAG; {nearest(tag, tags)}")
     wants = bool((open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu", False))
     has = bool((open_clip.get_model_config(model) or {}).get("quick_gelu", False))
-    if wants != has:
-        other = f"{model}-quickgelu" if wants else model.removesuffix("-quickgelu")
+    other = f"{model}-quickgelu" if wants else model.removesuffix("-quickgelu")
+    # where there is no other model for these weights, open_clip's configuration is right
+    if wants != has and other != model and tag in open_clip.list_pretrained_tags_by_model(other):
         raise RichKDError(
             f"CLIP {name!r}: these weights were trained with "
             f"{'quick-GELU' if wants else 'GELU'}, the model {model} has "
             f"{'GELU' if wants else 'quick-GELU'}; use {other}:{tag}"
         )
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    """Refuse a directory without what open_clip reads from it."""
+    file = folder / "open_clip_config.json"
+    if not file.is_file():
+        hint = (f"; if it is a repository of the Hugging Face hub, say {HUB}{name}"
+                if _REPOSITORY.fullmatch(name) and not folder.exists() else "")  # fmt: skip
+        raise RichKDError(
+            f"{folder} holds no open_clip_config.json; a local CLIP is a directory with that "
+            f"and open_clip_model.safetensors{hint}"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise RichKDError(
+            f"{folder} holds no .safetensors weights; save the CLIP's state_dict as "
+            f"{folder / 'open_clip_model.safetensors'}"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))["model_cfg"]
+        config["text_cfg"].get("hf_tokenizer_name")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RichKDError(
+            f"{file} is damaged or no configuration of open_clip's ({error!r})"
+        ) from None
+    _check_text(name, config, folder)
+
+
+def _check_text(name: str, config: Mapping[str, Any], folder: Path | None = None) -> None:
+    """Refuse a CLIP whose text tower or tokenizer cannot be read here.
+
+    open_clip reads both through transformers where its configuration names one of Hugging Face's;
+    those of a directory's tokenizer are looked for in the directory.
+
+    Raises:
+        RichKDError: transformers is not installed, or the directory lacks the tokenizer's files.
+    """
+    text = config.get("text_cfg", {})
+    tokenizer, tower = text.get("hf_tokenizer_name"), text.get("hf_model_name")
+    if not tokenizer and not tower and (folder or "siglip" not in name.lower()):
+        return
+    what = f"the text model {tower}" if tower else f"the tokenizer {tokenizer or 'of SigLIP'}"
+    remedies = []
+    if importlib.util.find_spec("transformers") is None:
+        pieces = " sentencepiece protobuf" * bool(_PIECES.search(f"{tokenizer} {tower}".lower()))
+        remedies.append(f"pip install transformers{pieces}")
+    if folder is not None and tokenizer and not any((folder / n).is_file() for n in _VOCABULARIES):
+        remedies.append(
+            f"copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into {folder}, "
+            f"where open_clip looks for them"
+        )
+    if remedies:
+        raise RichKDError(f"CLIP {name} needs {what} of Hugging Face's; {', and '.join(remedies)}")
 
 
 def load_clip(name: str, device: torch.device) -> ClipTeacher:
@@ -155,26 +223,42 @@ def load_clip(name: str, device: torch.device) -> ClipTeacher:
     Raises:
         RichKDError: its weights cannot be fetched (no network) or do not fit.
     """
-    folder = local_folder(name)
+    folder, hub = local_folder(name), hub_name(name)
     model_name, _, tag = name.partition(":")
-    source = (f"{LOCAL}{folder}", None) if folder is not None else (model_name, tag)
+    source: tuple[str, str | None] = (model_name, tag)
+    if folder is not None:
+        source = (f"{LOCAL}{folder}", None)
+    elif hub is not None:
+        source = (f"{HUB}{hub}", None)
+    local = folder is not None and not _config_of(folder).get("hf_model_name")
+    unreachable = None if local else hub_fault()
     try:
-        with quiet(), warnings.catch_warnings():
+        with quiet(), offline(unreachable is not None), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            if hub is not None:  # before its weights
+                _check_text(name, open_clip.get_model_config(source[0]) or {})
             model = open_clip.create_model(
                 source[0], source[1], device=device, require_pretrained=True
             )
             tokenizer = open_clip.get_tokenizer(source[0])
             preprocessing = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
             transform = open_clip.transform.image_transform_v2(preprocessing, is_train=False)
+    except RichKDError:
+        raise
     except Exception as error:  # open_clip and the hub raise errors of many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        remedy = (
-            "check its config and weights"
-            if folder is not None
-            else "without a network, copy the model's open_clip_config.json and "
-            "open_clip_model.safetensors from elsewhere into a directory and pass --clip DIRECTORY"
-        )
+        if unreachable is not None and _NOT_FETCHED.search(str(error)):
+            reason = f"it is not in the cache, and {unreachable}"
+        if local:
+            remedy = "check its config and weights"
+        elif folder is not None:
+            remedy = "its text model is fetched from the Hugging Face hub"
+        else:
+            remedy = (
+                "without a network, copy the model's open_clip_config.json and "
+                "open_clip_model.safetensors from elsewhere into a directory and pass --clip "
+                "DIRECTORY"
+            )
         raise RichKDError(f"cannot load CLIP {name}: {reason}; {remedy}") from None
     model.eval().requires_grad_(False)
     return ClipTeacher(
@@ -183,36 +267,99 @@ def load_clip(name: str, device: torch.device) -> ClipTeacher:
     )  # fmt: skip
 
 
+def _config_of(folder: Path) -> dict[str, Any]:
+    """The text part of a directory's configuration, which `check_clip` has read."""
+    config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+    text: dict[str, Any] = config["model_cfg"]["text_cfg"]
+    return text
+
+
+def hub_fault() -> str | None:
+    """Why the Hugging Face hub cannot be reached, or None where it can.
+
+    The hub's own client tries for a minute, file by file. A slow answer is an answer: only a
+    connection that fails twice, or that the hub's own time limit ends, is none.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    for last in (False, True):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            return None
+        except Exception as error:  # of the client that the hub has chosen
+            kinds = {kind.__name__ for kind in type(error).__mro__}
+            if not kinds & {"ConnectError", "ConnectTimeout", "ProxyError"}:
+                return None
+            if last or "ConnectTimeout" in kinds:
+                proxies = [key for key in urllib.request.getproxies() if key in ("https", "all")]
+                through = f" through the proxy of {proxies[0].upper()}_PROXY" if proxies else ""
+                host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+                return f"{host} cannot be reached{through} ({str(error) or type(error).__name__})"
+        time.sleep(1)
+    return None
+
+
 @contextmanager
-def quiet() -> Iterator[None]:
-    """open_clip logs to the root what it also raises, or what is known here."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.CRITICAL)
+def offline(wanted: bool) -> Iterator[None]:
+    """Only the hub's cache is asked, and at once; nothing where that is not wanted."""
+    from huggingface_hub import constants
+
+    was = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = was or wanted
     try:
         yield
     finally:
-        root.setLevel(level)
+        constants.HF_HUB_OFFLINE = was
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """open_clip logs to the root what it also raises, or what is known here; so does the hub."""
+    loggers = [logging.getLogger(), logging.getLogger("huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def blank_clip(name: str, device: torch.device) -> ClipTeacher:
     """A CLIP of random weights, without a tokenizer, that costs what the real one does.
 
     Args:
-        name: NAME or NAME:TAG of open_clip; nothing is downloaded.
+        name: NAME or NAME:TAG of open_clip, or one of the hub whose configuration is in its cache;
+            nothing is downloaded.
         device: where it is to run.
 
     Raises:
         RichKDError: as `check_clip`, but that no tag is needed.
     """
-    model_name, colon, _ = name.partition(":")
-    if colon or model_name not in open_clip.list_models():
+    hub, (model_name, colon, _) = hub_name(name), name.partition(":")
+    if hub is not None:
         check_clip(name)
-    with quiet(), torch.random.fork_rng(devices=[]):
+        model_name = f"{HUB}{hub}"
+    elif colon or model_name not in open_clip.list_models():
+        _check_tag(name)
+    with quiet(), offline(True), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = open_clip.create_model(
-            model_name, None, load_weights=False, device=device, pretrained_text=False
-        )
+        try:
+            config = open_clip.get_model_config(model_name) or {}
+            if "hf_model_name" in config.get("text_cfg", {}):
+                _check_text(name, config)
+            model = open_clip.create_model(
+                model_name, None, load_weights=False, device=device, pretrained_text=False
+            )
+        except OSError:
+            raise RichKDError(
+                f"CLIP {name}: the hub's cache has no configuration of it, and nothing is "
+                f"downloaded to plan; name another model of the same size"
+            ) from None
     model.eval().requires_grad_(False)
     preprocessing = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
     return ClipTeacher(
@@ -223,8 +370,15 @@ def blank_clip(name: str, device: torch.device) -> ClipTeacher:
 
 
 def local_folder(name: str) -> Path | None:
-    """The directory that a name means, or None for a name of open_clip's."""
+    """The directory that a name means, or None for a name of open_clip's or of the hub's."""
     if name.startswith(LOCAL):
         return Path(name.removeprefix(LOCAL))
     path = Path(name)
+    if hub_name(name) is not None:
+        return None
     return path if path.is_dir() or "/" in name or "\\" in name else None
+
+
+def hub_name(name: str) -> str | None:
+    """OWNER/NAME of a name for the Hugging Face hub, or None for others."""
+    return name[len(HUB) :] if name.lower().startswith(HUB) else None

@@ -19,12 +19,14 @@ from richkd.data.views import views_tensor
 from richkd.errors import RichKDError
 from richkd.files import check_writable
 from richkd.losses import Widths, method_class
-from richkd.models import check_fit, create_model, forward
+from richkd.models import check_fit, check_trainable, create_model, forward
 from richkd.models.weights import file_sha256, load_into, read_weights, save_tensors
 from richkd.progress import Report, percent
 from richkd.recipe import TrainTeacher
 from richkd.training.device import choose_device
 from richkd.training.loop import Data, EpochRows, EvalSet, Trainer, derive_seed
+
+Outputs = tuple[int, ...]  # the teacher's output of each class, where its order is another
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class CNNTeacher:
     num_features: int
     input: NetworkInput
     device: torch.device
+    outputs: Outputs | None = None  # None: the data set's order
 
     @cached_property
     def normalize(self) -> Normalize:
@@ -45,8 +48,13 @@ class CNNTeacher:
 
     @torch.inference_mode()
     def rows(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[B,S,S,3] uint8 -> logits [B,C] and pooled features [B,F], f32."""
-        return forward(self.model, self.normalize(images))
+        """[B,S,S,3] uint8 -> logits [B,C], of the data set's classes, and features [B,F], f32."""
+        logits, features = forward(self.model, self.normalize(images))
+        return (logits if self._columns is None else logits[:, self._columns]), features
+
+    @cached_property
+    def _columns(self) -> Tensor | None:
+        return None if self.outputs is None else torch.tensor(self.outputs, device=self.device)
 
 
 def load_teacher(
@@ -55,8 +63,20 @@ def load_teacher(
     num_classes: int,
     network_input: NetworkInput,
     device: torch.device,
+    *,
+    outputs: Outputs | None = None,
+    report: Report | None = None,
 ) -> CNNTeacher:
     """A teacher from a file of weights; of random ones without.
+
+    Args:
+        name: of the network.
+        weights: its file.
+        num_classes: C.
+        network_input: what it takes.
+        device: where it runs.
+        outputs: which of its outputs is which class, where they have another order.
+        report: where it is told what was unwrapped in the file, or left out.
 
     Raises:
         RichKDError: no such model or file, or weights of another architecture or classes.
@@ -65,10 +85,12 @@ def load_teacher(
     model = create_model(name, num_classes, image_size=size)
     num_features = check_fit(model, name, size, num_classes)
     if weights is not None:
-        load_into(model, read_weights(weights), name, weights)
+        said = load_into(model, read_weights(weights), name, weights)
+        if said and report is not None:
+            report.say(said)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     sha256 = file_sha256(weights) if weights else ""
-    return CNNTeacher(name, model.eval(), sha256, num_features, network_input, device)
+    return CNNTeacher(name, model.eval(), sha256, num_features, network_input, device, outputs)
 
 
 def check_output(path: Path, overwrite: bool) -> None:
@@ -93,6 +115,7 @@ def train_teacher(
         RichKDError: anything the user can mend, found before training starts.
     """
     settings = settings.for_size(dataset.image_size)
+    check_trainable(settings.model)
     out = Path(settings.out)
     check_output(out, overwrite)
     device = choose_device(settings.device)
@@ -128,11 +151,12 @@ def train_teacher(
                     f"the teacher diverged in epoch {epoch}; lower --lr (it is {settings.lr})"
                 )
     assert record is not None and record.test_accuracy is not None
+    folders = {"class_folders": json.dumps(dataset.class_folders)} if dataset.class_folders else {}
     save_tensors(out, trainer.model.state_dict(), {
         "model": settings.model, "dataset": dataset.name, "fingerprint": dataset.fingerprint,
         "epochs": str(settings.epochs), "seed": str(settings.seed),
         "test_accuracy": repr(record.test_accuracy),
-        "class_names": json.dumps(dataset.class_names), **dataset.network_input.note,
+        "class_names": json.dumps(dataset.class_names), **folders, **dataset.network_input.note,
     })  # fmt: skip
     validation = record.validation_accuracy
     said = "" if validation is None else f"validation {percent(validation)} %, "

@@ -17,7 +17,7 @@ from richkd.data.framing import NetworkInput
 from richkd.data.views import CLEAN_SHARE
 from richkd.errors import RichKDError
 from richkd.models import create_model, has_tag, pretrained_input
-from richkd.models.weights import read_note, read_weights
+from richkd.models.weights import find_state, read_note, read_weights
 from richkd.progress import Report
 from richkd.recipe import Precompute
 
@@ -42,7 +42,7 @@ def resolve_input(
             not framed for networks here.
     """
     check_unsaid(settings, weights)
-    name, own = settings.teacher, _note(weights)
+    name, own = settings.teacher, note_of(weights)
     if own:
         found = _trained_here(own, weights, dataset)
         report.say(f"the teacher sees images of {found}, as {weights} says")
@@ -79,7 +79,7 @@ def check_unsaid(settings: Precompute, weights: Path | None) -> None:
     if not settings.teacher_input:
         return
     flag = f"--teacher-{next(iter(settings.teacher_input))}"
-    if _note(weights):
+    if note_of(weights):
         raise RichKDError(
             f"{flag}: {weights} says itself what its teacher was trained with; leave it out"
         )
@@ -104,9 +104,9 @@ def check_from_elsewhere(settings: Precompute) -> None:
         )
 
 
-def _note(weights: Path | None) -> dict[str, str]:
-    """What was written about weights that were trained here; nothing about others."""
-    if weights is None or weights.suffix != ".safetensors" or not weights.is_file():
+def note_of(weights: Path | None) -> dict[str, str]:
+    """What was written about weights that were trained here, in text; nothing about others."""
+    if weights is None or not weights.is_file():
         return {}
     note = read_note(weights)
     if "fingerprint" in note:  # a teacher
@@ -120,10 +120,11 @@ def _of_student(summary: Path) -> dict[str, str]:
     try:
         about = json.loads(summary.read_text(encoding="utf-8"))
         files = catalog.split_name(about["dataset"])[0] == catalog.IMAGE_FOLDER
-        return NetworkInput(
+        found = NetworkInput(
             size=about["image_size"], mean=about["mean"], std=about["std"],
             crop=CLEAN_SHARE if files else 1.0,
-        ).note  # fmt: skip
+        )  # fmt: skip
+        return {**found.note, "class_names": json.dumps(about["class_names"])}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RichKDError(f"{summary} is damaged or no run's summary ({error})") from None
 
@@ -151,12 +152,14 @@ def _size_of(name: str, weights: Path, num_classes: int, sizes: list[int]) -> in
     Convolutions fit any size; position embeddings are of one.
     """
     found: dict[int, dict[str, torch.Size]] = {}
+    own: dict[str, Tensor] = {}
     for size in dict.fromkeys(sizes):
         with suppress(RichKDError), torch.device("meta"):
-            found[size] = _shapes(create_model(name, num_classes, image_size=size).state_dict())
+            own = create_model(name, num_classes, image_size=size).state_dict()
+            found[size] = _shapes(own)
     if all(shapes == found.get(sizes[0]) for shapes in found.values()):
         return sizes[0]
-    there = _shapes(read_weights(weights))
+    there = _shapes(find_state(own, read_weights(weights), name, weights)[0])
     return next((size for size, shapes in found.items() if shapes == there), sizes[0])
 
 

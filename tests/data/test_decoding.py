@@ -541,3 +541,24 @@ def test_an_image_that_became_unreadable_is_named(tmp_path: Path, rng: np.random
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(RichKDError, match=message):
         Images(**{"dataset": "imagefolder:D", **settings})
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"background": "sky", "ranges": {}},
+        {"background": "#ffffff", "ranges": {"16-bit PNG": [4095, 0]}},
+        {"background": "#ffffff", "ranges": {"16-bit PNG": [0]}},
+        {"background": "#ffffff", "ranges": {"16-bit PNG": [0, float("inf")]}},
+        {"background": "#ffffff", "ranges": {"16-bit PNG": [0, "x"]}},
+        {"background": "#ffffff"},
+        "white",
+    ],
+)
+def test_a_manifest_that_says_nonsense_is_refused(entry: Any, store: Path) -> None:
+    from richkd.store.schema import manifest_fault
+
+    manifest = dict(richkd.open_cache(store).manifest)
+    assert manifest_fault(manifest) is None
+    manifest["dataset"] = {**manifest["dataset"], "decoding": entry}
+    assert "decoding" in str(manifest_fault(manifest))

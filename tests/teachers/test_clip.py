@@ -1,6 +1,11 @@
 """The CLIP teacher against open_clip's own paths."""
 
+import importlib.util
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,7 @@ from richkd.data.inputs import ArrayInputs
 from richkd.data.prompts import load_prompts
 from richkd.errors import RichKDError
 from richkd.fusion import class_embeddings
-from richkd.teachers.clip import check_clip, load_clip
+from richkd.teachers.clip import check_clip, hub_fault, load_clip, local_folder
 
 CPU = torch.device("cpu")
 
@@ -122,6 +127,7 @@ def test_no_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("Name or service not known")
 
     monkeypatch.setattr("open_clip.factory.download_pretrained", offline)
+    monkeypatch.setattr("richkd.teachers.clip.hub_fault", lambda: None)
     with pytest.raises(RichKDError, match=r"cannot load CLIP ViT-B-32:openai.*--clip DIRECTORY"):
         load_clip("ViT-B-32:openai", CPU)
 
@@ -135,3 +141,293 @@ def test_damaged_local_clips(tmp_path: Path) -> None:
     weights.rename(folder / "weights.bin")
     with pytest.raises(RichKDError, match="holds no .safetensors"):
         check_clip(str(folder))
+
+
+# --- what a CLIP needs besides its weights -------------------------------------------------------
+
+
+def without(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a package is not installed."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == module else find(name, *a)
+    )
+
+
+def with_module(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find, here = importlib.util.find_spec, importlib.util.find_spec("json")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: here if name == module else find(name, *a)
+    )
+
+
+PAIRS = open_clip.list_pretrained()
+
+
+def needs_transformers(model: str) -> bool:
+    """By open_clip's own rule for tokenizers (get_tokenizer) and text towers."""
+    text = open_clip.get_model_config(model)["text_cfg"]  # type: ignore[index]
+    return bool(
+        text.get("hf_tokenizer_name") or text.get("hf_model_name") or "siglip" in model.lower()
+    )
+
+
+def test_every_clip_of_open_clips_is_taken_or_has_a_remedy_that_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All pairs, with transformers and without."""
+    with_module("transformers", monkeypatch)
+    remedied = set()
+    for model, tag in PAIRS:
+        try:
+            check_clip(f"{model}:{tag}")
+        except RichKDError as error:
+            found = re.search(r"; use (\S+):(\S+)$", str(error))
+            assert found, error
+            assert found.groups() in PAIRS and found.groups() != (model, tag)
+            check_clip(":".join(found.groups()))
+            remedied.add((model, tag))
+    assert 20 < len(remedied) < len(PAIRS) / 3
+    assert ("roberta-ViT-B-32", "laion2b_s12b_b32k") not in remedied
+    monkeypatch.undo()
+    without("transformers", monkeypatch)
+    refused = 0
+    for model, tag in PAIRS:
+        if (model, tag) in remedied:
+            continue
+        if needs_transformers(model):
+            with pytest.raises(RichKDError, match=r"Hugging Face's; pip install transformers"):
+                check_clip(f"{model}:{tag}")
+            refused += 1
+        else:
+            check_clip(f"{model}:{tag}")
+    assert refused > 40
+
+
+def test_tokenizers_are_named_before_anything_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    without("transformers", monkeypatch)
+    for name, needed in (
+        ("ViT-B-16-SigLIP2:webli", r"the tokenizer timm/ViT-B-16-SigLIP2 of"),
+        ("xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k",
+         r"the text model xlm-roberta-base of.*pip install transformers sentencepiece protobuf"),
+        ("roberta-ViT-B-32:laion2b_s12b_b32k", r"the text model roberta-base of.*transformers$"),
+    ):  # fmt: skip
+        with pytest.raises(RichKDError, match=needed) as refused:
+            check_clip(name)
+        assert "download" not in str(refused.value) and "cannot load" not in str(refused.value)
+
+
+def with_text(folder: Path, **text: Any) -> Path:
+    file = folder / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"]["text_cfg"] |= text
+    file.write_text(json.dumps(config))
+    return folder
+
+
+def test_a_directory_with_a_tokenizer_of_hugging_faces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = with_text(write_clip(tmp_path / "clip"), hf_tokenizer_name="some/tokenizer")
+    without("transformers", monkeypatch)
+    with pytest.raises(
+        RichKDError,
+        match=r"tokenizer some/tokenizer.*pip install transformers, and "
+        r"copy the tokenizer's files \(tokenizer\.json.*clip",
+    ):
+        check_clip(str(folder))
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(RichKDError, match="pip install transformers$"):
+        check_clip(str(folder))
+    monkeypatch.undo()
+    with_module("transformers", monkeypatch)
+    check_clip(str(folder))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(RichKDError, match=r"of Hugging Face's; copy the tokenizer's files"):
+        check_clip(str(folder))
+
+
+def test_a_directory_called_siglip_needs_nothing(tmp_path: Path) -> None:
+    """As open_clip has it: only its own names say which tokenizer there is."""
+    check_clip(str(write_clip(tmp_path / "ViT-SigLIP")))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model_cfg": {}}',
+                                     '{"model_cfg": {"text_cfg": 3}}'])  # fmt: skip
+def test_a_configuration_that_is_none(tmp_path: Path, content: str) -> None:
+    folder = write_clip(tmp_path / "clip")
+    (folder / "open_clip_config.json").write_text(content)
+    with pytest.raises(RichKDError, match=r"open_clip_config\.json is damaged or no config"):
+        check_clip(str(folder))
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP2", "ViT-B-16-SigLIP2:webli"])
+def test_planning_needs_no_tokenizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from richkd.teachers.clip import blank_clip
+
+    without("transformers", monkeypatch)
+
+    class Asked(Exception):
+        pass
+
+    def asked(*_: object, **__: object) -> None:
+        raise Asked  # it is large
+
+    monkeypatch.setattr("open_clip.create_model", asked)
+    with pytest.raises(Asked):
+        blank_clip(name, CPU)
+
+
+# --- the hub -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache on this disk, with one CLIP in it, and no network."""
+    from huggingface_hub import constants
+
+    repository = tmp_path / "hub" / "models--us--tiny-clip"
+    write_clip(repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("richkd.teachers.clip.hub_fault", lambda: "there is no network here")
+    return repository / "snapshots" / "abc"
+
+
+@pytest.mark.parametrize("scheme", ["hf-hub:", "HF-HUB:"])
+def test_a_clip_of_the_hub_is_read_from_its_cache(hub: Path, scheme: str) -> None:
+    check_clip(f"{scheme}us/tiny-clip")
+    assert local_folder(f"{scheme}us/tiny-clip") is None
+    loaded = load_clip(f"{scheme}us/tiny-clip", CPU)
+    assert loaded.sha256 == load_clip(str(hub), CPU).sha256
+    assert loaded.text_embeddings(["cat"], ["a {}"]).shape == (1, 1, 24)
+
+
+def test_what_a_clip_of_the_hub_needs_is_named_before_its_weights(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_text(hub, hf_tokenizer_name="some/tokenizer")
+    without("transformers", monkeypatch)
+    (hub / "open_clip_model.safetensors").unlink()
+    with pytest.raises(RichKDError, match="needs the tokenizer some/tokenizer.*transformers$"):
+        load_clip("hf-hub:us/tiny-clip", CPU)
+
+
+def test_a_clip_that_is_not_in_the_cache(hub: Path) -> None:
+    from richkd.teachers.clip import blank_clip
+
+    for name in ("hf-hub:us/other", "ViT-B-32:laion2b_s34b_b79k"):
+        with pytest.raises(
+            RichKDError,
+            match=f"cannot load CLIP {name}: it is not in the cache, "
+            f"and there is no network here; .*--clip DIRECTORY",
+        ):
+            load_clip(name, CPU)
+    with pytest.raises(RichKDError, match="nothing is downloaded to plan"):
+        blank_clip("hf-hub:us/other", CPU)
+    assert blank_clip("hf-hub:us/tiny-clip", CPU).sha256 == ""
+
+
+@pytest.mark.parametrize("name", ["hf-hub:", "hf-hub:tiny-clip", "hf-hub:a/b/c", "hf-hub:../x",
+                                  "HF-HUB:a b/c"])  # fmt: skip
+def test_names_of_the_hub_that_are_none(name: str) -> None:
+    with pytest.raises(RichKDError, match="name a repository as hf-hub:OWNER/NAME"):
+        check_clip(name)
+
+
+def test_a_repository_without_its_scheme_is_pointed_to(tmp_path: Path) -> None:
+    with pytest.raises(RichKDError, match="say hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"):
+        check_clip("laion/CLIP-ViT-B-32-laion2B-s34B-b79K")
+    with pytest.raises(RichKDError, match="open_clip_config") as refused:
+        check_clip(str(tmp_path))
+    assert "hf-hub" not in str(refused.value)
+
+
+class Session:
+    """A client of the hub whose requests end as they are told."""
+
+    def __init__(self, *ends: Exception | None) -> None:
+        self.ends = [*ends]
+
+    def head(self, url: str, timeout: float) -> None:
+        assert url.startswith("http") and timeout >= 1
+        end = self.ends.pop(0)
+        if end is not None:
+            raise end
+
+
+class NetworkError(Exception):
+    pass
+
+
+class ConnectError(NetworkError):
+    pass
+
+
+class ConnectTimeout(Exception):
+    pass
+
+
+class ReadTimeout(Exception):
+    pass
+
+
+class ProxyError(Exception):
+    pass
+
+
+DNS = ConnectError("[Errno -2] Name or service not known")
+
+
+@pytest.mark.parametrize(("ends", "message"), [
+    ([None], None),
+    ([ReadTimeout()], None),  # slow, but there
+    ([DNS, None], None),
+    ([DNS, DNS], r"huggingface\.co cannot be reached \(\[Errno -2\] Name or service not known\)"),
+    ([ConnectTimeout("timed out")], r"cannot be reached \(timed out\)"),
+    ([ProxyError("403 Forbidden")] * 2, r"cannot be reached .*\(403 Forbidden\)"),
+    ([ConnectError("")] * 2, r"\(ConnectError\)"),
+])  # fmt: skip
+def test_whether_the_hub_can_be_reached(
+    ends: list[Exception | None], message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    session = Session(*ends)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: session)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    fault = hub_fault()
+    assert not session.ends
+    assert fault is None if message is None else re.search(message, fault or ""), fault
+
+
+def test_a_proxy_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: Session(DNS, DNS))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("https_proxy", "http://me:secret@proxy:3128")
+    fault = hub_fault() or ""
+    assert "through the proxy of HTTPS_PROXY" in fault and "secret" not in fault
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub_fault() == "HF_HUB_OFFLINE is set"
+
+
+@pytest.mark.slow
+def test_no_network_is_one_line_and_soon(tmp_path: Path) -> None:
+    """As a user sees it: a name server that knows nothing, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "richkd", "precompute", "--dataset", "shapes", "--limit", "32",
+         "--teacher", "resnet8", "--clip", "ViT-B-32:laion2b_s34b_b79k", "--out", "s.zarr"],
+        capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300,
+        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"),
+             "HF_HUB_OFFLINE": "0", "no_proxy": "127.0.0.1"},
+    )  # fmt: skip
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 2, done.stderr  # the data set, and this
+    assert "127.0.0.1 cannot be reached" in lines[1] and "--clip DIRECTORY" in lines[1]

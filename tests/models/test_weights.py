@@ -1,0 +1,456 @@
+"""One network in the wrappings of common trainers, and what is no file of weights at all."""
+
+import argparse
+import collections
+import datetime
+import io
+import pathlib
+import pickle
+import tarfile
+import types
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import richkd
+from richkd.errors import RichKDError
+from richkd.models.weights import load_into, read_note, read_weights, save_tensors, state_sha256
+
+State = dict[str, Tensor]
+CLASSES = 3
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = richkd.create_model("resnet8", CLASSES)
+    with torch.no_grad():
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def good() -> State:
+    return network(1).state_dict()
+
+
+@pytest.fixture(scope="module")
+def raw() -> State:
+    """Other weights of the same network, which must not be taken."""
+    return network(2).state_dict()
+
+
+def under(prefix: str, state: State) -> State:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def inside(part: str, state: State) -> State:
+    """As where a part of a network is wrapped."""
+    return {key.replace("layer1.", f"layer1.{part}."): value for key, value in state.items()}
+
+
+def timm_checkpoint(state: State, ema: Any = None) -> dict[str, Any]:
+    """As timm's CheckpointSaver writes it."""
+    return {
+        "epoch": 3, "arch": "resnet8", "state_dict": state,
+        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": []},
+        "version": 2, "args": argparse.Namespace(lr=0.1, amp=None, aa="rand-m9"),
+        "amp_scaler": {"scale": 65536.0}, "metric": 93.75,
+        **({} if ema is None else {"state_dict_ema": ema}),
+    }  # fmt: skip
+
+
+def lightning_checkpoint(state: State) -> dict[str, Any]:
+    return {
+        "epoch": 3, "global_step": 99, "pytorch-lightning_version": "2.6.0", "state_dict": state,
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 3}}}},
+        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_score": torch.tensor(0.9)}},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(3)}}}],
+        "lr_schedulers": [{"milestones": collections.Counter([30])}],
+        "hparams_name": "kwargs", "hyper_parameters": {"lr": 0.1, "root": pathlib.Path("data")},
+    }  # fmt: skip
+
+
+Made = Callable[[State, State], Any]
+# name: what is in the file, and what the line about it says; "" where nothing is to be said
+WRAPPINGS: dict[str, tuple[Made, str]] = {
+    "bare": (lambda good, _: good, ""),
+    "parameters": (lambda good, _: {k: nn.Parameter(v) if v.is_floating_point() else v
+                                    for k, v in good.items()}, ""),
+    "state_dict": (lambda good, _: {"state_dict": good, "epoch": 3}, "read state_dict of"),
+    "model": (lambda good, _: {"model": good, "best_acc": np.float64(79.4)}, "read model of"),
+    "net": (lambda good, _: {"net": good, "acc": 93.0, "epoch": 3}, "read net of"),
+    "network": (lambda good, _: {"network": good}, "read network of"),
+    "model_state_dict": (lambda good, _: {"model_state_dict": good, "loss": torch.tensor(0.1)},
+                         "read model_state_dict of"),
+    "module": (lambda good, _: {"module": good, "ds_version": "0.14"}, "read module of"),
+    "weights": (lambda good, _: {"weights": good}, "read weights of"),
+    "params": (lambda good, _: {"params": good}, "read params of"),
+    "a key of their own": (lambda good, _: {"my_teacher": good}, "read my_teacher of"),
+    "keys in keys": (lambda good, _: {"checkpoint": {"model": {"state_dict": good}}},
+                     "read checkpoint.model.state_dict of"),
+    "module.": (lambda good, _: under("module.", good), "read module.* of"),
+    "_orig_mod.": (lambda good, _: under("_orig_mod.", good), "read _orig_mod.* of"),
+    "module._orig_mod.": (lambda good, _: under("module._orig_mod.", good), "module._orig_mod.*"),
+    "_orig_mod.module.": (lambda good, _: under("_orig_mod.module.", good), "_orig_mod.module.*"),
+    "model._orig_mod.": (lambda good, _: under("model._orig_mod.", good), "model._orig_mod.*"),
+    "net.": (lambda good, _: under("net.", good), "read net.* of"),
+    "backbone.": (lambda good, _: {"state_dict": under("backbone.", good)},
+                  "read backbone.* in state_dict of"),
+    "timm_model.": (lambda good, _: under("timm_model.", good), "read timm_model.* of"),
+    "a part compiled": (lambda good, _: inside("_orig_mod", good), "wrappers such as module taken"),
+    "a part in parallel": (lambda good, _: under("module.", inside("module", good)),
+                           "wrappers such as module taken"),
+    "FSDP": (lambda good, _: under("_fsdp_wrapped_module.",
+                                   inside("_fsdp_wrapped_module._checkpoint_wrapped_module", good)),
+             "wrappers such as module taken"),
+    "timm": (lambda good, _: timm_checkpoint(good), "read state_dict of"),
+    "timm, EMA": (lambda good, raw: timm_checkpoint(raw, good),
+                  "read state_dict_ema of {} (its averaged weights; state_dict is beside it)"),
+    "timm, EMA of DDP": (lambda good, raw: timm_checkpoint(under("module.", raw),
+                                                           under("module.", good)),
+                         "read module.* in state_dict_ema of {} (its averaged weights; module.* in "
+                         "state_dict is beside it)"),
+    "timm, EMA without weights": (lambda good, _: timm_checkpoint(good, {}), "read state_dict of"),
+    "deit": (lambda good, raw: {"model": raw, "model_ema": good, "epoch": 3, "scaler": {},
+                                "args": argparse.Namespace(output_dir=pathlib.Path("out"))},
+             "read model_ema of {} (its averaged weights; model is beside it)"),
+    "deit without EMA": (lambda good, _: {"model": good, "model_ema": None}, "read model of"),
+    "torchvision": (lambda good, raw: {"model": raw, "epoch": 3,
+                                       "args": argparse.Namespace(lr=0.5),
+                                       "model_ema": {"n_averaged": torch.tensor(9),
+                                                     **under("module.", good)}},
+                    "read module.* in model_ema of {} (its averaged weights; model is beside it; "
+                    "left out n_averaged)"),
+    "ema": (lambda good, raw: {"model": raw, "ema": good}, "read ema of"),
+    "ema_state_dict": (lambda good, raw: {"state_dict": raw, "ema_state_dict": good},
+                       "read ema_state_dict of"),
+    "params_ema": (lambda good, raw: {"params": raw, "params_ema": good}, "read params_ema of"),
+    "EMA as a list": (lambda good, _: {"model": good, "ema": {"decay": 0.9, "shadow_params": [
+        torch.ones(3)]}}, "read model of"),
+    "EMA of parameters only": (lambda good, raw: {"model": good, "ema": {
+        k: v for k, v in raw.items() if "running" not in k and "tracked" not in k}},
+        "read model of"),
+    "AveragedModel": (lambda good, _: {"n_averaged": torch.tensor(9), **under("module.", good)},
+                      "read module.* of"),
+    "Lightning": (lambda good, _: lightning_checkpoint(under("model.", good)),
+                  "read model.* in state_dict of"),
+    "Lightning, itself": (lambda good, _: lightning_checkpoint(good), "read state_dict of"),
+    "Lightning, a loss": (lambda good, _: lightning_checkpoint(
+        {**under("model.", good), "criterion.weight": torch.ones(3)}),
+        "left out criterion.weight"),
+    "Lightning, itself and a loss": (lambda good, _: lightning_checkpoint(
+        {**good, "criterion.weight": torch.ones(3), "train_acc.tp": torch.ones(3)}),
+        "left out criterion.weight, train_acc.tp"),
+    "Lightning, EMA": (lambda good, raw: lightning_checkpoint(
+        {**under("model.", raw), **under("ema_model.module.", good)}),
+        "read ema_model.module.* in state_dict of"),
+    "Lightning, compiled": (lambda good, _: lightning_checkpoint(under("model._orig_mod.", good)),
+                            "read model._orig_mod.* in state_dict of"),
+    "RepDistiller": (lambda good, _: {"opt": argparse.Namespace(lr=0.05), "model": good,
+                                      "accuracy": torch.tensor(79.4), "optimizer": {}},
+                     "read model of"),
+    "thop": (lambda good, _: {**good, "total_ops": torch.zeros(1), "layer1.0.total_params":
+                              torch.zeros(1)}, "left out layer1.0.total_params, total_ops"),
+    "old PyTorch": (lambda good, _: {k: v for k, v in good.items() if "tracked" not in k}, ""),
+    "f64": (lambda good, _: {k: v.double() if v.is_floating_point() else v
+                             for k, v in good.items()}, ""),
+    "the same twice": (lambda good, _: {"last": good, "best": good}, "read last of"),
+    "one of two": (lambda good, raw: {"state_dict": good, "first_state_dict": raw},
+                   "read state_dict of {} (first_state_dict is beside it)"),
+    "plain values": (lambda good, _: {
+        "model": good, "at": datetime.datetime(2024, 5, 17), "took": datetime.timedelta(1),
+        "torch": torch.__version__, "cfg": types.SimpleNamespace(a=1), "out": pathlib.Path("a"),
+        "log": collections.defaultdict(list, loss=[0.1]), "top1": np.float32(0.9),
+        "classes": np.uint16(3), "steps": collections.defaultdict(int, a=1),
+        "better": np.bool_(True),
+    }, "read model of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRAPPINGS)
+def test_a_state_dict_is_found_and_what_was_unwrapped_is_said(
+    tmp_path: Path, good: State, raw: State, name: str
+) -> None:
+    make, said = WRAPPINGS[name]
+    path = tmp_path / "w.pth"
+    torch.save(make(good, raw), path)
+    model = network(3)
+    line = load_into(model, read_weights(path), "resnet8", path)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, good[key]) or (name == "old PyTorch" and "tracked" in key), key
+    assert line.count("\n") == 0 and (said.format(path) in line if said else line == "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_the_precision_is_read(tmp_path: Path, good: State, dtype: torch.dtype) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({k: v.to(dtype) if v.is_floating_point() else v for k, v in good.items()}, path)
+    model = network(3)
+    assert load_into(model, read_weights(path), "resnet8", path) == ""
+    for key, value in model.state_dict().items():
+        assert value.dtype == good[key].dtype
+        torch.testing.assert_close(value, good[key], atol=0.01, rtol=0.01)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".ckpt", ".pth.tar", "", ".safetensors"])
+@pytest.mark.parametrize("saved", ["zip", "legacy", "safetensors"])
+def test_the_content_says_the_format(tmp_path: Path, good: State, suffix: str, saved: str) -> None:
+    path = tmp_path / f"w{suffix}"
+    if saved == "safetensors":
+        save_file(good, path)
+    else:
+        torch.save({"model": good}, path, _use_new_zipfile_serialization=saved == "zip")
+    model = network(3)
+    load_into(model, read_weights(path), "resnet8", path)
+    assert state_sha256(model) == state_sha256(network(1))
+    assert read_note(path) == {}
+
+
+def test_real_prefixes_are_kept(tmp_path: Path) -> None:
+    """Names that look like wrappers may be a network's own."""
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(2, 2)
+            self.model = nn.ModuleDict({"module": nn.Linear(2, 2), "fc": nn.Linear(2, 2)})
+
+    theirs = Wrapped().state_dict()
+    for prefix in ("", "module.", "model.", "module._orig_mod."):
+        model = Wrapped()
+        line = load_into(model, under(prefix, theirs), "Wrapped", tmp_path)
+        assert all(torch.equal(value, theirs[key]) for key, value in model.state_dict().items())
+        assert (line == "") == (prefix == "")
+
+
+def test_a_network_with_one_name_for_all(tmp_path: Path) -> None:
+    model, theirs = nn.Linear(2, 2), nn.Linear(2, 2)
+    load_into(model, under("head.fc.", theirs.state_dict()), "linear", tmp_path)
+    assert torch.equal(model.weight, theirs.weight)
+
+
+def mmpretrain(good: State) -> Any:
+    renamed = {f"head.{k}" if k.startswith("fc.") else f"backbone.{k}": v for k, v in good.items()}
+    return {"meta": {"epoch": 100, "experiment": "x"}, "state_dict": renamed}
+
+
+OTHERS: dict[str, tuple[Callable[[State, State], Any], str]] = {
+    "mmpretrain": (lambda good, _: mmpretrain(good),
+                   r"another architecture than resnet8: 2 entries missing, 0 unexpected in "
+                   r"backbone\.\* in state_dict, e\.g\. missing 'fc\.bias', unexpected 'head\.fc"),
+    "transformers": (lambda good, _: under("resnet.embedder.", {
+        k.replace("conv", "convolution").replace("fc", "classifier.1"): v
+        for k, v in good.items()}), "another architecture than resnet8"),
+    "a head more": (lambda good, _: {**good, "head_dist.weight": torch.ones(3, 64)},
+                    r"0 entries missing, 1 unexpected, e\.g\. unexpected 'head_dist\.weight'"),
+    "a part less": (lambda good, _: {k: v for k, v in good.items() if k != "fc.bias"},
+                    r"1 entries missing.*missing 'fc\.bias'"),
+    "teacher and student": (lambda good, raw: {"student": raw, "teacher": good},
+                            r"several networks that could be resnet8 \(student, teacher\)"),
+    "two averages": (lambda good, raw: {"ema_0.99": raw, "ema_0.999": good},
+                     r"several networks.*ema_0\.99, ema_0\.999"),
+    "other classes": (lambda good, _: {**good, "fc.weight": torch.ones(10, 64),
+                                       "fc.bias": torch.ones(10)},
+                      r"fc\.weight is \(10, 64\).*it has 10 classes and the data have 3"),
+    "another width": (lambda good, _: {**good, "conv1.weight": torch.ones(8, 3, 3, 3)},
+                      r"conv1\.weight is \(8, 3, 3, 3\).*number of classes, width or image size"),
+    "integers": (lambda good, _: {**good, "fc.weight": torch.ones(3, 64, dtype=torch.int8)},
+                 r"fc\.weight is int8, as in quantized"),
+    "no tensors": (lambda *_: {"epoch": 3, "lr": 0.1}, r"no tensors by names, at 'epoch', 'lr'"),
+    "a list": (lambda good, _: list(good.values()), r"holds no state dict, but list"),
+    "a tensor": (lambda good, _: good["fc.weight"], r"holds no state dict, but Tensor"),
+    "nothing": (lambda *_: {}, r"holds no state dict"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_no_such_network_is_refused_by_name(
+    tmp_path: Path, good: State, raw: State, name: str
+) -> None:
+    make, message = OTHERS[name]
+    path = tmp_path / "w.pth"
+    torch.save(make(good, raw), path)
+    model = network(3)
+    before = state_sha256(model)
+    with pytest.raises(RichKDError, match=message) as refused:
+        load_into(model, read_weights(path), "resnet8", path)
+    assert "w.pth" in str(refused.value) and state_sha256(model) == before
+
+
+def test_a_mapping_at_many_keys_is_looked_at_once(tmp_path: Path, good: State) -> None:
+    """A small file may unfold to any number of ways to one mapping."""
+    content: Any = {"fc.weight": good["fc.weight"]}
+    for _ in range(4):
+        content = {f"key{number}": content for number in range(200)}
+    with pytest.raises(RichKDError, match="another architecture"):
+        load_into(network(), content, "resnet8", tmp_path)
+
+
+# --- what is no file of weights ------------------------------------------------------------------
+
+
+def zipped(**members: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, text in members.items():
+            archive.writestr(name.replace("__", "/").replace("_dot_", "."), text)
+    return buffer.getvalue()
+
+
+def tarred() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("w.pth"))
+    return buffer.getvalue()
+
+
+def numpy_archive() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, weight=np.ones(3))
+    return buffer.getvalue()
+
+
+FILES: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "is empty"),
+    "HTML": (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "is a web page"),
+    "XML": (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "is a web page"),
+    "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "Git LFS"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(99), "is an HDF5 file"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(99), "is compressed"),
+    "tar": (tarred(), "is a tar archive"),
+    "zip": (zipped(w_dot_pth="x"), "is a ZIP archive that torch.save did not write"),
+    "npy": (b"\x93NUMPY\x01\0" + bytes(99), "is a NumPy array"),
+    "npz": (numpy_archive(), "is an archive of NumPy arrays"),
+    "JSON": (b'{"message": "Not Found"}', "no file of weights"),
+    "text": (b"hello " * 99, "no file of weights"),
+    "cut short": (b"PK\x03\x04" + bytes(99), "no file of weights"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".bin", ".safetensors"])
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_other_kinds(tmp_path: Path, name: str, suffix: str) -> None:
+    content, message = FILES[name]
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    if suffix == ".safetensors" and message == "no file of weights":
+        message = "no safetensors file" if name != "cut short" else message
+    with pytest.raises(RichKDError, match=message) as refused:
+        read_weights(path)
+    text = str(refused.value)
+    assert text.startswith(f"{path} ") and "\x1b" not in text and "weights_only" not in text
+
+
+def test_a_directory_is_refused_by_what_is_in_it(tmp_path: Path) -> None:
+    with pytest.raises(RichKDError, match="is a directory, not a file of weights"):
+        read_weights(tmp_path)
+    save_tensors(tmp_path / "model.safetensors", {"a": torch.ones(1)})
+    with pytest.raises(RichKDError, match=r"name a file in it, such as .*model\.safetensors"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_programs_are_refused(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    torch.jit.script(model).save(str(tmp_path / "script.pt"))  # type: ignore[no-untyped-call]
+    program = torch.export.export(model, (torch.ones(1, 2),))
+    torch.export.save(program, tmp_path / "program.pt2")
+    for file, message in (("script.pt", "TorchScript"), ("program.pt2", "exported program")):
+        with pytest.raises(RichKDError, match=f"{message}.*state_dict"):
+            read_weights(tmp_path / file)
+
+
+def test_onnx_is_refused(tmp_path: Path) -> None:
+    import onnx
+    from onnx import helper
+
+    graph = helper.make_graph([], "g", [], [])
+    for producer in ("pytorch", "onnx-example"):
+        onnx.save(helper.make_model(graph, producer_name=producer), str(tmp_path / "w.onnx"))
+        with pytest.raises(RichKDError, match="is an ONNX file"):
+            read_weights(tmp_path / "w.onnx")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_pickled_networks_are_refused_by_their_class(tmp_path: Path, legacy: bool) -> None:
+    path = tmp_path / "w.pth"
+    for content in (network(), {"model": network()}):
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(RichKDError, match=r"w\.pth.*richkd\.models\.resnet_cifar") as refused:
+            read_weights(path)
+        text = str(refused.value)
+        assert "torch.save(model.state_dict(), FILE)" in text and "could run code" in text
+        assert "\x1b" not in text and "weights_only" not in text
+
+
+class Crater:
+    """What a pickle may make."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.target,))
+
+
+class Listed:
+    """The same through what is read as plain values."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return (collections.defaultdict, (self.target.touch,))
+
+
+@pytest.mark.parametrize("bomb", [Crater, Listed])
+@pytest.mark.parametrize("saved", ["zip", "legacy", "pickle"])
+def test_nothing_in_a_file_is_run(tmp_path: Path, bomb: Any, saved: str) -> None:
+    path, target = tmp_path / "w.pth", tmp_path / "crater"
+    content = {"model": {"a": torch.ones(1)}, "args": bomb(target)}
+    if saved == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=saved == "zip")
+    with pytest.raises(RichKDError, match="refused to read"):
+        read_weights(path)
+    assert not target.exists()
+
+
+def test_timms_own_saver(tmp_path: Path, good: State) -> None:
+    """A file that timm itself writes, with averaged weights."""
+    from timm.utils.checkpoint_saver import CheckpointSaver
+    from timm.utils.model_ema import ModelEmaV3
+
+    model = network(2)
+    ema = ModelEmaV3(network(1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    args = argparse.Namespace(model="resnet8", lr=0.1)
+    create: Any = CheckpointSaver
+    saver = create(model, optimizer, args, ema, checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(1, metric=93.0)
+    path = tmp_path / "last.pth.tar"
+    line = load_into(loaded := network(3), read_weights(path), "resnet8", path)
+    assert "read state_dict_ema of" in line and "state_dict is beside it" in line
+    assert all(torch.equal(value, good[key]) for key, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet"])
+def test_networks_of_timm(tmp_path: Path, name: str) -> None:
+    theirs, model = (timm.create_model(name, num_classes=4) for _ in range(2))
+    path = tmp_path / "w.pth"
+    torch.save({"state_dict": under("module._orig_mod.", theirs.state_dict())}, path)
+    load_into(model, read_weights(path), name, path)
+    assert state_sha256(model) == state_sha256(theirs)
