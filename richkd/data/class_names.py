@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from richkd.errors import RichKDError, nearest
-from richkd.files import read_text
+from richkd.text_files import read_text
 
 _SYNSET = re.compile(r"n\d{8}")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
