@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import os
 import re
 import secrets
@@ -52,31 +51,6 @@ def write(path: Path, text: str) -> None:
     """A text file, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def read_text(path: Path) -> str:
-    """A text file of any system: UTF-8 or UTF-16 (by its byte-order mark), lines that end in \\n.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no such text; the message says why.
-    """
-    content = path.read_bytes()
-    marks = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32",
-             codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
-             codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
-    encoding = next((name for mark, name in marks.items() if content.startswith(mark)), "utf-8")
-    try:
-        text = content.decode(encoding)
-    except UnicodeDecodeError as error:
-        before = content[: error.start].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        line = before.count(b"\n") + 1
-        raise ValueError(
-            f"line {line} is no {encoding.upper().removesuffix('-SIG')}; save it as UTF-8"
-        ) from None
-    if "\0" in text:
-        raise ValueError("it holds zero bytes, as UTF-16 without its mark does; save it as UTF-8")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def remove_temporary(folder: Path) -> None:

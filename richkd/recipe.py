@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from richkd.data import catalog
 from richkd.errors import RichKDError, nearest, unknown
-from richkd.files import read_text
+from richkd.text_files import read_text
 from richkd.typecheck import fits, hints
 
 Scale = float | Literal["native", "raw"]

@@ -15,18 +15,18 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from richkd.errors import RichKDError, nearest
-from richkd.files import read_text
+from richkd.text_files import read_text
 
 _SYNSET = re.compile(r"n\d{8}")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _NUMBERED = re.compile(r"(\d+)[._-]+(?=\D)")  # as in 001.Black_footed_Albatross
 _BETWEEN_SYNONYMS = re.compile(r"\s*,\s*(?![^()]*\))")
-_NUMBER_AND_NAME = re.compile(r"(\d+)[.):=-]*\s+(\S.*)")
+_NUMBER_AND_NAME = re.compile(r"(\d+)\s*[.):=-]*\s+(\S.*)")
 _SHOWN = 4  # examples in a line
 # What columns are called in the first line of a table, without what separates words.
 _HEADINGS = {
@@ -121,7 +121,9 @@ def _by_gloss(folder: str, name: str) -> list[str]:
     if not _SYNSET.fullmatch(folder) or folder not in _wordnet():
         return []
     _, gloss = _wordnet()[folder]
-    return [f"{name} ({part.strip()})" for part in (re.split("[;,(]", gloss)[0], gloss)]
+    whole = " ".join(re.sub(r"\([^()]*\)", " ", gloss).split())  # no brackets in brackets
+    first = re.split("[;,]", whole)[0].strip()
+    return [f"{name} ({part})" for part in ([first] if " " in first else []) + [whole]]
 
 
 def _tell_apart(candidates: Sequence[Sequence[str]]) -> tuple[str, ...]:
@@ -314,9 +316,9 @@ def _from_lines(rows: list[tuple[int, str]], folders: Sequence[str]) -> list[_En
         return _from_table(rows, lambda line: line.split("\t"), folders, certain=True)
     if all(":" in line for line in lines):
         return _from_table(rows, lambda line: line.split(":", 1), folders, certain=True)
-    for mark in (",", ";"):
+    for mark in (",", ";", "|", "=", "→", "->"):
         if all(mark in line for line in lines):
-            table = _from_table(rows, lambda line: _cells(line, mark), folders)  # noqa: B023
+            table = _from_table(rows, partial(_cells, mark=mark), folders)
             if table:
                 return table
     by_id = [line.split(None, 1) for line in lines]
@@ -391,7 +393,10 @@ def _from_list(rows: list[tuple[int, str]], folders: Sequence[str]) -> list[_Ent
 
 
 def _cells(line: str, mark: str) -> list[str]:
-    cells = next(csv.reader([line], delimiter=mark, skipinitialspace=True))
+    quoted = mark in ",;"
+    cells = next(csv.reader([line], delimiter=mark, skipinitialspace=True)) if quoted else (
+        line.split(mark)
+    )  # fmt: skip
     while len(cells) > 1 and not cells[-1].strip():
         del cells[-1]
     return cells

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from richkd.errors import RichKDError, unknown
-from richkd.files import read_text
+from richkd.text_files import read_text
 
 PROMPT_SETS: dict[str, tuple[str, ...]] = {
     # the twelve of the RichKD release

@@ -161,15 +161,17 @@ class Walk:
             with os.scandir(at) as entries:
                 for entry in entries:
                     name = entry.name
+                    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
                     if not self._with_hidden and is_hidden(name):
                         tally.add(Kind.HIDDEN, f"{shown}/{name}")
                     elif _is_folder(entry):
                         folders.append(name)
-                    elif _suffix(name) in self._suffixes and _may_be_opened(entry):
+                    elif suffix in self._suffixes and _may_be_opened(entry):
                         images.append(name)
+                    elif suffix in not_read() and suffix not in self._suffixes:
+                        tally.add(Kind.FORMAT, f"{shown}/{name}")
                     else:
-                        unread = _suffix(name) in not_read() - {*self._suffixes}
-                        tally.add(Kind.FORMAT if unread else Kind.OTHER, f"{shown}/{name}")
+                        tally.add(Kind.OTHER, f"{shown}/{name}")
         except OSError as error:
             raise RichKDError(
                 f"cannot read the folder {at} ({error.strerror}); make it readable, or move it away"
@@ -205,7 +207,7 @@ def is_hidden(name: str) -> bool:
     return (
         name.startswith(".")
         or name.casefold() in _SYSTEM
-        or _CHECKED_DISK.fullmatch(name) is not None
+        or (name[:1] in "fF" and _CHECKED_DISK.fullmatch(name) is not None)
     )
 
 
@@ -213,10 +215,6 @@ def is_hidden(name: str) -> bool:
 def not_read() -> frozenset[str]:
     """Suffixes of images, in lower case; those of formats that are read may be among them."""
     return frozenset({*Image.registered_extensions(), *_RAW, *_RARE} - _NO_IMAGES)
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()  # noqa: PTH122
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+from helpers import write_teacher
 from PIL import Image
 from safetensors.torch import load_file
 
 import richkd
 from richkd.analysis import corruptions
 from richkd.analysis.corruptions import NAMES, MadeCorruptions, PublishedCorruptions, corrupt
-from richkd.analysis.students import find_corruptions, read_evaluation
-from richkd.data.datasets import Split
+from richkd.analysis.students import find_corruptions, read_evaluation, shift_classes
+from richkd.data.datasets import ImageFiles, Split
+from richkd.data.folders import Paths
 from richkd.distill import distill
 from richkd.recipe import Distill
 
@@ -340,6 +344,73 @@ def test_the_test_images_themselves_are_no_shift(
         assert part["shift"][score] == pytest.approx(alone[score], abs=1e-5)
     assert part["shift"]["clean_top1"] == pytest.approx(part["top1"])
     assert done.json["runs"][1]["comparison"]["shifted_top1"]["n"] == len(labels)
+
+
+def test_the_test_folder_is_no_shift_where_classes_share_a_name(
+    run: Run, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Each of its folders is of the class that was read from it."""
+    folders = ["10", "2", "cat", "Cat"]
+    for split in ("train", "val"):
+        for name in folders:
+            (tmp_path / "d" / split / name).mkdir(parents=True)
+            for number in range(4):
+                pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "d" / split / name / f"{number}.png")
+    weights = write_teacher(tmp_path / "t.safetensors", "resnet8", 4)
+    done = run("precompute", "--dataset", f"imagefolder:{tmp_path / 'd'}", "--clip", "none",
+               "--image-size", 32, "--teacher", "resnet8", "--teacher-weights", weights,
+               "--views", 1, "--out", tmp_path / "d.zarr")  # fmt: skip
+    assert done.code == 0, done.err
+    done = run("distill", "--cache", tmp_path / "d.zarr", "--student", "resnet8", "--method", "kd",
+               "--epochs", 1, "--device", "cpu", "--out", tmp_path / "r")  # fmt: skip
+    assert done.code == 0, done.err
+    (tmp_path / "d" / "val" / "@eaDir").mkdir()
+    evaluate = ("evaluate", tmp_path / "r", "--device", "cpu", "--out", tmp_path, "--shift",
+                tmp_path / "d" / "val")  # fmt: skip
+    said = run(*evaluate).err
+    assert "left out 1 hidden or system file or folder: val/@eaDir" in said
+    done = run(*evaluate, "--json")
+    assert done.code == 0, done.err
+    part = done.json["runs"][0]
+    assert part["shift"]["samples"] == 16 and part["shift"]["classes"] == 4
+    assert part["shift"]["top1"] == part["top1"] == part["shift"]["clean_top1"]
+
+
+# A store's classes with their folders, a folder of other images, and its class or the refusal.
+SHIFTS = [
+    (("crane", "crane"), ("n02012849", "n03126707"), "n03126707", 1),
+    (("crane", "crane"), ("n02012849", "n03126707"), "crane", "0 (n02012849) and 1 (n03126707)"),
+    (("Katze", "Hund"), ("cat", "dog"), "dog", 1),
+    (("Katze", "Hund"), ("cat", "dog"), "hund", 1),
+    (("Katze", "Hund"), ("cat", "dog"), "DOG", 1),
+    (("dog", "cat"), ("cat", "dog"), "dog", 1),  # the folder counts before the name
+    (("tench", "goldfish"), ("n01440764", "n01443537"), "goldfish", 1),
+    (("tench", "goldfish"), ("n01440764", "n01443537"), "n01443537", 1),
+    (("Cat", "cat"), ("001.Cat", "002.cat"), "002.cat", 1),
+    (("Cat", "cat"), ("001.Cat", "002.cat"), "cat", "0 (001.Cat) and 1 (002.cat)"),
+    (("a", "b"), None, "B", 1),
+    (("a", "a"), None, "a", "0 (a) and 1 (a)"),
+    (("a", "b"), None, "c", "no class of"),
+    (("one", "two"), ("1", "0"), "0", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "folders", "found", "wanted"), SHIFTS)
+def test_folders_are_matched_by_folder_then_by_name(
+    names: tuple[str, ...], folders: tuple[str, ...] | None, found: str, wanted: int | str
+) -> None:
+    store: Any = SimpleNamespace(manifest={"class_names": [*names]}, path="s.zarr")
+    images: Any = torch.zeros(len(names), 3, 32, 32)
+    if folders is not None:
+        paths = Paths.of(f"{name}/0.png" for name in folders)
+        images = ImageFiles(Path(), paths, np.ones((len(folders), 2), np.int64), 32)
+    test = Split(images, torch.arange(len(names)))
+    if isinstance(wanted, int):
+        assert shift_classes([found], Path("x"), store, test) == [wanted]
+    else:
+        with pytest.raises(richkd.RichKDError, match=re.escape(wanted)):
+            shift_classes([found], Path("x"), store, test)
 
 
 # --- what cannot be ------------------------------------------------------------------------------

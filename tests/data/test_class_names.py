@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,8 @@ def test_all_of_imagenet_has_texts_that_differ(subset: str) -> None:
     synsets = ImageNetInfo(subset).label_names()
     names = name_classes(sorted(synsets)).names
     assert len({text_key(name) for name in names}) == len(synsets)
+    told = [name for name in names if name.endswith(")")]
+    assert all(re.fullmatch(r"[^()]+ \([^()\s][^()]+\)", name) for name in told)
     same = [class_words(synset) for synset in synsets]
     collide = {key for key in map(text_key, same) if [*map(text_key, same)].count(key) > 1} \
         if subset == "imagenet-1k" else None  # fmt: skip
@@ -153,6 +156,10 @@ READ: dict[str, tuple[str | bytes, tuple[str, ...], tuple[str, ...]]] = {
     "three columns": ("id,folder,name\n0,cat,Katze\n1,dog,Hund\n2,emu,Emu", FOLDERS,
                       ("Katze", "Hund", "Emu")),
     "tabs": ("dog\tHund\ncat\tKatze\nemu\tEmu", FOLDERS, ("Katze", "Hund", "Emu")),
+    "bars": ("cat|Katze\ndog|Hund\nemu|Emu", FOLDERS, ("Katze", "Hund", "Emu")),
+    "equals signs": ("cat = Katze\ndog = Hund\nemu=Emu", FOLDERS, ("Katze", "Hund", "Emu")),
+    "arrows": ("dog → Hund\ncat → Katze\nemu → Emu", FOLDERS, ("Katze", "Hund", "Emu")),
+    "dashes": ("0 - Katze\n1 - Hund\n2 - Emu", FOLDERS, ("Katze", "Hund", "Emu")),
     "numbers": ("0 Katze\n1 der Hund\n2 Emu", FOLDERS, ("Katze", "der Hund", "Emu")),
     "numbers from 1": ("1 Katze\n2 Hund\n3 Emu", FOLDERS, ("Katze", "Hund", "Emu")),
     "numbers in another order": ("2: Emu\n0: Katze\n1: Hund", FOLDERS, ("Katze", "Hund", "Emu")),

@@ -251,7 +251,13 @@ def test_a_validation_folder_through_both_stages(
                 "--seeds", 1, "--epochs", 4, "--halving", 2, "--out", "s", "--device", "cpu",
                 "--json")  # fmt: skip
     assert sweep.code == 0, sweep.err
-    assert "validation" in sweep.err or "validation" in sweep.out
+    kept, stopped = sorted(
+        ([json.loads(line) for line in file.read_text().splitlines()]
+         for file in Path("s").glob("*/metrics.jsonl")),
+        key=len, reverse=True,
+    )  # fmt: skip
+    assert (len(kept), len(stopped)) == (4, 1)
+    assert stopped[0]["validation_accuracy"] <= kept[0]["validation_accuracy"]
     assert run("verify", "p.zarr", "--teacher", "t.safetensors").code == 0
     assert run("inspect", "p.zarr").code == 0
     whole = (tmp_path / "p.zarr/validation/teacher_logits/c/0/0").read_bytes()
