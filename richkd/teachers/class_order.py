@@ -240,7 +240,7 @@ def predict(teacher: CNNTeacher, split: Split) -> Tensor:
     """The classes [N] that a teacher sees in samples, as the rows of their clean views have it."""
     inputs = make_inputs(split.images, teacher.device, teacher.input)
     order = torch.arange(len(split))
-    found = [teacher.rows(images)[0].argmax(1) for _, images in inputs.batches(order, None, 128)]
+    found = [teacher.rows(images)[0].argmax(1) for _, images in inputs.batches(order, None, 64)]
     return torch.cat(found).cpu() if found else order
 
 
@@ -292,7 +292,7 @@ def preview_teacher(teacher: CNNTeacher, weights: Path, dataset: Dataset, report
         names = dataset.class_folders or dataset.class_names
         pairs = ", ".join(
             f"{names[one]} for {names[other]}"
-            for one, other in zip(cycle, [*cycle[1:], cycle[0]], strict=True)
+            for one, other in [*zip(cycle, [*cycle[1:], cycle[0]], strict=True)][:3]
         )
         said += f"; it takes {pairs}: {order}"
     elif recorded is not None and worse(right, count, recorded - DROP):
@@ -307,6 +307,8 @@ def exchanged(predicted: Tensor, labels: Tensor, classes: int) -> list[int]:
     A teacher may take one class for another, but hardly that one for the first, too. Classes of
     fewer than five images say nothing, nor do those of which less than 80 % get one output.
     """
+    if 5 * classes > len(labels):
+        return []
     counts = torch.zeros(classes, classes, dtype=torch.long)
     counts.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
     totals = counts.sum(1)

@@ -310,6 +310,7 @@ def test_confusions_are_no_exchange() -> None:
     unsure[9:11] = 1  # two of eight wolves
     assert exchanged(unsure, labels, 5) == []
     assert exchanged((labels + 1) % 5, labels, 5) == [0, 1, 2, 3, 4]
+    assert exchanged(swapped, labels, 10**6) == []  # and no matrix of so many is made
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 5, 10, 37, 100, 1000, 21841])
