@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect as inspection
 import json
 import tomllib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Annotated, Any, NoReturn
@@ -912,6 +913,7 @@ def execute(arguments: Sequence[str]) -> int:
     except RichKDError as error:
         code = fail(str(error), 2)
     except Interrupted as interrupted:
+        warnings.simplefilter("ignore")  # of coroutines that nobody awaits any more
         code = fail(str(interrupted), interrupted.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         code = fail("interrupted", 130)

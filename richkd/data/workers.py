@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,8 @@ def _start(
     if workers == 0:
         return make(0)
     try:
+        if START_METHOD != "fork":
+            resource_tracker.ensure_running()  # which unblocks signals as it starts
         with children_left_alone(), _kept(signal.SIGCHLD):
             _prepare()
             iterator = make(workers)
@@ -181,6 +184,9 @@ def _start(
             return iterator
     except OSError as error:  # no room for semaphores, too many processes, …
         _say_once(f"no data-loader workers ({error}): this process decodes the images itself")
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        error.__traceback__ = None  # with which an iterator goes that was not made to its end
+        sys.unraisablehook = hook
         return make(0)
 
 
