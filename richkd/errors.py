@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+from pathlib import Path
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 class RichKDError(Exception):
@@ -32,3 +36,13 @@ def nearest(name: str, choices: Iterable[str], limit: int = 8, fallback: Iterabl
 def unknown(kind: str, name: str, choices: Iterable[str]) -> RichKDError:
     """The error for a name that does not exist, with the names that do."""
     return RichKDError(f"unknown {kind} {name!r}; {nearest(name, choices)}")
+
+
+def local_path(name: str | Path, setting: str = "--out") -> Path:
+    """A path on this machine; RichKDError for a URL, which would become a folder called `s3:`."""
+    if _URL.match(str(name)):
+        raise RichKDError(
+            f"{setting} {name}: must be a path on this machine; only a store can be at a URL "
+            f"(precompute --out, or --cache)"
+        )
+    return Path(name)
