@@ -38,9 +38,12 @@ def is_export(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         content = path.read_bytes()
         return all(name in content for name in (b"class_names", b"pixels", b"logits"))
-    with zipfile.ZipFile(path) as archive:
-        models = [name for name in archive.namelist() if name.endswith(".json")]
-        return any(b'"student.' in archive.read(name) for name in models)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            models = [name for name in archive.namelist() if name.endswith(".json")]
+            return any(b'"student.' in archive.read(name) for name in models)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError):  # damaged, or encrypted
+        return False
 
 
 # by name, what is written into a run folder about the run in it
@@ -58,6 +61,6 @@ def remove_about_run(folder: Path) -> None:
     """Delete what tells of a run that is to be replaced."""
     for name, ours in ABOUT_RUN.items():
         path = folder / name
-        with suppress(OSError, zipfile.BadZipFile):
+        with suppress(OSError):
             if path.is_file() and ours(path):
                 path.unlink()
