@@ -6,7 +6,6 @@ What the user can mend is one line on standard error and exit code 2; a bug is a
 from __future__ import annotations
 
 import inspect as inspection
-import json
 import tomllib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from typer.core import HAS_RICH
 
 from richkd import recipe as recipes
 from richkd.data.catalog import at_home
-from richkd.errors import RichKDError, machine_fault
+from richkd.errors import RichKDError, local_path, machine_fault
 from richkd.interrupt import Interrupted, stopped_at_once
 from richkd.recipe import Distill, Precompute, Sweep, TrainTeacher, describe
 from richkd.streams import fail
@@ -69,7 +68,12 @@ def _shared(name: str) -> Any:
 Recipe = Annotated[
     str | None, typer.Option(help="TOML file, or the name of one that richkd brings along")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is there")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="begin anew, in the place of what richkd wrote there")
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="resume what was interrupted, which is the default")
+]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON, and nothing else")]
 Dataset = Annotated[str | None, _option(Precompute, "dataset")]
 Limit = Annotated[int | None, _option(Precompute, "limit")]
@@ -156,7 +160,10 @@ def demo(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """The whole story on embedded data, in a few minutes on a laptop."""
+    """The whole story on embedded data, in a few minutes on a laptop.
+
+    Interrupted, the same command resumes it.
+    """
     from richkd.demo import run_demo
 
     _print(run_demo(out, seed, _report(as_json), overwrite=overwrite), as_json)
@@ -192,10 +199,15 @@ def train_teacher(
     device: Device = None,
     precision: Precision = None,
     recipe: Recipe = None,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Train a CNN teacher with cross-entropy and save its weights."""
+    """Train a CNN teacher with cross-entropy and save its weights.
+
+    Interrupted, the same command resumes it.
+    """
+    recipes.check_resume(resume, overwrite)
     given = _given(locals())
     settings = recipes.resolve(TrainTeacher, _table(recipe, "train-teacher"), given)
     from pathlib import Path
@@ -252,13 +264,15 @@ def precompute(
     pixel_range: PixelRange = None,
     device: Device = None,
     recipe: Recipe = None,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Stage one: run CNN teacher and CLIP once, and write the store.
 
-    Cut off, it goes on with the same command. Without teacher weights it trains the teacher first.
+    Interrupted, the same command resumes it. Without teacher weights it trains the teacher first.
     """
+    recipes.check_resume(resume, overwrite)
     given = _given(locals())
     if given["alpha"] == "auto":
         raise RichKDError("alpha 'auto' is chosen in stage two; pass it to richkd distill")
@@ -433,9 +447,7 @@ def distill(
     epochs: Epochs = None,
     seed: Seed = None,
     out: Annotated[str | None, _option(Distill, "out")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="go on with a run that was cut off")
-    ] = False,
+    resume: Resume = False,
     alpha: Annotated[str | None, _option(Distill, "alpha")] = None,
     scale: Annotated[str | None, _option(Distill, "scale")] = None,
     prompts: Annotated[
@@ -463,7 +475,11 @@ def distill(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Stage two: train a student from a store."""
+    """Stage two: train a student from a store.
+
+    Interrupted, the same command resumes it.
+    """
+    recipes.check_resume(resume, overwrite)
     given = {**_given(locals()), "prompts": None if prompts is None else _indices(prompts)}
     settings = recipes.resolve(Distill, _table(recipe, "distill"), given)
     from richkd.distill import distill as stage_two
@@ -521,7 +537,7 @@ def sweep(
 ) -> None:
     """Train many students from one store: a grid of students, methods, blends and seeds.
 
-    What is done is not done again; cut off, it goes on with the same command.
+    What is done is not done again; interrupted, the same command resumes it.
     """
     arguments = locals()
     grid = {field.name: arguments.pop(field.name) for field in fields(Sweep)}
@@ -614,7 +630,7 @@ def write_report(
     from richkd.report import write_report
 
     result = write_report(
-        [Path(folder) for folder in runs], _report(as_json), out=Path(out) if out else None,
+        [Path(folder) for folder in runs], _report(as_json), out=local_path(out) if out else None,
         cache=cache, tensorboard=tensorboard,
     )  # fmt: skip
     _print(result, as_json)
@@ -825,7 +841,9 @@ def _report(as_json: bool) -> Any:
 
 def _print(result: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(result, indent=2))
+        from richkd.files import to_json
+
+        typer.echo(to_json(result, indent=2))
 
 
 def _check_failed(result: Mapping[str, Any]) -> None:

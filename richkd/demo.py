@@ -7,45 +7,52 @@ from pathlib import Path
 from typing import Any
 
 from richkd.distill import distill
-from richkd.errors import RichKDError
+from richkd.errors import RichKDError, local_path
+from richkd.files import check_replaceable, check_writable
+from richkd.models.weights import read_note
+from richkd.ours import is_page
 from richkd.precompute import precompute
 from richkd.progress import Report, duration
 from richkd.recipe import Distill, Precompute
-from richkd.report import write_report
+from richkd.report import check_files, write_report
 from richkd.report.analysis import show_scores, write_analysis
 from richkd.results import results_table
+from richkd.store.place import open_place
+from richkd.store.writer import check_target
+from richkd.teachers.cnn import check_output, remove_trained
+from richkd.training.checkpoint import RunFolder
 
 LABELLED = 1000
 TEACHER_EPOCHS = 24
 STUDENT_EPOCHS = 30
 METHODS = ("ce", "kd", "richkd")
+STORE, TEACHER = "shapes.zarr", "teacher.safetensors"
 
 
 def run_demo(out: str, seed: int, report: Report, *, overwrite: bool = False) -> dict[str, Any]:
     """Stage one on `shapes`, a student by each method, the analysis and the report page.
 
+    What was done before an interruption is not done again.
+
     Returns:
         The students' summaries, and the paths of the store and the two pages.
 
     Raises:
-        RichKDError: `out` holds something already.
+        RichKDError: `out` holds something else, or a demo of another seed.
     """
     started = time.perf_counter()
-    folder = Path(out)
-    if folder.exists() and not overwrite:
-        raise RichKDError(f"{folder} exists; choose another --out, or begin anew with --overwrite")
+    folder = local_path(out)
+    check_folder(folder, seed, overwrite=overwrite)
     report.say(f"richkd demo: {LABELLED:,} labelled drawings; everything goes to {folder}")
     report.say("\nStage one: CNN teacher and CLIP look at every image once")
     cache = precompute(
-        Precompute(
-            dataset="shapes", limit=LABELLED, views=STUDENT_EPOCHS, out=str(folder / "shapes.zarr")
-        ),
+        Precompute(dataset="shapes", limit=LABELLED, views=STUDENT_EPOCHS, out=str(folder / STORE)),
         teacher_recipe={
             "epochs": TEACHER_EPOCHS,
             "schedule": "cosine",
             "eval_every": TEACHER_EPOCHS,
             "seed": seed,
-            "out": str(folder / "teacher.safetensors"),
+            "out": str(folder / TEACHER),
         },
         overwrite=overwrite,
         report=report,
@@ -65,7 +72,8 @@ def run_demo(out: str, seed: int, report: Report, *, overwrite: bool = False) ->
         summaries.append(distill(settings, overwrite=overwrite, report=report))
     report.say("\nWhat students made of it, and what fusion did")
     analysis = write_analysis(cache.place.name, report, threshold=0.8, split="test", out=None)
-    page = write_report([folder], report)
+    runs = [Path(summary["run"]) for summary in summaries]  # others of before may be beside them
+    page = write_report(runs, report, out=folder)
     results_table(report, "Students of the demo", summaries)
     show_scores(analysis, report)
     seconds = time.perf_counter() - started
@@ -79,3 +87,33 @@ def run_demo(out: str, seed: int, report: Report, *, overwrite: bool = False) ->
         f"  richkd precompute --dataset imagefolder:PATH"
     )
     return {"seconds": seconds, "cache": cache.place.name, "students": summaries, "pages": pages}
+
+
+def check_folder(folder: Path, seed: int, *, overwrite: bool) -> None:
+    """Refuse, before anything long, a folder in which the demo has no place.
+
+    Beginning anew takes the teacher of before away; the store and the runs are replaced when it is
+    their turn.
+
+    Raises:
+        RichKDError: something else is in the folder, or a demo of another seed.
+    """
+    check_writable(folder / STORE)
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    known = (STORE, TEACHER, Path(TEACHER).with_suffix(".training").name)
+    if there and not there & {*known, *(f".{name}.lock" for name in known)}:
+        raise RichKDError(f"{folder} exists and holds no demo; choose another --out")
+    check_files(folder)
+    check_replaceable(folder / "shapes-analysis.html", is_page)
+    teacher = folder / TEACHER
+    check_output(teacher, overwrite)
+    if overwrite:
+        check_target(open_place(folder / STORE), overwrite)
+        for method in METHODS:
+            RunFolder(folder / f"resnet8-{method}-s{seed}").check({}, "", overwrite=True)
+        remove_trained(teacher)
+    elif teacher.is_file() and (was := read_note(teacher).get("seed")) != str(seed):
+        raise RichKDError(
+            f"{folder} holds a demo of other settings: seed was {was} and is now {seed}; choose "
+            f"another --out, or begin anew with --overwrite"
+        )

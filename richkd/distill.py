@@ -29,14 +29,14 @@ from richkd.losses import Widths, method_class, method_options
 from richkd.losses.method import TARGET, Method
 from richkd.models import check_fit, check_trainable, create_model
 from richkd.progress import Advance, Report, percent
-from richkd.recipe import Distill, to_table
+from richkd.recipe import Distill, check_resume, to_table
 from richkd.results import teacher_accuracies
 from richkd.store import pages
 from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
 from richkd.store.schema import student_input, teacher_input
 from richkd.store.topk import Rows
 from richkd.targets import Target, choice_samples, choose_target, describe_target, held_out
-from richkd.training.checkpoint import Best, RunFolder
+from richkd.training.checkpoint import Best, Progress, RunFolder
 from richkd.training.device import choose_device, free_memory, hardware, versions
 from richkd.training.loop import (
     Data,
@@ -62,6 +62,14 @@ def distill(
 ) -> dict[str, Any]:
     """Train one student to the end and write its run folder.
 
+    A run that was interrupted is resumed, and one that is complete is left as it is.
+
+    Args:
+        settings: store, student, method and training.
+        resume: changes nothing, for resuming is the default; it contradicts `overwrite`.
+        overwrite: begin anew where there is a run. Files of others in its folder stay.
+        report: where progress goes.
+
     Returns:
         The run's summary, which is also in its summary.json. Accuracies are in 0..1.
 
@@ -69,9 +77,12 @@ def distill(
         RichKDError: anything the user can mend; found before training starts, unless the
             student diverges.
     """
+    check_resume(resume, overwrite)
     report = report or Report(quiet=True)
     source = Source(settings, report)
-    with StudentRun(source, settings, resume=resume, overwrite=overwrite) as run:
+    if not overwrite and (summary := completed(settings, source.cache, report)):
+        return summary
+    with StudentRun(source, settings, overwrite=overwrite) as run:
         report.say(run.opening())
         say_few_views([run.settings], source.cache, report)
         with report.track("distill", run.images_to_go, "images") as tick:
@@ -257,10 +268,10 @@ class StudentRun:
     A context manager; the run folder is this process's until it ends.
     """
 
-    def __init__(
-        self, source: Source, settings: Distill, *, resume: bool = False, overwrite: bool = False
-    ) -> None:
+    def __init__(self, source: Source, settings: Distill, *, overwrite: bool = False) -> None:
         """Everything that can be refused is, before the run folder is touched.
+
+        A run in the folder is resumed unless `overwrite` says to begin anew.
 
         Raises:
             RichKDError: anything the user can mend.
@@ -275,7 +286,7 @@ class StudentRun:
         if not overwrite:
             check_version(self.folder, settings)
         recorded = to_table(settings), identity(cache)
-        self.folder.check(*recorded, resume=resume, overwrite=overwrite)
+        self.folder.check(*recorded, overwrite=overwrite)
         data = source.data_for(settings)
         self.rows = {name: name for name in reads}  # of the method -> of the source
         self.target: Target | None = None
@@ -287,13 +298,12 @@ class StudentRun:
         method = method_type(options, source.widths(num_features, alpha))
         with ExitStack() as stack:
             stack.enter_context(held(self.folder.path))
-            going_on = self.folder.begin(*recorded, resume=resume, overwrite=overwrite)
+            resumed = self.folder.begin(*recorded, overwrite=overwrite)
             self.trainer = Trainer(model, method, data, settings, source.device)
-            self.done, self.best = self._go_on() if going_on else (0, Best())
+            self.progress = self._resume() if resumed else Progress()
             self._held = stack.pop_all()
         self.record: EpochRecord | None = None  # of the last epoch trained here
-        self.seconds = 0.0
-        self.trained = 0  # epochs in these seconds
+        self._before = self.progress  # what was done when this process began
 
     def __enter__(self) -> StudentRun:
         return self
@@ -305,23 +315,21 @@ class StudentRun:
         """Give the run folder free."""
         self._held.close()
 
-    def _go_on(self) -> tuple[int, Best]:
-        """Load the run's checkpoint; epochs done and the best of them."""
-        done, best, tensors = self.folder.load(self.source.report.say)
-        try:
-            self.trainer.load_state(tensors)
-        except (RuntimeError, KeyError, IndexError) as error:
-            reason = str(error).splitlines()[0]
-            raise RichKDError(
-                f"the checkpoint in {self.folder.path} does not fit this run ({reason}); begin "
-                f"anew with --overwrite"
-            ) from None
-        return done, best
+    def _resume(self) -> Progress:
+        """Load the run's checkpoint."""
+        progress, tensors = self.folder.load(self.source.report.say)
+        self.trainer.resume(tensors, self.folder.path)
+        return progress
+
+    @property
+    def done(self) -> int:
+        """Epochs."""
+        return self.progress.epoch
 
     @property
     def epoch_s(self) -> float:
-        """Seconds an epoch, with its tests and its checkpoint."""
-        return self.seconds / self.trained
+        """Seconds an epoch that was trained here, with its tests and its checkpoint."""
+        return (self.progress.seconds - self._before.seconds) / (self.done - self._before.epoch)
 
     @property
     def images_to_go(self) -> int:
@@ -353,29 +361,31 @@ class StudentRun:
         epoch = self.done + 1
         record = self.trainer.train_epoch(epoch, self.own(source), tick)
         check_finite(record, self.settings)
-        if record.score is not None and record.score > self.best.accuracy:
-            self.best = Best(epoch, record.score)
+        best, before = self.progress.best, self.progress.seconds
+        if record.score is not None and record.score > best.accuracy:
+            best = Best(epoch, record.score)
         self.folder.save_epoch(
-            epoch,
+            Progress(epoch, best, before + waited + time.perf_counter() - start),
             {**record.as_dict(), "slab_wait_s": waited},
-            self.best,
             self.trainer.state(),
             self.trainer.model.state_dict(),
         )
-        self.done, self.record = epoch, record
-        self.seconds += waited + time.perf_counter() - start
-        self.trained += 1
+        # here with the time that its checkpoint took
+        self.progress = Progress(epoch, best, before + waited + time.perf_counter() - start)
+        self.record = record
         return record
 
     def finish(self) -> dict[str, Any]:
         """After the last epoch: weights and summary, with which the run is complete."""
         data = self.trainer.data
-        if self.record is None:  # cut off between the last epoch and the summary
+        if self.record is None:  # interrupted between the last epoch and the summary
             top1, top5 = self.trainer.evaluate(data.test)
         else:
             assert self.record.test_accuracy is not None and self.record.test_top5 is not None
             top1, top5 = self.record.test_accuracy, self.record.test_top5
-        best = self.best.accuracy if data.choice is None else self.test_best(top1)
+        found = self.progress.best
+        best = found.accuracy if data.choice is None else self.test_best(top1)
+        last = self.folder.metrics()[-1:]  # none where somebody removed them
         tested = data.test.ids.cpu()
         summary = {
             **describe_run(self.settings, self.source.cache, self.trainer),
@@ -383,13 +393,13 @@ class StudentRun:
             "top1_last": top1,
             "top5_last": top5,
             "top1_best": best,
-            "epoch_best": self.best.epoch,
+            "epoch_best": found.epoch,
             "best_chosen_on": choice_images(self.source.cache, self.settings),
-            "choice_accuracy": None if data.choice is None else self.best.accuracy,
+            "choice_accuracy": None if data.choice is None else found.accuracy,
             "tested": len(tested),
             "views": self.source.cache.num_views if self.rows else "fresh",
-            "seconds": self.seconds,
-            "images_per_second": None if self.record is None else self.record.images_per_second,
+            "seconds": self.progress.seconds,
+            "images_per_second": last[0]["images_per_second"] if last else None,
             "run": str(self.folder.path),
         }
         self.folder.finish(self.trainer.model.state_dict(), summary)
@@ -397,7 +407,7 @@ class StudentRun:
 
     def test_best(self, last: float) -> float:
         """Top-1 on the test images after the best epoch, which other images chose."""
-        if self.best.epoch == self.settings.epochs:
+        if self.progress.best.epoch == self.settings.epochs:
             return last
         model, state = self.trainer.model, self.trainer.model.state_dict()
         kept = {name: value.clone() for name, value in state.items()}
@@ -410,14 +420,31 @@ class StudentRun:
         """The lines that say what is about to run."""
         settings, cache = self.settings, self.source.cache
         count = sum(parameter.numel() for parameter in self.trainer.model.parameters())
-        going_on = f", going on after epoch {self.done}" if self.done else ""
+        resuming = f"; resuming after epoch {self.done} of {settings.epochs}" if self.done else ""
         return (
             f"{settings.student} ({count / 1e6:.2f} M) by {settings.method} from "
             f"{f'{cache.num_views} views' if self.rows else 'fresh views'}, seed {settings.seed}, "
             f"on {self.source.device}\n"
             f"{settings.epochs} epochs of {cache.num_samples:,} images, batch "
-            f"{settings.batch_size}, lr {settings.lr}{going_on}"
+            f"{settings.batch_size}, lr {settings.lr}{resuming}"
         )
+
+
+def completed(settings: Distill, cache: TeacherCache, report: Report) -> dict[str, Any] | None:
+    """The summary of the run that the settings name, where it is complete.
+
+    Raises:
+        RichKDError: a complete run of other settings, or on another store, is in its place.
+    """
+    settings = with_defaults(settings, cache)
+    run = RunFolder(Path(settings.out))
+    if not run.complete:
+        return None
+    check_version(run, settings)
+    run.check(to_table(settings), identity(cache), overwrite=False)
+    run.tidy()
+    report.say(f"{run.path} is complete already; --overwrite begins it anew")
+    return run.summary()
 
 
 def method_of(settings: Distill) -> tuple[type[Method], Any]:
@@ -507,12 +534,6 @@ def load_images(
             f"{cache.place} is for other classes than {dataset.name}: "
             f"{len(cache.manifest['class_names'])} against {len(dataset.class_names)}, or by other "
             f"names; pass the --dataset that it was made from"
-        )
-    if dataset.read_otherwise_in(entry["fingerprint"]):
-        raise RichKDError(
-            f"{cache.place} was made by an earlier version of richkd, which read some files of "
-            f"{dataset.name} otherwise: those with an EXIF orientation, transparency or more than "
-            f"8 bits; make the store again with richkd precompute --overwrite"
         )
     if {*dataset.splits} != {*labels_of} or dataset.fingerprint != entry["fingerprint"]:
         raise RichKDError(

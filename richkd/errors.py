@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from pathlib import Path
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 _NO_MEMORY = re.compile(
     "out of memory|can't allocate memory|cannot allocate memory|not enough memory|ALLOC_FAILED",
@@ -59,3 +62,13 @@ def machine_fault(error: Exception) -> str | None:
             f"smaller networks, then run it again"
         )
     return None
+
+
+def local_path(name: str | Path, setting: str = "--out") -> Path:
+    """A path on this machine; RichKDError for a URL, which would become a folder called `s3:`."""
+    if _URL.match(str(name)):
+        raise RichKDError(
+            f"{setting} {name}: must be a path on this machine; only a store can be at a URL "
+            f"(precompute --out, or --cache)"
+        )
+    return Path(name)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from richkd.errors import RichKDError
-from richkd.files import check_writable, replacing
+from richkd.errors import RichKDError, local_path
+from richkd.files import check_replaceable, replacing
+from richkd.ours import is_export
 from richkd.run_folders import complete_run, load_student
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
@@ -61,12 +62,12 @@ def export(
     """
     if kind not in SUFFIXES:
         raise RichKDError(f"unknown format {kind!r}; choose from {', '.join(SUFFIXES)}")
-    path = Path(out) if out else Path(run) / f"student{SUFFIXES[kind]}"
+    path = local_path(out) if out else Path(run) / f"student{SUFFIXES[kind]}"
     trained = complete_run(Path(run))
     about = trained.complete
     student = Pixels(load_student(trained, weights), about["mean"], about["std"]).eval()
     side, labels = about["image_size"], about["class_names"]
-    check_writable(path)
+    check_replaceable(path, is_export)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.rand(n, 3, side, side, generator=generator) for n in (2, 5)]
     with torch.no_grad():

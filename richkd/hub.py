@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from richkd.errors import RichKDError
-from richkd.files import check_not_held, check_writable, held
+from richkd.errors import RichKDError, local_path
+from richkd.files import check_not_held, check_writable, escaped, held
 from richkd.hub_cards import store_card, student_card
 from richkd.models.weights import read_safetensors
 from richkd.progress import Report
@@ -140,6 +139,8 @@ def pull(
 ) -> dict[str, Any]:
     """Fetch a store or a student from the hub, and check it before it takes its place.
 
+    A pull that was interrupted is resumed, and what is there already is not pulled again.
+
     Args:
         repo_id: OWNER/NAME; datasets/OWNER/NAME or models/OWNER/NAME where both are there.
         report: where progress goes.
@@ -150,9 +151,10 @@ def pull(
         The path, what it is, and the commit that it was.
 
     Raises:
-        RichKDError: something is there already, no such repository or revision, it holds nothing
-            of richkd's or something damaged, or the hub refuses or cannot be reached.
+        RichKDError: something else is there already, no such repository or revision, it holds
+            nothing of richkd's or something damaged, or the hub refuses or cannot be reached.
     """
+    local_path(out or "")
     kinds, repo_id = _split(repo_id)
     api = _api()
     with _explained(api, repo_id, revision):
@@ -160,12 +162,13 @@ def pull(
     name = repo_id.rpartition("/")[2]
     target = Path(out or kind.target.format(name.removesuffix(".zarr")))
     check_writable(target)
+    done = {"path": str(target), "kind": kind.name, "repo": repo_id, "commit": commit}
     with held(target):
-        if target.exists() or target.is_symlink():
-            raise RichKDError(f"{target} exists; choose another --out, or remove it first")
-        # beside the target, so that taking its place is one rename
-        with TemporaryDirectory(".tmp", f".{target.name}.", target.parent) as temporary:
-            folder = Path(temporary) / "files"
+        there = target.exists() or target.is_symlink()
+        if there and not (target / kind.marker).is_file():
+            raise RichKDError(f"{target} exists; choose another --out, or move it away")
+        with _workplace(target, commit) as temporary:
+            folder = temporary / "files"
 
             def fetch(patterns: tuple[str, ...], check: Callable[[Path], object]) -> None:
                 with _explained(api, repo_id, revision), _bars(report):
@@ -177,11 +180,52 @@ def pull(
                 _check_came(check, folder, kind, f"{repo_id} at {commit[:12]}")
 
             fetch(kind.head, kind.look)
+            if there:
+                _check_there(kind, target, folder, f"{repo_id} at {commit[:12]}", report)
+                return done
             report.say(f"pulling the {kind.name} {repo_id} from {api.endpoint}")
             fetch(kind.files, lambda folder: kind.check(folder, report))
             shutil.rmtree(folder / ".cache")  # what huggingface_hub notes on its downloads
             folder.rename(target)
-    return {"path": str(target), "kind": kind.name, "repo": repo_id, "commit": commit}
+    return done
+
+
+@contextmanager
+def _workplace(target: Path, commit: str) -> Iterator[Path]:
+    """A folder beside the target, so that taking its place is one rename.
+
+    What came before an interruption is in it the next time, but not what came of another commit,
+    nor what was refused.
+    """
+    folder = target.with_name(f".{target.name}.{commit[:12]}.pull")
+    for other in target.parent.glob(f".{escaped(target.name)}.*.pull"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+    try:
+        yield folder
+    except RichKDError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_there(kind: Kind, target: Path, head: Path, what: str, report: Report) -> None:
+    """Find that what is at the target is what would be pulled, of which this is the head.
+
+    Raises:
+        RichKDError: it is something else, or damaged.
+    """
+    for file in kind.head:
+        if (
+            not (target / file).is_file()
+            or (target / file).read_bytes() != (head / file).read_bytes()
+        ):
+            raise RichKDError(
+                f"{target} exists and is not {what}, for {file} differs; choose another --out, or "
+                f"move it away"
+            )
+    kind.check(target, report)
+    report.say(f"{target} is complete already")
 
 
 def _api() -> HfApi:

@@ -33,13 +33,13 @@ from richkd.data.views import PadCropFlip, check_num_views, views_tensor
 from richkd.errors import RichKDError
 from richkd.interrupt import held_back, not_in_between
 from richkd.models import check_fit, check_trainable, create_model
-from richkd.models.weights import check_weights, read_note
+from richkd.models.weights import check_weights, file_sha256, read_note
 from richkd.progress import Report, duration, percent, size
 from richkd.ranks import Ranks, joined
-from richkd.recipe import Precompute, TrainTeacher, resolve, to_table
+from richkd.recipe import Precompute, TrainTeacher, check_resume, resolve, to_table
 from richkd.store import schema
 from richkd.store.place import Folder, Place, open_place
-from richkd.store.reader import TeacherCache, open_cache
+from richkd.store.reader import TeacherCache, open_cache, read_manifest
 from richkd.store.schema import Block, Manifest, TeacherEntry
 from richkd.store.topk import check_keep, kl_errors, say_errors
 from richkd.store.writer import StoreWriter, check_target
@@ -50,17 +50,29 @@ from richkd.teachers.class_order import (
     preview_teacher,
     resolve_outputs,
 )
-from richkd.teachers.clip import ClipTeacher, check_clip, load_clip
-from richkd.teachers.cnn import CNNTeacher, Outputs, load_teacher, train_teacher
+from richkd.teachers.clip import ClipTeacher, check_clip, load_clip, local_folder
+from richkd.teachers.cnn import (
+    CNNTeacher,
+    Outputs,
+    check_output,
+    difference,
+    load_teacher,
+    train_teacher,
+)
 from richkd.teachers.framing import check_from_elsewhere, check_unsaid, resolve_input
 from richkd.teachers.rows import BlockRows, Teachers
+from richkd.training.checkpoint import TeacherFolder
 from richkd.training.device import choose_device, versions
 from richkd.training.loop import accuracy
+
+# Settings that do not change what is in the store; weights and images are compared by content.
+NOT_IN_STORE = {"device", "batch_size", "data_root", "out", "teacher_weights", "dataset"}
 
 
 def precompute(
     settings: Precompute,
     *,
+    resume: bool = False,
     overwrite: bool = False,
     dataset: Dataset | None = None,
     teacher_recipe: Mapping[str, Any] | None = None,
@@ -70,8 +82,11 @@ def precompute(
 ) -> TeacherCache:
     """Run both teachers over a data set and write the store.
 
+    A store that was begun is resumed, and one that is complete is left as it is.
+
     Args:
         settings: what to compute.
+        resume: changes nothing, for resuming is the default; it contradicts `overwrite`.
         overwrite: replace a store that is there.
         dataset: the images, where they are at hand; else `settings` say which to load.
         teacher_recipe: settings of the teacher's training, where one has to be trained.
@@ -84,17 +99,31 @@ def precompute(
         RichKDError: anything the user can mend; found before anything long starts.
         Interrupted: by SIGINT or SIGTERM, after the block in hand.
     """
+    check_resume(resume, overwrite)
     with joined() as ranks:
         report = report if report and ranks.first else Report(quiet=True)
         out = open_place(settings.out)
         device = choose_device(settings.device)
         dataset, begun = ranks.from_first(
-            lambda: look_ahead(settings, out, overwrite, redo, dataset, report)
+            lambda: look_ahead(settings, out, overwrite, recorded is not None, dataset, report)
         )
-        check_same_files(dataset, ranks)
         settings = settings.for_size(dataset.image_size)
+        training = training_settings(settings, teacher_recipe or {})
+        if not overwrite and redo is None and ranks.from_first(
+            lambda: is_complete(settings, out, dataset, training, report)
+        ):  # fmt: skip
+            return open_cache(settings.out)
+        check_same_files(dataset, ranks)
         teacher, clip, text = make_teachers(
-            settings, dataset, recorded, begun, teacher_recipe or {}, device, ranks, report
+            settings,
+            dataset,
+            recorded,
+            begun,
+            training,
+            teacher_recipe or {},
+            device,
+            ranks,
+            report,
         )
         manifest = make_manifest(settings, dataset, teacher, clip, text)
         views = dataset.train.view_space.draw(settings.seed, len(dataset.train), settings.views)
@@ -125,7 +154,7 @@ def look_ahead(
     settings: Precompute,
     out: Place,
     overwrite: bool,
-    redo: Collection[Block] | None,
+    repairing: bool,
     dataset: Dataset | None,
     report: Report,
 ) -> tuple[Dataset, Mapping[str, Any] | None]:
@@ -136,12 +165,12 @@ def look_ahead(
     """
     out.check_writable()
     out.check_not_held()
-    begun = check_target(out, overwrite, repairing=redo is not None)
+    begun = check_target(out, overwrite)
     check_clip(settings.clip)
     load_prompts(settings.prompts)
     if dataset is None:
         check_class_names(settings)
-    if redo is None:  # a store may be older than these rules
+    if not repairing:  # a store may be older than these rules
         check_trainable(settings.teacher, settings.teacher_weights)
         check_teacher_classes(settings)
     check_given(settings)
@@ -150,7 +179,7 @@ def look_ahead(
     dataset = dataset or load_dataset(settings, report=report)
     check_counts(settings, dataset)
     introduce(dataset, report)
-    if redo is None:
+    if not repairing:
         if settings.clip != "none":
             check_distinct(dataset.class_names)
         if settings.teacher_classes:
@@ -158,22 +187,87 @@ def look_ahead(
     return dataset, begun
 
 
+def training_settings(settings: Precompute, recipe: Mapping[str, Any]) -> TrainTeacher:
+    """How the CNN teacher is trained where there are no weights of it."""
+    return resolve(TrainTeacher, dict(recipe), {
+        "dataset": settings.dataset, "limit": settings.limit, "data_root": settings.data_root,
+        "image_size": settings.image_size, "model": settings.teacher, "device": settings.device,
+        "validation": settings.validation,
+    })  # fmt: skip
+
+
+def is_complete(
+    settings: Precompute, out: Place, dataset: Dataset, training: TrainTeacher, report: Report
+) -> bool:
+    """Whether the store is there already, from these very images and teachers.
+
+    A CLIP that is published under its name, and the demo's own, are known by it; one of a folder is
+    loaded and compared.
+
+    Raises:
+        RichKDError: it is there, and was made otherwise.
+    """
+    if not out.exists or not read_manifest(out.name)["complete"]:
+        return False
+    manifest = open_cache(out.name).manifest
+    remedy = "choose another --out, or replace it with --overwrite"
+    check_same_settings(manifest, settings, out, remedy)
+    pairs: list[tuple[str, object, object]] = [
+        ("fingerprint of the images", manifest["dataset"]["fingerprint"], dataset.fingerprint),
+        ("image_size", manifest["image_size"], dataset.image_size),
+        ("mean of the images", manifest["mean"], list(dataset.mean)),
+        ("std of the images", manifest["std"], list(dataset.std)),
+        ("classes", manifest["class_names"], list(dataset.class_names)),
+        ("files left out", manifest["dataset"].get("skipped", []), list(dataset.skipped)),
+    ]
+    weights = teacher_weights(settings, training)
+    said = ""
+    if weights is None:
+        said = f"; its teacher is not at {training.out} any more and was not compared"
+    else:
+        pairs.append(("teacher.sha256", manifest["teacher"]["sha256"], file_sha256(weights)))
+    clip = manifest["clip"]
+    if clip is not None:
+        pairs.append(("prompts", manifest["prompts"], list(load_prompts(settings.prompts))))
+        if local_folder(settings.clip) is not None:
+            loaded = load_clip(settings.clip, torch.device("cpu"))
+            pairs.append(("clip.sha256", clip["sha256"], loaded.sha256))
+    for name, was, now in pairs:
+        if was != now:
+            raise made_otherwise(out, name, was, now, remedy)
+    report.say(f"{out} is complete already; --overwrite makes it anew{said}")
+    return True
+
+
+def check_same_settings(manifest: Manifest, settings: Precompute, out: Place, remedy: str) -> None:
+    """Refuse a complete store that was made with other settings; the data set's name may be."""
+    was = to_table(resolve(Precompute, manifest["recipe"], {}))  # with newer settings, too
+    now = to_table(settings)
+    for name in sorted((was.keys() | now.keys()) - NOT_IN_STORE):
+        if was.get(name) != now.get(name):
+            raise made_otherwise(out, name, was.get(name), now.get(name), remedy)
+
+
+def made_otherwise(out: Place, name: str, was: object, now: object, remedy: str) -> RichKDError:
+    """The error for a complete store that is not what was asked for."""
+    return RichKDError(
+        f"{out} is complete and of other settings: {name} was {schema.shown(was)} and is now "
+        f"{schema.shown(now)}; {remedy}"
+    )
+
+
 def make_teachers(
     settings: Precompute,
     dataset: Dataset,
     recorded: TeacherEntry | None,
     begun: Mapping[str, Any] | None,
-    teacher_recipe: Mapping[str, Any],
+    training: TrainTeacher,
+    teacher_recipe: Collection[str],
     device: torch.device,
     ranks: Ranks,
     report: Report,
 ) -> tuple[CNNTeacher, ClipTeacher | None, Tensor | None]:
     """Both teachers, the CNN one trained first where there is none, and the text embeddings."""
-    training = resolve(TrainTeacher, dict(teacher_recipe), {
-        "dataset": settings.dataset, "limit": settings.limit, "data_root": settings.data_root,
-        "image_size": settings.image_size, "model": settings.teacher, "device": settings.device,
-        "validation": settings.validation,
-    })  # fmt: skip
     weights = ranks.from_first(lambda: teacher_weights(settings, training))
 
     def load(weights: Path) -> CNNTeacher:
@@ -188,11 +282,13 @@ def make_teachers(
             settings.teacher, len(dataset.class_names), image_size=dataset.image_size
         )
         check_fit(model, settings.teacher, dataset.image_size, len(dataset.class_names))
+        ranks.from_first(lambda: check_output(Path(training.out), overwrite=False))
     else:
         if settings.teacher_weights:
             say_what_it_learnt(weights, dataset, report)
         else:
             check_trained_on(weights, dataset)
+            say_trained_otherwise(training, teacher_recipe, dataset, report)
         teacher = load(weights)
         known = recorded or recorded_order(begun, settings, teacher)
 
@@ -212,8 +308,10 @@ def make_teachers(
         if ranks.first:
             preview(clip, text, templates, dataset, device, report)
     if weights is None:
+        interrupted = TeacherFolder(Path(training.out)).checkpoints.files
         report.say(
-            f"no --teacher-weights given and none at {training.out}: training the teacher, "
+            f"no --teacher-weights given and none at {training.out}: "
+            f"{'resuming the training of' if interrupted else 'training'} the teacher, "
             f"{settings.teacher}, first"
         )
         ranks.from_first(lambda: train_teacher(training, dataset, report))
@@ -298,7 +396,7 @@ def write_blocks(writer: StoreWriter, compute: BlockRows, ranks: Ranks, report: 
     todo = [block for block, done in zip(writer.blocks, writer.done, strict=True) if not done]
     count, written = len(writer.blocks), 0
     if len(todo) < count:
-        report.say(f"going on: {count - len(todo)} of {count} blocks are there already")
+        report.say(f"resuming: {count - len(todo)} of {count} blocks are there already")
     phases = [ranks.own(units) for units in compute.phases(todo)]
     own = [block for units in phases for unit in units for block in unit]
     total = sum(block.stop - block.start for block in own)
@@ -375,7 +473,10 @@ def teacher_weights(settings: Precompute, training: TrainTeacher) -> Path | None
     if settings.teacher_weights:
         return Path(settings.teacher_weights)
     trained = Path(training.out)
-    return trained if trained.is_file() else None
+    if not trained.is_file():
+        return None
+    TeacherFolder(trained).tidy(trained)
+    return trained
 
 
 def check_trained_on(weights: Path, dataset: Dataset) -> None:
@@ -390,6 +491,20 @@ def check_trained_on(weights: Path, dataset: Dataset) -> None:
             f"{weights} was trained on other data ({trained_on[:12]}) than {dataset.name} "
             f"({dataset.fingerprint[:12]}); pass it as --teacher-weights to use it all the same, "
             f"or move it away to train another"
+        )
+
+
+def say_trained_otherwise(
+    training: TrainTeacher, given: Collection[str], dataset: Dataset, report: Report
+) -> None:
+    """Say where a teacher that was found by its name is not what given settings say."""
+    weights = Path(training.out)
+    settings = training.for_size(dataset.image_size)
+    found = difference(settings, dataset, read_note(weights), only=given)
+    if found is not None:
+        report.say(
+            f"using {weights} as it is, though of its training {found}; richkd train-teacher "
+            f"--overwrite trains another"
         )
 
 

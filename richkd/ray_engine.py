@@ -369,7 +369,7 @@ def train(
 
 def train_run(source: Source, settings: Distill, last: int) -> Iterator[Progress]:
     """The epochs of a run, and its end where that is due; how far it is before and after each."""
-    with StudentRun(source, settings, resume=True) as run:
+    with StudentRun(source, settings) as run:
         scores = scores_until(run.done, run.folder)
         yield Progress(done=run.done, scores=scores, epoch_s=None, said=LINES.take())
         for rows, waited in source.epochs(run.rows.values(), run.done + 1, last):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from richkd.data import catalog
-from richkd.errors import RichKDError, nearest, unknown
+from richkd.errors import RichKDError, local_path, nearest, unknown
 from richkd.text_files import read_text
 from richkd.typecheck import fits, hints
 
@@ -101,6 +101,7 @@ class Images:
             object.__setattr__(self, "pixel_range", given)
             ascending = len(given) == 2 and given[0] < given[1]
             _require(ascending, "pixel_range", given, "two ascending numbers, as in 0,4095")
+        local_path(self.data_root, "--data-root")
         if self.broken not in ("refuse", "skip"):
             raise unknown("choice for --broken", self.broken, ["refuse", "skip"])
 
@@ -172,6 +173,7 @@ class TrainTeacher(Images, Training):
             held_out = f"-val{self.validation:g}" if self.validation else ""
             name = f"{catalog.short_name(self.dataset)}{limit}{held_out}-{self.model}.safetensors"
             object.__setattr__(self, "out", str(Path("teachers") / name.replace("/", "-")))
+        local_path(self.out)
         _require(not self.out or self.out.endswith(".safetensors"), "out", self.out,
                  "a .safetensors file")  # fmt: skip
 
@@ -328,6 +330,8 @@ class Distill(Training):
             raise unknown("clip_head", self.clip_head, CLIP_HEADS)
         _require(self.holdout is None or 0 <= self.holdout <= 0.9, "holdout", self.holdout,
                  "in [0, 0.9]")  # fmt: skip
+        local_path(self.out)
+        local_path(self.data_root, "--data-root")
 
     @property
     def reblends(self) -> bool:
@@ -390,6 +394,7 @@ class Sweep:
                     f"nothing to sweep: no {name}; say which, e.g. --{name} {example}"
                 )
         _require(self.seeds >= 1, "seeds", self.seeds, "at least 1")
+        local_path(self.out)
         if isinstance(self.concurrent, str):
             if self.concurrent != "auto":
                 raise unknown("concurrent", self.concurrent, ["auto", "or a number"])
@@ -420,6 +425,15 @@ SECTIONS: dict[str, type] = {
     "distill": Distill,
 }
 Settings = TypeVar("Settings", TrainTeacher, Precompute, Distill, Sweep)
+
+
+def check_resume(resume: bool, overwrite: bool) -> None:
+    """Refuse to resume and to begin anew at once."""
+    if resume and overwrite:
+        raise RichKDError(
+            "--resume and --overwrite contradict each other: leave --overwrite out to resume what "
+            "was interrupted, or --resume to begin anew"
+        )
 
 
 def check_blend(alpha: float, scale: Scale) -> None:

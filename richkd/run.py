@@ -5,7 +5,6 @@ What is done is not done again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -13,22 +12,19 @@ from typing import Any
 
 import torch
 
-from richkd.distill import check_version, distill, identity, with_defaults
+from richkd.distill import distill, with_defaults
 from richkd.errors import RichKDError
 from richkd.losses import method_class, method_options
 from richkd.models import check_trainable, create_model
 from richkd.models.weights import file_sha256
-from richkd.precompute import precompute
+from richkd.precompute import check_same_settings, made_otherwise, precompute
 from richkd.progress import Report
-from richkd.recipe import Distill, Figure, Precompute, Recipe, Sweep, resolve, to_table
-from richkd.report import write_report
+from richkd.recipe import Distill, Figure, Precompute, Recipe, Sweep, resolve
+from richkd.report import FILES, check_files, write_report
 from richkd.store.place import open_place
 from richkd.store.reader import TeacherCache, open_cache, read_manifest
 from richkd.sweep import run_sweep
-from richkd.training.checkpoint import RunFolder
 
-# Settings of stage one that do not change what is in the store; weights are compared by content.
-_NOT_IN_STORE = {"device", "batch_size", "data_root", "out", "teacher_weights"}
 # Flags that name one run where the recipe has a grid.
 ONE_RUN = ("student", "method", "target", "seed", "options")
 
@@ -71,12 +67,18 @@ def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict
     if stage_one.validation:
         folder = folder.with_name(f"{folder.name}-val{stage_one.validation:g}")
 
-    cache = make_store(stage_one, recipe, report)
+    grid = None
     if "sweep" in recipe.tables and not any(flags.get(name) is not None for name in ONE_RUN):
         grid = resolve(Sweep, {"out": str(folder), **recipe.table("sweep")}, {
             "out": flags.get("out"),
         })  # fmt: skip
         folder = Path(grid.out)
+    elif flags.get("out") or "out" in two:
+        folder = Path(stage_two.out)
+    check_files(folder)
+
+    cache = make_store(stage_one, recipe, report)
+    if grid is not None:
         shared = {**_flags_of(Distill, flags, without={"dataset", "out"}), "cache": stage_one.out}
         result = run_sweep(grid, recipe, shared, report=report)
     else:
@@ -84,9 +86,7 @@ def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict
         if not flags.get("out") and "out" not in two:
             name = f"{stage_two.student}-{stage_two.method}-s{stage_two.seed}"
             stage_two = replace(stage_two, out=str(folder / name.replace("/", "-")))
-        else:
-            folder = Path(stage_two.out)
-        result = train_student(stage_two, cache, report)
+        result = distill(stage_two, report=report)
     page = write_page(folder, cache, report)
     for line in published_lines(recipe.published):
         report.say(line)
@@ -126,50 +126,28 @@ def make_store(settings: Precompute, recipe: Recipe, report: Report) -> TeacherC
     Raises:
         RichKDError: a complete store of other settings or teacher weights is in its place.
     """
-    path = settings.out
-    if not open_place(path).exists or not read_manifest(path)["complete"]:
+    out = open_place(settings.out)
+    if not out.exists or not read_manifest(out.name)["complete"]:
         return precompute(settings, teacher_recipe=recipe.table("train-teacher"), report=report)
-    cache = open_cache(path)
-    was = to_table(resolve(Precompute, cache.manifest["recipe"], {}))  # with newer settings, too
-    now = to_table(settings)
-    different = [name for name in sorted((was.keys() | now.keys()) - _NOT_IN_STORE)
-                 if was.get(name) != now.get(name)]  # fmt: skip
-    if different:
-        name = different[0]
-        raise RichKDError(
-            f"{path} was made with {name} = {was.get(name)!r}, this recipe says {now.get(name)!r}; "
-            f"choose another store with --cache"
-        )
+    cache = open_cache(out.name)
+    remedy = "choose another store with --cache"
+    check_same_settings(cache.manifest, settings, out, remedy)
+    if settings.dataset != cache.manifest["dataset"]["name"]:
+        was = cache.manifest["dataset"]["name"]
+        raise made_otherwise(out, "dataset", was, settings.dataset, remedy)
     weights = settings.teacher_weights
     if weights and file_sha256(Path(weights)) != cache.manifest["teacher"]["sha256"]:
-        raise RichKDError(
-            f"{path} was made with other teacher weights than {weights}; choose another store with "
-            f"--cache"
-        )
-    report.say(f"{path} is there already")
+        raise RichKDError(f"{out} was made with other teacher weights than {weights}; {remedy}")
+    report.say(f"{out} is complete already")
     return cache
-
-
-def train_student(settings: Distill, cache: TeacherCache, report: Report) -> dict[str, Any]:
-    """The summary of a run: of one that is complete, or of what stage two makes of it.
-
-    Raises:
-        RichKDError: a run of other settings is in its place.
-    """
-    run = RunFolder(Path(settings.out))
-    if not run.complete:
-        return distill(settings, resume=True, report=report)
-    check_version(run, settings)
-    run.check_same(to_table(settings), identity(cache))
-    report.say(f"{run.path} is complete already")
-    summary: dict[str, Any] = json.loads((run.path / "summary.json").read_text(encoding="utf-8"))
-    return summary
 
 
 def write_page(folder: Path, cache: TeacherCache, report: Report) -> str:
     """The report on a folder of runs, written anew where a run is younger than it."""
     page = folder / "report.html"
-    written = page.stat().st_mtime if page.is_file() else 0.0
+    files = [folder / name for name in FILES]
+    whole = all(file.is_file() for file in files)
+    written = min(file.stat().st_mtime for file in files) if whole else 0.0
     if any(run.stat().st_mtime > written for run in folder.rglob("summary.json")):
         write_report([folder], report, cache=cache.place.name)
     else:

@@ -143,7 +143,7 @@ def complete_run(folder: Path) -> Run:
     if run is None:
         raise RichKDError(f"{folder} is no run folder; richkd distill makes one")
     if run.summary is None:
-        raise RichKDError(f"{folder} is not complete; finish it with richkd distill … --resume")
+        raise RichKDError(f"{folder} is not complete; the same richkd distill command resumes it")
     return run
 
 

@@ -41,6 +41,7 @@ from richkd.recipe import Distill, Recipe, Sweep, resolve, to_table
 from richkd.results import Standing, leaderboard, leaderboard_table
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.store.schema import split_sizes
+from richkd.targets import choice_samples
 from richkd.training.checkpoint import RunFolder
 from richkd.training.device import free_memory, half_precision, wait_for
 from richkd.training.loop import score_of
@@ -166,6 +167,9 @@ def run_sweep(
         say_few_views([entry.settings for entry in entries], cache, report)
         if dry_run:
             return outcome(entries)
+        for entry in entries:
+            if entry.state == "done":
+                RunFolder(Path(entry.settings.out)).tidy()
         with Board(entries, report, engine.lanes) as board:
             for last in rungs(sweep.halving, first.epochs, first.eval_every):
                 final = last == first.epochs  # those that only lack their summary are due as well
@@ -257,10 +261,9 @@ def check_grid(grid: Sequence[Distill], cache: TeacherCache) -> list[Entry]:
         folder = RunFolder(Path(settings.out))
         check_version(folder, settings)
         recorded = to_table(settings), identity(cache)
-        if folder.complete:
-            folder.check_same(*recorded)
-        else:
-            folder.check(*recorded, resume=True, overwrite=False)
+        folder.check(*recorded, overwrite=False)
+        if settings.holdout:
+            choice_samples(cache, settings.holdout)  # refuses a share that leaves no image
         done = settings.epochs if folder.complete else folder.epochs_done()
         entry = Entry(settings=settings, done=done, scores=scores_until(done, folder),
                       scored_on=choice_images(cache, settings))  # fmt: skip
@@ -446,7 +449,7 @@ def train_together(source: Source, entries: Sequence[Entry], last: int, board: B
     try:
         for entry in entries:
             with watching(entry, board):
-                runs.append((entry, StudentRun(source, entry.settings, resume=True)))
+                runs.append((entry, StudentRun(source, entry.settings)))
         train_in_step(source, runs, last, board)
     finally:
         for _, run in runs:

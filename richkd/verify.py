@@ -40,7 +40,7 @@ from richkd.store.checksums import (
     whole,
 )
 from richkd.store.place import Folder, Place, open_place
-from richkd.store.reader import TeacherCache, copy_of, open_cache, open_store
+from richkd.store.reader import TeacherCache, copy_of, open_cache, open_store, read_manifest
 from richkd.store.schema import (
     LOGITS,
     Block,
@@ -51,6 +51,7 @@ from richkd.store.schema import (
     teacher_input,
 )
 from richkd.store.topk import Rows, TopKRows, keep_classes, kl_errors
+from richkd.store.writer import written
 from richkd.teachers.cnn import load_teacher
 from richkd.training.device import choose_device
 from richkd.training.loop import accuracy
@@ -135,11 +136,16 @@ def show_checks(path: str | Path, checks: list[Check], report: Report, most: int
 def repair_store(path: str | Path, report: Report) -> list[str]:
     """Compute the damaged blocks again, by the settings in the store; the names of the blocks.
 
+    Of a store that is not complete, as where a repair was interrupted, those that are missing.
+
     Raises:
         RichKDError: as `verify_store` and `precompute`; the data and the teachers must be where
             they were, and be the same.
     """
     place = open_place(path)
+    begun = read_manifest(path)
+    if not begun["complete"]:
+        return finish_store(place, begun, report)
     manifest = sealed_manifest(place)
     damage = list(find_damage(place, manifest, report))
     if not damage:
@@ -151,6 +157,23 @@ def repair_store(path: str | Path, report: Report) -> list[str]:
         report.say(f"{one.file}: {one.reason}")
     settings = resolve(Precompute, manifest["recipe"], {"out": str(path)})
     report.say(f"computing {len(redo)} of {len(blocks(manifest))} blocks again")
+    precompute_again(manifest, settings, report, redo)
+    return [block.name for block in redo]
+
+
+def finish_store(place: Place, manifest: Manifest, report: Report) -> list[str]:
+    """Compute the blocks that a store lacks which is not complete; errors of `precompute`."""
+    done = written(place, manifest)
+    missing = [block.name for block, there in zip(blocks(manifest), done, strict=True) if not there]
+    settings = resolve(Precompute, manifest["recipe"], {"out": place.name})
+    precompute_again(manifest, settings, report)
+    return missing
+
+
+def precompute_again(
+    manifest: Manifest, settings: Precompute, report: Report, redo: list[Block] | None = None
+) -> None:
+    """Compute blocks of a store by what it says of images and teachers, not by today's rules."""
     recorded = TeacherEntry(**{**manifest["teacher"], "input": teacher_input(manifest)})
     dataset = None
     if not manifest["dataset"]["embedded"]:
@@ -159,7 +182,6 @@ def repair_store(path: str | Path, report: Report) -> list[str]:
             class_names=tuple(manifest["class_names"]),
         )
     precompute(settings, redo=redo, dataset=dataset, recorded=recorded, report=report)
-    return [block.name for block in redo]
 
 
 def sealed_manifest(place: Place) -> Manifest:

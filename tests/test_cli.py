@@ -236,7 +236,9 @@ def test_both_stages_and_json(
     assert "of arrays before compression, 2 views" in done.err and "CLIP zero-shot:" in done.err
     assert done.out.strip() == "next: richkd distill --cache cache/shapes.zarr"
     before = tree(tmp_path / "cache")
-    assert "complete" in fails(*stage_one)
+    again = run(*stage_one)
+    assert again.code == 0 and "is complete already" in again.err and again.out == done.out
+    assert "views was 2 and is now 3" in fails(*stage_one, "--views", 3)
     assert changed(before, tree(tmp_path / "cache")) == []
     assert run(*stage_one, "--overwrite").code == 0
 
@@ -257,7 +259,8 @@ def test_both_stages_and_json(
     assert "CNN teacher" in done.out and "resnet8 by richkd" in done.out
     assert max(map(len, done.out.splitlines())) <= 80
     assert "epoch 2/2: loss" in done.err
-    assert "exists" in fails(*stage_two)
+    again = run(*stage_two)
+    assert again.code == 0 and "is complete already" in again.err
     result = run(*stage_two, "--overwrite", "--json")
     assert result.err == "" and result.json["method"] == "richkd"
     recipe = (tmp_path / "runs/shapes-resnet8-richkd-s0/recipe.toml").read_text()
@@ -273,7 +276,8 @@ def test_train_teacher_is_found_by_precompute(
     summary = run(*training, "--json").json
     assert summary["weights"] == "teachers/shapes-24-resnet8.safetensors"
     assert Path(summary["weights"]).is_file()
-    assert "exists" in fails(*training)
+    assert run(*training, "--json").json == summary
+    assert "epochs was 1 and is now 2" in fails(*training, "--epochs", 2)
     stage_one = ("precompute", *data, "--teacher", "resnet8", "--clip", clip_dir, "--views", 1)
     done = run(*stage_one)
     assert done.code == 0 and "training teacher" not in done.err

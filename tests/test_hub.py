@@ -262,7 +262,12 @@ def test_what_cannot_be_pulled(fails: Fails, run: Run, hub: FakeHub, store: Path
     hub.add("model", "me/x", tree(trained))
     assert "say datasets/me/x or models/me/x" in fails("pull", "me/x")
     assert run("pull", "models/me/x", "--json").json["path"] == "runs/x"
-    assert "runs/x exists; choose another --out" in fails("pull", "models/me/x")
+    again = run("pull", "models/me/x")
+    assert again.code == 0 and "runs/x is complete already" in again.err
+    hub.add("model", "me/x", {**tree(trained), "summary.json": b"{}"})
+    hub.add("dataset", "me/y", tree(store))
+    Path("runs/y").mkdir()
+    assert "runs/y exists; choose another --out" in fails("pull", "me/y", "--out", "runs/y")
     Path("file").write_text("")
     assert "file exists" in fails("pull", "datasets/me/x", "--out", "file")
     assert "file is a file" in fails("pull", "datasets/me/x", "--out", "file/x")

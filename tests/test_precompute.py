@@ -226,8 +226,9 @@ def test_what_is_there_is_not_replaced_unasked(
     make_store: Make, store: Path, tmp_path: Path
 ) -> None:
     before = tree(store)
-    with pytest.raises(RichKDError, match="complete.*--overwrite"):
-        make_store(out=str(store))
+    make_store(out=str(store))
+    with pytest.raises(RichKDError, match="views was 3 and is now 2; .*--overwrite"):
+        make_store(out=str(store), views=2)
     assert tree(store) == before
     mine = tmp_path / "photos"
     mine.mkdir()

@@ -114,7 +114,7 @@ def test_a_rank_that_dies_costs_what_it_had_in_hand(drawings: list[Any], tmp_pat
     # of all files of the blocks that are marked, and of no others, is anything done again
     before = {file: file.stat().st_mtime_ns for file in path.rglob("complete/c/*")}
     said = finish([*drawings, "--out", path], 2)
-    assert f"going on: {flags} of 164 blocks are there already" in said
+    assert f"resuming: {flags} of 164 blocks are there already" in said
     assert all(file.stat().st_mtime_ns == time_ns for file, time_ns in before.items())
     finish([*drawings, "--out", tmp_path / "one.zarr"], 1)
     one, two = (comparable(tree(tmp_path / name)) for name in ("one.zarr", "two.zarr"))

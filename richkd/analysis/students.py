@@ -9,7 +9,6 @@ Several runs see the very same images, so what sets them apart is paired, image 
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -38,7 +37,8 @@ from richkd.data.inputs import Batches, Normalize, make_inputs
 from richkd.data.views import CLEAN_SHARE, ResizedCropFlip, views_tensor
 from richkd.distill import load_images
 from richkd.errors import RichKDError, nearest
-from richkd.files import check_writable, write
+from richkd.files import check_replaceable, read_json, write_json
+from richkd.ours import ABOUT_RUN
 from richkd.progress import Report
 from richkd.recipe import Distill, recorded_holdout, resolve
 from richkd.results import Difference, paired_difference
@@ -122,7 +122,8 @@ def evaluate(
     runs = [complete_run(folder) for folder in
             {Path(folder).resolve(): Path(folder) for folder in folders}.values()]  # fmt: skip
     for run in runs:
-        check_writable(evaluation_file(run.path, weights))
+        path = evaluation_file(run.path, weights)
+        check_replaceable(path, ABOUT_RUN["evaluation.json"])
     settings = [resolve(Distill, dict(run.settings), {}) for run in runs]
     store = open_store_of(runs, cache)
     root = data_root or settings[0].data_root
@@ -480,20 +481,11 @@ def keep(part: Mapping[str, Any], path: Path) -> None:
     """Write what concerns the run alone; corruptions of an earlier evaluation on the same images
     stay."""
     kept = {key: value for key, value in part.items() if key != "comparison"}
-    earlier = read_json(path)
+    earlier = read_json(path) or {}
     alike = all(earlier.get(key) == part[key] for key in ("samples", "held_out"))
     if "corruptions" not in kept and alike and "corruptions" in earlier:
         kept["corruptions"] = earlier["corruptions"]
-    write(path, json.dumps(kept, indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What an earlier evaluation wrote; nothing where there is none that can be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    write_json(path, kept)
 
 
 def read_evaluation(folder: Path) -> tuple[Scores, Robustness | None] | None:
@@ -505,7 +497,7 @@ def read_evaluation(folder: Path) -> tuple[Scores, Robustness | None] | None:
     path = evaluation_file(folder, "last")
     if not path.is_file():
         return None
-    found = read_json(path)
+    found = read_json(path) or {}
     robustness = found.get("corruptions")
     fault = misfit(found, Scores) or misfit(robustness, Robustness | None, "corruptions")
     if fault:

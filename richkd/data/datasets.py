@@ -276,7 +276,8 @@ def load_again(
         report: where progress goes.
 
     Raises:
-        RichKDError: as `load_dataset`. That it is the same is for the fingerprint to say.
+        RichKDError: as `load_dataset`, or files that are decoded otherwise now. That they are the
+            same is for the fingerprint to say.
     """
     entry = manifest["dataset"]
     settings = Images(
@@ -295,6 +296,12 @@ def load_again(
     skipped = entry.get("skipped", [])
     decoding = Decoding.from_entry(entry["decoding"]) if "decoding" in entry else None
     found = load_dataset(settings, skipped, report, layout, decoding)
+    if found.read_otherwise_in(entry["fingerprint"]):
+        raise RichKDError(
+            f"{found.name}: an earlier version of richkd made the store, and read some of these "
+            f"files otherwise (those with an EXIF orientation, transparency or more than 8 bits); "
+            f"make it again with richkd precompute --overwrite"
+        )
     return replace(found, skipped=tuple(skipped))
 
 

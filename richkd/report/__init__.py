@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from richkd.files import check_writable, replacing, write
+from richkd.files import check_replaceable, replacing, write, write_json
+from richkd.ours import Ours, has_keys, is_leaderboard, is_page
 from richkd.progress import Report
 from richkd.report.cost import Cost, student_cost
 from richkd.report.evaluation import Evaluated, evaluated
@@ -15,6 +16,12 @@ from richkd.report.sweep import render
 from richkd.report.tensorboard import write_tensorboard
 from richkd.results import Standing, leaderboard
 from richkd.run_folders import load_runs
+
+FILES: dict[str, Ours] = {
+    "report.html": is_page,
+    "leaderboard.csv": is_leaderboard,
+    "report.json": has_keys("store", "leaderboard", "incomplete"),
+}
 
 
 def write_report(
@@ -42,7 +49,7 @@ def write_report(
     """
     runs = load_runs(folders, cache)
     out = out or folders[0]
-    check_writable(out / "report.html")
+    check_files(out)
     complete = [(run.settings, run.summary) for run in runs if run.summary is not None]
     standings = leaderboard(complete)
     costs: dict[str, Cost] = {}
@@ -64,15 +71,21 @@ def write_report(
                         "epochs": run.settings["epochs"]}
                        for run in runs if run.summary is None],
     }  # fmt: skip
-    files = {name: out / name for name in ("report.html", "leaderboard.csv", "report.json")}
+    files = {name: out / name for name in FILES}
     out.mkdir(parents=True, exist_ok=True)
     write(files["report.html"], render(runs, standings, cost_of, extra, result))
     write_csv(files["leaderboard.csv"], rows)
     if tensorboard:
         files["tensorboard"] = out / "tensorboard"
         write_tensorboard(runs, files["tensorboard"])
-    write(files["report.json"], json.dumps(result, indent=2) + "\n")
+    write_json(files["report.json"], result)
     return {**result, "files": {name: str(path) for name, path in files.items()}}
+
+
+def check_files(out: Path) -> None:
+    """Refuse a folder in which others have files of the report's names."""
+    for name, ours in FILES.items():
+        check_replaceable(out / name, ours)
 
 
 def path_of(standing: Standing) -> str:

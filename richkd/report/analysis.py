@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from richkd.analysis.metrics import CELLS
 from richkd.analysis.teachers import NAMES, analyze, pictures
-from richkd.files import check_writable, write
+from richkd.errors import local_path
+from richkd.files import check_replaceable, write, write_json
+from richkd.ours import has_keys, is_page
 from richkd.progress import Report, percent
 from richkd.report import lens_plots
 from richkd.report.page import as_json, fill
@@ -34,13 +35,14 @@ def write_analysis(
     """
     place = open_place(cache)
     beside = place.path.parent if isinstance(place, Folder) else Path()
-    folder = beside if out is None else Path(out)
+    folder = beside if out is None else local_path(out)
     files = {kind: folder / f"{place.stem}-analysis.{kind}" for kind in ("html", "json")}
-    check_writable(files["html"])
+    check_replaceable(files["html"], is_page)
+    check_replaceable(files["json"], has_keys("store", "teachers", "threshold"))
     opened = open_cache(cache)
     result = analyze(opened, threshold=threshold, split=split, report=report)
     write(files["html"], render(opened, result))
-    write(files["json"], json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_json(files["json"], result)
     return {**result, "files": {name: str(path) for name, path in files.items()}}
 
 

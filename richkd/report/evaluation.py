@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from richkd.analysis.students import evaluate, read_evaluation
-from richkd.files import check_writable, write
+from richkd.errors import local_path
+from richkd.files import check_replaceable, write, write_json
+from richkd.ours import ABOUT_RUN
 from richkd.progress import Report, percent
 from richkd.report import lens_plots
 from richkd.report.analysis import CELL_HEADS, SCORES, cell_row, score_row
@@ -32,13 +33,13 @@ def write_evaluation(
     Returns:
         The evaluation, and the paths of the files.
     """
-    folder = Path(folders[0] if out is None else out)
+    folder = local_path(folders[0] if out is None else out)
     files = {"html": folder / "evaluation.html", "json": folder / "comparison.json"}
     for path in files.values():
-        check_writable(path)
+        check_replaceable(path, ABOUT_RUN[path.name])
     result = evaluate(folders, report=report, **settings)
     write(files["html"], render(result))
-    write(files["json"], json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_json(files["json"], result)
     return {**result, "files": {kind: str(path) for kind, path in files.items()}}
 
 

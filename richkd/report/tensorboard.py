@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from richkd.errors import RichKDError
+from richkd.ours import EVENTS
 from richkd.run_folders import Run
 
 
@@ -24,7 +24,8 @@ def write_tensorboard(runs: Sequence[Run], folder: Path) -> None:
         ) from None
     for run in runs:
         logs = folder / run.path.name
-        shutil.rmtree(logs, ignore_errors=True)  # event files only ever grow
+        for old in logs.glob(EVENTS):  # event files only ever grow
+            old.unlink()
         with SummaryWriter(logs) as writer:
             for record in run.metrics:
                 scalars = {

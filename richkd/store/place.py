@@ -231,17 +231,23 @@ class Folder(Place):
 
     def create(self, content: Mapping[str, bytes]) -> None:
         """Beside it first, so that there is never half of a store."""
-        unborn = self.path.with_name(f".{self.path.name}.new")
-        shutil.rmtree(unborn, ignore_errors=True)
+        place = self.path.resolve()  # a link stays one
+        unborn, gone = (place.with_name(f".{place.name}.{word}") for word in ("new", "old"))
+        for left in (unborn, gone):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         for file, data in content.items():
             Folder(unborn).write(file, data)
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        unborn.rename(self.path)
+        if place.exists():
+            place.rename(gone)
+        unborn.rename(place)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def remove_temporary(self) -> None:
         """By their names."""
-        files.remove_temporary(self.path)
+        files.remove_temporary(self.path, deep=True)
+        place = self.path.resolve()
+        for word in ("new", "old"):
+            shutil.rmtree(place.with_name(f".{place.name}.{word}"), ignore_errors=True)
 
     def check_writable(self) -> None:
         """As of every file that richkd writes."""
@@ -256,7 +262,8 @@ class Folder(Place):
         files.check_not_held(self.path)
 
     def check_still_held(self) -> None:
-        """A lock on a disk is held until its process ends."""
+        """A lock on a disk is held until its process ends, but not where there is no flock."""
+        files.check_still_held(self.path)
 
     def explained(self, do: str) -> AbstractContextManager[None]:
         """What befalls a disk says itself what it is."""

@@ -368,7 +368,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     )
     for name in sorted(was.keys() | now.keys()):
         if was.get(name) != now.get(name):
-            return f"{name} was {_short(was.get(name))} and is now {_short(now.get(name))}"
+            return f"{name} was {shown(was.get(name))} and is now {shown(now.get(name))}"
     return None
 
 
@@ -381,6 +381,7 @@ def _flat(prefix: str, value: object) -> Iterator[tuple[str, object]]:
         yield prefix, value
 
 
-def _short(value: object) -> str:
+def shown(value: object) -> str:
+    """A setting in a message."""
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "…"

@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +24,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 from richkd.errors import RichKDError
+from richkd.files import is_temporary
 from richkd.store import schema
 from richkd.store.checksums import (
     block_files,
@@ -40,6 +42,7 @@ ROUNDED = {
     "teacher_logits", "teacher_features", "fused_logits", "clip_features",
     "teacher_logits_top", "fused_logits_top",
 }  # fmt: skip
+SPLITS = ("train", "test", "validation")
 _ROOM = 4  # blocks that may wait for the disk; bounds memory
 
 
@@ -75,10 +78,15 @@ class StoreWriter:
             RichKDError: the place holds a complete store, one of other settings, or something
                 else, and `overwrite` was not asked for (or what is there is no store).
         """
-        old = check_target(place, overwrite, repairing=redo is not None)
+        old = check_target(place, overwrite)
         if old is None:
             place.create(blank_files(manifest))
             return cls(place, manifest, [False] * schema.num_blocks(manifest))
+        if old.get("complete") and redo is None:  # by another process, since that was looked at
+            raise RichKDError(
+                f"{place} is complete already; use it (richkd distill --cache {place}), choose "
+                f"another --out, or replace it with --overwrite"
+            )
         changed = schema.difference(old, manifest)
         if changed is not None:
             raise RichKDError(
@@ -244,10 +252,8 @@ def flag_files(manifest: Manifest) -> list[str]:
     return list(chunk_files("complete", schema.array_specs(manifest)["complete"]))
 
 
-def check_target(
-    place: Place, overwrite: bool, repairing: bool = False
-) -> Mapping[str, Any] | None:
-    """The manifest of a store to go on with; None where a new one may be made.
+def check_target(place: Place, overwrite: bool) -> Mapping[str, Any] | None:
+    """The manifest of a store that is there; None where a new one may be made.
 
     Raises:
         RichKDError: something is there that must not be replaced.
@@ -262,14 +268,33 @@ def check_target(
         attributes = {}
     if attributes.get("format") != schema.FORMAT:
         raise RichKDError(f"{place} exists and is no richkd store; choose another --out")
-    if overwrite:
-        return None
-    if attributes.get("complete") and not repairing:
+    if not overwrite:
+        return attributes
+    foreign = sorted(file for file in place.sizes() if not is_of_a_store(file, attributes))
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise RichKDError(
-            f"{place} exists and is complete; use it (richkd distill --cache {place}), choose "
-            f"another --out, or replace it with --overwrite"
+            f"{place} holds files that are not of the store ({foreign[0]}{more}); move them away, "
+            f"or choose another --out"
         )
-    return attributes
+    return None
+
+
+def is_of_a_store(file: str, attributes: Mapping[str, Any]) -> bool:
+    """Whether richkd wrote a file, by its name in a store; by its manifest, where that is whole."""
+    array, is_chunk, chunk = file.rpartition("/c/")
+    if is_temporary(PurePosixPath(file)):
+        return True
+    if not is_chunk:
+        array, _, name = file.rpartition("/")
+        if name != METADATA:
+            return False
+    elif not set(chunk) <= set("0123456789/"):
+        return False
+    if schema.manifest_fault(attributes) is not None:
+        return array in ("", "complete") or array.partition("/")[0] in (*SPLITS, "text")
+    arrays = schema.array_specs(cast(Manifest, attributes))
+    return array in {"", *arrays, *(name.partition("/")[0] for name in arrays)}
 
 
 def _codecs(spec: schema.ArraySpec) -> list[Any]:

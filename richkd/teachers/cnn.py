@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,22 @@ from richkd.data.framing import NetworkInput
 from richkd.data.inputs import Normalize, make_inputs
 from richkd.data.views import views_tensor
 from richkd.errors import RichKDError
-from richkd.files import check_writable
+from richkd.files import (
+    check_not_held,
+    check_replaceable,
+    check_still_held,
+    held,
+    read_json,
+    to_json,
+    write_json,
+)
 from richkd.losses import Widths, method_class
 from richkd.models import check_fit, check_trainable, create_model, forward
-from richkd.models.weights import file_sha256, load_into, read_weights, save_tensors
+from richkd.models.weights import file_sha256, load_into, read_note, read_weights, save_tensors
+from richkd.ours import has_keys
 from richkd.progress import Report, percent
-from richkd.recipe import TrainTeacher
+from richkd.recipe import Training, TrainTeacher, check_resume, to_table
+from richkd.training.checkpoint import PLACES, Progress, TeacherFolder
 from richkd.training.device import choose_device
 from richkd.training.loop import Data, EpochRows, EvalSet, Trainer, derive_seed
 
@@ -94,32 +106,109 @@ def load_teacher(
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Refuse to replace a file of weights unasked, or to write where it cannot be."""
-    check_writable(path)
-    if path.exists() and not overwrite:
-        raise RichKDError(
-            f"{path} exists; pass it as --teacher-weights, choose another --out, or replace it "
-            f"with --overwrite"
-        )
+    """Refuse, before anything long, a path where weights cannot be or that another file has.
+
+    Raises:
+        RichKDError: such a path, or another process is training this teacher.
+    """
+    check_replaceable(path, is_trained_here)
+    check_replaceable(summary_file(path), has_keys("weights", "model", "top1_last"))
+    check_not_held(path)
+    if overwrite:
+        TeacherFolder(path).check({}, "", overwrite=True)
+
+
+def is_trained_here(path: Path) -> bool:
+    """Whether a file holds the weights of a teacher that richkd trained."""
+    try:
+        return "fingerprint" in read_note(path)
+    except RichKDError:
+        return False
+
+
+def summary_file(weights: Path) -> Path:
+    """Beside the weights: what their training gave, as it was told then."""
+    return weights.with_suffix(".json")
+
+
+def remove_trained(path: Path) -> None:
+    """Delete a teacher that `check_output` found to be replaceable, trained or half trained."""
+    with held(path):
+        path.unlink(missing_ok=True)
+        summary_file(path).unlink(missing_ok=True)
+        TeacherFolder(path).remove()
 
 
 def train_teacher(
-    settings: TrainTeacher, dataset: Dataset, report: Report, *, overwrite: bool = False
+    settings: TrainTeacher,
+    dataset: Dataset,
+    report: Report,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Train a network with cross-entropy on augmented views and save its last weights.
 
+    A training that was interrupted is resumed from its last epoch, out of a folder beside the
+    weights that is there until they are; weights that are complete are left as they are.
+
+    Args:
+        settings: the network and its training.
+        dataset: the images.
+        report: where progress goes.
+        resume: changes nothing, for resuming is the default; it contradicts `overwrite`.
+        overwrite: begin anew where there are weights.
+
     Returns:
-        A summary: path, model, last test accuracy, epochs, seconds.
+        A summary: path, model, last test accuracy, epochs, seconds (of all parts of a training
+        that was interrupted; None where that is not known any more).
 
     Raises:
-        RichKDError: anything the user can mend, found before training starts.
+        RichKDError: anything the user can mend, found before training starts; weights of other
+            settings, or another process that trains them, among it.
     """
+    check_resume(resume, overwrite)
     settings = settings.for_size(dataset.image_size)
     check_trainable(settings.model)
     out = Path(settings.out)
     check_output(out, overwrite)
+    if out.exists() and not overwrite:
+        return completed(settings, dataset, report)
     device = choose_device(settings.device)
-    num_classes, num_samples = len(dataset.class_names), len(dataset.train)
+    trainer = make_trainer(settings, dataset, device)
+    folder = TeacherFolder(out)
+    recorded = training_of(settings), identity(dataset)
+    folder.check(*recorded, overwrite=overwrite)
+    with held(out):
+        if out.exists() and not overwrite:  # by a process that had the lock just now
+            return completed(settings, dataset, report)
+        if overwrite:
+            folder.check(*recorded, overwrite=True)
+            out.unlink(missing_ok=True)
+            summary_file(out).unlink(missing_ok=True)
+        resumed = folder.begin(*recorded, overwrite=overwrite)
+        progress = Progress()
+        if resumed:
+            progress, tensors = folder.checkpoints.load(report.say)
+            trainer.resume(tensors, folder.path)
+        resuming = (
+            f"; resuming after epoch {progress.epoch} of {settings.epochs}" if resumed else ""
+        )
+        report.say(
+            f"training teacher {settings.model}: {settings.epochs} epochs of "
+            f"{len(dataset.train):,} images, batch {settings.batch_size}, lr {settings.lr}, seed "
+            f"{settings.seed}, on {device}{resuming}"
+        )
+        summary, note = train_epochs(trainer, settings, dataset, folder, progress, report)
+        save_tensors(out, trainer.model.state_dict(), note)
+        write_json(summary_file(out), summary)
+        folder.remove()
+    return summary
+
+
+def make_trainer(settings: TrainTeacher, dataset: Dataset, device: torch.device) -> Trainer:
+    """A network with weights drawn from the seed, and what trains it; errors of `check_fit`."""
+    num_classes = len(dataset.class_names)
     torch.manual_seed(derive_seed(settings.seed, 0, 2))
     model = create_model(settings.model, num_classes, image_size=dataset.image_size)
     check_fit(model, settings.model, dataset.image_size, num_classes)
@@ -134,44 +223,139 @@ def train_teacher(
         normalize=Normalize(dataset.mean, dataset.std, device),
         num_classes=num_classes,
     )
-    trainer = Trainer(model, method, data, settings, device)
-    space = dataset.train.view_space
-    report.say(
-        f"training teacher {settings.model}: {settings.epochs} epochs of {num_samples:,} images, "
-        f"batch {settings.batch_size}, lr {settings.lr}, seed {settings.seed}, on {device}"
-    )
-    started = time.perf_counter()
-    record = None
-    with report.track("teacher", settings.epochs * num_samples, "images") as tick:
-        for epoch in range(1, settings.epochs + 1):
+    return Trainer(model, method, data, settings, device)
+
+
+def train_epochs(
+    trainer: Trainer, settings: TrainTeacher, dataset: Dataset, folder: TeacherFolder,
+    progress: Progress, report: Report,
+) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
+    """The epochs that are left, with a checkpoint each: the summary, and the weights' metadata."""
+    space, num_samples = dataset.train.view_space, len(dataset.train)
+    started, record = time.perf_counter() - progress.seconds, None
+    left = settings.epochs - progress.epoch
+    with report.track("teacher", left * num_samples, "images") as tick:
+        for epoch in range(progress.epoch + 1, settings.epochs + 1):
             views = views_tensor(space.fresh(settings.seed, epoch, num_samples))
             record = trainer.train_epoch(epoch, EpochRows(views, {}), tick)
             if not abs(record.loss) < float("inf"):
                 raise RichKDError(
                     f"the teacher diverged in epoch {epoch}; lower --lr (it is {settings.lr})"
                 )
-    assert record is not None and record.test_accuracy is not None
-    folders = {"class_folders": json.dumps(dataset.class_folders)} if dataset.class_folders else {}
-    save_tensors(out, trainer.model.state_dict(), {
-        "model": settings.model, "dataset": dataset.name, "fingerprint": dataset.fingerprint,
-        "epochs": str(settings.epochs), "seed": str(settings.seed),
-        "test_accuracy": repr(record.test_accuracy),
-        "class_names": json.dumps(dataset.class_names), **folders, **dataset.network_input.note,
-    })  # fmt: skip
-    validation = record.validation_accuracy
+            check_still_held(Path(settings.out))
+            seconds = time.perf_counter() - started
+            folder.checkpoints.save(Progress(epoch, seconds=seconds), trainer.state())
+    data = trainer.data
+    if record is None:  # interrupted between the last epoch and the weights
+        top1, top5 = trainer.evaluate(data.test)
+        validation = None if data.choice is None else trainer.evaluate(data.choice)[0]
+        trained = ""
+    else:
+        assert record.test_accuracy is not None and record.test_top5 is not None
+        top1, top5, validation = (
+            record.test_accuracy, record.test_top5, record.validation_accuracy
+        )  # fmt: skip
+        trained = f"train {percent(record.train_accuracy)} %, "
     said = "" if validation is None else f"validation {percent(validation)} %, "
     report.say(
-        f"teacher {settings.model}: train {percent(record.train_accuracy)} %, {said}test "
-        f"{percent(record.test_accuracy)} %, saved to {out}"
+        f"teacher {settings.model}: {trained}{said}test {percent(top1)} %, saved to {settings.out}"
     )
-    return {
-        "weights": str(out),
+    summary = {
+        "weights": settings.out,
         "model": settings.model,
         "dataset": dataset.name,
         "epochs": settings.epochs,
         "seed": settings.seed,
         "top1_validation": validation,
-        "top1_last": record.test_accuracy,
-        "top5_last": record.test_top5,
+        "top1_last": top1,
+        "top5_last": top5,
         "seconds": time.perf_counter() - started,
     }
+    folders = {"class_folders": json.dumps(dataset.class_folders)} if dataset.class_folders else {}
+    note = {
+        "model": settings.model, "dataset": dataset.name, "fingerprint": dataset.fingerprint,
+        "epochs": str(settings.epochs), "seed": str(settings.seed),
+        "test_accuracy": repr(top1), "training": to_json(training_of(settings)),
+        "class_names": json.dumps(dataset.class_names), **folders, **dataset.network_input.note,
+    }  # fmt: skip
+    return summary, note
+
+
+def training_of(settings: TrainTeacher) -> dict[str, Any]:
+    """The settings that the weights follow from, besides the images."""
+    names = {field.name for field in fields(Training)} | {"model", "validation"}
+    return {name: value for name, value in to_table(settings).items() if name in names - PLACES}
+
+
+def identity(dataset: Dataset) -> str:
+    """What a teacher learns from."""
+    seen = f"images of {dataset.network_input}"
+    return f"{dataset.fingerprint[:16]}, {len(dataset.class_names)} classes, {seen}"
+
+
+def completed(settings: TrainTeacher, dataset: Dataset, report: Report) -> dict[str, Any]:
+    """The summary of weights that were trained before.
+
+    Raises:
+        RichKDError: by other settings, or from other images.
+    """
+    out = Path(settings.out)
+    note = read_note(out)
+    found = difference(settings, dataset, note)
+    if found is not None:
+        raise RichKDError(
+            f"{out} holds a teacher of other settings: {found}; choose another --out, or train it "
+            f"anew with --overwrite"
+        )
+    TeacherFolder(out).tidy(out)
+    unknown = "" if "training" in note else (
+        "; an earlier version trained it, which did not record the other settings of the training, "
+        "so these were not compared"
+    )  # fmt: skip
+    report.say(f"{out} is complete already; --overwrite trains it anew{unknown}")
+    accuracy = float(note["test_accuracy"])
+    told = read_json(summary_file(out)) or {}
+    if told.get("top1_last") == accuracy and told.get("model") == settings.model:
+        return {**told, "weights": str(out)}
+    return {
+        "weights": str(out), "model": settings.model, "dataset": dataset.name,
+        "epochs": settings.epochs, "seed": settings.seed, "top1_validation": None,
+        "top1_last": accuracy, "top5_last": None, "seconds": None,
+    }  # fmt: skip
+
+
+def difference(
+    settings: TrainTeacher,
+    dataset: Dataset,
+    note: Mapping[str, str],
+    only: Collection[str] | None = None,
+) -> str | None:
+    """In what weights differ from those that a training would give, by their metadata.
+
+    Args:
+        settings: of that training.
+        dataset: its images.
+        note: the metadata.
+        only: compare only these.
+    """
+    was: dict[str, Any] = {"fingerprint of the images": note["fingerprint"][:12]}
+    now: dict[str, Any] = {"fingerprint of the images": dataset.fingerprint[:12]}
+    was |= {name: note[name] for name in dataset.network_input.note if name in note}
+    now |= {name: text for name, text in dataset.network_input.note.items() if name in note}
+    classes = json.loads(note.get("class_names", "[]")), list(dataset.class_names)
+    if all(classes):
+        number = next((n for n, pair in enumerate(zip_longest(*classes)) if len({*pair}) > 1), 0)
+        name = f"name of class {number}"
+        was[name], now[name] = (dict(enumerate(names)).get(number) for names in classes)
+    now |= training_of(settings)
+    if "training" in note:
+        was |= json.loads(note["training"])
+    else:  # earlier versions recorded no more
+        now = {name: value for name, value in now.items() if name in was or name in note}
+        was |= {name: int(note[name]) for name in ("epochs", "seed") if name in note}
+        was |= {name: note[name] for name in ("model",) if name in note}
+    names = was.keys() | now.keys()
+    for name in sorted(names if only is None else names & {*only}):
+        if was.get(name) != now.get(name):
+            return f"{name} was {was.get(name)!r} and is now {now.get(name)!r}"
+    return None

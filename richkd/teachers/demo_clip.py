@@ -6,14 +6,17 @@ drawings come from a seed of their own, so it has seen no image that a teacher o
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 
 from richkd.data import shapes
-from richkd.files import home
+from richkd.errors import RichKDError
+from richkd.files import held, home
 from richkd.progress import Report
 from richkd.teachers.tiny_clip import train_tiny_clip
+from richkd.training.checkpoint import Checkpoints
 
 DRAWINGS = 20_000
 DRAWINGS_SEED = 3
@@ -23,19 +26,45 @@ NAME = "demo-clip-1"  # a new number whenever the drawings or the training chang
 
 
 def demo_clip(report: Report) -> Path:
-    """The directory of the demo CLIP, trained first where it is not there."""
+    """The directory of the demo CLIP, trained first where it is not there.
+
+    A training that was interrupted is resumed.
+
+    Raises:
+        RichKDError: another process is training it.
+    """
     folder = home() / NAME
-    if not folder.is_dir():
-        report.say(f"training the demo CLIP on {DRAWINGS:,} drawn captions, kept in {folder}")
-        drawing = shapes.draw(DRAWINGS, seed=DRAWINGS_SEED)
-        steps = EPOCHS * (DRAWINGS // BATCH_SIZE)
-        with report.track("demo CLIP", steps * BATCH_SIZE, "captions") as tick:
-            train_tiny_clip(
-                torch.from_numpy(drawing.images),
-                drawing.captions,
-                folder,
-                epochs=EPOCHS,
-                batch_size=BATCH_SIZE,
-                progress=lambda step, total: tick(BATCH_SIZE),
-            )
+    checkpoints = Checkpoints(folder.with_name(f"{NAME}.training"))
+    if folder.is_dir() and not checkpoints.folder.exists():
+        return folder
+    with held(folder):
+        if not folder.is_dir():
+            train(folder, checkpoints, report)
+        left = (checkpoints.folder, *home().glob(f".{NAME}-*"))  # also of one that was killed
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
     return folder
+
+
+def train(folder: Path, checkpoints: Checkpoints, report: Report) -> None:
+    """Train the demo CLIP into a folder, from its last checkpoint where there is one."""
+    try:
+        done = checkpoints.progress().epoch
+    except RichKDError as error:  # it is quickly made again
+        report.say(f"{error}; training the demo CLIP from its first epoch")
+        checkpoints.remove()
+        done = 0
+    resuming = f"; resuming after epoch {done} of {EPOCHS}" if done else ""
+    report.say(f"training the demo CLIP on {DRAWINGS:,} drawn captions, kept in {folder}{resuming}")
+    drawing = shapes.draw(DRAWINGS, seed=DRAWINGS_SEED)
+    steps = (EPOCHS - done) * (DRAWINGS // BATCH_SIZE)
+    with report.track("demo CLIP", steps * BATCH_SIZE, "captions") as tick:
+        train_tiny_clip(
+            torch.from_numpy(drawing.images),
+            drawing.captions,
+            folder,
+            epochs=EPOCHS,
+            batch_size=BATCH_SIZE,
+            progress=lambda step, total: tick(BATCH_SIZE),
+            checkpoints=checkpoints,
+        )

@@ -6,8 +6,9 @@ small images that no public CLIP has seen. What it writes is what open_clip itse
 difference.
 
 Covered: images of 32×32 pixels; open_clip's ResNet, text transformer and contrastive loss;
-the same weights, bit for bit, for the same arguments, software and number of threads on the CPU.
-Not covered: other sizes, resuming, several devices, mixed precision, validation while training.
+the same weights, bit for bit, for the same arguments, software and number of threads on the CPU,
+also where the training was interrupted and resumed.
+Not covered: other sizes, several devices, mixed precision, validation while training.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+
+from richkd.training.checkpoint import Checkpoints, Progress
 
 IMAGE_SIZE: Final = 32
 CONTEXT_LENGTH: Final = 32
@@ -44,6 +46,7 @@ def train_tiny_clip(
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> None:
     """Train a CLIP on pairs of images and captions, and write it to `out` for open_clip.
 
@@ -63,9 +66,13 @@ def train_tiny_clip(
         width: Channels of the vision tower's first stage, even; the other stages follow from it.
         seed: Of the first weights and of the order of the pairs.
         device: Where to train.
-        progress: Called after every step with the steps done and their total.
+        progress: Called after every step with the steps done and their total, those of before
+            among them.
+        checkpoints: Where one is written after every epoch, and resumed from; they are of a
+            training with these very arguments.
 
     Raises:
+        RichKDError: no checkpoint that is there can be read.
         ValueError: The images have another shape or type, there are fewer of them than a batch
             or not as many as captions, or a number is out of range.
         FileExistsError: `out` exists.
@@ -88,6 +95,7 @@ def train_tiny_clip(
         seed=seed,
         device=torch.device(device),
         progress=progress,
+        checkpoints=checkpoints,
     )
     _write(model, config, out)
 
@@ -140,6 +148,7 @@ def _train(
     seed: int,
     device: torch.device,
     progress: Callable[[int, int], None] | None,
+    checkpoints: Checkpoints | None,
 ) -> nn.Module:
     # open_clip takes seconds to import, more than a check of the arguments should.
     from open_clip import ClipLoss, SimpleTokenizer
@@ -160,29 +169,39 @@ def _train(
     images, tokens = images.to(device), tokens.to(device)
     mean, std = (255 * torch.tensor(value, device=device) for value in (MEAN, STD))
     steps = epochs * (len(images) // batch_size)
-    optimizer, schedule = _optimizer(model, lr, steps)
+    optimizer, factor = _optimizer(model, lr, steps)
     with torch.no_grad():  # fresh towers send everything one way: begin around the mean instead
         some = ((images[:512] - mean) / std).permute(0, 3, 1, 2)
         model.visual.attnpool.c_proj.bias -= model.encode_image(some).mean(0)
         model.text_projection.bias -= model.encode_text(tokens[:512]).mean(0)
     loss_of = ClipLoss()
     generator = torch.Generator().manual_seed(seed)
-    step = 0
-    for _ in range(epochs):
+    done = step = 0
+    if checkpoints is not None and checkpoints.files:
+        found, state = checkpoints.load(lambda _: None)
+        _resume(model, optimizer, state)
+        done = found.epoch
+        for _ in range(done):
+            torch.randperm(len(images), generator=generator)
+        step = done * (len(images) // batch_size)
+    for epoch in range(done + 1, epochs + 1):
         order = torch.randperm(len(images), generator=generator)
         for start in range(0, len(images) - batch_size + 1, batch_size):
             index = order[start : start + batch_size].to(device)
             pixels = ((images[index] - mean) / std).permute(0, 3, 1, 2)
             loss = loss_of(**model(pixels, tokens[index]))
+            for group in optimizer.param_groups:
+                group["lr"] = group["highest_lr"] * factor(step)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
             with torch.no_grad():  # as in CLIP: a temperature below 1/100 is not stable
                 model.logit_scale.clamp_(0, math.log(100))
             step += 1
             if progress is not None:
                 progress(step, steps)
+        if checkpoints is not None:
+            checkpoints.save(Progress(epoch), _state(model, optimizer))
 
     model.cpu()
     every_word[vocabulary] = model.token_embedding.weight.detach()
@@ -191,7 +210,29 @@ def _train(
     return trained
 
 
-def _optimizer(model: nn.Module, lr: float, steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
+def _state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """Every tensor that resuming needs."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for kind, value in optimizer.state[parameter].items():
+            tensors[f"{kind}.{name}"] = value
+    return tensors
+
+
+def _resume(model: nn.Module, optimizer: torch.optim.AdamW, tensors: Mapping[str, Tensor]) -> None:
+    """Go on from what `_state` gave."""
+    own = model.state_dict()
+    model.load_state_dict({name: tensors[f"model.{name}"] for name in own})
+    for name, parameter in model.named_parameters():
+        optimizer.state[parameter] = {
+            kind: tensors[f"{kind}.{name}"].to(parameter.device)
+            for kind in ("step", "exp_avg", "exp_avg_sq")
+        }
+
+
+def _optimizer(
+    model: nn.Module, lr: float, steps: int
+) -> tuple[torch.optim.AdamW, Callable[[int], float]]:
     """AdamW, without decay for biases, norms and the temperature; warm-up, then a cosine."""
     # A text tower as fast as the vision tower soon says the same of all classes that the images do
     # not tell apart yet, and then nothing urges the images to.
@@ -202,7 +243,7 @@ def _optimizer(model: nn.Module, lr: float, steps: int) -> tuple[torch.optim.Ada
                 for name, parameter in model.named_parameters()
                 if name.startswith("visual.") == vision and (parameter.ndim > 1) == decays
             ],
-            "lr": lr if vision else lr / 20,
+            "highest_lr": lr if vision else lr / 20,
             "weight_decay": 0.1 if decays else 0.0,
         }
         for vision in (True, False)
@@ -216,7 +257,7 @@ def _optimizer(model: nn.Module, lr: float, steps: int) -> tuple[torch.optim.Ada
             return (step + 1) / warmup
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-    return optimizer, LambdaLR(optimizer, factor)
+    return optimizer, factor
 
 
 def _write(model: nn.Module, config: dict[str, Any], out: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from richkd.data.datasets import Split
 from richkd.data.inputs import Batches, Inputs, Normalize, make_inputs
 from richkd.data.views import views_tensor
+from richkd.errors import RichKDError
 from richkd.losses.method import Batch, Method
 from richkd.models import forward
 from richkd.recipe import Training
@@ -236,6 +238,17 @@ class Trainer:
             if momentum is not None:
                 tensors[f"momentum.{number}"] = momentum
         return tensors
+
+    def resume(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """Go on from a checkpoint of a folder; RichKDError where it is of another network."""
+        try:
+            self.load_state(tensors)
+        except (RuntimeError, KeyError, IndexError) as error:
+            reason = str(error).splitlines()[0]
+            raise RichKDError(
+                f"the checkpoint in {folder} does not fit this network ({reason}); begin anew with "
+                f"--overwrite"
+            ) from None
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `state` gave; raises RuntimeError or KeyError where it does not fit."""

@@ -36,7 +36,8 @@ def random_tree(root: Path, rng: np.random.Generator) -> None:
             suffix = choose.choice([".jpg", ".PNG", ".Jpeg", ".txt", "", ".webp", ".tar.gz"])
             (folder / f"{choose.choice(parts)}{number}{suffix}").touch()
         for name in choose.sample(parts, choose.randrange(3) if depth else 0):
-            fill(folder / name, depth - 1)
+            if not (folder / name).exists():  # a file by this name
+                fill(folder / name, depth - 1)
 
     for name in choose.sample(parts, 6):
         fill(root / "train" / name, 3)

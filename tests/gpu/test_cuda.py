@@ -72,9 +72,9 @@ def test_resumed_on_the_gpu(store: Path, tmp_path: Path, monkeypatch: pytest.Mon
     whole = train(store, tmp_path / "whole", method="kd", device="cuda", epochs=4)
     saved = RunFolder.save_epoch
 
-    def cut(self: Any, epoch: int, *arguments: Any) -> None:
-        saved(self, epoch, *arguments)
-        if epoch == 2:
+    def cut(self: Any, progress: Any, *arguments: Any) -> None:
+        saved(self, progress, *arguments)
+        if progress.epoch == 2:
             raise CutOff
 
     monkeypatch.setattr(RunFolder, "save_epoch", cut)

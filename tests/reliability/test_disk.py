@@ -84,8 +84,8 @@ def test_stage_two_on_a_disk_that_fills_up(
         line = fails(*words, "--out", small / "run")
     assert ("No space left" in line or "os error 28" in line) and "make room" in line
     (small / "ballast").unlink()
-    done = run(*words, "--out", small / "run", "--resume")
-    assert done.code == 0 and "going on after epoch 2" in done.err, done.err
+    done = run(*words, "--out", small / "run")
+    assert done.code == 0 and "resuming after epoch 2 of" in done.err, done.err
     assert run(*words, "--out", tmp_path / "whole").code == 0
     assert_same_run(tmp_path / "whole", small / "run")
 

@@ -105,7 +105,7 @@ def test_stage_one_killed_twenty_times(
         while kills < 20:
             began = newest(path, "complete/c/*")
             code, err = interrupted([*stage_one, "--out", path], began, moments.uniform(0, 1.5))
-            if code == 0 or "is complete" in err:
+            if code == 0 or "is complete already" in err:
                 break
             assert code == -signal.SIGKILL, err
             kills += 1
@@ -124,7 +124,7 @@ def test_stage_two_killed_ten_times(
     make_store: Callable[..., Path], tmp_path: Path, moments: random.Random
 ) -> None:
     store = make_store(limit=128, out=str(tmp_path / "s.zarr"))
-    words = [*STAGE_TWO, "--cache", store, "--resume"]
+    words = [*STAGE_TWO, "--cache", store]
     finish([*words, "--out", tmp_path / "whole"])
     kills, runs, done = 0, 0, []
     while kills < 10:
@@ -132,7 +132,7 @@ def test_stage_two_killed_ten_times(
         while kills < 10:
             began = newest(path, "metrics.jsonl")
             code, err = interrupted([*words, "--out", path], began, moments.uniform(0, 2.0))
-            if code == 0 or "is complete" in err:
+            if code == 0 or "is complete already" in err:
                 break
             assert code == -signal.SIGKILL, err
             kills += 1
@@ -175,7 +175,7 @@ def test_a_signal_ends_stage_two_with_the_last_epoch_kept(store: Path, tmp_path:
     assert code == 143 and "Traceback" not in err
     assert err.strip().splitlines()[-1].endswith("the same command goes on, distill with --resume")
     assert not list(tmp_path.glob(".*"))
-    finish([*words, "--resume"])
+    finish(words)
     finish([*STAGE_TWO, "--cache", store, "--out", tmp_path / "whole"])
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
@@ -212,7 +212,7 @@ def test_blocks_that_a_crash_tore_are_computed_again(
         path.with_suffix(f".{uuid4().hex}.partial").write_bytes(b"half")
         path.with_name(f".{path.name}.4321.tmp").write_bytes(b"half")
     done = run(*words, "--out", cut)
-    assert done.code == 0 and "going on: 4 of 8 blocks" in done.err, done.err
+    assert done.code == 0 and "resuming: 4 of 8 blocks" in done.err, done.err
     assert changed(arrays(whole), arrays(cut)) == []
 
 
@@ -222,14 +222,14 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
 ) -> None:
     words = [*STAGE_TWO, "--cache", store, "--epochs", 4]
     assert run(*words, "--out", tmp_path / "whole").code == 0
-    from richkd.training.checkpoint import RunFolder
+    from richkd.training.checkpoint import Progress, RunFolder
 
     path = tmp_path / "run"
     original = RunFolder.save_epoch
 
-    def save(self: RunFolder, epoch: int, *rest: Any) -> None:
-        original(self, epoch, *rest)
-        if epoch == 3:
+    def save(self: RunFolder, progress: Progress, *rest: Any) -> None:
+        original(self, progress, *rest)
+        if progress.epoch == 3:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
@@ -243,9 +243,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     content[int(rng.integers(len(content) // 2, len(content)))] ^= 4
     last.write_bytes(content)
     (path / ".best.safetensors.4321.tmp").write_bytes(b"half")
-    done = run(*words, "--out", path, "--resume")
+    done = run(*words, "--out", path)
     assert done.code == 0
-    assert f"{last} is damaged" in done.err and "going on after epoch 2" in done.err
+    assert f"{last} is damaged" in done.err and "resuming after epoch 2 of" in done.err
     assert_same_run(tmp_path / "whole", path)
     assert not list(path.glob(".*"))
 
@@ -255,7 +255,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     for name in ("checkpoint", "previous"):
         (tmp_path / "both" / f"{name}.safetensors").write_bytes(b"torn")
     before = tree(tmp_path / "both")
-    line = fails(*words, "--out", tmp_path / "both", "--resume")
+    line = fails(*words, "--out", tmp_path / "both")
     assert "no checkpoint in" in line and "--overwrite" in line
     assert changed(before, tree(tmp_path / "both")) == []
 

@@ -174,7 +174,7 @@ def test_cut_off_it_goes_on(
     for lost in ("train/labels/c/0", "text/zarr.json"):  # cut off while it was made
         obstore.delete(remote, lost)
     done = run(*stage_one, "--out", url)
-    assert done.code == 0 and "going on: 2 of 5 blocks" in done.err, done.err
+    assert done.code == 0 and "resuming: 2 of 5 blocks" in done.err, done.err
     assert changed(arrays(remote_tree(url)), arrays(tree(store))) == []
 
 
@@ -199,7 +199,7 @@ def test_killed_it_goes_on(
     finished = [subprocess.run([*command[:-1], out], check=False, capture_output=True, text=True)
                 for out in (url, str(tmp_path / "whole.zarr"))]  # fmt: skip
     assert [done.returncode for done in finished] == [0, 0], finished
-    assert "going on: " in finished[0].stderr
+    assert "resuming: " in finished[0].stderr
     assert changed(arrays(remote_tree(url)), arrays(tree(tmp_path / "whole.zarr"))) == []
     assert run("verify", url).code == 0
 

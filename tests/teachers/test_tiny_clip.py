@@ -14,6 +14,7 @@ from torch import Tensor
 
 from richkd.data.shapes import draw
 from richkd.teachers.tiny_clip import train_tiny_clip
+from richkd.training.checkpoint import Checkpoints
 
 FILES = ["open_clip_config.json", "open_clip_model.safetensors"]
 
@@ -67,6 +68,44 @@ def test_the_same_seed_gives_the_same_bytes(
     for name in FILES:
         assert (tmp_path / "same" / name).read_bytes() == (trained / name).read_bytes()
     assert (tmp_path / "other" / FILES[1]).read_bytes() != (trained / FILES[1]).read_bytes()
+
+
+class CutOff(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("steps", [3, 5, 6, 8])
+def test_an_interrupted_training_ends_in_the_same_bytes(
+    pairs: tuple[Tensor, list[str]], tmp_path: Path, steps: int, damaged: bool
+) -> None:
+    images, captions = pairs
+    settings: dict[str, Any] = {
+        "epochs": 3,
+        "batch_size": 85,
+    }  # three steps each
+    train_tiny_clip(images, captions, tmp_path / "whole", **settings)
+    checkpoints = Checkpoints(tmp_path / "training")
+
+    def cut(step: int, total: int) -> None:
+        if step == steps:
+            raise CutOff
+
+    with pytest.raises(CutOff):
+        train_tiny_clip(images, captions, tmp_path / "cut", progress=cut, checkpoints=checkpoints,
+                        **settings)  # fmt: skip
+    done = (steps - 1) // 3
+    assert checkpoints.progress().epoch == done and not (tmp_path / "cut").exists()
+    if damaged and len(checkpoints.files) == 2:
+        content = checkpoints.files[0].read_bytes()
+        checkpoints.files[0].write_bytes(content[:-1] + bytes([content[-1] ^ 4]))
+        done -= 1
+    seen: list[int] = []
+    train_tiny_clip(images, captions, tmp_path / "cut", checkpoints=checkpoints,
+                    progress=lambda step, total: seen.append(step), **settings)  # fmt: skip
+    assert seen == list(range(3 * done + 1, 10))
+    for name in FILES:
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_the_loss_descends_and_progress_counts(
