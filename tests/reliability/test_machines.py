@@ -371,7 +371,7 @@ def test_other_ways_to_start_workers(method: str, tmp_path: Path) -> None:
         "            said += images[:, 0, 0, 0].tolist()\n"
         "        return said\n"
         "    signal.signal(signal.SIGTERM, lambda *_: None)\n"
-        "    os.environ['RICHKD_WORKERS'] = '2'\n"
+        "    os.environ['RICHKD_WORKERS'] = '1'\n"
         "    first = colours(False)  # by fork, whatever is set\n"
         f"    workers.START_METHOD = {method!r}\n"
         "    assert colours(True) == first\n"
