@@ -10,6 +10,7 @@ process there and then.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import signal
 import sys
@@ -124,6 +125,7 @@ def handlers_kept() -> Iterator[None]:
 
 def leave(code: int) -> NoReturn:
     """End the process, whose work is over: a signal hurries it, and changes nothing else."""
+    logging.disable()  # asyncio would tell of what was cut off
     for which in STOPPING:
         signal.signal(which, lambda *_: os._exit(code))
     sys.exit(code)

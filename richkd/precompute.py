@@ -141,7 +141,8 @@ def precompute(
                 classes = None if text is None else fusion.class_embeddings(text)
                 teachers = Teachers(settings, teacher, clip, classes)
                 blocks = BlockRows(dataset, views_tensor(views), device, teachers, writer)
-                write_blocks(writer, blocks, ranks, report)
+                again = "same command" if redo is None else "richkd precompute that made it"
+                write_blocks(writer, blocks, ranks, report, again)
             if ranks.first:
                 finish(writer, manifest)
             ranks.wait()
@@ -391,8 +392,14 @@ def begin_store(
     return writer
 
 
-def write_blocks(writer: StoreWriter, compute: BlockRows, ranks: Ranks, report: Report) -> None:
-    """Compute and write what is not done yet; signals wait for the block in hand."""
+def write_blocks(
+    writer: StoreWriter, compute: BlockRows, ranks: Ranks, report: Report,
+    again: str = "same command",
+) -> None:  # fmt: skip
+    """Compute and write what is not done yet; signals wait for the block in hand.
+
+    `again` says which command goes on where this one was stopped.
+    """
     todo = [block for block, done in zip(writer.blocks, writer.done, strict=True) if not done]
     count, written = len(writer.blocks), 0
     if len(todo) < count:
@@ -407,8 +414,8 @@ def write_blocks(writer: StoreWriter, compute: BlockRows, ranks: Ranks, report: 
 
         def check() -> None:
             check_stopped(
-                f"stopped with {count - len(todo) + written} of {count} blocks written; the same "
-                f"command goes on" if ranks.world == 1 else
+                f"stopped with {count - len(todo) + written} of {count} blocks written; the "
+                f"{again} goes on" if ranks.world == 1 else
                 f"rank {ranks.rank} stopped with {written} of its {len(own)} blocks written; the "
                 f"same job goes on"
             )  # fmt: skip

@@ -180,9 +180,17 @@ def _amount(count: float, unit: str) -> str:
 
 
 def harmless(text: str) -> str:
-    """Text without what would command the terminal: names come from files."""
-    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}"
-                   for char in text)  # fmt: skip
+    """Text without what would command the terminal: names come from files.
+
+    A byte of a name that is no UTF-8 is shown as the shell would take it, as in caf\\xe9.
+    """
+    return "".join(map(_harmless, text))
+
+
+def _harmless(char: str) -> str:
+    if "\udc80" <= char <= "\udcff":
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}"
 
 
 def duration(seconds: float) -> str:

@@ -191,9 +191,11 @@ def _start(
 
 
 def _leave_alone(_: int) -> None:
-    """What a worker does first: its parent ends it, and says what killed it."""
+    """What a worker does first: its parent ends it, and is the one to say what went wrong."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     signal.signal(signal.SIGBUS, signal.SIG_DFL)  # PyTorch's prints a line of its own
+    # called by the thread that hands out shared memory, whose taker may be interrupted
+    sys.excepthook = lambda *_: None
 
 
 def _next(iterator: Any) -> Any:

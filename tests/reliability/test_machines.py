@@ -110,24 +110,23 @@ def test_no_more_threads_look_at_a_folder_than_there_are_cpus(
 
 
 @pytest.mark.parametrize(
-    ("given", "usable", "threads", "waits"),
+    ("given", "usable", "set_"),
     [
-        ({}, 64, None, "PASSIVE"),
-        ({}, 3, "3", "PASSIVE"),
-        ({"OMP_NUM_THREADS": "8"}, 3, "8", "PASSIVE"),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, 64, None, "ACTIVE"),
+        ({}, 64, {"GOMP_SPINCOUNT": "1000"}),
+        ({}, 3, {"GOMP_SPINCOUNT": "1000", "OMP_NUM_THREADS": "3"}),
+        ({"OMP_NUM_THREADS": "8"}, 3, {"GOMP_SPINCOUNT": "1000"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, 64, {}),
+        ({"GOMP_SPINCOUNT": "5"}, 64, {}),
     ],
 )
 def test_openmp_is_told_of_threads_before_pytorch_loads_it(
-    given: dict[str, str], usable: int, threads: str | None, waits: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    given: dict[str, str], usable: int, set_: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "environ", dict(given))
     monkeypatch.setattr(cpus, "assigned_cpus", lambda: 64)
     monkeypatch.setattr(cpus, "usable_cpus", lambda: usable)
     process.prepare_threads()
-    assert os.environ.get("OMP_NUM_THREADS") == threads
-    assert os.environ["OMP_WAIT_POLICY"] == waits
+    assert dict(os.environ) == {**given, **set_}
 
 
 # --- workers -------------------------------------------------------------------------------------
@@ -372,7 +371,7 @@ def test_other_ways_to_start_workers(method: str, tmp_path: Path) -> None:
         "            said += images[:, 0, 0, 0].tolist()\n"
         "        return said\n"
         "    signal.signal(signal.SIGTERM, lambda *_: None)\n"
-        "    os.environ['RICHKD_WORKERS'] = '2'\n"
+        "    os.environ['RICHKD_WORKERS'] = '1'\n"
         "    first = colours(False)  # by fork, whatever is set\n"
         f"    workers.START_METHOD = {method!r}\n"
         "    assert colours(True) == first\n"
