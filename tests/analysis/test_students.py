@@ -23,6 +23,7 @@ from richkd.analysis import corruptions
 from richkd.analysis.corruptions import NAMES, MadeCorruptions, PublishedCorruptions, corrupt
 from richkd.analysis.students import find_corruptions, read_evaluation, shift_classes
 from richkd.data.datasets import ImageFiles, Split
+from richkd.data.decoding import Decoding
 from richkd.data.folders import Paths
 from richkd.distill import distill
 from richkd.recipe import Distill
@@ -404,7 +405,8 @@ def test_folders_are_matched_by_folder_then_by_name(
     images: Any = torch.zeros(len(names), 3, 32, 32)
     if folders is not None:
         paths = Paths.of(f"{name}/0.png" for name in folders)
-        images = ImageFiles(Path(), paths, np.ones((len(folders), 2), np.int64), 32)
+        sizes, traits = np.ones((len(folders), 2), np.int64), np.zeros(len(folders), np.uint8)
+        images = ImageFiles(Path(), paths, sizes, traits, 32, Decoding())
     test = Split(images, torch.arange(len(names)))
     if isinstance(wanted, int):
         assert shift_classes([found], Path("x"), store, test) == [wanted]
