@@ -87,4 +87,4 @@ def test_mistakes(fails: Fails, store: Path, tmp_path: Path) -> None:
     )
     assert "unknown weights 'first'" in fails("export", folder, "--weights", "first")
     (folder / "summary.json").unlink()
-    assert "is not complete; finish it with richkd distill" in fails("export", folder)
+    assert "is not complete; the same richkd distill command resumes it" in fails("export", folder)
