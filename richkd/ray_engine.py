@@ -121,13 +121,13 @@ def connected(address: str) -> Iterator[str]:
         return
     address = address or os.environ.get("RAY_ADDRESS", "") or "local"
     check_address(address)
-    with handlers_kept():
-        try:
+    try:
+        with handlers_kept():
             start(address)
-            yield "this machine" if address == "local" else f"the Ray cluster at {address}"
-        finally:
-            with quiet():
-                ray.shutdown()
+        yield "this machine" if address == "local" else f"the Ray cluster at {address}"
+    finally:
+        with handlers_kept(), quiet():
+            ray.shutdown()
 
 
 def start(address: str) -> None:

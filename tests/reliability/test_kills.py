@@ -173,7 +173,7 @@ def test_a_signal_ends_stage_two_with_the_last_epoch_kept(store: Path, tmp_path:
         words, lambda: (tmp_path / "run" / "previous.safetensors").exists(), 0.0, signal.SIGTERM
     )
     assert code == 143 and "Traceback" not in err
-    assert err.strip().splitlines()[-1].endswith("the same command goes on, distill with --resume")
+    assert err.strip().splitlines()[-1].endswith("interrupted; the same command goes on")
     assert not list(tmp_path.glob(".*"))
     finish(words)
     finish([*STAGE_TWO, "--cache", store, "--out", tmp_path / "whole"])
