@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from richkd.errors import RichKDError
-from richkd.interrupt import not_in_between
+from richkd.interrupt import not_in_between, work_begins
 
 # by `replacing`, and by zarr
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp|.+\.[0-9a-f]{32}\.partial")
@@ -35,6 +35,7 @@ def home() -> Path:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well."""
+    work_begins()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.randbelow(10**12)}.tmp")
     try:
@@ -84,6 +85,7 @@ def held(path: Path) -> Iterator[None]:
     Raises:
         RichKDError: another process has it.
     """
+    work_begins()
     path.parent.mkdir(parents=True, exist_ok=True)
     note = _lock_file(path)
     lock = FileLock(note)

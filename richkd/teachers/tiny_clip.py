@@ -24,6 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from richkd.interrupt import work_begins
+
 IMAGE_SIZE: Final = 32
 CONTEXT_LENGTH: Final = 32
 """Tokens a caption may have, with its two marks; open_clip's tokenizer cuts off the rest."""
@@ -221,6 +223,7 @@ def _optimizer(model: nn.Module, lr: float, steps: int) -> tuple[torch.optim.Ada
 
 def _write(model: nn.Module, config: dict[str, Any], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
+    work_begins()
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as workplace:
         part = Path(workplace) / out.name
         part.mkdir()
