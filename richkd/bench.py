@@ -33,6 +33,7 @@ from richkd.data.datasets import Dataset, Split
 from richkd.data.inputs import ArrayInputs, Normalize
 from richkd.data.views import PadCropFlip, views_tensor
 from richkd.distill import Source, StudentRun
+from richkd.interrupt import work_begins
 from richkd.losses import CRDLoss, Widths, kd_loss, method_class
 from richkd.losses.method import TARGET
 from richkd.models import create_model, forward
@@ -94,6 +95,7 @@ def run_bench(
         sizes = replace(sizes, steps=50 * sizes.steps, stage_one=100 * sizes.stage_one)
     started = time.perf_counter()
     seconds: dict[str, list[float]] = {}
+    work_begins()
     with tempfile.TemporaryDirectory(prefix="richkd-bench-") as folder:
         seconds |= time_crd(sizes, where, report)
         seconds |= time_steps(sizes, where, report)

@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, SoftFileLease, Timeout
 
 from richkd.errors import RichKDError, local_path
-from richkd.interrupt import not_in_between
+from richkd.interrupt import not_in_between, work_begins
 
 try:
     import fcntl
@@ -48,6 +48,7 @@ def home() -> Path:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well."""
+    work_begins()
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{secrets.randbelow(10**12)}.tmp")
@@ -196,6 +197,7 @@ def held(path: Path) -> Iterator[None]:
     Raises:
         RichKDError: another process has it.
     """
+    work_begins()
     path.parent.mkdir(parents=True, exist_ok=True)
     note = _lock_file(path)
     if _flock_is_missing(path):

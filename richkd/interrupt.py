@@ -3,8 +3,8 @@
 A signal raises `Interrupted` wherever the program is, but for three places: while signals are held
 back, which is until the work in hand is done; inside an import, whose modules would stay half made
 for whoever catches ImportError; and where Python cannot raise (`__del__`), after which it is raised
-again. A second signal does not wait; one that comes while the first is being answered ends the
-process there and then.
+again. Before any work has begun, one in an import ends the process. A second signal does not wait;
+one that comes while the first is being answered ends the process there and then.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class _State:
 
     message: str = GOES_ON
     handled: bool = False  # by this module
+    begun: bool = False  # there is something to take down
     imports: int = 0  # that whoever is stopped is inside of, and that are not awaited
     caught: int = 0  # the signal that is being answered
     when: float = 0.0  # it came
@@ -109,6 +110,15 @@ def children_left_alone() -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def work_begins() -> None:
+    """Say that there is something to take down: files that are temporary, locks, processes.
+
+    Until then a signal need not wait for an import to end, which may take long: it ends the
+    process.
+    """
+    _state.begun = True
+
+
 @contextmanager
 def handlers_kept() -> Iterator[None]:
     """What handles signals now does so afterwards, whatever a library sets meanwhile."""
@@ -148,7 +158,8 @@ def _handled(message: str) -> Iterator[None]:
         yield
         return
     before, hook = vars(_state).copy(), sys.unraisablehook
-    vars(_state).update(vars(_State(message, True, _imports(sys._getframe()))))
+    own = _State(message, handled=True, begun=_state.begun, imports=_imports(sys._getframe()))
+    vars(_state).update(vars(own))
     alarm = signal.getsignal(signal.SIGALRM)
     with handlers_kept():
         for which in STOPPING:
@@ -180,10 +191,11 @@ def _answer(signum: int, frame: FrameType | None) -> None:
             _state.insisted, _state.when = True, now
     if _state.raised or not _state.caught or (_state.holding and not _state.insisted):
         return
-    if _importing(frame):
-        signal.setitimer(signal.ITIMER_REAL, TRY_AGAIN_S)
-        return
-    _raise(_state.message)
+    if not _importing(frame):
+        _raise(_state.message)
+    if not _state.begun:
+        _end()
+    signal.setitimer(signal.ITIMER_REAL, TRY_AGAIN_S)
 
 
 def _raise(message: str) -> NoReturn:
@@ -219,10 +231,9 @@ def _imports(frame: FrameType | None) -> int:
 
 def _end() -> NoReturn:
     """End this process and those that it made, whatever they are doing."""
-    from multiprocessing import active_children
-
+    made = sys.modules.get("multiprocessing.process")
     with suppress(Exception):
-        for child in active_children():
+        for child in made.active_children() if made else ():
             child.kill()
     with suppress(OSError):
         os.write(2, f"richkd: {_state.message}\n".encode("ascii", "replace"))

@@ -33,6 +33,7 @@ from richkd.data.folders import Paths
 from richkd.data.prompts import load_prompts
 from richkd.data.views import views_tensor
 from richkd.errors import RichKDError
+from richkd.interrupt import work_begins
 from richkd.precompute import (
     begin_store,
     check_given,
@@ -121,6 +122,7 @@ def plan(
         RichKDError: anything the user can mend.
     """
     device = choose_device(settings.device)
+    work_begins()
     with tempfile.TemporaryDirectory(prefix="richkd-plan-") as folder:
         dataset, counts = sample_of(settings, known, Path(folder), report)
         settings = settings.for_size(dataset.image_size)

@@ -31,7 +31,7 @@ from torch.utils.data._utils import signal_handling as _signal_handling
 
 from richkd.cpus import usable_cpus
 from richkd.errors import RichKDError
-from richkd.interrupt import STOPPING, children_left_alone, not_in_between
+from richkd.interrupt import STOPPING, children_left_alone, not_in_between, work_begins
 from richkd.progress import Report, size
 
 MOST_WORKERS = 8
@@ -178,6 +178,7 @@ def _start(
         if START_METHOD != "fork":
             resource_tracker.ensure_running()  # which unblocks signals as it starts
         with children_left_alone(), _kept(signal.SIGCHLD):
+            work_begins()
             _prepare()
             iterator = make(workers)
             _open.add(iterator)

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from richkd.training.checkpoint import Checkpoints, Progress
 
+from richkd.interrupt import work_begins
+
 IMAGE_SIZE: Final = 32
 CONTEXT_LENGTH: Final = 32
 """Tokens a caption may have, with its two marks; open_clip's tokenizer cuts off the rest."""
@@ -262,6 +264,7 @@ def _optimizer(
 
 def _write(model: nn.Module, config: dict[str, Any], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
+    work_begins()
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as workplace:
         part = Path(workplace) / out.name
         part.mkdir()

@@ -27,7 +27,13 @@ from PIL import Image
 
 from richkd import interrupt
 from richkd.files import is_temporary
-from richkd.interrupt import Interrupted, held_back, not_in_between, stopped_at_once
+from richkd.interrupt import (
+    Interrupted,
+    held_back,
+    not_in_between,
+    stopped_at_once,
+    work_begins,
+)
 
 SIGNALS = int(os.environ.get("RICHKD_TEST_SIGNALS", "2"))
 KINDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -389,6 +395,7 @@ def test_an_import_comes_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     monkeypatch.syspath_prepend(tmp_path)
     with answered():
+        work_begins()
         import made_whole  # type: ignore[import-not-found]
 
         assert made_whole.done
