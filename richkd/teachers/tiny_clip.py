@@ -24,9 +24,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from richkd.training.checkpoint import Checkpoints, Progress
-
 from richkd.interrupt import work_begins
+from richkd.training.checkpoint import Checkpoints, Progress
 
 IMAGE_SIZE: Final = 32
 CONTEXT_LENGTH: Final = 32
