@@ -23,6 +23,7 @@ from richkd.progress import Report, percent
 from richkd.recipe import ORDERS, Precompute
 from richkd.teachers.cnn import CNNTeacher, Outputs
 from richkd.teachers.framing import note_of
+from richkd.text_files import read_text
 
 LOOKED_AT = 256  # images, of the training split for a choice and of the test split for a preview
 CLEARLY = 3.0  # standard deviations
@@ -80,8 +81,8 @@ def given_outputs(settings: Precompute, dataset: Dataset) -> Outputs | None:
 
 def _read_lines(file: Path) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(file).splitlines()
+    except (OSError, ValueError) as error:
         raise RichKDError(
             f"cannot read --teacher-classes {file}: {error}; name a file with a class folder a "
             f"line, in the order of the teacher's outputs, or say sorted or natural"

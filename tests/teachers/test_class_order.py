@@ -30,7 +30,15 @@ from richkd.precompute import precompute
 from richkd.recipe import Images, Precompute
 from richkd.store.reader import open_cache, read_manifest
 from richkd.store.schema import manifest_fault
-from richkd.teachers.class_order import advantage, differing, exchanged, least, natural, worse
+from richkd.teachers.class_order import (
+    advantage,
+    differing,
+    exchanged,
+    given_outputs,
+    least,
+    natural,
+    worse,
+)
 from richkd.teachers.cnn import CNNTeacher
 
 Run = Callable[..., Any]
@@ -218,6 +226,17 @@ def test_a_begun_store_is_not_gone_on_with_in_another_order(
             precompute(settings(folder, weights, tmp_path / "s.zarr"))
     with pytest.raises(RichKDError, match=r"begun with other settings \(teacher\.outputs was"):
         precompute(settings(folder, weights, tmp_path / "s.zarr", teacher_classes="sorted"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_file_of_the_order_is_read_as_any_system_writes_it(
+    folder: str, own: dict[str, torch.Tensor], tmp_path: Path, encoding: str
+) -> None:
+    dataset = load_dataset(Images(dataset=folder, image_size=32))
+    lines = tmp_path / "order.txt"
+    lines.write_text("\r\n".join(natural(NAMES)), encoding=encoding, newline="")
+    given = settings(folder, tmp_path / "w.pt", tmp_path / "s", teacher_classes=str(lines))
+    assert given_outputs(given, dataset) == tuple(natural(NAMES).index(n) for n in sorted(NAMES))
 
 
 def test_a_useless_teacher_gets_no_order(
