@@ -236,7 +236,10 @@ def is_complete(
     for name, was, now in pairs:
         if was != now:
             raise made_otherwise(out, name, was, now, remedy)
-    report.say(f"{out} is complete already; --overwrite makes it anew{said}")
+    report.say(
+        f"{out} is complete already (richkd verify checks its bytes); --overwrite makes it "
+        f"anew{said}"
+    )
     return True
 
 
@@ -496,7 +499,8 @@ def check_trained_on(weights: Path, dataset: Dataset) -> None:
     if trained_on != dataset.fingerprint:
         raise RichKDError(
             f"{weights} was trained on other data ({trained_on[:12]}) than {dataset.name} "
-            f"({dataset.fingerprint[:12]}); pass it as --teacher-weights to use it all the same, "
+            f"({dataset.fingerprint[:12]}), or on these read otherwise (--background, "
+            f"--pixel-range, --broken); pass it as --teacher-weights to use it all the same, "
             f"or move it away to train another"
         )
 

@@ -31,7 +31,7 @@ from richkd.analysis.corruptions import (
 )
 from richkd.data.class_names import class_words, text_key
 from richkd.data.datasets import ImageFiles, Split, files_split
-from richkd.data.decoding import Decoding
+from richkd.data.decoding import Decoding, say_reading
 from richkd.data.folders import Listing, find_images, list_images
 from richkd.data.inputs import Batches, Normalize, make_inputs
 from richkd.data.views import CLEAN_SHARE, ResizedCropFlip, views_tensor
@@ -278,8 +278,11 @@ def load_shift(folder: Path, store: TeacherCache, test: Split, report: Report) -
     numbers = shift_classes(found.classes, folder, store, test)
     for line in found.tally.lines():
         report.say(line)
-    listing = list_images(folder, "refuse", found=found)
+    listing = list_images(folder, "refuse", found=found, remedy="remove such files")
     decoding = shift_decoding(listing, store)
+    origin = "as in the store, else by their values"
+    for line in say_reading(decoding, [listing.values], listing.traits, origin):
+        report.say(line)
     split = files_split(listing, store.manifest["image_size"], decoding)
     assert isinstance(split.images, ImageFiles)
     space = ResizedCropFlip(split.images.sizes, split.images.image_size)

@@ -470,7 +470,8 @@ def _image_folder(
     decoding = decoding or Decoding.of(settings.background, settings.pixel_range, values)
     splits = {split: files_split(each, image_size, decoding) for split, each in listed.items()}
     traits = np.concatenate([each.traits for each in listed.values()])
-    read = say_reading(decoding, settings.pixel_range, values, traits)
+    origin = "--pixel-range" if settings.pixel_range else ""
+    read = say_reading(decoding, values, traits, origin)
     return Parts(
         names.names,
         splits["train"],

@@ -353,9 +353,16 @@ def readable() -> tuple[str, ...]:
 
 
 def say_reading(
-    decoding: Decoding, pixel_range: object, values: Sequence[Values], traits: NDArray[np.uint8]
+    decoding: Decoding, values: Sequence[Values], traits: NDArray[np.uint8], origin: str = ""
 ) -> list[str]:
-    """What was assumed in reading some of the files, a line each."""
+    """What was assumed in reading some of the files, a line each.
+
+    Args:
+        decoding: how they are read.
+        values: of the files, split by split.
+        traits: of all files.
+        origin: where the ranges of values come from, if not from the values or the format.
+    """
 
     def count(trait: int) -> int:
         return int(np.count_nonzero(traits & trait))
@@ -371,12 +378,15 @@ def say_reading(
     if count(FRAMES):
         lines.append(f"files of several images, of which the first is read: {count(FRAMES):,}")
     for kind, (low, high) in sorted(decoding.ranges.items()):
-        highs = np.concatenate([each.high[each.kind == 1 + list(each.kinds).index(kind)]
-                                for each in values if kind in each.kinds])  # fmt: skip
+        places = [[*each.kinds, kind].index(kind) + 1 for each in values]
+        highs = np.concatenate([each.high[each.kind == place]
+                                for each, place in zip(values, places, strict=True)])  # fmt: skip
+        if not highs.size:
+            continue
         dark = int(np.count_nonzero(highs < low + (high - low) / 8))
         beyond = int(np.count_nonzero(highs > high))
         source = "their format" if kind in _DECLARED else "their values"
-        how = "--pixel-range" if pixel_range else f"by {source}; --pixel-range says otherwise"
+        how = origin or f"by {source}; --pixel-range says otherwise"
         lines.append(
             f"{kind} images, from {low:,.6g} (black) to {high:,.6g} (white; {how}): {len(highs):,}"
             + (f", {dark:,} of them below an eighth of that" if dark else "")

@@ -134,6 +134,7 @@ def list_images(
     known: Collection[str] | None = None,
     report: Report | None = None,
     found: Found | None = None,
+    remedy: str = "",
 ) -> Listing:
     """Read a folder of class folders.
 
@@ -143,6 +144,7 @@ def list_images(
         known: the broken files, as an earlier listing skipped them: none is decoded then.
         report: where progress goes.
         found: what is in it, where that is known already.
+        remedy: what to do about broken files that are refused, if not what stage one says.
 
     Raises:
         RichKDError: no class, a class without images, or a broken file that is to be refused.
@@ -159,9 +161,12 @@ def list_images(
     if faults and (broken == "refuse" or known is not None):
         first, reason = next(iter(faults.items()))
         more = f", nor {len(faults) - 1} more" if len(faults) > 1 else ""
+        remedy = remedy or (
+            "remove such files, or leave them out with --broken skip" if known is None
+            else "restore it, or make the store again with richkd precompute --broken skip"
+        )  # fmt: skip
         raise RichKDError(
-            f"{folder / paths[first]} is no image that can be read ({reason}){more}; remove "
-            f"such files, or leave them out with --broken skip"
+            f"{folder / paths[first]} is no image that can be read ({reason}){more}; {remedy}"
         )
     whole = np.ones(len(paths), bool)
     whole[[*faults]] = False

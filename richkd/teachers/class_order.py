@@ -205,7 +205,15 @@ def resolve_outputs(
     right = {name: int((predicted == torch.tensor(outputs)[labels]).sum())
              for name, outputs in orders.items()}  # fmt: skip
     best = max(right, key=right.__getitem__)  # of equals, the first
-    if advantage(predicted, labels, orders[best]) < CLEARLY:
+    better = advantage(predicted, labels, orders[best])
+    if better < CLEARLY:
+        if better > -CLEARLY:
+            own = _some(tuple(range(len(dataset.class_folders))), dataset)
+            report.say(
+                f"the teacher's outputs are taken for {own}, the sorted order, for {len(labels)} "
+                f"training images tell too little of others; --teacher-classes natural (as timm "
+                f"has them), or a file, says otherwise"
+            )
         return None
     report.say(
         f"the teacher's outputs are taken for {_some(orders[best], dataset)}, {best}, for it is "

@@ -343,6 +343,8 @@ def difference(
     was |= {name: note[name] for name in dataset.network_input.note if name in note}
     now |= {name: text for name, text in dataset.network_input.note.items() if name in note}
     classes = json.loads(note.get("class_names", "[]")), list(dataset.class_names)
+    if "class_folders" in note and dataset.class_folders:  # names are for CLIP alone
+        classes = json.loads(note["class_folders"]), list(dataset.class_folders)
     if all(classes):
         number = next((n for n, pair in enumerate(zip_longest(*classes)) if len({*pair}) > 1), 0)
         name = f"name of class {number}"

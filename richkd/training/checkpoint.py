@@ -248,8 +248,8 @@ class TrainingFolder:
 
     def _other_identity(self, was: str, now: str) -> RichKDError:
         return RichKDError(
-            f"the {self.WHAT} in {self.path} learns from something else ({was}; now {now}); "
-            f"{self._remedy}"
+            f"the {self.WHAT} in {self.path} learns from other images, or from these read or seen "
+            f"otherwise ({was}; now {now}); {self._remedy}"
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -193,7 +194,7 @@ def test_images_that_may_be_of_another_depth_are_counted(tmp_path: Path) -> None
         save(whole(v, top), tmp_path / f"{name}.png")
     train, test = values(tmp_path / "a.png", tmp_path / "b.png"), values(tmp_path / "c.png")
     reading = Decoding.of("white", None, [train, test])
-    (line,) = decoding.say_reading(reading, None, [train, test], np.zeros(3, np.uint8))
+    (line,) = decoding.say_reading(reading, [train, test], np.zeros(3, np.uint8))
     assert "to 4,095 (white" in line and "--pixel-range" in line
     assert ": 3, 1 of them below an eighth of that, 1 of them with values above it" in line
 
@@ -442,6 +443,17 @@ def test_what_was_assumed_is_said_and_recorded(
     student = run("distill", "--cache", store, "--student", "resnet8", "--method", "kd",
                   "--epochs", 1, "--device", "cpu", "--out", tmp_path / "r")  # fmt: skip
     assert student.code == 0, student.err
+    shift = tmp_path / "shift"
+    shutil.copytree(root / "val", shift)
+    (shift / "cat/broken.png").write_bytes(b"hello")
+    refused = run("evaluate", tmp_path / "r", "--device", "cpu", "--shift", shift)
+    assert refused.code == 2 and refused.err.strip().endswith("; remove such files")
+    (shift / "cat/broken.png").unlink()
+    save(whole(rng.random((40, 60)), 255), shift / "cat/dark.tif")
+    seen = run("evaluate", tmp_path / "r", "--device", "cpu", "--shift", shift)
+    assert seen.code == 0, seen.err
+    assert "16-bit TIFF images, from 0 (black) to 4,095 (white; as in the store" in seen.err
+    assert "1 of them below an eighth of that" in seen.err
 
 
 def test_stage_two_decodes_as_stage_one_did(

@@ -177,7 +177,7 @@ def test_what_was_not_decoded_is_not_taken_for_whole(
     opened.clear()
     # and what was decoded is as good as headers, where a file was cut without being noticed
     assert "polar_bear/cut.jpg" in list_images(train, "refuse", text).paths
-    with pytest.raises(RichKDError, match=r"4\.png is no image that can be read .*\); remove"):
+    with pytest.raises(RichKDError, match=r"4\.png is no image that can be read .*\); restore it"):
         list_images(train, "refuse", ["train/polar_bear/cut.jpg"])
     assert opened == []
 

@@ -417,9 +417,6 @@ def test_what_is_cut_off_as_it_was_made_says_nothing(capfd: pytest.CaptureFixtur
         def __del__(self) -> None:
             raise AttributeError("no attribute that was to come")
 
-    with stopped_at_once():
-        try:
-            Half()
-        except Interrupted:
-            pass
+    with stopped_at_once(), suppress(Interrupted):
+        Half()
     assert capfd.readouterr().err == ""

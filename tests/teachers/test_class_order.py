@@ -397,7 +397,7 @@ def test_sorted_keeps_the_data_sets_order(
     ("apple\nclass1\nclass2\nclass10\nclass20\napple\n", r"'apple' is there twice"),
     ("apple\nclass1\nclass2\nclass10\nZebra\n", r"5 of 6 classes: 'class20' is missing"),
     ("", r"0 of 6 classes: 'Zebra' is missing"),
-    (b"\xff\xfea\0p\0", r"cannot read --teacher-classes .*order\.txt.*sorted or natural"),
+    (b"caf\xe9", r"cannot read --teacher-classes .*order\.txt.*sorted or natural"),
     (None, r"cannot read --teacher-classes .*order\.txt.*a class folder a line"),
 ])  # fmt: skip
 def test_orders_that_are_none(
@@ -449,6 +449,31 @@ epochs = 1
 
 
 # --- by what weights say themselves --------------------------------------------------------------
+
+
+def test_an_order_that_little_speaks_for_is_said(
+    run: Run, folder: str, own: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """A network that knows nothing: sorted is taken; one that knows the classes needs no word."""
+    blind = {key: torch.zeros_like(value) if key.startswith("fc.") else value
+             for key, value in own.items()}  # fmt: skip
+    for name, state, said in (("blind", blind, 1), ("good", own, 0)):
+        weights = saved(tmp_path / f"{name}.safetensors", state)
+        done = run(*words(folder, weights, tmp_path / f"{name}.zarr"))
+        assert done.code == 0, done.err
+        lines = lines_with(done.err, "sorted order")
+        assert len(lines) == said, done.err
+        assert all("--teacher-classes natural" in line for line in lines)
+
+
+def test_other_class_names_are_no_other_training(run: Run, folder: str, tmp_path: Path) -> None:
+    out, names = tmp_path / "t.safetensors", tmp_path / "names.txt"
+    command = ("train-teacher", "--dataset", folder, "--image-size", 32, "--model", "resnet8",
+               "--epochs", 1, "--device", "cpu", "--out", out)  # fmt: skip
+    assert run(*command).code == 0
+    names.write_text("".join(f"{name}: {name} of another kind\n" for name in NAMES))
+    again = run(*command, "--class-names", names)
+    assert again.code == 0 and "is complete already" in again.err, again.err
 
 
 def test_train_teacher_records_folders_and_names(run: Run, folder: str, tmp_path: Path) -> None:
