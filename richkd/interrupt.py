@@ -135,7 +135,8 @@ def handlers_kept() -> Iterator[None]:
 
 def leave(code: int) -> NoReturn:
     """End the process, whose work is over: a signal hurries it, and changes nothing else."""
-    logging.disable()  # asyncio would tell of what was cut off
+    logging.disable()  # asyncio would tell of what was cut off, as would Python
+    sys.unraisablehook = lambda _: None
     for which in STOPPING:
         signal.signal(which, lambda *_: os._exit(code))
     sys.exit(code)
@@ -210,7 +211,7 @@ def _raise_again(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
         if isinstance(failure.exc_value, Interrupted):
             _state.raised = False
             signal.setitimer(signal.ITIMER_REAL, TRY_AGAIN_S)
-        else:
+        elif not _state.raised:  # else it is of something that was cut off as it was made
             hook(failure)
 
     return unraisable

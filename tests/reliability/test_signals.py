@@ -406,3 +406,17 @@ def test_what_fails_after_a_signal_failed_because_of_it() -> None:
     with answered(), not_in_between():
         signal.raise_signal(signal.SIGTERM)
         raise ImportError("made of it by a library")
+
+
+def test_what_is_cut_off_as_it_was_made_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    class Half:
+        def __init__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            wait()
+
+        def __del__(self) -> None:
+            raise AttributeError("no attribute that was to come")
+
+    with stopped_at_once(), suppress(Interrupted):
+        Half()
+    assert capfd.readouterr().err == ""
