@@ -359,10 +359,12 @@ def test_other_ways_to_start_workers(method: str, tmp_path: Path) -> None:
     script = (
         "import sys, os, signal, multiprocessing, torch\nfrom pathlib import Path\n"
         "from richkd.data import workers\nfrom richkd.data.datasets import files_split\n"
+        "from richkd.data.decoding import Decoding\n"
         "from richkd.data.folders import list_images\nfrom richkd.data.inputs import FileInputs\n"
         "def main():\n"
         f"    multiprocessing.set_start_method({method!r})\n"
-        "    files = files_split(list_images(Path('photos'), 'refuse'), 16).images\n"
+        "    listing = list_images(Path('photos'), 'refuse')\n"
+        "    files = files_split(listing, 16, Decoding()).images\n"
         "    def colours(stop):\n"
         "        said = []\n"
         "        for index, images in FileInputs(files, torch.device('cpu')).batches(\n"

@@ -196,11 +196,6 @@ def jobs(photographs: Path) -> dict[str, Job]:
     finish(photographs, ["distill", "--cache", "given.zarr", "--student", "resnet8", "--method",
                          "kd", "--epochs", 1, *student, "--out", "given"])  # fmt: skip
 
-    def distill(out: Path) -> list[Any]:
-        again = ["--resume"] if (out / "recipe.toml").exists() else []
-        return ["distill", "--cache", "given.zarr", "--student", "resnet8", "--method", "kd",
-                "--epochs", 4, *student, "--out", out, *again]  # fmt: skip
-
     return {
         "train-teacher": Job(
             lambda out: ["train-teacher", *images, "--model", "resnet8", "--epochs", 4,
@@ -211,7 +206,11 @@ def jobs(photographs: Path) -> dict[str, Job]:
             lambda out: [*stage_one, "--views", 24, "--out", out / "s.zarr"],
             lambda out: checksums(out / "s.zarr"), "s.zarr/zarr.json",
         ),
-        "distill": Job(distill, weights, "summary.json"),
+        "distill": Job(
+            lambda out: ["distill", "--cache", "given.zarr", "--student", "resnet8", "--method",
+                         "kd", "--epochs", 4, *student, "--out", out],
+            weights, "summary.json",
+        ),
         "sweep": Job(
             lambda out: ["sweep", "--cache", "given.zarr", "--students", "resnet8", "--methods",
                          "ce,kd", "--seeds", 1, "--epochs", 2, *student, "--out", out],
