@@ -46,7 +46,8 @@ def prepare_threads() -> None:
 
     By default a thread of GNU's spins for about a millisecond before it sleeps: beside one other
     busy process on two CPUs, a training step takes five times as long. Spinning a few microseconds
-    costs a few per cent of a step where nothing else runs. OpenMP does not know a container's quota.
+    costs a few per cent of a step where nothing else runs. And OpenMP does not know the quota of a
+    container.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
