@@ -112,6 +112,7 @@ EvalEvery = Annotated[int | None, _shared("eval_every")]
 Seed = Annotated[int | None, _shared("seed")]
 Device = Annotated[str | None, _shared("device")]
 Precision = Annotated[str | None, _shared("precision")]
+Step = Annotated[str | None, _shared("step")]
 
 
 def _of_the_store(share: float | None) -> None:
@@ -198,6 +199,7 @@ def train_teacher(
     pixel_range: PixelRange = None,
     device: Device = None,
     precision: Precision = None,
+    step: Step = None,
     recipe: Recipe = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -471,6 +473,7 @@ def distill(
     data_root: DataRoot = None,
     device: Device = None,
     precision: Precision = None,
+    step: Step = None,
     recipe: Recipe = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -532,6 +535,7 @@ def sweep(
     data_root: DataRoot = None,
     device: Device = None,
     precision: Precision = None,
+    step: Step = None,
     recipe: Recipe = None,
     as_json: Json = False,
 ) -> None:

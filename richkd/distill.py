@@ -7,7 +7,7 @@ What runs may share (`Source`: store, images, slabs, targets) is apart from what
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
@@ -37,7 +37,7 @@ from richkd.store.schema import student_input, teacher_input
 from richkd.store.topk import Rows
 from richkd.targets import Target, choice_samples, choose_target, describe_target, held_out
 from richkd.training.checkpoint import Best, Progress, RunFolder
-from richkd.training.device import choose_device, free_memory, hardware, versions
+from richkd.training.device import choose_device, cuda, free_memory, hardware, versions
 from richkd.training.loop import (
     Data,
     EpochRecord,
@@ -108,6 +108,7 @@ class Source:
         self.device = choose_device(settings.device)
         self.cache = cache or open_cache(settings.cache)
         self._targets: dict[str, Target] = {}  # by the name of its rows
+        self._on_gpu: dict[str, Rows] = {}  # of the epoch that trains: the same memory in each
         self._chosen: dict[tuple[Any, ...], str] = {}
         self._fixed: dict[str, Rows] = {}
 
@@ -170,19 +171,63 @@ class Source:
             self._targets[self._chosen[key]] = target
         return self._chosen[key], self._targets[self._chosen[key]]
 
+    def trainer(
+        self, settings: Distill, say: Callable[[str], None] = lambda _: None
+    ) -> tuple[Trainer, dict[str, str], Target | None]:
+        """A new student with its method, as a run's settings ask for.
+
+        Args:
+            settings: resolved by `with_defaults`.
+            say: is told how its steps are run.
+
+        Returns:
+            The trainer, the names of `epochs` by those of what its method reads, and the target.
+        """
+        method_type, options = method_of(settings)
+        reads = method_type.reads(options)
+        data = self.data_for(settings)
+        rows = {name: name for name in reads}
+        target: Target | None = None
+        if TARGET in reads or "clip_features" in reads:
+            name, target = self.target(settings, method_type.target)
+            rows |= {TARGET: name} if TARGET in reads else {}
+        model, num_features = build_student(settings, self.cache)
+        alpha = 1.0 if target is None else target.alpha
+        method = method_type(options, self.widths(num_features, alpha))
+        return Trainer(model, method, data, settings, self.device, say), rows, target
+
+    def own(self, shared: EpochRows, rows: Mapping[str, str], seed: int, epoch: int) -> EpochRows:
+        """What a run's method reads of an epoch's rows.
+
+        A method that reads none is not held to the views that were cached: it sees a fresh view of
+        every image, as plain training does, whatever the store has.
+
+        Args:
+            shared: of all runs.
+            rows: their names by those of the method, as `trainer` gave them.
+            seed: the run's.
+            epoch: from 1.
+        """
+        if not rows:
+            space = self.splits["train"].view_space
+            return EpochRows(views_tensor(space.fresh(seed, epoch, self.cache.num_samples)), {})
+        return replace(shared, rows={name: shared.rows[given] for name, given in rows.items()})
+
     def epochs(
         self, names: Collection[str], first: int, last: int
     ) -> Iterator[tuple[EpochRows, float]]:
         """Views and named rows of epochs first..last, and the seconds spent waiting for them.
 
-        A thread reads an epoch's slab while the epoch before trains. Names are arrays of the store
+        On a GPU, rows of an epoch take the place of those of the epoch before. A thread reads an
+        epoch's slab while the epoch before trains. Names are arrays of the store
         (`teacher_features`) and what `target` gave.
         """
         fixed_names = {name for name in names if self._is_fixed(name)}
         place = self._place(sorted({*names} - fixed_names), sorted(fixed_names))
         fixed = {name: self._fixed_rows(name, place) for name in sorted(fixed_names)}
         slab_rows = self._slab_rows(sorted({*names} - fixed_names), place)
-        for source, waited in timed(all_rows(slab_rows, first, last)):
+        for slab, waited in timed(all_rows(slab_rows, first, last)):
+            source = slab.to(self.device, self._on_gpu) if cuda(self.device) else slab
             yield replace(source, rows={**source.rows, **fixed}), waited
 
     def _is_fixed(self, name: str) -> bool:
@@ -279,27 +324,16 @@ class StudentRun:
         cache = source.cache
         self.source = source
         self.settings = settings = with_defaults(settings, cache)
-        method_type, options = method_of(settings)
-        reads = method_type.reads(options)
         check_reads(cache, settings)
         self.folder = RunFolder(Path(settings.out))
         if not overwrite:
             check_version(self.folder, settings)
         recorded = to_table(settings), identity(cache)
         self.folder.check(*recorded, overwrite=overwrite)
-        data = source.data_for(settings)
-        self.rows = {name: name for name in reads}  # of the method -> of the source
-        self.target: Target | None = None
-        if TARGET in reads or "clip_features" in reads:
-            name, self.target = source.target(settings, method_type.target)
-            self.rows |= {TARGET: name} if TARGET in reads else {}
-        model, num_features = build_student(settings, cache)
-        alpha = 1.0 if self.target is None else self.target.alpha
-        method = method_type(options, source.widths(num_features, alpha))
+        self.trainer, self.rows, self.target = source.trainer(settings, self._say)
         with ExitStack() as stack:
             stack.enter_context(held(self.folder.path))
             resumed = self.folder.begin(*recorded, overwrite=overwrite)
-            self.trainer = Trainer(model, method, data, settings, source.device)
             self.progress = self._resume() if resumed else Progress()
             self._held = stack.pop_all()
         self.record: EpochRecord | None = None  # of the last epoch trained here
@@ -318,8 +352,11 @@ class StudentRun:
     def _resume(self) -> Progress:
         """Load the run's checkpoint."""
         progress, tensors = self.folder.load(self.source.report.say)
-        self.trainer.resume(tensors, self.folder.path)
+        self.trainer.resume(tensors, self.folder.path, progress.step)
         return progress
+
+    def _say(self, message: str) -> None:
+        self.source.report.say(f"{self.folder.path.name}: {message}")
 
     @property
     def done(self) -> int:
@@ -336,19 +373,6 @@ class StudentRun:
         """How many will have been trained on at the end."""
         return (self.settings.epochs - self.done) * self.source.cache.num_samples
 
-    def own(self, source: EpochRows) -> EpochRows:
-        """The rows that this run's method reads, of those that runs share.
-
-        A method that reads none is not held to the views that were cached: it sees a fresh view of
-        every image, as plain training does, whatever the store has.
-        """
-        if not self.rows:
-            space = self.source.splits["train"].view_space
-            views = space.fresh(self.settings.seed, self.done + 1, self.source.cache.num_samples)
-            return EpochRows(views_tensor(views), {})
-        rows = {name: source.rows[shared] for name, shared in self.rows.items()}
-        return replace(source, rows=rows)
-
     def train_epoch(
         self, source: EpochRows, waited: float, tick: Advance = lambda _: None
     ) -> EpochRecord:
@@ -358,20 +382,43 @@ class StudentRun:
             RichKDError: the student diverged.
         """
         start = time.perf_counter()
+        for count in self.steps(source):
+            tick(count)
+        return self.end_epoch(waited, start)
+
+    def steps(self, source: EpochRows) -> Iterator[int]:
+        """The steps of the next epoch; yields the size of each batch once its step is launched."""
         epoch = self.done + 1
-        record = self.trainer.train_epoch(epoch, self.own(source), tick)
+        own = self.source.own(source, self.rows, self.settings.seed, epoch)
+        return self.trainer.steps(epoch, own)
+
+    def end_epoch(self, waited: float, start: float, runs: int = 1) -> EpochRecord:
+        """The end of an epoch whose steps were launched, with its checkpoint.
+
+        Args:
+            waited: seconds for its rows.
+            start: when it began, by time.perf_counter.
+            runs: that trained side by side, between which the seconds are shared.
+
+        Raises:
+            RichKDError: the student diverged.
+        """
+        epoch = self.done + 1
+        record = self.trainer.end_epoch()
         check_finite(record, self.settings)
         best, before = self.progress.best, self.progress.seconds
+        step = self.trainer.ran_by
         if record.score is not None and record.score > best.accuracy:
             best = Best(epoch, record.score)
         self.folder.save_epoch(
-            Progress(epoch, best, before + waited + time.perf_counter() - start),
+            Progress(epoch, best, before + waited + (time.perf_counter() - start) / runs, step),
             {**record.as_dict(), "slab_wait_s": waited},
             self.trainer.state(),
             self.trainer.model.state_dict(),
         )
         # here with the time that its checkpoint took
-        self.progress = Progress(epoch, best, before + waited + time.perf_counter() - start)
+        seconds = before + waited + (time.perf_counter() - start) / runs
+        self.progress = Progress(epoch, best, seconds, step)
         self.record = record
         return record
 
@@ -632,6 +679,7 @@ def describe_run(settings: Distill, cache: TeacherCache, trainer: Trainer) -> di
         "class_names": cache.manifest["class_names"],
         "teacher": teacher_accuracies(cache.manifest),
         "hardware": hardware(trainer.device),
+        "step": trainer.runner.name if trainer.runner else None,
         "versions": versions(),
     }
 

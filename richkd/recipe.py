@@ -28,6 +28,7 @@ CLIP_HEADS = ("zero-shot", "probe")
 ENGINES = ("local", "ray")
 EPOCHS = ("last", "best", "unknown")  # that a published figure is of
 AUTO_HOLDOUT = 0.2  # of the test images, for alpha auto and halving
+STEPS = ("auto", "eager", "captured", "compiled")
 PRECISIONS = ("auto", "float32", "bfloat16")
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 PATHS = {"dataset", "data_root", "class_names", "teacher_weights", "teacher_classes", "clip",
@@ -128,9 +129,15 @@ class Training:
         "auto", "of the network: float32, bfloat16, or auto (bfloat16 on GPUs that have it)"
     )
 
+    step: str = _key(
+        "auto", "how steps run: eager, captured (CUDA graphs), compiled, or auto: what pays"
+    )
+
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
+        if self.step not in STEPS:
+            raise unknown("step", self.step, STEPS)
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _require(self.lr is None or 0 < self.lr < float("inf"), "lr", self.lr, "above 0")

@@ -13,7 +13,7 @@ from richkd.recipe import recorded_holdout
 from richkd.store.schema import Manifest
 
 # Settings that say where a run is, not what it is.
-PLACES = ("seed", "out", "cache", "device", "dataset", "data_root")
+PLACES = ("seed", "out", "cache", "device", "step", "dataset", "data_root")
 # Settings of what a student is taught; the others are of how it is trained.
 TEACHING = ("method", "options", "target", "alpha", "scale", "prompts", "clip_head")
 # What is said of best epochs, by the images that they were chosen on.

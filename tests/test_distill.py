@@ -106,7 +106,7 @@ def test_resumed_run_ends_in_the_same_weights(
 ) -> None:
     whole = train(store, tmp_path / "whole", method=method, epochs=4)
     target, after = {
-        "in an epoch": ("richkd.training.loop.Trainer.train_epoch", 2),
+        "in an epoch": ("richkd.training.loop.Trainer.end_epoch", 2),
         "before the first checkpoint": ("richkd.training.checkpoint.save_tensors", 1),
         "before a checkpoint": ("richkd.training.checkpoint.save_tensors", 4),
         "before the summary": ("richkd.training.checkpoint.RunFolder.finish", 0),

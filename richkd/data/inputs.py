@@ -35,6 +35,13 @@ class ArrayInputs:
         self.images = images.to(device)
         self.framing = framing
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of what `batches` yields."""
+        height, width = self.images.shape[1:3]
+        size = self.framing and self.framing.size
+        return (size or height), (size or width), 3
+
     def batches(self, order: Tensor, views: Tensor | None, batch_size: int) -> Batches:
         """Yield (index [B], images [B,S,S,3] uint8) for views [N] of the samples in order.
 
@@ -43,12 +50,14 @@ class ArrayInputs:
         device = self.images.device
         views = None if views is None else views.to(device)
         for index in torch.split(order.to(device), batch_size):
-            images = self.images[index] if views is None else gather_views(
-                self.images, index, views[index]
-            )  # fmt: skip
-            if self.framing is not None:
-                images = self.framing.of_array(images, clean=views is None)
-            yield index, images
+            yield index, self.at(index, None if views is None else views[index])
+
+    def at(self, index: Tensor, views: Tensor | None) -> Tensor:
+        """Views [B] of the samples [B], on the device: [B,S,S,3] uint8."""
+        images = self.images[index] if views is None else gather_views(self.images, index, views)
+        if self.framing is not None:
+            images = self.framing.of_array(images, clean=views is None)
+        return images
 
 
 Transform = Callable[[Image.Image], Tensor]
@@ -66,6 +75,11 @@ class FileInputs:
         self.files = files
         self.device = device
         self.framing = framing or Framing(size=files.image_size)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of what `batches` yields."""
+        return self.framing.size, self.framing.size, 3
 
     def batches(self, order: Tensor, views: Tensor | None, batch_size: int) -> Batches:
         """Yield (index [B], images [B,S,S,3] uint8) for views [N,5] of the samples in order.

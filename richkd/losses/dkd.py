@@ -61,9 +61,9 @@ class DKD(LogitMethod):
         """Zhao et al., equation 7, with the published code's warm-up."""
         o = self.options
         tckd, nckd = dkd_loss(*self.logits(batch), batch.labels, o.temperature)
-        grown = min(batch.epoch / o.warmup, 1.0)
+        grown = torch.as_tensor(batch.epoch / o.warmup).clamp(max=1.0)
         return {
             "ce": self.label_term(batch),
-            "tckd": grown * o.tckd_weight * tckd,
-            "nckd": grown * o.nckd_weight * nckd,
+            "tckd": (grown * o.tckd_weight).to(tckd.dtype) * tckd,
+            "nckd": (grown * o.nckd_weight).to(nckd.dtype) * nckd,
         }

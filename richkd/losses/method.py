@@ -29,7 +29,7 @@ class Batch:
     labels: Tensor  # [B]
     index: Tensor  # [B], training sample ids
     rows: Mapping[str, Tensor] = field(default_factory=dict)  # what `reads` names, of these samples
-    epoch: int = 1  # from 1
+    epoch: int | Tensor = 1  # from 1; a scalar on the device where steps are captured
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,12 @@ class TopKRows:
         """The same in memory that a GPU copies from by itself."""
         return self._each(Tensor.pin_memory)
 
+    def copy_(self, rows: TopKRows, non_blocking: bool = False) -> TopKRows:
+        """Take over other rows of the same shape, in place."""
+        for name in ("top", "classes", "rest"):
+            getattr(self, name).copy_(getattr(rows, name), non_blocking=non_blocking)
+        return self
+
     def class_index(self) -> Tensor:
         """The classes that are kept, [N,K] i64."""
         return self.classes.long() & (MOST_CLASSES - 1)

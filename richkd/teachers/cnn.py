@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import zip_longest
@@ -175,7 +175,7 @@ def train_teacher(
     if out.exists() and not overwrite:
         return completed(settings, dataset, report)
     device = choose_device(settings.device)
-    trainer = make_trainer(settings, dataset, device)
+    trainer = make_trainer(settings, dataset, device, report.say)
     folder = TeacherFolder(out)
     recorded = training_of(settings), identity(dataset)
     folder.check(*recorded, overwrite=overwrite)
@@ -190,7 +190,7 @@ def train_teacher(
         progress = Progress()
         if resumed:
             progress, tensors = folder.checkpoints.load(report.say)
-            trainer.resume(tensors, folder.path)
+            trainer.resume(tensors, folder.path, progress.step)
         resuming = (
             f"; resuming after epoch {progress.epoch} of {settings.epochs}" if resumed else ""
         )
@@ -206,7 +206,12 @@ def train_teacher(
     return summary
 
 
-def make_trainer(settings: TrainTeacher, dataset: Dataset, device: torch.device) -> Trainer:
+def make_trainer(
+    settings: TrainTeacher,
+    dataset: Dataset,
+    device: torch.device,
+    say: Callable[[str], None] = lambda _: None,
+) -> Trainer:
     """A network with weights drawn from the seed, and what trains it; errors of `check_fit`."""
     num_classes = len(dataset.class_names)
     torch.manual_seed(derive_seed(settings.seed, 0, 2))
@@ -223,7 +228,7 @@ def make_trainer(settings: TrainTeacher, dataset: Dataset, device: torch.device)
         normalize=Normalize(dataset.mean, dataset.std, device),
         num_classes=num_classes,
     )
-    return Trainer(model, method, data, settings, device)
+    return Trainer(model, method, data, settings, device, say)
 
 
 def train_epochs(
@@ -244,7 +249,8 @@ def train_epochs(
                 )
             check_still_held(Path(settings.out))
             seconds = time.perf_counter() - started
-            folder.checkpoints.save(Progress(epoch, seconds=seconds), trainer.state())
+            done = Progress(epoch, seconds=seconds, step=trainer.ran_by)
+            folder.checkpoints.save(done, trainer.state())
     data = trainer.data
     if record is None:  # interrupted between the last epoch and the weights
         top1, top5 = trainer.evaluate(data.test)

@@ -45,7 +45,7 @@ from richkd.ours import remove_about_run
 from richkd.recipe import recorded_holdout
 
 # Settings that may be others when a training is resumed.
-PLACES = frozenset({"device", "data_root", "dataset", "cache", "out"})
+PLACES = frozenset({"device", "step", "data_root", "dataset", "cache", "out"})
 _OF_THE_SCHEDULE = {"epochs", "schedule", "milestones"}
 
 
@@ -67,21 +67,29 @@ class Progress:
     epoch: int = 0
     best: Best = Best()
     seconds: float = 0.0  # that its epochs took, in all parts of it
+    step: str = ""  # how `auto` ran its steps, where that was not eagerly
 
     @classmethod
     def of_note(cls, path: Path, note: Mapping[str, str]) -> Progress:
         """By the metadata of a checkpoint; RichKDError where the file is none."""
         try:
             best = Best(int(note["best_epoch"]), float(note["best"]))
-            return cls(int(note["epoch"]), best, float(note.get("seconds", 0.0)))
+            seconds = float(note.get("seconds", 0.0))
+            return cls(int(note["epoch"]), best, seconds, note.get("step", ""))
         except (KeyError, ValueError):
             raise RichKDError(f"{path} is no checkpoint; begin anew with --overwrite") from None
 
     @property
     def note(self) -> dict[str, str]:
         """For the metadata."""
-        return {"epoch": str(self.epoch), "best_epoch": str(self.best.epoch),
-                "best": repr(self.best.accuracy), "seconds": repr(self.seconds)}  # fmt: skip
+        step = {"step": self.step} if self.step else {}
+        return {
+            "epoch": str(self.epoch),
+            "best_epoch": str(self.best.epoch),
+            "best": repr(self.best.accuracy),
+            "seconds": repr(self.seconds),
+            **step,
+        }
 
 
 class Checkpoints:

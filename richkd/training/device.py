@@ -52,8 +52,29 @@ def keep_freed_memory(kept: int = 2**30) -> None:
 def half_precision(name: str, device: torch.device) -> bool:
     """Whether networks run in bfloat16; `auto` says yes on a GPU that computes in it."""
     if name == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return cuda(device) and has_bfloat16(device)
     return name == "bfloat16"
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether it computes in bfloat16, and does not emulate it: on CPUs, by AVX-512 or AMX."""
+    if cuda(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def cuda(device: torch.device) -> bool:
+    """Whether it is one of CUDA's GPUs."""
+    return device.type == "cuda"
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """What the random numbers of a GPU come from."""
+    number = torch.cuda.current_device() if device.index is None else device.index
+    generator: torch.Generator = torch.cuda.default_generators[number]
+    return generator
 
 
 def wait_for(device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """The training loop: one slab an epoch, no host-device synchronisation inside it.
 
+`Trainer.step` is the step; how steps are run, one by one or as CUDA graphs, is in runners.py.
 Everything random in epoch e follows from (seed, e), so a run that was cut off after any epoch goes
 on to the very same weights, and two students with one seed see the same samples in the same order.
 """
@@ -7,7 +8,8 @@ on to the very same weights, and two students with one seed see the same samples
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.scheduler.multistep_lr import MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+from torch.backends import cudnn
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from richkd.data.datasets import Split
@@ -28,9 +31,12 @@ from richkd.losses.method import Batch, Method
 from richkd.models import forward
 from richkd.recipe import Training
 from richkd.store.topk import Rows
-from richkd.training.device import half_precision
+from richkd.training.device import cuda, default_generator, half_precision
+from richkd.training.runners import Runner, check_step, make_runner
 
 EVAL_BATCH = 256
+EVAL_PIXELS = 2**21  # of a batch on a GPU, where small images would be bound by launching kernels
+StepBatch = tuple[Tensor, Tensor, dict[str, Tensor]]  # index, images, rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +79,24 @@ class EpochRows:
     rows: Mapping[str, Rows]  # name -> [N,…]
     on_host: bool = False  # the rows stay there, and every batch of them goes to the device
 
-    def to(self, device: torch.device) -> EpochRows:
-        """The same on a device, for several runs; the views stay where samples are gathered."""
+    def to(self, device: torch.device, buffers: dict[str, Rows] | None = None) -> EpochRows:
+        """The same on a device, for several runs; the views stay where samples are gathered.
+
+        Args:
+            device: where to.
+            buffers: of earlier epochs by name, into which rows are copied.
+        """
         if self.on_host:
             return self
-        rows = {name: row.to(device, non_blocking=True) for name, row in self.rows.items()}
+        rows: dict[str, Rows] = {}
+        for name, row in self.rows.items():
+            buffer = None if buffers is None else buffers.get(name)
+            if buffer is None:
+                rows[name] = row.to(device, non_blocking=True)
+            else:
+                rows[name] = buffer if buffer is row else buffer.copy_(row, non_blocking=True)  # type: ignore[arg-type]
+        if buffers is not None:
+            buffers.update(rows)
         return EpochRows(self.views, rows)
 
     def pinned(self) -> EpochRows:
@@ -137,22 +156,41 @@ class Trainer:
         data: Data,
         settings: Training,
         device: torch.device,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """Make the optimizer; how steps are run is chosen when the first epoch begins.
+
+        Args:
+            model: the student, which is moved to the device.
+            method: likewise.
+            data: images and labels, on the device.
+            settings: how to train.
+            device: where.
+            say: is told how the steps are run.
+
+        Raises:
+            RichKDError: the settings ask for steps that the device cannot run.
+        """
+        check_step(settings.step, device)
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.method = method.to(device)
         self.data = data
         self.settings = settings
         self.device = device
-        self.parameters = [*model.parameters(), *method.parameters()]
-        assert settings.lr is not None  # it depends on the network, and was found before
-        self.optimizer = torch.optim.SGD(
-            self.parameters,
-            lr=settings.lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-        )
-        self.scheduler = make_scheduler(self.optimizer, settings)
+        self.say = say
         self.half = half_precision(settings.precision, device)
+        self.parameters = [*model.parameters(), *method.parameters()]
+        self.optimizer, self.rate = make_optimizer(self.parameters, settings, device)
+        self.scheduler = make_scheduler(self.optimizer, settings)
+        self.objective = make_objective(self.model, self.method, data.normalize, self.half)
+        self.wanted = settings.step
+        self.runner: Runner | None = None
+        # of a GPU, so that trainers whose steps take turns draw what each would draw alone
+        self.generator = default_generator(device).clone_state() if cuda(device) else None
+        self.epoch = torch.zeros((), dtype=epoch_dtype(device), device=device)
+        self.sums: Tensor | None = None  # of an epoch: correct ones, and each term
+        self.terms: tuple[str, ...] = ()  # their names
+        self._begun: tuple[int, int, float] | None = None  # epoch, samples, when
 
     def train_epoch(
         self, epoch: int, source: EpochRows, tick: Callable[[int], None] = lambda _: None
@@ -161,25 +199,36 @@ class Trainer:
 
         Where there are images to make choices on, those of the test split wait for the last epoch.
         """
+        for count in self.steps(epoch, source):
+            tick(count)
+        return self.end_epoch()
+
+    def steps(self, epoch: int, source: EpochRows) -> Iterator[int]:
+        """The steps of an epoch; yields the size of each batch once its step is launched."""
         start = time.perf_counter()
         order = epoch_order(self.settings.seed, epoch, len(self.data.train_labels))
         order = drop_lone_last(order, self.settings.batch_size)
-        torch.manual_seed(derive_seed(self.settings.seed, epoch, 1))
-        self.scheduler.step(epoch - 1)
+        self._set_rate(epoch)
+        self.epoch.fill_(epoch)
         self.model.train()
         self.method.train()
         source = source.to(self.device)
-        totals: Tensor | None = None
-        terms: dict[str, Tensor] = {}
-        batches = self.data.train.batches(order, source.views, self.settings.batch_size)
-        chunks = torch.split(order, self.settings.batch_size)
-        for (index, images), ids in zip(batches, chunks, strict=True):
-            correct, terms = self.step(index, images, source.batch(index, ids), epoch)
-            step = torch.stack([correct, *(term * len(index) for term in terms.values())])
-            totals = step if totals is None else totals + step
-            tick(len(index))
-        assert totals is not None
-        correct_count, *sums = (totals / len(order)).tolist()
+        if self.runner is None:
+            epochs_to_go = self.settings.epochs + 1 - epoch
+            steps_to_go = epochs_to_go * -(-len(order) // self.settings.batch_size)
+            self.runner = make_runner(self, self.wanted, order, source, steps_to_go)
+        self._seed(derive_seed(self.settings.seed, epoch, 1))
+        if self.sums is not None:
+            self.sums.zero_()
+        self._begun = epoch, len(order), start
+        yield from self.runner.steps(order, source)
+
+    def end_epoch(self) -> EpochRecord:
+        """Wait for the steps of the epoch that was begun, and evaluate."""
+        assert self._begun is not None and self.runner is not None and self.sums is not None
+        epoch, count, start = self._begun
+        self.runner.join()
+        correct_count, *sums = (self.sums / count).tolist()
         seconds = time.perf_counter() - start
         choice, last = self.data.choice, epoch == self.settings.epochs
         due = epoch % self.settings.eval_every == 0 or last
@@ -188,30 +237,47 @@ class Trainer:
         top1, top5 = self.evaluate(self.data.test) if tested else (None, None)
         return EpochRecord(
             epoch=epoch,
-            lr=self.optimizer.param_groups[0]["lr"],
+            lr=self.lr,
             loss=sum(sums),
-            terms=dict(zip(terms, sums, strict=True)),
+            terms=dict(zip(self.terms, sums, strict=True)),
             train_accuracy=correct_count,
             validation_accuracy=validation,
             test_accuracy=top1,
             test_top5=top5,
             seconds=seconds,
-            images_per_second=len(order) / seconds,
+            images_per_second=count / seconds,
         )
 
-    def step(
-        self, index: Tensor, images: Tensor, rows: Mapping[str, Tensor], epoch: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step: images [B,H,W,3] uint8 of the samples `index` [B] and their cached rows.
+    def batches(self, order: Tensor, source: EpochRows) -> Iterator[StepBatch]:
+        """What `step` takes, for each batch of an epoch.
 
-        Returns:
-            How many were classified correctly, and the loss terms; all stay on the device.
+        Args:
+            order: sample ids on the CPU.
+            source: views and rows of the epoch.
+        """
+        size = self.settings.batch_size
+        batches = self.data.train.batches(order, source.views, size)
+        for (index, images), ids in zip(batches, torch.split(order, size), strict=True):
+            yield index, images, source.batch(index, ids)
+
+    def noise(self, order: Tensor, source: EpochRows) -> StepBatch:
+        """A batch whose images are noise, so that none has to be decoded."""
+        ids = order[: self.settings.batch_size]
+        index = ids.to(self.device)
+        shape = len(ids), *self.data.train.shape
+        images = torch.randint(0, 256, shape, device=self.device).to(torch.uint8)
+        return index, images, source.batch(index, ids)
+
+    def step(self, index: Tensor, images: Tensor, rows: Mapping[str, Tensor]) -> None:
+        """One step, whose metrics are added to `sums`; nothing waits for the device.
+
+        Args:
+            index: sample ids [B].
+            images: [B,H,W,3] uint8.
+            rows: the cached rows of these samples.
         """
         labels = self.data.train_labels[index]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            logits, features = forward(self.model, self.data.normalize(images))
-        logits, features = logits.float(), features.float()
-        terms = self.method(Batch(logits, features, labels, index, rows, epoch))
+        logits, terms = self.objective(images, labels, index, rows, self.epoch)
         loss = torch.stack(list(terms.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -219,15 +285,65 @@ class Trainer:
         self.method.update()
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
-        return correct, {name: term.detach() for name, term in terms.items()}
+            counted = torch.stack([correct, *(term * len(index) for term in terms.values())])
+            if self.sums is None:
+                self.sums, self.terms = torch.zeros_like(counted), tuple(terms)
+            self.sums += counted
+
+    @contextmanager
+    def on_gpu(self) -> Iterator[None]:
+        """Draw from this trainer's generator, and let cuDNN measure; on the CPU, nothing.
+
+        TF32 is for networks whose precision is not f32.
+        """
+        if self.generator is None:
+            yield
+            return
+        default = default_generator(self.device)
+        others = default.graphsafe_get_state()
+        default.graphsafe_set_state(self.generator)
+        try:
+            with cudnn.flags(enabled=True, benchmark=True, allow_tf32=self.half):
+                yield
+        finally:
+            default.graphsafe_set_state(others)
+
+    def _seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        if self.generator is not None:
+            self.generator.manual_seed(seed)
+
+    def _set_rate(self, epoch: int) -> None:
+        """Set the learning rate of an epoch, in place where steps read it from the device."""
+        self.scheduler.step(epoch - 1)
+        self.lr: float = self.optimizer.param_groups[0]["lr"]
+        if self.rate is not None:
+            self.rate.fill_(self.lr)
+            self.optimizer.param_groups[0]["lr"] = self.rate
 
     def evaluate(self, on: EvalSet) -> tuple[float, float]:
         """Top-1 and top-5 accuracy in 0..1, computed in f32."""
         self.model.eval()
-        batches = on.images.batches(on.ids, on.views, EVAL_BATCH)
-        logits = predict(self.model, batches, self.data.normalize)
+        height, width, _ = on.images.shape
+        size = max(EVAL_BATCH, EVAL_PIXELS // (height * width)) if cuda(self.device) else EVAL_BATCH
+        batches = on.images.batches(on.ids, on.views, size)
+        with cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+            logits = predict(self.model, batches, self.data.normalize)
         labels = on.labels[on.ids]
         return accuracy(logits, labels, 1), accuracy(logits, labels, 5)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies of all that steps change."""
+        return {name: tensor.clone() for name, tensor in self.state().items()}
+
+    @torch.no_grad()
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Undo steps since a snapshot, in place; momenta that there were none of become 0."""
+        for name, tensor in self.state().items():
+            if name in saved:
+                tensor.copy_(saved[name])
+            else:
+                tensor.zero_()
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that going on needs: weights, banks, momenta."""
@@ -239,8 +355,24 @@ class Trainer:
                 tensors[f"momentum.{number}"] = momentum
         return tensors
 
-    def resume(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
-        """Go on from a checkpoint of a folder; RichKDError where it is of another network."""
+    @property
+    def ran_by(self) -> str:
+        """The runner of the steps, where it is another than the reference."""
+        return "" if self.runner is None or self.runner.name == "eager" else self.runner.name
+
+    def resume(self, tensors: Mapping[str, Tensor], folder: Path, ran_by: str = "") -> None:
+        """Resume from a checkpoint of a folder.
+
+        Args:
+            tensors: those of `state`.
+            folder: for the error.
+            ran_by: the runner so far, which `auto` goes on with where the device has it.
+
+        Raises:
+            RichKDError: the checkpoint is of another network.
+        """
+        if self.wanted == "auto" and ran_by and (cuda(self.device) or ran_by != "captured"):
+            self.wanted = ran_by
         try:
             self.load_state(tensors)
         except (RuntimeError, KeyError, IndexError) as error:
@@ -279,6 +411,51 @@ def accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
         average="micro", validate_args=False,
     )  # fmt: skip
     return float(value)
+
+
+Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+
+def make_objective(model: nn.Module, method: Method, normalize: Normalize, half: bool) -> Objective:
+    """Forward pass and losses as one function, which may be compiled.
+
+    It takes images [B,H,W,3] uint8, labels [B], index [B], rows and the epoch, and returns logits
+    [B,C] and the loss terms, f32.
+    """
+
+    def objective(
+        images: Tensor, labels: Tensor, index: Tensor, rows: Mapping[str, Tensor], epoch: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+            logits, features = forward(model, normalize(images))
+        logits, features = logits.float(), features.float()
+        return logits, method(Batch(logits, features, labels, index, rows, epoch))
+
+    return objective
+
+
+def make_optimizer(
+    parameters: Sequence[nn.Parameter], settings: Training, device: torch.device
+) -> tuple[torch.optim.Optimizer, Tensor | None]:
+    """SGD; on a GPU in one kernel, with its learning rate on the device, which is returned."""
+    assert settings.lr is not None  # it depends on the network, and was found before
+    optimizer = torch.optim.SGD(
+        parameters,
+        lr=settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        fused=cuda(device) or None,
+    )
+    if not cuda(device):
+        return optimizer, None
+    for parameter in parameters:  # 0 is what the first step would begin with
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer, torch.tensor(settings.lr, device=device)
+
+
+def epoch_dtype(device: torch.device) -> torch.dtype:
+    """Of the epoch's number; the schedules of methods are computed in it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, settings: Training) -> Scheduler:

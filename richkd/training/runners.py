@@ -1,0 +1,304 @@
+"""How the steps of an epoch are run: one by one, compiled, or as CUDA graphs.
+
+All runners train by `Trainer.step`, and draw the same random numbers:
+
+- eager: PyTorch's own way, and the reference;
+- captured: the kernels of an eager step as a CUDA graph, so that a step is a single launch;
+- compiled: forward pass, losses and gradients by torch.compile, on a GPU as a CUDA graph, too.
+
+`auto` takes what pays on the device for as many steps as there are to go.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from richkd.data.inputs import ArrayInputs
+from richkd.errors import RichKDError
+from richkd.progress import duration
+from richkd.training.device import cuda, wait_for
+
+if TYPE_CHECKING:
+    from richkd.training.loop import EpochRows, StepBatch, Trainer
+
+WARM_UP = 3  # steps before a capture, in which libraries allocate and choose their kernels
+# Compiling takes a minute or less for the networks of the zoo and saves a fifth of a step or more
+# (docs/performance.md), so from twenty minutes of steps on it gives back four times what it takes.
+COMPILING_PAYS_S = 1200.0
+
+
+class Eager:
+    """One step after the other, as PyTorch runs them."""
+
+    name = "eager"
+
+    def __init__(self, trainer: Trainer, source: EpochRows) -> None:
+        """Make a runner; nothing runs yet.
+
+        Args:
+            trainer: whose steps they are.
+            source: an epoch's views and rows, where those of all epochs will lie.
+        """
+        self.trainer = trainer
+
+    def prepare(self, order: Tensor, source: EpochRows) -> None:
+        """Do what takes time once; the training stands where it stood before.
+
+        Args:
+            order: of an epoch.
+            source: its views and rows.
+        """
+
+    def seconds(self, order: Tensor, source: EpochRows) -> float:
+        """Time a step on noise; the training stands where it stood before."""
+        saved = self.trainer.snapshot()
+        batch = self.trainer.noise(order, source)
+        taken = 0.0
+        for _ in range(2):
+            start = time.perf_counter()
+            with self.trainer.on_gpu():
+                self.trainer.step(*batch)
+            wait_for(self.trainer.device)
+            taken = time.perf_counter() - start
+        self.trainer.restore(saved)
+        return taken
+
+    def steps(self, order: Tensor, source: EpochRows) -> Iterator[int]:
+        """Train on all samples once; yields the size of each batch when its step is launched.
+
+        Args:
+            order: sample ids [N] on the CPU.
+            source: views and rows of the epoch.
+        """
+        for batch in self.trainer.batches(order, source):
+            with self.trainer.on_gpu():
+                self.trainer.step(*batch)
+            yield len(batch[0])
+
+    def join(self) -> None:
+        """Let the current stream wait for the steps."""
+
+
+class Compiled(Eager):
+    """Eager steps with a compiled objective; batches of another size run as they are."""
+
+    name = "compiled"
+
+    def prepare(self, order: Tensor, source: EpochRows) -> None:
+        """Compile."""
+        compile_objective(self.trainer)
+        self.seconds(order, source)
+
+
+class Captured:
+    """CUDA graphs of the step, one for each size of batch, on a stream of their own.
+
+    Where images and rows lie on the device, a graph gathers its batch itself, at a position that it
+    moves on. Else every batch is copied to where the graph reads.
+    """
+
+    name = "captured"
+
+    def __init__(self, trainer: Trainer, source: EpochRows) -> None:
+        """As of every runner."""
+        self.trainer = trainer
+        self.device = trainer.device
+        self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.gathers = isinstance(trainer.data.train, ArrayInputs) and not source.on_host
+        count = len(trainer.data.train_labels)
+        self.order = torch.zeros(count, dtype=torch.int64, device=self.device)
+        self.position = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.views = source.views.to(self.device, copy=True)
+        self.rows = dict(source.rows)
+        self.batch: StepBatch | None = None  # where batches are copied to
+
+    def prepare(self, order: Tensor, source: EpochRows) -> None:
+        """Capture a graph for every size of batch in the order."""
+        size = self.trainer.settings.batch_size
+        sizes = {min(size, len(order)), len(order) % size} - {0}
+        saved = self.trainer.snapshot()
+        try:
+            self._load(order, source)
+            if not self.gathers:
+                self.batch = self.trainer.noise(order, source)
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with self.trainer.on_gpu():
+                for size in sorted(sizes, reverse=True):
+                    self._capture(size)
+        finally:
+            torch.cuda.synchronize(self.device)
+            self.trainer.restore(saved)
+
+    def _capture(self, size: int) -> None:
+        with torch.cuda.stream(self.stream):
+            for _ in range(WARM_UP):
+                self.position.zero_()
+                self._step(size)
+        self.stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # errors by thread: another one reads the next slab into pinned memory meanwhile
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+            self._step(size)
+        self.graphs[size] = graph
+
+    def _step(self, size: int) -> None:
+        """The step that is captured: all that it reads and writes stays where it lies."""
+        inputs = self.trainer.data.train
+        if self.batch is not None:
+            index, images, rows = self.batch
+            held = {name: row[:size] for name, row in rows.items()}
+            self.trainer.step(index[:size], images[:size], held)
+        elif isinstance(inputs, ArrayInputs):
+            index = self.order[self.position + torch.arange(size, device=self.device)]
+            held = {name: row[index].float() for name, row in self.rows.items()}
+            self.trainer.step(index, inputs.at(index, self.views[index]), held)
+            self.position += size
+
+    def _load(self, order: Tensor, source: EpochRows) -> None:
+        """Copy what an epoch needs to where the graphs read it."""
+        self.order[: len(order)].copy_(order)
+        self.position.zero_()
+        if self.gathers:
+            self.views.copy_(source.views)
+            for name, row in self.rows.items():
+                if source.rows[name] is not row:
+                    row.copy_(source.rows[name])  # type: ignore[arg-type]  # of one kind
+
+    def seconds(self, order: Tensor, source: EpochRows) -> float:
+        """Time a step; the training stands where it stood before."""
+        saved = self.trainer.snapshot()
+        self._load(order, source)
+        torch.cuda.synchronize(self.device)
+        start, size, replays = time.perf_counter(), max(self.graphs), 10
+        with torch.cuda.stream(self.stream):
+            for _ in range(replays):
+                self.position.zero_()
+                self.graphs[size].replay()
+        self.stream.synchronize()
+        taken = time.perf_counter() - start
+        self.trainer.restore(saved)
+        return taken / replays
+
+    def steps(self, order: Tensor, source: EpochRows) -> Iterator[int]:
+        """As of every runner."""
+        self._load(order, source)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        batches = None if self.gathers else self.trainer.batches(order, source)
+        for part in torch.split(order, self.trainer.settings.batch_size):
+            with torch.cuda.stream(self.stream):
+                if batches is not None:
+                    self._copy(next(batches))
+                self.graphs[len(part)].replay()
+            yield len(part)
+
+    def _copy(self, batch: StepBatch) -> None:
+        assert self.batch is not None
+        (index, images, rows), size = self.batch, len(batch[0])
+        index[:size].copy_(batch[0])
+        images[:size].copy_(batch[1])
+        for name, row in batch[2].items():
+            rows[name][:size].copy_(row)
+
+    def join(self) -> None:
+        """As of every runner."""
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+
+class CompiledGraphs(Captured):
+    """CUDA graphs of compiled steps."""
+
+    name = "compiled"
+
+    def prepare(self, order: Tensor, source: EpochRows) -> None:
+        """Compile, and capture."""
+        compile_objective(self.trainer)
+        super().prepare(order, source)
+
+
+Runner = Eager | Captured
+
+
+def compile_objective(trainer: Trainer) -> None:
+    """Compile forward pass and losses of whole batches; random numbers stay those of eager steps.
+
+    The compiler runs when the first batch comes.
+    """
+    # what it has to say of the machine is not for those who train
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from torch._inductor import config
+
+    eager, size = trainer.objective, trainer.settings.batch_size
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
+
+    def objective(images: Tensor, *rest: Any) -> Any:
+        if len(images) != size:
+            return eager(images, *rest)
+        with config.patch(fallback_random=True):
+            return compiled(images, *rest)
+
+    trainer.objective = objective
+
+
+def check_step(wanted: str, device: torch.device) -> None:
+    """Refuse a runner that the device lacks."""
+    if wanted == "captured" and not cuda(device):
+        raise RichKDError(
+            f"step = 'captured' makes CUDA graphs, and the device is {device}; leave --step out, "
+            f"or choose eager or compiled"
+        )
+
+
+def make_runner(
+    trainer: Trainer, wanted: str, order: Tensor, source: EpochRows, steps_to_go: int
+) -> Runner:
+    """The runner that is wanted, ready to run; else an eager one, and the trainer says why.
+
+    Args:
+        trainer: stands where it stood, afterwards.
+        wanted: auto, eager, captured or compiled.
+        order: of the first epoch.
+        source: its views and rows, on the device.
+        steps_to_go: how many there are until the end; they decide whether compiling pays.
+    """
+    gpu = cuda(trainer.device)
+    if wanted == "eager" or (wanted == "auto" and not gpu and not trainer.half):
+        return Eager(trainer, source)  # `auto` in f32 on a CPU is the reference, bit by bit
+    first: Runner = Eager(trainer, source)
+    if gpu and wanted != "compiled":
+        first = _prepared(Captured(trainer, source), first, order, source)
+    if wanted == "captured":
+        return first
+    if wanted == "auto":
+        to_go = steps_to_go * first.seconds(order, source)
+        if to_go < COMPILING_PAYS_S:
+            return first
+        trainer.say(f"{duration(to_go)} of {first.name} steps to go: compiling them")
+    compiled = (CompiledGraphs if gpu else Compiled)(trainer, source)
+    return _prepared(compiled, first, order, source)
+
+
+def _prepared(runner: Runner, otherwise: Runner, order: Tensor, source: EpochRows) -> Runner:
+    """A runner that is ready, or the other one where it cannot be made so."""
+    trainer = runner.trainer
+    objective, start = trainer.objective, time.perf_counter()
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what a compiler would have chosen
+            runner.prepare(order, source)
+    except Exception as error:  # of whatever a network, a method or a compiler does
+        trainer.objective = objective
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        trainer.say(f"the step cannot be {runner.name} ({lines[0]}); going on {otherwise.name}")
+        if cuda(trainer.device):
+            torch.cuda.empty_cache()
+        return otherwise
+    trainer.say(f"the step is {runner.name} (took {duration(time.perf_counter() - start)})")
+    return runner

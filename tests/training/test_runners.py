@@ -1,0 +1,182 @@
+"""How steps are run on a CPU: as the reference, compiled, and what becomes of those that fail."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from test_distill import metrics, same, train, weights
+
+from richkd.distill import Source, with_defaults
+from richkd.models import create_model
+from richkd.progress import Report
+from richkd.recipe import Distill
+from richkd.training import runners
+from richkd.training.checkpoint import RunFolder
+from richkd.training.loop import Trainer, epoch_order
+
+Fails = Callable[..., str]
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def summary(run: Path) -> Any:
+    return json.loads((run / "summary.json").read_text())
+
+
+def new_trainer(store: Path, **settings: Any) -> tuple[Trainer, Any]:
+    """A trainer and the rows of its first epoch."""
+    given = {"student": "resnet8", "batch_size": 16, "lr": 0.02, "device": "cpu", "epochs": 2}
+    chosen = Distill(cache=str(store), out="unused", **{**given, **settings})
+    source = Source(chosen, Report(quiet=True))
+    chosen = with_defaults(chosen, source.cache)
+    trainer, rows, _ = source.trainer(chosen)
+    shared, _ = next(source.epochs(rows.values(), 1, 1))
+    return trainer, source.own(shared, rows, 0, 1)
+
+
+def test_steps_in_f32_on_a_cpu_are_the_reference(store: Path, tmp_path: Path) -> None:
+    assert train(store, tmp_path / "auto", method="richkd")["step"] == "eager"
+    train(store, tmp_path / "eager", method="richkd", step="eager")
+    assert same(weights(tmp_path / "auto"), weights(tmp_path / "eager"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["kd", "richkd", "dkd"])
+def test_compiled_steps_train_as_eager_ones(
+    make_store: Make, tmp_path: Path, fresh_compiler: None, method: str
+) -> None:
+    """With the same negatives, and a last batch of another size."""
+    store = make_store(limit=45)
+    for step in ("eager", "compiled"):
+        done = train(store, tmp_path / step, method=method, step=step, epochs=3)
+        assert done["step"] == step
+    losses = [[line["loss"] for line in metrics(tmp_path / step)] for step in ("eager", "compiled")]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    a, b = (weights(tmp_path / step) for step in ("eager", "compiled"))
+    assert not same(a, b)  # it was another program
+    gap = sum((a[name].double() - b[name].double()).square().sum() for name in a)
+    assert gap.sqrt() < 1e-2 * sum(each.double().square().sum() for each in a.values()).sqrt()
+
+
+@pytest.mark.parametrize("method", ["kd", "richkd", "vid"])
+def test_timing_a_step_leaves_no_trace(store: Path, method: str) -> None:
+    """Weights, running statistics, banks and momenta stand where they stood."""
+    trainer, source = new_trainer(store, method=method)
+    order = epoch_order(0, 1, 48)
+    for _ in trainer.steps(1, source):
+        pass
+    before = trainer.snapshot()
+    assert runners.Eager(trainer, source).seconds(order, source) > 0
+    assert same(before, trainer.state())
+    trainer.step(*trainer.noise(order, source))
+    assert not same(before, trainer.state())
+    trainer.restore(before)
+    assert same(before, trainer.state())
+
+
+def test_bfloat16_steps_are_compiled_where_that_pays(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    trainer, source = new_trainer(store, method="kd", precision="bfloat16")
+    trainer.say = said.append
+    order = epoch_order(0, 1, 48)
+    monkeypatch.setattr(runners.Compiled, "prepare", lambda *_: None)
+    for step_s, name in ((0.1, "eager"), (100.0, "compiled")):
+        monkeypatch.setattr(runners.Eager, "seconds", lambda *_, each=step_s: each)
+        assert runners.make_runner(trainer, "auto", order, source, 100).name == name
+        assert runners.make_runner(trainer, "eager", order, source, 100).name == "eager"
+    assert said[0] == "2 h 46 min of eager steps to go: compiling them"
+    trainer, source = new_trainer(store, method="kd")
+    assert runners.make_runner(trainer, "auto", order, source, 10**9).name == "eager"
+
+
+def test_a_network_that_cannot_be_compiled(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any, fresh_compiler: None
+) -> None:
+    """It branches on what it computes; the run goes on, and says why it is not compiled."""
+
+    def branching(*arguments: Any, **settings: Any) -> torch.nn.Module:
+        model = create_model(*arguments, **settings)
+        features: Any = model.forward_features
+        model.forward_features = lambda images: (  # type: ignore[assignment]
+            maps if float((maps := features(images)).detach().sum()) > -1e30 else -maps
+        )
+        return model
+
+    train(store, tmp_path / "plain", method="kd")
+    monkeypatch.setattr("richkd.distill.create_model", branching)
+    done = run("distill", "--cache", store, "--student", "resnet8", "--method", "kd", "--epochs", 2,
+               "--batch-size", 16, "--lr", 0.02, "--out", tmp_path / "a", "--step", "compiled",
+               "--device", "cpu")  # fmt: skip
+    assert done.code == 0 and summary(tmp_path / "a")["step"] == "eager"
+    assert "a: the step cannot be compiled (" in done.err and "); going on eager" in done.err
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "plain"))
+
+
+def test_no_compiler(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any, fresh_compiler: None
+) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    done = run("distill", "--cache", store, "--student", "resnet8", "--method", "kd", "--epochs", 1,
+               "--batch-size", 16, "--lr", 0.02, "--out", tmp_path / "a", "--step", "compiled",
+               "--device", "cpu")  # fmt: skip
+    assert done.code == 0 and summary(tmp_path / "a")["step"] == "eager", done.err
+    assert "the step cannot be compiled" in done.err and "Traceback" not in done.err
+
+
+def test_what_cannot_be_asked_for(store: Path, tmp_path: Path, fails: Fails) -> None:
+    common = ["--cache", store, "--student", "resnet8", "--device", "cpu", "--out", tmp_path / "a"]
+    line = fails("distill", *common, "--step", "captured")
+    assert "step = 'captured' makes CUDA graphs, and the device is cpu; leave --step out" in line
+    assert not (tmp_path / "a").exists()
+    assert "auto, captured, compiled, eager" in fails("distill", *common, "--step", "graphs")
+    line = fails("train-teacher", "--dataset", "shapes", "--limit", 40, "--model", "resnet8",
+                 "--step", "captured", "--device", "cpu",
+                 "--out", tmp_path / "t.safetensors")  # fmt: skip
+    assert "captured" in line
+
+
+def test_a_resumed_run_keeps_its_runner(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `auto` took is in the checkpoint; a timing of another day does not change it."""
+
+    class CutOff(BaseException):
+        pass
+
+    saved = RunFolder.save_epoch
+
+    def cut(self: Any, *arguments: Any) -> None:
+        saved(self, *arguments)
+        raise CutOff
+
+    monkeypatch.setattr(runners.Compiled, "prepare", lambda *_: None)
+    monkeypatch.setattr(runners.Eager, "seconds", lambda *_: 1e9)
+    settings = {"method": "kd", "precision": "bfloat16"}
+    with monkeypatch.context() as patch, pytest.raises(CutOff):
+        patch.setattr(RunFolder, "save_epoch", cut)
+        train(store, tmp_path / "a", **settings)
+    with safe_open(tmp_path / "a" / "checkpoint.safetensors", "pt") as file:
+        assert file.metadata()["step"] == "compiled"
+    monkeypatch.setattr(runners.Eager, "seconds", lambda *_: 0.0)
+    assert train(store, tmp_path / "a", **settings)["step"] == "compiled"
+    assert train(store, tmp_path / "b", **settings)["step"] == "eager"
+
+
+def test_another_runner_is_no_other_run(store: Path, tmp_path: Path) -> None:
+    done = train(store, tmp_path / "a", method="kd")
+    assert train(store, tmp_path / "a", method="kd", step="compiled") == done
