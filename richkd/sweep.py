@@ -43,12 +43,14 @@ from richkd.store.reader import TeacherCache, open_cache
 from richkd.store.schema import split_sizes
 from richkd.targets import choice_samples
 from richkd.training.checkpoint import RunFolder
-from richkd.training.device import free_memory, half_precision, wait_for
-from richkd.training.loop import score_of
+from richkd.training.device import cuda, free_memory, half_precision, wait_for
+from richkd.training.loop import EpochRows, Trainer, score_of
 
 # What may befall one run and leave the others whole: divergence, too little memory, …
 FAILURES = (RichKDError, RuntimeError, MemoryError)
 MOST_AT_ONCE = 8
+TRIED = 50  # steps of each run that the number of runs at once is chosen by
+WORTH_TRYING_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,11 +360,51 @@ def method_memory(settings: Distill, student: Estimate, source: Source) -> int:
 
 
 def choose_concurrent(sweep: Sweep, entries: Sequence[Entry], source: Source) -> int:
-    """How many train at once: as asked, or as many as half of the free memory holds."""
+    """How many train at once: as asked, or as many as half of the free memory holds.
+
+    On a GPU, no more than make it faster, by trying.
+    """
     if sweep.concurrent != "auto":
         return int(sweep.concurrent)
-    most = max(1, *(entry.memory for entry in entries))
-    return max(1, min(MOST_AT_ONCE, int(free_memory(source.device) / 2 / most)))
+    widest = max(1, *(entry.memory for entry in entries))
+    most = max(1, min(MOST_AT_ONCE, int(free_memory(source.device) / 2 / widest)))
+    waiting = [entry for entry in entries if entry.state == "waiting"][:most]
+    if not cuda(source.device) or len(waiting) < 2 or total_left(waiting) < WORTH_TRYING_S:
+        return most
+    return try_together(waiting, source)
+
+
+def try_together(entries: Sequence[Entry], source: Source) -> int:
+    """The least number of runs side by side that is nearly the fastest, by some steps of each.
+
+    What these steps take alone becomes their cost, which two eager steps overestimate.
+    """
+    report, source.report = source.report, Report(quiet=True)
+    made = [source.trainer(entry.settings) for entry in entries]
+    names = {name for _, rows, _ in made for name in rows.values()}
+    shared, _ = next(source.epochs(names, 1, 1))
+    source.report = report
+
+    def seconds(runs: Sequence[tuple[Trainer, dict[str, str], Any]]) -> float:
+        """Seconds of a round of steps, one of each run."""
+        steps = [trainer.steps(1, source.own(shared, rows, 0, 1)) for trainer, rows, _ in runs]
+        for each in steps:  # which captures them, the first time
+            next(each)
+        wait_for(source.device)
+        start, rounds = time.perf_counter(), 0
+        while rounds < TRIED and None not in {next(each, None) for each in steps}:
+            rounds += 1
+        wait_for(source.device)
+        return (time.perf_counter() - start) / max(rounds, 1)
+
+    alone = [seconds([run]) for run in made]
+    for entry, each in zip(entries, alone, strict=True):
+        if entry.cost is not None:
+            count = source.cache.num_samples / entry.settings.batch_size
+            entry.cost = replace(entry.cost, epoch_s=each * count)
+    counts = sorted({1, 2, 4, len(made)} - {*range(len(made) + 1, 5)})
+    gains = {count: sum(alone[:count]) / seconds(made[:count]) for count in counts}
+    return next((n for n in counts if gains[n] >= 0.95 * max(gains.values())), 1)
 
 
 def show_plan(entries: Sequence[Entry], title: str, engine: Engine, report: Report) -> None:
@@ -465,15 +507,12 @@ def train_in_step(
     names = {name for _, run in runs for name in run.rows.values()}
     first = 1 + min((run.done for _, run in runs), default=last)
     for epoch, (rows, waited) in enumerate(source.epochs(names, first, last), first):
-        shared = rows.to(source.device)
-        for entry, run in runs:
-            if run.done >= epoch:  # it came further the last time
-                continue
-            with watching(entry, board) as tick:
-                record = run.train_epoch(shared, waited / len(runs), tick)
-                entry.done, entry.images, entry.epoch_s = epoch, 0, run.epoch_s
-                if record.score is not None:
-                    entry.scores[epoch] = record.score
+        due = [(entry, run) for entry, run in runs if run.done < epoch]  # others came further
+        # small students leave most of a GPU idle, and none of a CPU
+        groups = [due] if cuda(source.device) else [[each] for each in due]
+        for group in groups:
+            train_side_by_side(group, rows, waited / len(runs), board)
+        for entry, run in due:
             if entry.state == "failed":
                 run.close()
         runs[:] = [(entry, run) for entry, run in runs if entry.state != "failed"]
@@ -486,6 +525,29 @@ def train_in_step(
                 entry.finish(run.finish())
                 board.say_over(entry)
             run.close()
+
+
+def train_side_by_side(
+    runs: Sequence[tuple[Entry, StudentRun]], rows: EpochRows, waited: float, board: Board
+) -> None:
+    """One epoch of each run, whose steps take turns; on a GPU they overlap."""
+    start = time.perf_counter()
+    going = [(entry, run, run.steps(rows)) for entry, run in runs]
+    while going:
+        left = []
+        for entry, run, steps in going:
+            with watching(entry, board) as tick:
+                if (count := next(steps, None)) is not None:
+                    tick(count)
+                    left.append((entry, run, steps))
+        going = left
+    for entry, run in runs:
+        if entry.state != "failed":
+            with watching(entry, board):
+                record = run.end_epoch(waited, start, len(runs))
+                entry.done, entry.images, entry.epoch_s = run.done, 0, run.epoch_s
+                if record.score is not None:
+                    entry.scores[run.done] = record.score
 
 
 @contextmanager

@@ -142,18 +142,22 @@ def test_the_grid_shows_the_learning_rate_of_each_student(
 def test_a_run_that_fails_leaves_the_others_whole(
     sweep: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Trainer.train_epoch
+    steps, end = Trainer.steps, Trainer.end_epoch
 
     def limited(self: Trainer, epoch: int, *arguments: Any) -> Any:
+        yield from steps(self, epoch, *arguments)
         if epoch == 2 and "shapes-wrn_16_1-kd-s1" in self.settings.out:  # type: ignore[attr-defined]
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-        record = original(self, epoch, *arguments)
+
+    def diverging(self: Trainer) -> Any:
+        record = end(self)
         if "shapes-resnet8-ce-s0" in self.settings.out:  # type: ignore[attr-defined]
             record = type(record)(**{**record.as_dict(), "loss": math.nan})
         return record
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_epoch", limited)
+        patch.setattr(Trainer, "steps", limited)
+        patch.setattr(Trainer, "end_epoch", diverging)
         done = sweep(*GRID)
     assert done.code == 2
     failed = {Path(entry["run"]).name: entry["reason"] for entry in done.json["failed"]}
