@@ -12,8 +12,7 @@ import argparse
 import json
 import multiprocessing
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -89,8 +88,7 @@ class Measure:
         model, width = build_student(settings, self.source.cache)
         alpha = self.source.cache.manifest["alpha"]
         objective = kind(options, self.source.widths(width, alpha))
-        kind_of_trainer = CapturedTrainer if self.source.device.type == "cuda" else Trainer
-        trainer = kind_of_trainer(model, objective, self.source.data, settings, self.source.device)
+        trainer = Trainer(model, objective, self.source.data, settings, self.source.device)
         rows = self.rows(kind.reads(options), settings)
         epoch_rows = self.epochs(views, rows, seed)
         start = time.perf_counter()
@@ -102,43 +100,6 @@ class Measure:
             "method": method, "views": views, "seed": seed, "top1": record.test_accuracy,
             "seconds": time.perf_counter() - start, "hardware": hardware(self.source.device),
         }  # fmt: skip
-
-
-class CapturedTrainer(Trainer):
-    """A trainer whose steps are CUDA graphs: a small student is bound by launching its kernels.
-
-    A graph holds for one size of batch and one learning rate. The first steps of a size run as
-    usual, so that everything a graph may not allocate is there.
-    """
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.seen: Counter[int] = Counter()
-        self.graphs: dict[tuple[int, float], tuple[Any, Any, Any]] = {}
-        self.pool = torch.cuda.graph_pool_handle()
-        torch.backends.cudnn.benchmark = True
-
-    def step(
-        self, index: Tensor, images: Tensor, rows: Mapping[str, Tensor], epoch: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As Trainer.step; what it returns is overwritten by the next step."""
-        size, lr = len(index), self.optimizer.param_groups[0]["lr"]
-        self.seen[size] += 1
-        if self.seen[size] <= 3:
-            return super().step(index, images, rows, epoch)
-        if (size, lr) not in self.graphs:
-            inputs = [tensor.clone() for tensor in (index, images, *rows.values())]
-            graph = torch.cuda.CUDAGraph()
-            torch.cuda.synchronize()
-            with torch.cuda.graph(graph, pool=self.pool):
-                held = dict(zip(rows, inputs[2:], strict=True))
-                outputs = super().step(inputs[0], inputs[1], held, epoch)
-            self.graphs[size, lr] = graph, inputs, outputs
-        graph, inputs, outputs = self.graphs[size, lr]
-        for static, given in zip(inputs, (index, images, *rows.values()), strict=True):
-            static.copy_(given)
-        graph.replay()
-        return outputs
 
 
 _measure: Measure | None = None  # of a worker process

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import cycle
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,21 @@ from richkd.store import schema
 from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
 from richkd.store.writer import round_bits
 from richkd.teachers.clip import load_clip
-from richkd.training.device import choose_device, hardware, keep_freed_memory, versions, wait_for
+from richkd.training.device import (
+    choose_device,
+    hardware,
+    has_bfloat16,
+    keep_freed_memory,
+    versions,
+    wait_for,
+)
 from richkd.training.loop import Data, EpochRows, EvalSet, Trainer
 
 CLIP_WIDTH = 768  # of ViT-L/14's image features
 EMBEDDING = 128
+SMALL_STUDENTS = (
+    "resnet8", "resnet14", "resnet20", "resnet32", "resnet8x4", "wrn_16_1", "wrn_16_2", "vgg8",
+)  # fmt: skip
 AS_GLIBC_DOES = 32 * 2**20  # what its thresholds grow to by themselves
 TINY_CLIP: dict[str, Any] = {
     "embed_dim": 64,
@@ -92,13 +102,14 @@ def run_bench(
     """
     where = choose_device(device)
     if where.type == "cuda":
-        sizes = replace(sizes, steps=50 * sizes.steps, stage_one=100 * sizes.stage_one)
+        sizes = replace(sizes, steps=10 * sizes.steps, stage_one=100 * sizes.stage_one)
     started = time.perf_counter()
     seconds: dict[str, list[float]] = {}
     work_begins()
     with tempfile.TemporaryDirectory(prefix="richkd-bench-") as folder:
         seconds |= time_crd(sizes, where, report)
         seconds |= time_steps(sizes, where, report)
+        seconds |= time_together(sizes, where, report)
         seconds |= time_stage_one(sizes, where, report, Path(folder))
         streamed, store = time_slabs(sizes, where, report, Path(folder))
         seconds |= streamed
@@ -108,6 +119,9 @@ def run_bench(
         "full_step_over_vanilla": ratio(seconds, "full step", "vanilla step"),
         "full_step_over_published": ratio(seconds, "full step", "published step"),
         "logits_step_over_in_loop": ratio(seconds, "logits step", "in-loop step"),
+        "fast_step_over_vanilla": ratio(seconds, "fast step", "vanilla step"),
+        "fast_full_step_over_published": ratio(seconds, "fast full step", "published step"),
+        "together_over_apart": ratio(seconds, "steps together", "steps apart"),
         "crd_scores_over_vectors": ratio(seconds, "CRD scores", "CRD vectors"),
         "crd_shared_over_vectors": ratio(seconds, "CRD shared", "CRD vectors"),
         "crd_bank_over_vectors": ratio(seconds, "CRD bank", "CRD vectors"),
@@ -240,48 +254,34 @@ def time_crd(sizes: Sizes, device: torch.device, report: Report) -> dict[str, li
 
 
 def time_steps(sizes: Sizes, device: torch.device, report: Report) -> dict[str, list[float]]:
-    """Training steps: vanilla, from cached rows, and with the CNN teacher in the loop."""
+    """Training steps: vanilla, from cached rows, and with the CNN teacher in the loop.
+
+    All are eager and in f32 but for the fast ones, which are compiled and in bfloat16 where the
+    device computes in it.
+    """
     n, c = sizes.num_samples, sizes.num_classes
-    labels = (torch.arange(n) % c).to(device)
-    images = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8)
-    normalize = Normalize((0.5,) * 3, (0.25,) * 3, device)
-    inputs = ArrayInputs(images, device)
-    none = torch.empty(0)
-    data = Data(train=inputs, train_labels=labels, normalize=normalize, num_classes=c,
-                test=EvalSet(images=inputs, labels=labels, views=none, ids=none))  # fmt: skip
+    data = noise_data(sizes, device)
+    normalize = data.normalize
     teacher: Any = create_model(sizes.teacher, c).eval()
     teacher = teacher.to(device, memory_format=torch.channels_last)
-    rows = {
+    rows: dict[str, Tensor] = {
         TARGET: torch.randn(n, c).half().to(device),
         "teacher_features": torch.rand(n, teacher.num_features).half().to(device),
         "clip_features": F.normalize(torch.randn(n, CLIP_WIDTH)).half().to(device),
     }
     cosines = torch.rand(n, c, device=device)
-    widths = Widths(labels=labels.cpu(), student=create_model(sizes.student, c).num_features,  # type: ignore[arg-type]
-                    teacher=teacher.num_features, clip=CLIP_WIDTH, alpha=0.7)  # fmt: skip
-    settings = Distill(
-        cache="bench",
-        student=sizes.student,
-        batch_size=sizes.batch_size,
-        lr=catalog.learning_rate(sizes.student),
-    )
-    order, views = torch.randperm(n), views_tensor(PadCropFlip().draw(0, n, 1))[0]
+    views = views_tensor(PadCropFlip().draw(0, n, 1))[0]
 
-    def trainer(method: str, vectors: bool = False) -> Trainer:
+    def trainer(method: str, vectors: bool = False, **settings: Any) -> Trainer:
         given = {"negatives": sizes.negatives} if method == "richkd" else {}
-        kind, options = method_class(method, given)
-        objective: Any = kind(options, widths)
+        made = new_trainer(sizes.student, method, given, data, sizes, device, **settings)
         if vectors:
-            contrast = VectorCRD(n, EMBEDDING, sizes.negatives, labels=labels.cpu())
-            numbers = labels.cpu().numpy()
+            labels = data.train_labels.cpu()
+            contrast = VectorCRD(n, EMBEDDING, sizes.negatives, labels=labels)
+            numbers = labels.numpy()
             contrast.numpy_draws = [np.flatnonzero(numbers != k) for k in range(c)]
-            objective.contrast = contrast
-        made = Trainer(create_model(sizes.student, c), objective, data, settings, device)
-        made.model.train()
+            made.method.contrast = contrast.to(device)
         return made
-
-    def cached(batch: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        return {name: rows[name][batch].float() for name in names}
 
     @torch.no_grad()
     def asked(batch: Tensor, x: Tensor) -> dict[str, Tensor]:
@@ -290,40 +290,150 @@ def time_steps(sizes: Sizes, device: torch.device, report: Report) -> dict[str, 
         return {TARGET: fused, "teacher_features": features,
                 "clip_features": rows["clip_features"][batch].float()}  # fmt: skip
 
-    def run(made: Trainer, names: Sequence[str] | None) -> Callable[[], None]:
-        batches = cycle_batches(inputs, order, views, sizes.batch_size)
+    def cached(made: Trainer, names: Sequence[str]) -> Callable[[], None]:
+        source = EpochRows(views, {name: rows[name] for name in names})
+        return some_steps(endless(made, source), sizes.steps)
+
+    def in_loop(made: Trainer) -> Callable[[], None]:
+        made.model.train()
+        batches = endless_batches(made, views)
 
         def measure() -> None:
             for _ in range(sizes.steps):
                 batch, x = next(batches)
-                values = asked(batch, x) if names is None else cached(batch, names)
-                made.step(batch, x, values, 1)
+                made.step(batch, x, asked(batch, x))
 
         def plain() -> None:  # as PyTorch runs without our settings
             keep_freed_memory(AS_GLIBC_DOES)
             measure()
             keep_freed_memory()
 
-        return plain if names is None and device.type == "cpu" else measure
+        return plain if device.type == "cpu" else measure
 
+    def vanilla() -> Callable[[], None]:
+        """What people write without richkd, with the defaults of PyTorch."""
+        model = create_model(sizes.student, c).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+        made = trainer("ce", step="eager", precision="float32")
+        model.train()
+        batches = endless_batches(made, views)
+
+        def measure() -> None:
+            for _ in range(sizes.steps):
+                batch, x = next(batches)
+                loss = F.cross_entropy(model(normalize(x)), data.train_labels[batch])
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+
+        return measure
+
+    eager: dict[str, Any] = {"step": "eager", "precision": "float32"}
+    fast: dict[str, Any] = {
+        "step": "compiled",
+        "precision": "bfloat16" if has_bfloat16(device) else "float32",
+    }
     return paired(
         {
-            "vanilla step": run(trainer("ce"), ()),
-            "logits step": run(trainer("richkd-l"), (TARGET,)),
-            "full step": run(trainer("richkd"), tuple(rows)),
-            "in-loop step": run(trainer("richkd-l"), None),
-            "published step": run(trainer("richkd", vectors=True), None),
+            "vanilla step": vanilla(),
+            "logits step": cached(trainer("richkd-l", **eager), (TARGET,)),
+            "full step": cached(trainer("richkd", **eager), tuple(rows)),
+            "fast step": cached(trainer("richkd-l", **fast), (TARGET,)),
+            "fast full step": cached(trainer("richkd", **fast), tuple(rows)),
+            "in-loop step": in_loop(trainer("richkd-l", **eager)),
+            "published step": in_loop(trainer("richkd", vectors=True, **eager)),
         },
-        sizes.rounds, device, report,
-    )  # fmt: skip
+        sizes.rounds,
+        device,
+        report,
+    )
 
 
-def cycle_batches(
-    inputs: ArrayInputs, order: Tensor, views: Tensor, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of the first samples in order, over and over, each gathered anew."""
-    for start in cycle(range(0, len(order) - batch_size + 1, batch_size)):
-        yield from inputs.batches(order[start : start + batch_size], views, batch_size)
+def noise_data(sizes: Sizes, device: torch.device) -> Data:
+    """Random bytes in the shape of CIFAR, on the device."""
+    labels = (torch.arange(sizes.num_samples) % sizes.num_classes).to(device)
+    images = torch.randint(0, 256, (sizes.num_samples, 32, 32, 3), dtype=torch.uint8)
+    inputs, none = ArrayInputs(images, device), torch.empty(0)
+    return Data(
+        train=inputs,
+        train_labels=labels,
+        normalize=Normalize((0.5,) * 3, (0.25,) * 3, device),
+        num_classes=sizes.num_classes,
+        test=EvalSet(images=inputs, labels=labels, views=none, ids=none),
+    )
+
+
+def new_trainer(
+    student: str,
+    method: str,
+    options: Mapping[str, Any],
+    data: Data,
+    sizes: Sizes,
+    device: torch.device,
+    **settings: Any,
+) -> Trainer:
+    """A student of random weights by a method; settings are those of `Distill`."""
+    model = create_model(student, sizes.num_classes)
+    widths = Widths(
+        labels=data.train_labels.cpu(),
+        student=model.num_features,  # type: ignore[arg-type]
+        teacher=create_model(sizes.teacher, sizes.num_classes).num_features,  # type: ignore[arg-type]
+        clip=CLIP_WIDTH,
+        alpha=0.7,
+    )
+    kind, resolved = method_class(method, options)
+    rate = catalog.learning_rate(student)
+    chosen = Distill(cache="bench", student=student, batch_size=sizes.batch_size, lr=rate,
+                     epochs=10**6, eval_every=10**6, **settings)  # fmt: skip
+    return Trainer(model, kind(resolved, widths), data, chosen, device)
+
+
+def endless(trainer: Trainer, source: EpochRows) -> Iterator[int]:
+    """The steps of epoch after epoch."""
+    for epoch in count(1):
+        yield from trainer.steps(epoch, source)
+
+
+def some_steps(steps: Iterator[int], number: int) -> Callable[[], None]:
+    """What takes the next ones of such steps."""
+
+    def measure() -> None:
+        for _ in range(number):
+            next(steps)
+
+    return measure
+
+
+def endless_batches(trainer: Trainer, views: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Index and images of batches, over and over, each gathered anew."""
+    order = torch.randperm(len(views))
+    while True:
+        for index, images, _ in trainer.batches(order, EpochRows(views, {})):
+            yield index, images
+
+
+def time_together(sizes: Sizes, device: torch.device, report: Report) -> dict[str, list[float]]:
+    """A round of steps of small students, one of each: side by side, and one after the other."""
+    data = noise_data(sizes, device)
+    n, c = sizes.num_samples, sizes.num_classes
+    source = EpochRows(
+        views_tensor(PadCropFlip().draw(0, n, 1))[0], {TARGET: torch.randn(n, c).half().to(device)}
+    )
+    made = [new_trainer(name, "kd", {}, data, sizes, device) for name in SMALL_STUDENTS]
+    steps = [endless(trainer, source) for trainer in made]
+
+    def together() -> None:
+        for _ in range(sizes.steps):
+            for each in steps:
+                next(each)
+
+    def apart() -> None:
+        for each in steps:
+            for _ in range(sizes.steps):
+                next(each)
+            wait_for(device)
+
+    return paired({"steps together": together, "steps apart": apart}, sizes.rounds, device, report)
 
 
 # --- stage one -----------------------------------------------------------------------------------
@@ -422,7 +532,9 @@ def time_slabs(
     epoch = iter(range(1, 10**6))
 
     def train(rows: EpochRows) -> None:
-        run.trainer.train_epoch(next(epoch), run.own(rows))
+        number = next(epoch)
+        own = source.own(rows, run.rows, run.settings.seed, number)
+        run.trainer.train_epoch(number, own)
 
     def streamed() -> None:
         rows, waited = next(slabs)
