@@ -91,18 +91,17 @@ def test_resumed_on_the_gpu(store: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_ce_sees_the_views_of_the_cpu(
     make_store: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from richkd.data.inputs import ArrayInputs
+    from richkd.training.loop import Trainer
 
     stores = [make_store(views=2), make_store(views=3)]
     seen: list[np.ndarray[Any, Any]] = []
-    batches = ArrayInputs.batches
+    steps = Trainer.steps
 
-    def spy(self: Any, order: torch.Tensor, views: torch.Tensor, size: int) -> Any:
-        if len(order) == 48:
-            seen.append(views.cpu().numpy())
-        return batches(self, order, views, size)
+    def spy(self: Trainer, epoch: int, source: Any) -> Any:
+        seen.append(source.views.cpu().numpy())
+        return steps(self, epoch, source)
 
-    monkeypatch.setattr(ArrayInputs, "batches", spy)
+    monkeypatch.setattr(Trainer, "steps", spy)
     for store, device in zip(stores, ("cpu", "cuda"), strict=True):
         train(store, tmp_path / device, method="ce", device=device)
     assert len(seen) == 4 and all((a == b).all() for a, b in zip(seen[:2], seen[2:], strict=True))

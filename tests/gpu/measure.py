@@ -1,0 +1,197 @@
+"""Measure on a GPU what the issue of speed is about, and write it as JSON with the card's name.
+
+    python tests/gpu/measure.py OUT [--only bench,epoch,sweep,photographs]
+
+Each part takes about a minute on an H100; parts that fail are named, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from richkd.bench import FULL, SMALL_STUDENTS, random_dataset, run_bench, write_teachers
+from richkd.distill import Source, StudentRun
+from richkd.precompute import precompute
+from richkd.progress import Report
+from richkd.recipe import Distill, Precompute
+from richkd.training.device import hardware, versions
+
+STUDENT = "resnet8x4"
+PROFILED = 60  # steps
+
+
+def main() -> int:
+    """Run the parts that were asked for."""
+    parts: dict[str, Callable[[Path], Any]] = {
+        "epoch": epoch, "bench": bench, "sweep": sweep, "photographs": photographs,
+    }  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="folder of the JSON")
+    parser.add_argument("--only", default=",".join(parts), help="parts with commas")
+    options = parser.parse_args()
+    device = torch.device("cuda")
+    result: dict[str, Any] = {"hardware": hardware(device), "versions": versions()}
+    failed = []
+    with tempfile.TemporaryDirectory(prefix="richkd-gpu-") as folder:
+        for name in options.only.split(","):
+            start = time.perf_counter()
+            try:
+                result[name] = parts[name](Path(folder))
+            except Exception:
+                traceback.print_exc()
+                failed.append(name)
+            print(f"# {name}: {time.perf_counter() - start:.0f} s", flush=True)
+            card = hardware(device).replace(" ", "-").lower()
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / f"{card}.json").write_text(json.dumps(result, indent=1) + "\n")
+    for name, value in result.items():
+        if isinstance(value, dict):
+            print(f"{name}: " + json.dumps(value.get("ratios", value))[:1500], flush=True)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def cifar_store(folder: Path, count: int = 50_000, views: int = 2) -> Path:
+    """A store in the shape of CIFAR-100, of random images and teachers; made once."""
+    store = folder / f"random-{count}.zarr"
+    if not store.exists():
+        weights, clip = write_teachers(folder, "resnet8", 100)
+        precompute(
+            Precompute(dataset="shapes", teacher="resnet8", teacher_weights=str(weights),
+                       clip=str(clip), prompts="single", views=views, out=str(store)),
+            dataset=random_dataset(count, 10_000, 100),
+        )  # fmt: skip
+    return store
+
+
+def epoch(folder: Path) -> dict[str, Any]:
+    """Epochs of L+F of 50,000 images by resnet8x4, and how much of one the GPU is idle."""
+    from torch.profiler import ProfilerActivity, profile
+
+    store, found = cifar_store(folder), {}
+    for step in ("captured", "compiled", "eager"):
+        settings = Distill(
+            cache=str(store), student=STUDENT, epochs=240, lr=0.05, step=step, device="cuda",
+            out=str(folder / f"epochs-{step}"),
+        )  # fmt: skip
+        source = Source(settings, Report())
+        with StudentRun(source, settings) as run:
+            whole, trained, idle, step_s = [], [], 0.0, 0.0
+            for number, (rows, waited) in enumerate(source.epochs(run.rows.values(), 1, 5), 1):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                if number == 4:
+                    steps = run.trainer.steps(4, source.own(rows, run.rows, 0, 4))
+                    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
+                        for _ in islice(steps, PROFILED):
+                            pass
+                        torch.cuda.synchronize()
+                    idle, step_s = idle_share(seen)
+                    continue
+                if number == 5:
+                    break
+                record = run.train_epoch(rows, waited)
+                whole.append(time.perf_counter() - start)
+                trained.append(record.seconds)
+        found[step] = {
+            "first_epoch_s": whole[0], "epoch_s": statistics.median(whole[1:]),
+            "training_s": statistics.median(trained[1:]), "idle_between_steps": idle,
+            "idle_in_epoch": 1 - step_s * 782 / statistics.median(whole[1:]),
+            "minutes_for_240": (whole[0] + 239 * statistics.median(whole[1:])) / 60,
+        }  # fmt: skip
+    return found
+
+
+def idle_share(seen: Any) -> tuple[float, float]:
+    """The share of time from the first kernel to the last in which none runs; busy s a step."""
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in seen.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    busy, reached = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return 1 - busy / (reached - spans[0][0]), busy / 1e6 / PROFILED
+
+
+def bench(folder: Path) -> dict[str, Any]:
+    """`richkd bench`."""
+    return run_bench(FULL, Report(), device="cuda")
+
+
+def sweep(folder: Path) -> dict[str, Any]:
+    """The command on eight small students, together, apart, and as it chooses."""
+    store, seconds = cifar_store(folder, 10_000), {}
+    for name in ("1", "8", "auto"):
+        command = [
+            sys.executable, "-m", "richkd", "sweep", "--cache", store, "--students",
+            ",".join(SMALL_STUDENTS), "--methods", "kd", "--seeds", 1, "--epochs", 20,
+            "--eval-every", 20, "--device", "cuda", "--concurrent", name,
+            "--out", folder / f"sweep-{name}", "--json",
+        ]  # fmt: skip
+        start = time.perf_counter()
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+        seconds[name] = time.perf_counter() - start
+        if done.returncode:
+            raise RuntimeError(done.stderr[-2000:])
+        print(*[line for line in done.stderr.splitlines() if " at once" in line], flush=True)
+    return {"seconds": seconds, "together_over_apart": seconds["8"] / seconds["1"]}
+
+
+def photographs(folder: Path) -> dict[str, Any]:
+    """Two epochs of 2,000 photographs of 256×320 by a ResNet-18."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 2000), ("val", 200)):
+        for number in range(count):
+            place = folder / "photographs" / split / f"class {number % 10}"
+            place.mkdir(parents=True, exist_ok=True)
+            coarse = torch.rand(1, 3, 8, 10, generator=generator)
+            pixels = (255 * F.interpolate(coarse, (256, 320), mode="bicubic")).clamp(0, 255)
+            Image.fromarray(pixels[0].byte().permute(1, 2, 0).numpy()).save(place / f"{number}.jpg")
+    from richkd.models import create_model
+    from richkd.models.weights import save_tensors
+
+    weights = folder / "teacher.safetensors"
+    save_tensors(weights, create_model("timm/resnet18", 10).state_dict())
+    store = folder / "photographs.zarr"
+    start = time.perf_counter()
+    precompute(
+        Precompute(dataset=f"imagefolder:{folder / 'photographs'}", image_size=224, views=2,
+                   teacher="timm/resnet18", teacher_weights=str(weights), clip="none",
+                   out=str(store)),
+    )  # fmt: skip
+    found = {"precompute_s": time.perf_counter() - start}
+    for step in ("eager", "captured"):
+        settings = Distill(cache=str(store), student="timm/resnet18", method="kd", epochs=3,
+                           lr=0.05, eval_every=3, step=step, device="cuda",
+                           out=str(folder / f"photos-{step}"))  # fmt: skip
+        source = Source(settings, Report())
+        with StudentRun(source, settings) as run:
+            seconds = []
+            for rows, waited in source.epochs(run.rows.values(), 1, 2):
+                seconds.append(run.train_epoch(rows, waited).seconds)
+        found[f"{step}_epoch_s"] = seconds[-1]
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
