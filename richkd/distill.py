@@ -48,6 +48,7 @@ from richkd.training.loop import (
     derive_seed,
     timed,
 )
+from richkd.training.precision import advice, is_open, time_precisions
 
 # Methods whose settings are others than those of runs whose recipes name no hold-out.
 CHANGED = frozenset({"dist", "mlkd", "mlkd-ls"})
@@ -85,6 +86,7 @@ def distill(
     with StudentRun(source, settings, overwrite=overwrite) as run:
         report.say(run.opening())
         say_few_views([run.settings], source.cache, report)
+        say_precision(run, report)
         with report.track("distill", run.images_to_go, "images") as tick:
             for rows, waited in source.epochs(run.rows.values(), run.done + 1, run.settings.epochs):
                 record = run.train_epoch(rows, waited, tick)
@@ -652,6 +654,17 @@ def say_few_views(runs: Collection[Distill], cache: TeacherCache, report: Report
             )
     for message in said.values():
         report.say(message)
+
+
+def say_precision(run: StudentRun, report: Report) -> None:
+    """Say what bfloat16 would save, where a CPU has it and the training is long."""
+    trainer, settings = run.trainer, run.settings
+    if is_open(settings, trainer.device, run.images_to_go // settings.batch_size):
+        batch = min(settings.batch_size, run.source.cache.num_samples)
+        side = run.source.cache.manifest["image_size"]
+        times = time_precisions(trainer.model, torch.randn(batch, 3, side, side))
+        if line := advice({settings.student: times}):
+            report.say(line)
 
 
 def check_finite(record: EpochRecord, settings: Distill) -> None:

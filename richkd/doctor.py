@@ -86,12 +86,19 @@ def devices() -> Iterator[Finding]:
     import torch
 
     from richkd.data.workers import SHARED_MEMORY, free_shared_memory
-    from richkd.training.device import free_memory
+    from richkd.models import create_model
+    from richkd.training.device import free_memory, has_bfloat16
+    from richkd.training.precision import TOLD_BELOW, time_precisions
 
     machine, usable = os.cpu_count() or 1, usable_cpus()
     cores = f"{usable} cores" if usable == machine else f"{usable} of {machine} cores"
     free = free_memory(torch.device("cpu"))
     yield Finding("cpu", f"{cores}, {torch.get_num_threads()} threads, {size(free)} of memory free")
+    if has_bfloat16(torch.device("cpu")):
+        times = time_precisions(create_model("resnet20", 10), torch.randn(32, 3, 32, 32))
+        remedy = "try --precision bfloat16" if times.share < TOLD_BELOW else ""
+        share = f"a step of resnet20 takes {times.share:.2f} of one in float32"
+        yield Finding("bfloat16", share, remedy)
     shared = free_shared_memory()
     if shared is not None:
         yield Finding("shared memory", f"{size(shared)} free in {SHARED_MEMORY}",

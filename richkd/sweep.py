@@ -45,6 +45,7 @@ from richkd.targets import choice_samples
 from richkd.training.checkpoint import RunFolder
 from richkd.training.device import cuda, free_memory, half_precision, wait_for
 from richkd.training.loop import EpochRows, Trainer, score_of
+from richkd.training.precision import StepTimes, advice, is_open, time_precisions
 
 # What may befall one run and leave the others whole: divergence, too little memory, …
 FAILURES = (RichKDError, RuntimeError, MemoryError)
@@ -60,6 +61,7 @@ class Estimate:
     parameters: int
     features: int
     epoch_s: float  # with its share of the tests
+    precisions: StepTimes | None  # on a CPU that has bfloat16, where the choice is open
     memory: int  # bytes: weights, gradients, momenta, activations, the method's banks
 
 
@@ -342,7 +344,10 @@ def try_student(settings: Distill, source: Source) -> Estimate:
         seconds["train"] * cache.num_samples + seconds["test"] * evaluated / settings.eval_every
     )
     weights = sum(parameter.numel() for parameter in model.parameters())
+    steps = settings.epochs * cache.num_samples // batch
+    choice = is_open(settings, device, steps)
     return Estimate(
+        precisions=time_precisions(model, images) if choice else None,
         parameters=weights,
         features=width,
         epoch_s=epoch_s,
@@ -433,6 +438,9 @@ def show_plan(entries: Sequence[Entry], title: str, engine: Engine, report: Repo
         f"{len(entries)} runs of {entries[0].settings.epochs} epochs, {waiting} to do, "
         f"{engine.describe(entries)}"
     )
+    precisions = {entry.settings.student: entry.cost.precisions for entry in entries if entry.cost}
+    if line := advice({name: each for name, each in precisions.items() if each is not None}):
+        report.say(line)
 
 
 def total_left(entries: Sequence[Entry]) -> float:

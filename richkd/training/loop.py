@@ -338,12 +338,12 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, saved: Mapping[str, Tensor]) -> None:
-        """Undo steps since a snapshot, in place; momenta that there were none of become 0."""
+        """Undo all steps since a snapshot, in place."""
+        for number, parameter in enumerate(self.parameters):
+            if f"momentum.{number}" not in saved:  # it began with the first step
+                self.optimizer.state[parameter].pop("momentum_buffer", None)
         for name, tensor in self.state().items():
-            if name in saved:
-                tensor.copy_(saved[name])
-            else:
-                tensor.zero_()
+            tensor.copy_(saved[name])
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that going on needs: weights, banks, momenta."""
