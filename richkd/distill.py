@@ -36,7 +36,7 @@ from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
 from richkd.store.schema import student_input, teacher_input
 from richkd.store.topk import Rows
 from richkd.targets import Target, choice_samples, choose_target, describe_target, held_out
-from richkd.training.checkpoint import Best, Progress, RunFolder
+from richkd.training.checkpoint import Best, Progress, RunFolder, Saving
 from richkd.training.device import choose_device, cuda, free_memory, hardware, versions
 from richkd.training.loop import (
     Data,
@@ -338,17 +338,27 @@ class StudentRun:
             resumed = self.folder.begin(*recorded, overwrite=overwrite)
             self.progress = self._resume() if resumed else Progress()
             self._held = stack.pop_all()
+        self._saving = Saving(beside=cuda(source.device))
         self.record: EpochRecord | None = None  # of the last epoch trained here
         self._before = self.progress  # what was done when this process began
 
     def __enter__(self) -> StudentRun:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self.close()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is written; raises what writing raised."""
+        self._saving.wait()
 
     def close(self) -> None:
         """Give the run folder free."""
+        self._saving.close()
         self._held.close()
 
     def _resume(self) -> Progress:
@@ -412,12 +422,15 @@ class StudentRun:
         step = self.trainer.ran_by
         if record.score is not None and record.score > best.accuracy:
             best = Best(epoch, record.score)
-        self.folder.save_epoch(
-            Progress(epoch, best, before + waited + (time.perf_counter() - start) / runs, step),
-            {**record.as_dict(), "slab_wait_s": waited},
-            self.trainer.state(),
-            self.trainer.model.state_dict(),
+        progress = Progress(
+            epoch, best, before + waited + (time.perf_counter() - start) / runs, step
         )
+        state = self._saving.tensors(self.trainer.state())
+        prefix = "student."
+        student = {name.removeprefix(prefix): tensor for name, tensor in state.items()
+                   if name.startswith(prefix)}  # fmt: skip
+        line = {**record.as_dict(), "slab_wait_s": waited}
+        self._saving.submit(partial(self.folder.save_epoch, progress, line, state, student))
         # here with the time that its checkpoint took
         seconds = before + waited + (time.perf_counter() - start) / runs
         self.progress = Progress(epoch, best, seconds, step)
@@ -426,6 +439,7 @@ class StudentRun:
 
     def finish(self) -> dict[str, Any]:
         """After the last epoch: weights and summary, with which the run is complete."""
+        self._saving.wait()
         data = self.trainer.data
         if self.record is None:  # interrupted between the last epoch and the summary
             top1, top5 = self.trainer.evaluate(data.test)

@@ -528,11 +528,12 @@ def train_in_step(
             break
     for entry, run in runs:
         entry.state = "waiting"
-        if run.done == entry.settings.epochs:
-            with watching(entry, board):
+        with watching(entry, board):
+            run.wait()
+            if run.done == entry.settings.epochs:
                 entry.finish(run.finish())
                 board.say_over(entry)
-            run.close()
+        run.close()
 
 
 def train_side_by_side(

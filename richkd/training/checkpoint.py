@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +152,40 @@ class Checkpoints:
         return RichKDError(
             f"no checkpoint in {self.folder} can be read; begin anew with --overwrite"
         )
+
+
+class Saving:
+    """Writes what an epoch leaves, on a GPU while the next one trains: one after the other."""
+
+    def __init__(self, beside: bool) -> None:
+        """`beside`: in a thread; else at once."""
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if beside else None
+        self._written: Future[None] | None = None
+
+    def tensors(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What may be written while training goes on: of a GPU, copies on the host."""
+        if self._pool is None:
+            return state
+        return {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Wait for what was submitted before, then write; errors as of `wait`."""
+        self.wait()
+        if self._pool is None:
+            write()
+        else:
+            self._written = self._pool.submit(write)
+
+    def wait(self) -> None:
+        """Until all is written; raises what writing raised."""
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
+
+    def close(self) -> None:
+        """Wait likewise, without an error: something else has ended the training."""
+        if self._pool is not None:
+            self._pool.shutdown()
 
 
 class TrainingFolder:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import assert_same_run, tree
 from safetensors import safe_open
 from test_distill import metrics, same, train, weights
 
@@ -180,3 +181,34 @@ def test_a_resumed_run_keeps_its_runner(
 def test_another_runner_is_no_other_run(store: Path, tmp_path: Path) -> None:
     done = train(store, tmp_path / "a", method="kd")
     assert train(store, tmp_path / "a", method="kd", step="compiled") == done
+
+
+def test_checkpoints_beside_the_next_epoch(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose tensors are copied: the same files, and errors are the run's."""
+    from richkd.training import checkpoint
+
+    train(store, tmp_path / "at once", method="richkd", epochs=4)
+    original = checkpoint.Saving.__init__
+    monkeypatch.setattr(checkpoint.Saving, "__init__", lambda self, beside: original(self, True))
+    train(store, tmp_path / "beside", method="richkd", epochs=4)
+    assert same(weights(tmp_path / "at once"), weights(tmp_path / "beside"))
+    assert tree(tmp_path / "at once").keys() == tree(tmp_path / "beside").keys()
+    assert len(metrics(tmp_path / "beside")) == 4
+    saved, count = RunFolder.save_epoch, 0
+
+    def full(self: Any, *arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise OSError(28, "No space left on device")
+        saved(self, *arguments)
+
+    monkeypatch.setattr(RunFolder, "save_epoch", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(store, tmp_path / "full", method="richkd", epochs=4)
+    monkeypatch.setattr(RunFolder, "save_epoch", saved)
+    assert len(metrics(tmp_path / "full")) == 2
+    train(store, tmp_path / "full", method="richkd", epochs=4)
+    assert_same_run(tmp_path / "beside", tmp_path / "full")
