@@ -10,15 +10,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from timm.scheduler.cosine_lr import CosineLRScheduler
-from timm.scheduler.multistep_lr import MultiStepLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from richkd.data.datasets import Split
 from richkd.data.inputs import Batches, Inputs, Normalize, make_inputs
@@ -29,6 +25,9 @@ from richkd.models import forward
 from richkd.recipe import Training
 from richkd.store.topk import Rows
 from richkd.training.device import half_precision
+
+if TYPE_CHECKING:
+    from timm.scheduler.scheduler import Scheduler
 
 EVAL_BATCH = 256
 
@@ -274,6 +273,8 @@ def predict(model: nn.Module, batches: Batches, normalize: Normalize) -> Tensor:
 
 def accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
     """Top-k accuracy in 0..1 of logits [N,C] (k at most C)."""
+    from torchmetrics.functional.classification import multiclass_accuracy
+
     value: Tensor = multiclass_accuracy(
         logits.float(), labels, num_classes=logits.shape[1], top_k=min(k, logits.shape[1]),
         average="micro", validate_args=False,
@@ -286,6 +287,9 @@ def make_scheduler(optimizer: torch.optim.Optimizer, settings: Training) -> Sche
 
     Milestones are 62.5, 75 and 87.5 % of the epochs where none were given.
     """
+    from timm.scheduler.cosine_lr import CosineLRScheduler
+    from timm.scheduler.multistep_lr import MultiStepLRScheduler
+
     if settings.schedule == "cosine":
         return CosineLRScheduler(optimizer, t_initial=settings.epochs)
     milestones = settings.milestones or [
