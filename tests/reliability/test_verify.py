@@ -20,6 +20,7 @@ from richkd.models.weights import read_weights
 from richkd.progress import Report
 from richkd.recipe import Distill
 from richkd.store.checksums import take_checksums, write_sealed
+from richkd.store.manifest import read_manifest
 from richkd.store.place import open_place
 from richkd.store.schema import array_specs
 from richkd.verify import verify_store
@@ -100,7 +101,7 @@ def rewritten(path: Path, name: str, change: Callable[[np.ndarray[Any, Any]], No
     values = array[:]
     change(values)
     array[:] = values
-    manifest: Any = {**richkd.store.reader.read_manifest(path)}
+    manifest: Any = {**read_manifest(path)}
     manifest["checksums"] = take_checksums(open_place(path), array_specs(manifest))
     write_sealed(open_place(path), manifest)
 
