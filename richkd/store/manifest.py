@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
-
-import zarr
+from typing import TYPE_CHECKING, Any, cast
 
 from richkd.errors import RichKDError
 from richkd.store import schema
@@ -17,6 +15,9 @@ from richkd.store.checksums import metadata_digest, metadata_files, num_digests,
 from richkd.store.copy import LocalCopy, open_copy
 from richkd.store.place import Folder, Place, open_place
 from richkd.store.schema import Manifest
+
+if TYPE_CHECKING:
+    import zarr
 
 REMEDY = "mend it with richkd repair, or make it again with richkd precompute --overwrite"
 
@@ -88,6 +89,8 @@ def check_sealed(copy: LocalCopy, manifest: Manifest) -> None:
 
 
 def _open_group(copy: LocalCopy) -> zarr.Group:
+    import zarr
+
     try:
         return zarr.open_group(copy.path, mode="r", use_consolidated=False)
     except Exception as error:  # not a group, damaged JSON, no permission, …

@@ -7,11 +7,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-import zarr
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,6 +31,9 @@ from richkd.store.manifest import REMEDY, check_sealed, copy_of, open_store
 from richkd.store.place import METADATA, Folder, Place, open_place
 from richkd.store.schema import ArraySpec, Manifest
 from richkd.store.topk import Rows, TopKRows
+
+if TYPE_CHECKING:
+    import zarr
 
 SLAB_ARRAYS = ("teacher_logits", "teacher_features", "fused_logits")
 
@@ -310,6 +312,8 @@ def open_cache(path: str | Path) -> TeacherCache:
 
 
 def _check_array(place: Place, group: zarr.Group, name: str, spec: ArraySpec) -> None:
+    import zarr
+
     try:
         array = group[name]
     except Exception:  # absent, or its metadata is damaged
