@@ -24,8 +24,9 @@ from richkd.hub_cards import store_card, student_card
 from richkd.models.weights import read_safetensors
 from richkd.progress import Report
 from richkd.run_folders import complete_run
+from richkd.store.manifest import read_manifest
 from richkd.store.place import METADATA
-from richkd.store.reader import open_cache, read_manifest
+from richkd.store.reader import open_cache
 from richkd.verify import find_damage
 
 if TYPE_CHECKING:

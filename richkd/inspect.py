@@ -10,9 +10,8 @@ from richkd.data.framing import NetworkInput
 from richkd.progress import Report, percent, size
 from richkd.results import teacher_accuracies
 from richkd.store import schema
+from richkd.store.manifest import read_manifest
 from richkd.store.place import METADATA, open_place
-from richkd.store.reader import read_manifest
-from richkd.store.topk import say_errors
 
 
 def summarize(path: str | Path) -> dict[str, Any]:
@@ -79,7 +78,7 @@ def show(summary: dict[str, Any], report: Report) -> None:
         tau = manifest["keep_temperature"]
         rows.append(("logits", f"the {manifest['keep']} largest, the others alike at τ {tau:g}"))
     if "keep_kl" in manifest:
-        rows.append(("  KL error", say_errors(manifest["keep_kl"])))
+        rows.append(("  KL error", schema.say_errors(manifest["keep_kl"])))
     report.table(summary["path"], ("", ""), rows, left=2)
     report.table(
         f"{size(summary['stored_bytes'])} stored, {size(summary['raw_bytes'])} raw",

@@ -57,14 +57,14 @@ def show_models(pattern: str | None, report: Report) -> dict[str, Any]:
     """
     from fnmatch import fnmatchcase
 
-    import timm
     import torch
 
     from richkd.models import ZOO, create_model
+    from richkd.models.registry import import_timm
 
     names = list(ZOO)
     if pattern is not None:
-        known = dict.fromkeys([*ZOO, *timm.list_models()])
+        known = dict.fromkeys([*ZOO, *import_timm().list_models()])
         names = [name for name in known if fnmatchcase(name.lower(), pattern.lower())]
         if not names:
             raise RichKDError(f"no model matches {pattern!r}; patterns are like 'mobilenet*'")

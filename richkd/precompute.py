@@ -38,10 +38,11 @@ from richkd.progress import Report, duration, percent, size
 from richkd.ranks import Ranks, joined
 from richkd.recipe import Precompute, TrainTeacher, check_resume, resolve, to_table
 from richkd.store import schema
+from richkd.store.manifest import read_manifest
 from richkd.store.place import Folder, Place, open_place
-from richkd.store.reader import TeacherCache, open_cache, read_manifest
-from richkd.store.schema import Block, Manifest, TeacherEntry
-from richkd.store.topk import check_keep, kl_errors, say_errors
+from richkd.store.reader import TeacherCache, open_cache
+from richkd.store.schema import Block, Manifest, TeacherEntry, say_errors
+from richkd.store.topk import check_keep, kl_errors
 from richkd.store.writer import StoreWriter, check_target
 from richkd.teachers.class_order import (
     LOOKED_AT,

@@ -21,8 +21,9 @@ from richkd.precompute import check_same_settings, made_otherwise, precompute
 from richkd.progress import Report
 from richkd.recipe import Distill, Figure, Precompute, Recipe, Sweep, resolve
 from richkd.report import FILES, check_files, write_report
+from richkd.store.manifest import read_manifest
 from richkd.store.place import open_place
-from richkd.store.reader import TeacherCache, open_cache, read_manifest
+from richkd.store.reader import TeacherCache, open_cache
 from richkd.sweep import run_sweep
 
 # Flags that name one run where the recipe has a grid.

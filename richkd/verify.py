@@ -17,14 +17,10 @@ import torch
 from torch import Tensor
 
 from richkd import fusion
-from richkd.data.datasets import load_again
 from richkd.data.framing import NetworkInput
-from richkd.data.inputs import make_inputs
 from richkd.data.views import NUM_VIEW_IDS
-from richkd.distill import load_images
 from richkd.errors import RichKDError
 from richkd.memory import spans
-from richkd.precompute import precompute
 from richkd.progress import Report
 from richkd.recipe import Distill, Precompute, resolve
 from richkd.results import teacher_accuracies
@@ -39,8 +35,9 @@ from richkd.store.checksums import (
     views_of,
     whole,
 )
+from richkd.store.manifest import copy_of, open_store, read_manifest
 from richkd.store.place import Folder, Place, open_place
-from richkd.store.reader import TeacherCache, copy_of, open_cache, open_store, read_manifest
+from richkd.store.reader import TeacherCache, open_cache
 from richkd.store.schema import (
     LOGITS,
     Block,
@@ -52,9 +49,6 @@ from richkd.store.schema import (
 )
 from richkd.store.topk import Rows, TopKRows, keep_classes, kl_errors
 from richkd.store.writer import written
-from richkd.teachers.cnn import load_teacher
-from richkd.training.device import choose_device
-from richkd.training.loop import accuracy
 
 SAMPLED_ROWS = 256
 
@@ -174,6 +168,9 @@ def precompute_again(
     manifest: Manifest, settings: Precompute, report: Report, redo: list[Block] | None = None
 ) -> None:
     """Compute blocks of a store by what it says of images and teachers, not by today's rules."""
+    from richkd.data.datasets import load_again
+    from richkd.precompute import precompute
+
     recorded = TeacherEntry(**{**manifest["teacher"], "input": teacher_input(manifest)})
     dataset = None
     if not manifest["dataset"]["embedded"]:
@@ -360,9 +357,14 @@ def check_accuracies(cache: TeacherCache) -> Iterator[str]:
     labels = cache.read("test/labels")
     for kind, stored in teacher_accuracies(cache.manifest).items():
         if stored is not None and kind in arrays:
-            counted = accuracy(cache.read(f"test/{arrays[kind]}"), labels, 1)
+            counted = top1(cache.read(f"test/{arrays[kind]}"), labels)
             if abs(counted - stored) > 1e-6:
                 yield f"manifest: accuracy of {kind} is {stored}, its rows have {counted}"
+
+
+def top1(logits: Tensor, labels: Tensor) -> float:
+    """Accuracy in 0..1; torchmetrics, which counts the same, takes longer to import than this."""
+    return float((logits.float().argmax(1) == labels).float().mean())
 
 
 VALUES: tuple[tuple[str, str, Callable[[TeacherCache], Iterator[str]]], ...] = (
@@ -378,6 +380,11 @@ KEPT = ("kept logits", "descend, classes differ", check_kept)  # of stores that 
 
 def check_teacher(cache: TeacherCache, weights: Path, report: Report) -> Iterator[str]:
     """Some training rows, drawn afresh, are what the CNN teacher gives on their views."""
+    from richkd.data.inputs import make_inputs
+    from richkd.distill import load_images
+    from richkd.teachers.cnn import load_teacher
+    from richkd.training.device import choose_device
+
     manifest = cache.manifest
     settings = Distill(cache=cache.place.name)
     device = choose_device(settings.device)

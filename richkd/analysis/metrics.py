@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from richkd.errors import RichKDError
 from richkd.training.loop import accuracy
@@ -109,6 +108,8 @@ def class_table(logits: Tensor, labels: Tensor, names: Sequence[str]) -> list[di
 
 def confusion(logits: Tensor, labels: Tensor) -> Tensor:
     """Counts [C,C]: a row a true class, a column a predicted one."""
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
     return multiclass_confusion_matrix(
         logits.argmax(1), labels, num_classes=logits.shape[1], validate_args=False
     )

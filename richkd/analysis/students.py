@@ -33,8 +33,9 @@ from richkd.data.class_names import class_words, text_key
 from richkd.data.datasets import ImageFiles, Split, files_split
 from richkd.data.decoding import Decoding, say_reading
 from richkd.data.folders import Listing, find_images, list_images
+from richkd.data.framing import CLEAN_SHARE
 from richkd.data.inputs import Batches, Normalize, make_inputs
-from richkd.data.views import CLEAN_SHARE, ResizedCropFlip, views_tensor
+from richkd.data.views import ResizedCropFlip, views_tensor
 from richkd.distill import load_images
 from richkd.errors import RichKDError, nearest
 from richkd.files import check_replaceable, read_json, write_json

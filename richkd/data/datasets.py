@@ -25,8 +25,8 @@ from richkd.data import catalog, class_names, folders, layouts
 from richkd.data.catalog import DEBIAN_FASHION_MNIST
 from richkd.data.decoding import CHANGED, Decoding, say_reading
 from richkd.data.folders import Paths
-from richkd.data.framing import NetworkInput
-from richkd.data.views import CLEAN_SHARE, PadCropFlip, ResizedCropFlip, ViewSpace
+from richkd.data.framing import CLEAN_SHARE, NetworkInput
+from richkd.data.views import PadCropFlip, ResizedCropFlip, ViewSpace
 from richkd.data.walk import Walk
 from richkd.errors import RichKDError
 from richkd.progress import Report

@@ -2,7 +2,8 @@
 
 They belong to a network, not to a data set: the teacher and the students of one store may differ in
 all of them, and see the same crop of the same image. A manifest keeps them as `InputEntry`, a
-weights file of `train-teacher` as its metadata.
+weights file of `train-teacher` as its metadata. To read a manifest takes no PyTorch, so it is
+imported where images are.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Self, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Self, TypedDict, cast
 
-import torch
-from PIL import Image
-from torch import Tensor
-
-from richkd.data.views import CLEAN_SHARE, central_box, photo_pixels, resize_bytes, resized_crop
 from richkd.recipe import INTERPOLATIONS
 from richkd.typecheck import misfit
 
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+CLEAN_SHARE = 7 / 8  # of a photograph's shorter side
 HERE = "box"  # the crop mode of what is trained here
 CROP_MODES = (HERE, "center", "squash")
 
@@ -76,6 +77,10 @@ class Framing:
 
     def views(self, image: Image.Image, views: Tensor) -> Tensor:
         """Views [V,5] of a photograph: [V,S,S,3] uint8."""
+        import torch
+
+        from richkd.data.views import photo_pixels, resized_crop
+
         photo = photo_pixels(image) if self.crop_mode == HERE else image
         crops = torch.empty(len(views), self.size, self.size, 3, dtype=torch.uint8)
         for crop, view in zip(crops, views.tolist(), strict=True):
@@ -84,6 +89,10 @@ class Framing:
 
     def clean(self, image: Image.Image) -> Tensor:
         """The evaluation view of a photograph: [1,S,S,3] uint8."""
+        import torch
+
+        from richkd.data.views import central_box
+
         if self.crop_mode == HERE:
             box = map(int, central_box(image.height, image.width, self.crop))
             return self.views(image, torch.tensor([[*box, 0]]))
@@ -108,6 +117,8 @@ class Framing:
             images: uint8.
             clean: give the evaluation view; else the whole image.
         """
+        from richkd.data.views import central_box, resize_bytes
+
         pixels = images.permute(0, 3, 1, 2)
         whole = self.size
         if clean and self.crop_mode == HERE:

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
+from richkd.data.framing import CLEAN_SHARE
 from richkd.errors import RichKDError
 from richkd.memory import spans
 
@@ -24,7 +25,6 @@ PAD = 4
 OFFSETS = 2 * PAD + 1
 NUM_VIEW_IDS = OFFSETS * OFFSETS * 2
 CLEAN_VIEW_ID = (PAD * OFFSETS + PAD) * 2
-CLEAN_SHARE = 7 / 8  # of a photograph's shorter side
 
 
 def apply_views(images: Tensor, view_ids: Tensor) -> Tensor:

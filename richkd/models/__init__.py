@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from richkd.data.framing import CROP_MODES, NetworkInput
 from richkd.errors import RichKDError, nearest
 
-# importing a family registers its models with timm
+# importing a family registers its models
 from richkd.models import mobilenetv2_cifar as mobilenetv2_cifar
 from richkd.models import resnet_cifar as resnet_cifar
 from richkd.models import resnet_deep as resnet_deep
@@ -20,6 +19,7 @@ from richkd.models import shufflenet_v1 as shufflenet_v1
 from richkd.models import shufflenet_v2 as shufflenet_v2
 from richkd.models import vgg_cifar as vgg_cifar
 from richkd.models import wide_resnet as wide_resnet
+from richkd.models.registry import CONSTRUCTORS, import_timm
 
 # The names of the literature. Those of its VGGs mean other networks in timm, for ImageNet.
 _VGGS = {f"vgg{depth}": f"cifar_vgg{depth}" for depth in (8, 11, 13, 16, 19)}
@@ -72,9 +72,10 @@ def check_names(names: Collection[str]) -> None:
     Raises:
         RichKDError: there are such names.
     """
-    strangers = [name for name in names if not timm.is_model(_registered(name))]
+    others = [name for name in names if _registered(name) not in CONSTRUCTORS]
+    strangers = [name for name in others if not import_timm().is_model(_registered(name))]
     if strangers:
-        known = {*ZOO, *timm.list_models()}
+        known = {*ZOO, *import_timm().list_models()}
         if len(strangers) == 1:
             hint = nearest(strangers[0], known, fallback=ZOO)
             raise RichKDError(f"unknown model {strangers[0]!r}; {hint}")
@@ -83,7 +84,7 @@ def check_names(names: Collection[str]) -> None:
 
 
 def _registered(name: str) -> str:
-    """The name by which timm knows a model."""
+    """The name by which a model is registered, here or with timm."""
     return _VGGS.get(name, name.removeprefix("timm/"))
 
 
@@ -121,8 +122,10 @@ def pretrained_input(name: str) -> NetworkInput | None:
     Raises:
         RichKDError: no such tag, or images that are not square, or that get borders.
     """
+    if _registered(name) in CONSTRUCTORS:
+        return None
     try:
-        config = None if name in ZOO else timm.models.get_pretrained_cfg(_registered(name))
+        config = import_timm().models.get_pretrained_cfg(_registered(name))
     except RuntimeError as error:
         raise RichKDError(f"teacher {name!r}: {_first_line(error)}") from None
     if config is None:
@@ -143,6 +146,10 @@ def _build(
     name: str, num_classes: int, in_chans: int, image_size: int | None, settings: Mapping[str, Any]
 ) -> nn.Module:
     """As create_model, with whatever errors the constructors raise."""
+    own = CONSTRUCTORS.get(_registered(name))
+    if own is not None:
+        return own(num_classes=num_classes, in_chans=in_chans, **settings)
+    timm = import_timm()
     config = timm.models.get_pretrained_cfg(_registered(name))
     if image_size is not None and config is not None and config.fixed_input_size:
         settings = {"img_size": image_size, **settings}

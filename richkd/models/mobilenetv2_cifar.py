@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models import register_model
 from torch import Tensor, nn
 
 from richkd.models.cifar import CifarNet
+from richkd.models.registry import register_model
 
 # expansion, width, blocks and stride of every stage (table 2 of the paper), widths before halving
 STAGES = (

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import register_model
 from torch import Tensor, nn
 
 from richkd.models.cifar import CifarNet
+from richkd.models.registry import register_model
 
 
 class BasicBlock(nn.Module):

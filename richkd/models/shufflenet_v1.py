@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_model
 from torch import Tensor, nn
 
 from richkd.models.cifar import CifarNet, shuffle_channels
+from richkd.models.registry import register_model
 
 GROUPS = 3
 STEM_WIDTH = 24

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_model
 from torch import Tensor, nn
 
 from richkd.models.cifar import CifarNet, shuffle_channels
+from richkd.models.registry import register_model
 
 STEM_WIDTH = 24
 STAGES = ((116, 3), (232, 7), (464, 3))  # width, and units after the strided one

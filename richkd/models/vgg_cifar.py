@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import register_model
 from torch import Tensor, nn
 
 from richkd.models.cifar import CifarNet
+from richkd.models.registry import register_model
 
 WIDTHS = (64, 128, 256, 512, 512)
 LARGE_IMAGES = 64  # px from which the fourth block's map is pooled as well

@@ -254,6 +254,7 @@ def _foreign(path: Path, reason: str) -> str:
     names: list[str] = []
     with suppress(Exception), torch.serialization.safe_globals(_HARMLESS):  # type: ignore[arg-type]
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    names = sorted(names, key=lambda name: (name.startswith("torch."), name))
     if not names:  # of the format before PyTorch 1.6
         names = re.findall(r"(?:GLOBAL|class|for) '?([A-Za-z_]\w*(?:\.\w+)+)", reason)[:1]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

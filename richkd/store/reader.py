@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-import zarr
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,19 +23,18 @@ from richkd.store import pages, schema
 from richkd.store.checksums import (
     chunk_files,
     chunks_digest,
-    metadata_digest,
-    metadata_files,
     num_chunks,
-    num_digests,
-    sealed,
     views_of,
 )
-from richkd.store.copy import LocalCopy, open_copy
+from richkd.store.copy import LocalCopy
+from richkd.store.manifest import REMEDY, check_sealed, copy_of, open_store
 from richkd.store.place import METADATA, Folder, Place, open_place
 from richkd.store.schema import ArraySpec, Manifest
 from richkd.store.topk import Rows, TopKRows
 
-REMEDY = "mend it with richkd repair, or make it again with richkd precompute --overwrite"
+if TYPE_CHECKING:
+    import zarr
+
 SLAB_ARRAYS = ("teacher_logits", "teacher_features", "fused_logits")
 
 
@@ -313,101 +311,9 @@ def open_cache(path: str | Path) -> TeacherCache:
     return TeacherCache(copy, group, manifest)
 
 
-def copy_of(place: Place) -> LocalCopy:
-    """What `open_copy` gives; RichKDError where nothing is there."""
-    try:
-        if place.exists:
-            return open_copy(place)
-    except FileNotFoundError:
-        pass
-    if isinstance(place, Folder) and place.path.exists():
-        raise RichKDError(f"{place} is no richkd store that can be read (no zarr.json in it)")
-    raise RichKDError(f"no store at {place}; make one: richkd precompute --out {place}")
-
-
-def open_store(copy: LocalCopy) -> tuple[zarr.Group, Manifest]:
-    """The group and the manifest of a complete store; errors as of `open_cache`."""
-    group = _open_group(copy)
-    manifest = check_manifest(copy.place, dict(group.attrs))
-    if not manifest["complete"]:
-        raise RichKDError(
-            f"{copy.place} is incomplete: stage one was cut off; run the same richkd precompute "
-            f"command again, it goes on where it stopped"
-        )
-    return group, manifest
-
-
-def check_sealed(copy: LocalCopy, manifest: Manifest) -> None:
-    """Raise RichKDError where the manifest or another metadata file was changed."""
-    checksums, here = manifest["checksums"], Folder(copy.path)
-    specs = schema.array_specs(manifest)
-    digests = {name: num_digests(spec) for name, spec in specs.items()}
-    if (
-        not sealed(here)
-        or checksums is None
-        or {name: len(each) for name, each in checksums["chunks"].items()} != digests
-    ):
-        raise RichKDError(
-            f"{copy.place}: the manifest is not what was sealed (zarr.json was changed); make the "
-            f"store again with richkd precompute --overwrite"
-        )
-    files = metadata_files(specs)
-    copy.fetch(files)
-
-    def right(file: str) -> bool:
-        try:
-            return metadata_digest(here, file) == checksums["metadata"].get(file)
-        except OSError:
-            return False
-
-    for file in files:
-        if right(file):
-            continue
-        if copy.drop([file]):
-            copy.fetch([file])  # once more: what was kept here may have been damaged here
-        if not right(file):
-            raise RichKDError(f"{copy.place}: {file} is missing or was changed; {REMEDY}")
-
-
-def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of a store, complete or not.
-
-    Raises:
-        RichKDError: nothing there, not a richkd store, or of another schema.
-    """
-    copy = copy_of(open_place(path))
-    return check_manifest(copy.place, dict(_open_group(copy).attrs))
-
-
-def _open_group(copy: LocalCopy) -> zarr.Group:
-    try:
-        return zarr.open_group(copy.path, mode="r", use_consolidated=False)
-    except Exception as error:  # not a group, damaged JSON, no permission, …
-        reason = f"{type(error).__name__}: {error}"
-        raise RichKDError(f"{copy.place} is no richkd store that can be read ({reason})") from None
-
-
-def check_manifest(place: Place, attributes: Mapping[str, Any]) -> Manifest:
-    """The attributes of a group as a manifest; RichKDError where they are none that is sound."""
-    if attributes.get("format") != schema.FORMAT:
-        raise RichKDError(
-            f"{place} is a Zarr group but no richkd store; richkd precompute makes one"
-        )
-    if attributes.get("schema") != schema.SCHEMA:
-        raise RichKDError(
-            f"{place} has schema {attributes.get('schema')!r}, this richkd reads "
-            f"{schema.SCHEMA}; make the store again with richkd precompute --overwrite"
-        )
-    fault = schema.manifest_fault(attributes)
-    if fault is not None:
-        raise RichKDError(
-            f"{place}: the manifest is damaged ({fault}); make the store again with richkd "
-            f"precompute --overwrite"
-        )
-    return cast(Manifest, dict(attributes))
-
-
 def _check_array(place: Place, group: zarr.Group, name: str, spec: ArraySpec) -> None:
+    import zarr
+
     try:
         array = group[name]
     except Exception:  # absent, or its metadata is damaged

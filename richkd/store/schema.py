@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
-from richkd.data.framing import InputEntry, NetworkInput, input_fault
-from richkd.data.views import CLEAN_SHARE
+from richkd.data.framing import CLEAN_SHARE, InputEntry, NetworkInput, input_fault
 from richkd.typecheck import misfit
 
 SCHEMA = 2
@@ -176,6 +175,11 @@ def say_splits(counts: Mapping[str, int]) -> str:
     words = {"train": "training", "validation": "validation", "test": "test"}
     *first, last = (f"{counts[split]:,} {word}" for split, word in words.items() if split in counts)
     return f"{', '.join(first)} and {last}"
+
+
+def say_errors(errors: Mapping[str, float]) -> str:
+    """The KL errors in words."""
+    return ", ".join(f"{error:.2g} nats at τ {tau}" for tau, error in errors.items())
 
 
 def blocks(manifest: Manifest) -> list[Block]:

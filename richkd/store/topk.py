@@ -157,8 +157,3 @@ def kl_errors(logits: Tensor, keep: int, temperature: float) -> dict[str, float]
             target, told = ((z.double() / tau).log_softmax(-1) for z in (whole, kept))
             sums[tau] += F.kl_div(told, target, reduction="sum", log_target=True).item()
     return {f"{tau:g}": max(0.0, each / len(logits)) for tau, each in sums.items()}
-
-
-def say_errors(errors: Mapping[str, float]) -> str:
-    """The KL errors in words."""
-    return ", ".join(f"{error:.2g} nats at τ {tau}" for tau, error in errors.items())

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from richkd.data import catalog
 from richkd.data.datasets import SMALL_SIDE, Dataset, statistics
-from richkd.data.framing import NetworkInput
-from richkd.data.views import CLEAN_SHARE
+from richkd.data.framing import CLEAN_SHARE, NetworkInput
 from richkd.errors import RichKDError
 from richkd.models import create_model, has_tag, pretrained_input
 from richkd.models.weights import find_state, read_note, read_weights

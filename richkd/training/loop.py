@@ -7,6 +7,7 @@ on to the very same weights, and two students with one seed see the same samples
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,12 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.scheduler.cosine_lr import CosineLRScheduler
-from timm.scheduler.multistep_lr import MultiStepLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.backends import cudnn
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from richkd.data.datasets import Split
 from richkd.data.inputs import Batches, Inputs, Normalize, make_inputs
@@ -181,7 +178,6 @@ class Trainer:
         self.half = half_precision(settings.precision, device)
         self.parameters = [*model.parameters(), *method.parameters()]
         self.optimizer, self.rate = make_optimizer(self.parameters, settings, device)
-        self.scheduler = make_scheduler(self.optimizer, settings)
         self.objective = make_objective(self.model, self.method, data.normalize, self.half)
         self.wanted = settings.step
         self.runner: Runner | None = None
@@ -315,11 +311,11 @@ class Trainer:
 
     def _set_rate(self, epoch: int) -> None:
         """Set the learning rate of an epoch, in place where steps read it from the device."""
-        self.scheduler.step(epoch - 1)
-        self.lr: float = self.optimizer.param_groups[0]["lr"]
-        if self.rate is not None:
+        self.lr = learning_rate(self.settings, epoch)
+        if self.rate is None:
+            self.optimizer.param_groups[0]["lr"] = self.lr
+        else:
             self.rate.fill_(self.lr)
-            self.optimizer.param_groups[0]["lr"] = self.rate
 
     def evaluate(self, on: EvalSet) -> tuple[float, float]:
         """Top-1 and top-5 accuracy in 0..1, computed in f32."""
@@ -406,6 +402,8 @@ def predict(model: nn.Module, batches: Batches, normalize: Normalize) -> Tensor:
 
 def accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
     """Top-k accuracy in 0..1 of logits [N,C] (k at most C)."""
+    from torchmetrics.functional.classification import multiclass_accuracy
+
     value: Tensor = multiclass_accuracy(
         logits.float(), labels, num_classes=logits.shape[1], top_k=min(k, logits.shape[1]),
         average="micro", validate_args=False,
@@ -450,7 +448,9 @@ def make_optimizer(
         return optimizer, None
     for parameter in parameters:  # 0 is what the first step would begin with
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer, torch.tensor(settings.lr, device=device)
+    rate = torch.tensor(settings.lr, device=device)
+    optimizer.param_groups[0]["lr"] = rate
+    return optimizer, rate
 
 
 def epoch_dtype(device: torch.device) -> torch.dtype:
@@ -458,19 +458,18 @@ def epoch_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, settings: Training) -> Scheduler:
-    """timm's schedule: ÷10 after the milestones, or a cosine to 0.
+def learning_rate(settings: Training, epoch: int) -> float:
+    """The rate of an epoch, from 1: ÷10 after each milestone, or a cosine from `lr` to 0.
 
     Milestones are 62.5, 75 and 87.5 % of the epochs where none were given.
     """
+    assert settings.lr is not None  # it depends on the network, and was found before
     if settings.schedule == "cosine":
-        return CosineLRScheduler(optimizer, t_initial=settings.epochs)
+        return settings.lr * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / settings.epochs))
     milestones = settings.milestones or [
         max(1, round(settings.epochs * share)) for share in (0.625, 0.75, 0.875)
     ]
-    # timm divides one epoch before a step; the literature trains the step's epoch at the old rate
-    steps = [epoch + 1 for epoch in milestones]
-    return MultiStepLRScheduler(optimizer, decay_t=steps, decay_rate=0.1)
+    return settings.lr * 0.1 ** sum(milestone < epoch for milestone in milestones)
 
 
 def derive_seed(*numbers: int) -> int:

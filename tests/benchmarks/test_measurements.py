@@ -17,7 +17,7 @@ Make = Callable[..., Path]
 
 
 def script(name: str, *words: Any) -> str:
-    command = [sys.executable, ROOT / "benchmarks" / name, *words, "--device", "cpu"]
+    command = [sys.executable, ROOT / "benchmarks" / name, *words]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -27,7 +27,7 @@ def script(name: str, *words: Any) -> str:
 def test_fewer_views_are_what_a_smaller_store_has(make_store: Make, tmp_path: Path) -> None:
     store, few = make_store(views=162), make_store(views=8)
     words = (store, "--out", tmp_path / "v", "--epochs", 9, "--seeds", 1, "--methods", "ce,kd",
-             "--views", "8,162,online")  # fmt: skip
+             "--views", "8,162,online", "--device", "cpu")  # fmt: skip
     out = script("views.py", *words)
     runs = json.loads((tmp_path / "v" / "views.json").read_text())["runs"]
     top1 = {(run["method"], run["views"]): run["top1"] for run in runs}
@@ -48,7 +48,8 @@ def test_fewer_views_are_what_a_smaller_store_has(make_store: Make, tmp_path: Pa
 
 @pytest.mark.slow
 def test_the_table_of_methods(make_store: Make, tmp_path: Path) -> None:
-    words = (make_store(limit=120), "--out", tmp_path / "m", "--epochs", 1, "--seeds", 1)
+    store, few = make_store(limit=120), ("--epochs", 1, "--seeds", 1, "--device", "cpu")
+    words = (store, "--out", tmp_path / "m", *few)
     out = script("methods.py", *words)
     rows = [line for line in out.splitlines() if line.startswith("| ")]
     assert len(rows) == 16 and any(line.startswith("| KD | 1 |") for line in rows)
@@ -56,3 +57,13 @@ def test_the_table_of_methods(make_store: Make, tmp_path: Path) -> None:
     assert {run["tested"] for run in runs} == {32}
     again = script("methods.py", *words)
     assert again.splitlines()[-len(rows) :] == out.splitlines()[-len(rows) :]
+
+
+@pytest.mark.slow
+def test_the_seconds_to_start(tmp_path: Path) -> None:
+    out = script("start_up.py", "--rounds", 1, "--json", tmp_path / "s.json")
+    commands = json.loads((tmp_path / "s.json").read_text())["commands"]
+    assert [*commands] == ["--help", "inspect", "verify", "report", "distill"]
+    for name, found in commands.items():
+        (row,) = (line for line in out.splitlines() if line.startswith(f"| {name} |"))
+        assert row.endswith(f"| {found['command'][0]:.2f} | {found['ratio']:.2f} |")

@@ -18,8 +18,8 @@ from helpers import tree
 
 from richkd.models.weights import save_tensors
 from richkd.store.checksums import metadata_digest, write_sealed
+from richkd.store.manifest import read_manifest
 from richkd.store.place import open_place
-from richkd.store.reader import read_manifest
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]

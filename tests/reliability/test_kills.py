@@ -19,8 +19,8 @@ from safetensors import safe_open
 
 from richkd.files import held
 from richkd.store import schema
+from richkd.store.manifest import read_manifest
 from richkd.store.place import open_place
-from richkd.store.reader import read_manifest
 from richkd.store.writer import StoreWriter, written
 
 Run = Callable[..., Any]

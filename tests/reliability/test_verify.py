@@ -20,9 +20,11 @@ from richkd.models.weights import read_weights
 from richkd.progress import Report
 from richkd.recipe import Distill
 from richkd.store.checksums import take_checksums, write_sealed
+from richkd.store.manifest import read_manifest
 from richkd.store.place import open_place
 from richkd.store.schema import array_specs
-from richkd.verify import verify_store
+from richkd.training.loop import accuracy
+from richkd.verify import top1, verify_store
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]
@@ -53,6 +55,13 @@ def test_a_good_store_has_no_faults(run: Run, store: Path, shapes_teacher: Path)
     shown = run("verify", store)
     assert shown.code == 0 and shown.out.count("right") == 8
     assert changed(before, tree(store)) == []
+
+
+def test_accuracies_are_counted_as_everywhere_else(rng: np.random.Generator) -> None:
+    for count in (1, 3, 40, 10_007):
+        logits = torch.from_numpy(rng.integers(-3, 4, (count, 7)).astype(np.float16))  # many tie
+        labels = torch.from_numpy(rng.integers(0, 7, count))
+        assert top1(logits, labels) == accuracy(logits, labels, 1)
 
 
 @pytest.mark.slow
@@ -100,7 +109,7 @@ def rewritten(path: Path, name: str, change: Callable[[np.ndarray[Any, Any]], No
     values = array[:]
     change(values)
     array[:] = values
-    manifest: Any = {**richkd.store.reader.read_manifest(path)}
+    manifest: Any = {**read_manifest(path)}
     manifest["checksums"] = take_checksums(open_place(path), array_specs(manifest))
     write_sealed(open_place(path), manifest)
 

@@ -18,6 +18,7 @@ import richkd
 from richkd.errors import RichKDError
 from richkd.store import schema
 from richkd.store.checksums import metadata_digest, write_sealed
+from richkd.store.manifest import read_manifest
 from richkd.store.place import open_place
 from richkd.store.schema import Block
 from richkd.store.writer import StoreWriter, round_bits
@@ -171,7 +172,7 @@ def test_no_entry_of_a_manifest_can_be_missing_or_of_another_type(
 ) -> None:
     """Whoever knows how to seal a store cannot make its reader stumble either."""
     target = copy(store, tmp_path)
-    original: Any = richkd.store.reader.read_manifest(target)
+    original: Any = read_manifest(target)
 
     def entries(table: dict[str, Any], *above: str) -> Iterator[tuple[str, ...]]:
         for name, value in table.items():

@@ -26,6 +26,7 @@ from richkd.progress import Report
 from richkd.recipe import Distill, Precompute
 from richkd.store import schema
 from richkd.store.checksums import take_checksums, write_sealed
+from richkd.store.manifest import read_manifest
 from richkd.store.place import open_place
 from richkd.store.topk import TopKRows, check_keep, keep_top, kl_errors
 from richkd.training import loop
@@ -358,7 +359,7 @@ def test_a_store_begun_with_another_keep_is_refused(
 
 def resealed(path: Path) -> None:
     """Whatever is wrong with the store, every checksum is right."""
-    manifest: Any = richkd.store.reader.read_manifest(path)
+    manifest: Any = read_manifest(path)
     manifest["checksums"] = take_checksums(open_place(path), schema.array_specs(manifest))
     write_sealed(open_place(path), manifest)
 

@@ -28,7 +28,8 @@ from richkd.models import check_trainable
 from richkd.models.weights import read_note, save_tensors
 from richkd.precompute import precompute
 from richkd.recipe import Images, Precompute
-from richkd.store.reader import open_cache, read_manifest
+from richkd.store.manifest import read_manifest
+from richkd.store.reader import open_cache
 from richkd.store.schema import manifest_fault
 from richkd.teachers.class_order import (
     advantage,

@@ -34,8 +34,8 @@ from richkd.progress import Report
 from richkd.recipe import Distill, Images, Precompute
 from richkd.store import schema
 from richkd.store.checksums import write_sealed
+from richkd.store.manifest import read_manifest
 from richkd.store.place import open_place
-from richkd.store.reader import read_manifest
 from richkd.teachers.framing import resolve_input
 
 Run = Callable[..., Any]

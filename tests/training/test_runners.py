@@ -19,7 +19,7 @@ from richkd.progress import Report
 from richkd.recipe import Distill
 from richkd.training import runners
 from richkd.training.checkpoint import RunFolder
-from richkd.training.loop import Trainer, epoch_order
+from richkd.training.loop import Trainer, epoch_order, learning_rate
 
 Fails = Callable[..., str]
 Make = Callable[..., Path]
@@ -212,3 +212,26 @@ def test_checkpoints_beside_the_next_epoch(
     assert len(metrics(tmp_path / "full")) == 2
     train(store, tmp_path / "full", method="richkd", epochs=4)
     assert_same_run(tmp_path / "beside", tmp_path / "full")
+
+
+@pytest.mark.parametrize("schedule", [{}, {"milestones": (3, 4, 9)}, {"schedule": "cosine"}])
+@pytest.mark.parametrize("epochs", [1, 7, 10, 240])
+def test_learning_rates_are_those_of_timm(schedule: dict[str, Any], epochs: int) -> None:
+    from timm.scheduler.cosine_lr import CosineLRScheduler
+    from timm.scheduler.multistep_lr import MultiStepLRScheduler
+
+    if "milestones" in schedule and epochs < 10:
+        return
+    settings = Distill(cache="none", lr=0.07, epochs=epochs, **schedule)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.07)
+    given: Any = schedule.get("milestones") or [
+        max(1, round(epochs * share)) for share in (0.625, 0.75, 0.875)
+    ]
+    scheduler: Any = (
+        CosineLRScheduler(optimizer, t_initial=epochs)
+        if "schedule" in schedule
+        else MultiStepLRScheduler(optimizer, [each + 1 for each in given], 0.1)
+    )
+    for epoch in range(1, epochs + 1):
+        scheduler.step(epoch - 1)
+        assert learning_rate(settings, epoch) == optimizer.param_groups[0]["lr"]
