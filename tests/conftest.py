@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
-import torch
-from helpers import write_clip, write_teacher
+from richkd.__main__ import prepare_threads
 
-from richkd.cli import execute
-from richkd.precompute import precompute
-from richkd.recipe import Precompute
+prepare_threads()  # as every command does, before PyTorch is loaded
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from helpers import write_clip, write_teacher  # noqa: E402
+
+from richkd.cli import execute  # noqa: E402
+from richkd.precompute import precompute  # noqa: E402
+from richkd.recipe import Precompute  # noqa: E402
 
 
 @pytest.fixture(scope="session")

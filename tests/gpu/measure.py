@@ -1,6 +1,6 @@
 """Measure on a GPU what the issue of speed is about, and write it as JSON with the card's name.
 
-    python tests/gpu/measure.py OUT [--only bench,epoch,sweep,photographs]
+    python tests/gpu/measure.py OUT [--only epoch,bench,stage_one,sweep,accuracy,photographs]
 
 Each part takes about a minute on an H100; parts that fail are named, and the others go on.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -32,12 +33,14 @@ from richkd.training.device import hardware, versions
 
 STUDENT = "resnet8x4"
 PROFILED = 60  # steps
+STAGE_ONE = os.environ.get("RICHKD_STAGE_ONE", "").split()  # other sizes
 
 
 def main() -> int:
     """Run the parts that were asked for."""
     parts: dict[str, Callable[[Path], Any]] = {
-        "epoch": epoch, "bench": bench, "sweep": sweep, "photographs": photographs,
+        "epoch": epoch, "bench": bench, "stage_one": stage_one, "sweep": sweep,
+        "accuracy": accuracy, "photographs": photographs,
     }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder of the JSON")
@@ -84,7 +87,7 @@ def epoch(folder: Path) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     store, found = cifar_store(folder), {}
-    for step in ("captured", "compiled", "eager"):
+    for step in ("captured", "compiled"):
         settings = Distill(
             cache=str(store), student=STUDENT, epochs=240, lr=0.05, step=step, device="cuda",
             out=str(folder / f"epochs-{step}"),
@@ -140,19 +143,71 @@ def sweep(folder: Path) -> dict[str, Any]:
     """The command on eight small students, together, apart, and as it chooses."""
     store, seconds = cifar_store(folder, 10_000), {}
     for name in ("1", "8", "auto"):
-        command = [
-            sys.executable, "-m", "richkd", "sweep", "--cache", store, "--students",
-            ",".join(SMALL_STUDENTS), "--methods", "kd", "--seeds", 1, "--epochs", 20,
-            "--eval-every", 20, "--device", "cuda", "--concurrent", name,
-            "--out", folder / f"sweep-{name}", "--json",
-        ]  # fmt: skip
         start = time.perf_counter()
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+        command(
+            "sweep", "--cache", store, "--students", ",".join(SMALL_STUDENTS), "--methods", "kd",
+            "--seeds", 1, "--epochs", 20, "--eval-every", 20, "--device", "cuda",
+            "--concurrent", name, "--out", folder / f"sweep-{name}", "--json",
+        )  # fmt: skip
         seconds[name] = time.perf_counter() - start
-        if done.returncode:
-            raise RuntimeError(done.stderr[-2000:])
-        print(*[line for line in done.stderr.splitlines() if " at once" in line], flush=True)
     return {"seconds": seconds, "together_over_apart": seconds["8"] / seconds["1"]}
+
+
+def command(*words: Any) -> str:
+    """Run a command of richkd; its standard output."""
+    whole = [sys.executable, "-m", "richkd", *map(str, words)]
+    done = subprocess.run(whole, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(whole)}:\n{done.stderr[-2000:]}")
+    print(*[line for line in done.stderr.splitlines() if " at once" in line], flush=True)
+    return done.stdout
+
+
+def accuracy(folder: Path) -> dict[str, Any]:
+    """Fashion-MNIST, 5,000 images: what captured and bfloat16 runs lose to eager f32, by seed.
+
+    Its files are in $RICHKD_DATA as torchvision stores them.
+    """
+    data = ["--dataset", "fashion-mnist", "--limit", 5000, "--data-root",
+            os.environ.get("RICHKD_DATA", "data"), "--device", "cuda"]  # fmt: skip
+    weights, store = folder / "fashion.safetensors", folder / "fashion.zarr"
+    command("train-teacher", *data, "--model", "resnet20", "--epochs", 20, "--out", weights)
+    command("precompute", *data, "--teacher", "resnet20", "--teacher-weights", weights,
+            "--clip", "none", "--views", 20, "--out", store)  # fmt: skip
+    top1: dict[str, list[float]] = {}
+    for name, step, precision in (
+        ("eager float32", "eager", "float32"),
+        ("captured float32", "captured", "float32"),
+        ("captured bfloat16", "captured", "bfloat16"),
+        ("compiled bfloat16", "compiled", "bfloat16"),
+    ):
+        out = command(
+            "sweep", "--cache", store, "--students", "resnet8", "--methods", "kd", "--seeds", 6,
+            "--epochs", 20, "--eval-every", 20, "--device", "cuda", "--concurrent", 6,
+            "--step", step, "--precision", precision, "--out", folder / name, "--json",
+        )  # fmt: skip
+        runs = sorted(json.loads(out)["runs"], key=lambda each: each["seed"])
+        assert {each["step"] for each in runs} == {step}
+        top1[name] = [each["top1_last"] for each in runs]
+    reference = top1["eager float32"]
+    gaps = {
+        name: [100 * (a - b) for a, b in zip(each, reference, strict=True)]
+        for name, each in top1.items()
+    }
+    points = {
+        name: f"{statistics.fmean(gap):+.2f} ± {statistics.stdev(gap):.2f} points (n = {len(gap)})"
+        for name, gap in gaps.items()
+    }
+    return {"top1": top1, "ratios": points}
+
+
+def stage_one(folder: Path) -> dict[str, Any]:
+    """All 162 views of 50,000 images by resnet32x4."""
+    script = Path(__file__).parent / "stage_one.py"
+    out = folder / "stage_one.json"
+    subprocess.run([sys.executable, script, out, *STAGE_ONE], check=True)
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
 
 
 def photographs(folder: Path) -> dict[str, Any]:
