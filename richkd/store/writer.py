@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -369,7 +369,8 @@ def check_target(place: Place, overwrite: bool) -> Mapping[str, Any] | None:
         raise RichKDError(f"{place} exists and is no richkd store; choose another --out")
     if not overwrite:
         return attributes
-    foreign = sorted(file for file in place.sizes() if not is_of_a_store(file, attributes))
+    own = files_of_a_store(attributes)
+    foreign = sorted(file for file in place.sizes() if not own(file))
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise RichKDError(
@@ -379,21 +380,28 @@ def check_target(place: Place, overwrite: bool) -> Mapping[str, Any] | None:
     return None
 
 
-def is_of_a_store(file: str, attributes: Mapping[str, Any]) -> bool:
+def files_of_a_store(attributes: Mapping[str, Any]) -> Callable[[str], bool]:
     """Whether richkd wrote a file, by its name in a store; by its manifest, where that is whole."""
-    array, is_chunk, chunk = file.rpartition("/c/")
-    if is_temporary(PurePosixPath(file)):
-        return True
-    if not is_chunk:
-        array, _, name = file.rpartition("/")
-        if name != METADATA:
+    arrays: set[str] | None = None
+    if schema.manifest_fault(attributes) is None:
+        specs = schema.array_specs(cast(Manifest, attributes))
+        arrays = {"", *specs, *(name.partition("/")[0] for name in specs)}
+
+    def own(file: str) -> bool:
+        array, is_chunk, chunk = file.rpartition("/c/")
+        if is_temporary(PurePosixPath(file)):
+            return True
+        if not is_chunk:
+            array, _, name = file.rpartition("/")
+            if name != METADATA:
+                return False
+        elif not set(chunk) <= set("0123456789/"):
             return False
-    elif not set(chunk) <= set("0123456789/"):
-        return False
-    if schema.manifest_fault(attributes) is not None:
-        return array in ("", "complete") or array.partition("/")[0] in (*SPLITS, "text")
-    arrays = schema.array_specs(cast(Manifest, attributes))
-    return array in {"", *arrays, *(name.partition("/")[0] for name in arrays)}
+        if arrays is None:
+            return array in ("", "complete") or array.partition("/")[0] in (*SPLITS, "text")
+        return array in arrays
+
+    return own
 
 
 def _codecs(spec: schema.ArraySpec) -> list[Any]:
