@@ -83,6 +83,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(torch.inference_mode, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda **_: type("E", (), {"record": lambda *_: 0})())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    properties = type("Properties", (), {"total_memory": 80 * 2**30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 

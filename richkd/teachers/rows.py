@@ -23,6 +23,7 @@ from richkd.training.loop import accuracy
 
 FORWARD_BATCH = 256  # images
 FORWARD_PIXELS = 2**21  # that a GPU sees at once where images are small
+PIXEL_BYTES = 2**14  # of a GPU's memory for each of them, several times what CIFAR's networks need
 DECODED = 16  # files a loader's batch: with the crops of all their views they are in flight
 Unit = tuple[Block, ...]  # blocks that are computed together
 
@@ -250,7 +251,8 @@ def forward_batch(device: torch.device, side: int) -> int:
     """Images a forward pass: a GPU takes more than others where they are small, to be busy."""
     if device.type != "cuda":
         return FORWARD_BATCH
-    return max(FORWARD_BATCH, FORWARD_PIXELS // side**2)
+    room = torch.cuda.get_device_properties(device).total_memory // PIXEL_BYTES
+    return max(FORWARD_BATCH, min(FORWARD_PIXELS, room) // side**2)
 
 
 def same_batches(found: Sequence[int], batch: int, count: int) -> int:
