@@ -131,7 +131,8 @@ class StoreWriter:
         self._under_way = 0  # blocks
         self._moved = threading.Condition()  # they did
         at_once = max(place.at_once, min(usable_cpus(), _MOST_ENCODERS))
-        self._threads = ThreadPoolExecutor(at_once, "store-writer")
+        self._arrivals = ThreadPoolExecutor(1, "arrivals")  # they come in order
+        self._encoders = ThreadPoolExecutor(at_once, "store-writer")
 
     @classmethod
     def open(
@@ -177,7 +178,8 @@ class StoreWriter:
 
     def __exit__(self, *exception: object) -> None:
         self._wait(0)
-        self._threads.shutdown()
+        self._arrivals.shutdown()
+        self._encoders.shutdown()
         if exception[0] is None:
             self._check()
 
@@ -200,7 +202,7 @@ class StoreWriter:
         handed.left = len(handed.rows)
         with self._moved:
             self._under_way += 1
-        self._threads.submit(self._arrived, handed)
+        self._arrivals.submit(self._arrived, handed)
 
     def flush(self) -> None:
         """Wait until everything handed over is written; errors are those of `write`."""
@@ -259,7 +261,7 @@ class StoreWriter:
             handed.arrive()
             handed.check()
         for name in handed.rows:
-            self._threads.submit(self._write, handed, name)
+            self._encoders.submit(self._write, handed, name)
 
     def _write(self, handed: OnTheWay, name: str) -> None:
         """Encode and write one array of a block, and after the last of them the block's flag."""

@@ -271,6 +271,25 @@ def test_bad_rows_that_arrive_later_are_told_by_their_name(
     assert begun.done == written(place, manifest)
 
 
+def test_blocks_are_written_while_later_ones_are_computed(
+    opened: Open, manifest: Any, device: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with one CPU: nobody who could encode waits for the device."""
+    monkeypatch.setattr(writer, "usable_cpus", lambda: 1)
+    begun = opened()
+
+    def befalls(block: Block) -> None:
+        number = begun.blocks.index(block)
+        end = time.monotonic() + 20
+        while number >= 2 and not begun.done[number - 2]:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+    device(befalls)
+    write_all(begun, manifest)
+    assert all(begun.done)
+
+
 def test_a_device_that_fails_is_no_full_disk(
     opened: Open, manifest: Any, device: Callable[..., None]
 ) -> None:
