@@ -93,6 +93,7 @@ TeacherCrop = Annotated[float | None, _option(Precompute, "teacher_crop")]
 TeacherInterpolation = Annotated[str | None, _option(Precompute, "teacher_interpolation")]
 TeacherClasses = Annotated[str | None, _option(Precompute, "teacher_classes")]
 Clip = Annotated[str | None, _option(Precompute, "clip")]
+ClipPrecision = Annotated[str | None, _option(Precompute, "clip_precision")]
 Prompts = Annotated[str | None, _option(Precompute, "prompts")]
 Dtype = Annotated[str | None, _option(Precompute, "dtype")]
 Keep = Annotated[str | None, _option(Precompute, "keep")]
@@ -247,6 +248,7 @@ def precompute(
     teacher_interpolation: TeacherInterpolation = None,
     teacher_classes: TeacherClasses = None,
     clip: Clip = None,
+    clip_precision: ClipPrecision = None,
     prompts: Prompts = None,
     views: Views = None,
     alpha: Annotated[str | None, _option(Precompute, "alpha")] = None,
@@ -318,6 +320,7 @@ def plan(
     teacher_interpolation: TeacherInterpolation = None,
     teacher_classes: TeacherClasses = None,
     clip: Clip = None,
+    clip_precision: ClipPrecision = None,
     prompts: Prompts = None,
     views: Views = None,
     dtype: Dtype = None,

@@ -67,6 +67,10 @@ def show(summary: dict[str, Any], report: Report) -> None:
     if clip:
         rows += [
             ("CLIP", f"{clip['model']}, logit scale {clip['logit_scale']:.4g}"),
+            (
+                "  precision",
+                schema.say_precision(clip.get("precision", "float32"), clip.get("precision_error")),
+            ),
             ("  zero-shot top-1", f"{percent(accuracy['clip'])} %"),
             ("prompts", f"{len(manifest['prompts'])}: {_some(manifest['prompts'])}"),
             ("blend", f"alpha {manifest['alpha']}, scale {manifest['scale']}"),

@@ -53,7 +53,14 @@ from richkd.store.schema import ArraySpec, Manifest
 from richkd.store.topk import keep_top
 from richkd.store.writer import ROUNDED, blank_files, encoded_bytes, round_bits
 from richkd.teachers.class_order import check_teacher_classes, given_outputs
-from richkd.teachers.clip import ClipTeacher, blank_clip, check_clip, load_clip, local_folder
+from richkd.teachers.clip import (
+    ClipTeacher,
+    autocast,
+    blank_clip,
+    check_clip,
+    load_clip,
+    local_folder,
+)
 from richkd.teachers.cnn import CNNTeacher, load_teacher
 from richkd.teachers.demo_clip import demo_clip
 from richkd.teachers.framing import resolve_input
@@ -228,7 +235,10 @@ class Trial:
         self.settings = replace(settings, dtype="float32", keep="all", keep_bits=None)
         self.dataset, self.device, self.folder = dataset, device, folder
         self.cnn, trained = planned_teacher(settings, dataset, device)
+        autocast(device, settings.clip_precision)  # which the device may not have
         self.clip = planned_clip(settings.clip, device, report)
+        if self.clip is not None:
+            self.clip = replace(self.clip, precision=settings.clip_precision)
         self.text: Tensor | None = None
         side, random = self.cnn.input.size, "" if trained else ", random weights"
         self.about = f"{settings.teacher} ({side}×{side}{random})"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import zip_longest
@@ -31,6 +31,7 @@ from richkd.data.inputs import make_inputs
 from richkd.data.prompts import load_prompts
 from richkd.data.views import PadCropFlip, check_num_views, views_tensor
 from richkd.errors import RichKDError
+from richkd.fusion import class_embeddings
 from richkd.interrupt import held_back, not_in_between
 from richkd.models import check_fit, check_trainable, create_model
 from richkd.models.weights import check_weights, file_sha256, read_note
@@ -41,7 +42,7 @@ from richkd.store import schema
 from richkd.store.manifest import read_manifest
 from richkd.store.place import Folder, Place, open_place
 from richkd.store.reader import TeacherCache, open_cache
-from richkd.store.schema import Block, Manifest, TeacherEntry, say_errors
+from richkd.store.schema import Block, Manifest, PrecisionError, TeacherEntry, say_errors
 from richkd.store.topk import check_keep, kl_errors
 from richkd.store.writer import StoreWriter, check_target
 from richkd.teachers.class_order import (
@@ -51,7 +52,14 @@ from richkd.teachers.class_order import (
     preview_teacher,
     resolve_outputs,
 )
-from richkd.teachers.clip import ClipTeacher, check_clip, load_clip, local_folder
+from richkd.teachers.clip import (
+    ClipTeacher,
+    autocast,
+    check_clip,
+    load_clip,
+    local_folder,
+    precision_error,
+)
 from richkd.teachers.cnn import (
     CNNTeacher,
     Outputs,
@@ -61,7 +69,7 @@ from richkd.teachers.cnn import (
     train_teacher,
 )
 from richkd.teachers.framing import check_from_elsewhere, check_unsaid, resolve_input
-from richkd.teachers.rows import BlockRows, Teachers
+from richkd.teachers.rows import BlockRows, Preview, Teachers, batch_size
 from richkd.training.checkpoint import TeacherFolder
 from richkd.training.device import choose_device, versions
 from richkd.training.loop import accuracy
@@ -105,6 +113,7 @@ def precompute(
         report = report if report and ranks.first else Report(quiet=True)
         out = open_place(settings.out)
         device = choose_device(settings.device)
+        autocast(device, settings.clip_precision)  # which the device may not have
         dataset, begun = ranks.from_first(
             lambda: look_ahead(settings, out, overwrite, recorded is not None, dataset, report)
         )
@@ -115,7 +124,7 @@ def precompute(
         ):  # fmt: skip
             return open_cache(settings.out)
         check_same_files(dataset, ranks)
-        teacher, clip, text = make_teachers(
+        teacher, clip, text, seen = make_teachers(
             settings,
             dataset,
             recorded,
@@ -126,7 +135,7 @@ def precompute(
             ranks,
             report,
         )
-        manifest = make_manifest(settings, dataset, teacher, clip, text)
+        manifest = make_manifest(settings, dataset, teacher, clip, text, seen.precision_error)
         views = dataset.train.view_space.draw(settings.seed, len(dataset.train), settings.views)
         first = ranks.from_first(lambda: manifest)
         check_same_teachers(first, manifest, ranks)
@@ -141,7 +150,7 @@ def precompute(
             with open_writer(begin, out, manifest, ranks) as writer:
                 classes = None if text is None else fusion.class_embeddings(text)
                 teachers = Teachers(settings, teacher, clip, classes)
-                blocks = BlockRows(dataset, views_tensor(views), device, teachers, writer)
+                blocks = BlockRows(dataset, views_tensor(views), device, teachers, writer, seen)
                 again = "same command" if redo is None else "richkd precompute that made it"
                 write_blocks(writer, blocks, ranks, report, again)
             if ranks.first:
@@ -271,8 +280,13 @@ def make_teachers(
     device: torch.device,
     ranks: Ranks,
     report: Report,
-) -> tuple[CNNTeacher, ClipTeacher | None, Tensor | None]:
-    """Both teachers, the CNN one trained first where there is none, and the text embeddings."""
+) -> tuple[CNNTeacher, ClipTeacher | None, Tensor | None, Preview]:
+    """Both teachers, the CNN one trained first where there is none, and the text embeddings.
+
+    Returns:
+        Them, and what they say of the first test images.
+    """
+    seen = Preview()
     weights = ranks.from_first(lambda: teacher_weights(settings, training))
 
     def load(weights: Path) -> CNNTeacher:
@@ -304,14 +318,16 @@ def make_teachers(
 
         teacher = replace(teacher, outputs=ranks.from_first(look))
         if ranks.first and recorded is None:
-            preview_teacher(teacher, weights, dataset, report)
-    clip = open_clip_teacher(settings.clip, device, ranks, report)
+            batch = batch_size(settings, device, teacher.input.size)
+            seen = Preview(cnn=preview_teacher(teacher, weights, dataset, batch, report))
+    clip = open_clip_teacher(settings, device, ranks, report)
     text = None
     if clip is not None:
         templates = load_prompts(settings.prompts)
         text = clip.text_embeddings(dataset.class_names, templates)
         if ranks.first:
-            preview(clip, text, templates, dataset, device, report)
+            features, error = preview(clip, text, templates, dataset, report)
+            seen = replace(seen, clip=features, precision_error=error)
     if weights is None:
         interrupted = TeacherFolder(Path(training.out)).checkpoints.files
         report.say(
@@ -321,7 +337,7 @@ def make_teachers(
         )
         ranks.from_first(lambda: train_teacher(training, dataset, report))
         teacher = load(Path(training.out))
-    return teacher, clip, text
+    return teacher, clip, text, seen
 
 
 def check_same_files(dataset: Dataset, ranks: Ranks) -> None:
@@ -455,10 +471,13 @@ def check_counts(settings: Precompute, dataset: Dataset) -> None:
 
 
 def preview(
-    clip: ClipTeacher, text: Tensor, templates: tuple[str, ...], dataset: Dataset,
-    device: torch.device, report: Report,
-) -> None:  # fmt: skip
-    """Say, before anything long, what CLIP will be asked and how well it answers so far."""
+    clip: ClipTeacher, text: Tensor, templates: tuple[str, ...], dataset: Dataset, report: Report,
+) -> tuple[Sequence[Tensor], PrecisionError | None]:  # fmt: skip
+    """Say, before anything long, what CLIP will be asked and how well it answers so far.
+
+    Returns:
+        Its features of the first test images, batch by batch, and what its precision costs on them.
+    """
     names = dataset.class_names
     shown = [
         f"{folder} → {name}" if folder and name != class_words(folder) else name
@@ -470,13 +489,17 @@ def preview(
     more = f"; and {len(templates) - 3} more" if len(templates) > 3 else ""
     report.say(f"prompts a class: {len(templates)}: {asked}{more}")
     count = min(LOOKED_AT, len(dataset.test))
-    inputs = make_inputs(dataset.test.first(count).images, device)
-    similarity = fusion.clip_similarity(
-        clip.image_features(inputs, 0, count, LOOKED_AT), fusion.class_embeddings(text)
-    )
+    inputs = make_inputs(dataset.test.first(count).images, clip.device)
+    features, classes = clip.image_features(inputs, 0, count, LOOKED_AT), class_embeddings(text)
+    similarity = fusion.clip_similarity(features, classes)
     top1 = accuracy(similarity.cpu(), dataset.test.labels[:count], 1)
     report.say(f"CLIP zero-shot on {count} of the test images: {percent(top1)} % (chance "
                f"{percent(1 / len(names))} %)")  # fmt: skip
+    error = None
+    if clip.precision != "float32":
+        error = precision_error(clip, inputs, features, classes, LOOKED_AT)
+        report.say(f"CLIP in {schema.say_precision(clip.precision, error)}")
+    return torch.split(features, LOOKED_AT), error
 
 
 def teacher_weights(settings: Precompute, training: TrainTeacher) -> Path | None:
@@ -543,16 +566,17 @@ def recorded_order(
 
 
 def open_clip_teacher(
-    name: str, device: torch.device, ranks: Ranks, report: Report
+    settings: Precompute, device: torch.device, ranks: Ranks, report: Report
 ) -> ClipTeacher | None:
-    """The CLIP of a name; `demo` is trained first where it is not there, `none` is None."""
+    """The CLIP that is asked for; `demo` is trained first where it is not there, `none` is None."""
+    name = settings.clip
     if name == "none":
         return None
     if name == "demo":
         from richkd.teachers.demo_clip import demo_clip
 
         name = str(ranks.from_first(lambda: demo_clip(report)))
-    return load_clip(name, device)
+    return load_clip(name, device, settings.clip_precision)
 
 
 def make_manifest(
@@ -561,8 +585,9 @@ def make_manifest(
     teacher: CNNTeacher,
     clip: ClipTeacher | None,
     text: Tensor | None,
+    error: PrecisionError | None = None,
 ) -> Manifest:
-    """Everything that is known before the first block."""
+    """Everything that is known before the first block; `error` is that of CLIP's precision."""
     widest = max(len(dataset.class_names), teacher.num_features)
     images = schema.DatasetEntry(
         name=dataset.name,
@@ -621,14 +646,30 @@ def make_manifest(
         dtype=settings.dtype,
         keep_bits=settings.keep_bits,
         block=schema.choose_block(widest, settings.dtype),
-        recipe=to_table(settings),
+        recipe=recorded_recipe(settings, teacher),
         versions=versions(),
         checksums=None,
         seal=None,
     )
     if settings.top_k is not None:
         manifest |= {"keep": settings.top_k, "keep_temperature": settings.keep_temperature}
+    if manifest["clip"] is not None and settings.clip_precision != "float32":
+        manifest["clip"]["precision"] = settings.clip_precision
+        if error is not None:
+            manifest["clip"]["precision_error"] = error
     return manifest
+
+
+def recorded_recipe(settings: Precompute, teacher: CNNTeacher) -> dict[str, Any]:
+    """The settings as a store keeps them, with the batch that was chosen: a repair takes the same.
+
+    CLIP's precision is in it where it is not float32, as in the manifest's `clip`.
+    """
+    batch = batch_size(settings, teacher.device, teacher.input.size)
+    recipe = to_table(replace(settings, batch_size=batch))
+    if settings.clip_precision == "float32":
+        del recipe["clip_precision"]
+    return recipe
 
 
 def check_room(out: Place, manifest: Manifest, report: Report) -> None:

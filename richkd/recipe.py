@@ -30,6 +30,7 @@ EPOCHS = ("last", "best", "unknown")  # that a published figure is of
 AUTO_HOLDOUT = 0.2  # of the test images, for alpha auto and halving
 STEPS = ("auto", "eager", "captured", "compiled")
 PRECISIONS = ("auto", "float32", "bfloat16")
+CLIP_PRECISIONS = ("float32", "bfloat16", "float16")
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 PATHS = {"dataset", "data_root", "class_names", "teacher_weights", "teacher_classes", "clip",
          "prompts", "cache", "out"}  # fmt: skip
@@ -216,6 +217,9 @@ class Precompute(Images):
         "", "order of its outputs: a file with a class folder a line, sorted, or natural (timm's)"
     )
     clip: str = _key("", "open_clip NAME:TAG, hf-hub:OWNER/NAME, a local directory, demo or none")
+    clip_precision: str = _key(
+        "float32", "of its image tower: float32, bfloat16 or float16; its error is measured"
+    )
     prompts: str = _key("richkd", "prompt set (richkd, single) or a file of templates with {}")
     views: int = _key(32, "augmented views a training sample, a new one each epoch while they last")
     alpha: float = _key(0.7, "weight of the CNN teacher in the blend; CLIP has 1 − alpha")
@@ -229,7 +233,9 @@ class Precompute(Images):
     )
     keep_temperature: float = _key(3.0, "temperature at which those others keep their mass")
     seed: int = _key(0, "seed of the views")
-    batch_size: int = _key(256, "images a forward pass of the teachers")
+    batch_size: int | None = _key(
+        None, "images a forward pass of the teachers; default 256, or more if small, on a GPU"
+    )
     device: str = _key("auto", "auto, cpu, cuda, cuda:1, mps, …")
     out: str = _key("", "the store, a folder or s3://, gs://, az://…; default cache/DATASET.zarr")
 
@@ -244,8 +250,11 @@ class Precompute(Images):
         _require(self.views >= 1, "views", self.views, "at least 1")
         self._check_teacher_input()
         check_blend(self.alpha, self.scale)
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        _require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size,
+                 "at least 1")  # fmt: skip
         _require(0 <= self.seed < 2**32, "seed", self.seed, "in 0..2³²−1")
+        if self.clip_precision not in CLIP_PRECISIONS:
+            raise unknown("CLIP precision", self.clip_precision, CLIP_PRECISIONS)
         if self.dtype not in ("float16", "float32"):
             raise unknown("dtype", self.dtype, ["float16", "float32"])
         most = 10 if self.dtype == "float16" else 23

@@ -45,6 +45,7 @@ from richkd.store.schema import (
     TeacherEntry,
     array_specs,
     blocks,
+    say_precision,
     teacher_input,
 )
 from richkd.store.topk import Rows, TopKRows, keep_classes, kl_errors
@@ -96,6 +97,10 @@ def verify_store(path: str | Path, teacher: str | None, report: Report) -> list[
     cache = open_cache(path)
     values = (*VALUES, KEPT) if cache.kept else VALUES
     checks += [Check(name, what, tuple(check(cache))) for name, what, check in values]
+    clip = manifest["clip"]
+    if clip is not None and "precision_error" in clip:  # as stage one measured it
+        told = say_precision(clip.get("precision", "float32"), clip["precision_error"])
+        checks.append(Check("CLIP", told, ()))
     if teacher is not None:
         checks.append(Check("teacher", f"{SAMPLED_ROWS} rows again",
                             tuple(check_teacher(cache, Path(teacher), report))))  # fmt: skip

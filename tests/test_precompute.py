@@ -296,3 +296,149 @@ def test_an_image_folder_goes_through_stage_one(
         one = clip.model.encode_image(clip.transform(files.images.open(3))[None])
     stored = cache.read("train/clip_features")[3].float()
     torch.testing.assert_close(stored, F.normalize(one, dim=-1)[0], atol=1e-3, rtol=1e-2)
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "batches"),
+    [(80, [2048, 512, 256, 256]), (16, [1024, 256, 256, 256]), (2, [256, 256, 256, 256])],
+)
+def test_batches_are_larger_on_a_gpu_where_images_are_small(
+    monkeypatch: pytest.MonkeyPatch, gigabytes: int, batches: list[int]
+) -> None:
+    from richkd.teachers.rows import forward_batch
+
+    found = type("Properties", (), {"total_memory": gigabytes * 2**30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 1)
+    assert [forward_batch(cpu, side) for side in (8, 32, 224)] == [256, 256, 256]
+    assert [forward_batch(cuda, side) for side in (32, 64, 96, 224)] == batches
+
+
+def test_the_batch_that_was_taken_is_recorded_and_told_ones_count(
+    make_store: Make, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from richkd.teachers.cnn import CNNTeacher
+
+    asked: list[int] = []
+    rows = CNNTeacher.rows
+    monkeypatch.setattr(CNNTeacher, "rows", lambda self, x: asked.append(len(x)) or rows(self, x))
+    chosen = make_store(views=1)
+    assert asked == [40, 48]  # the preview's batch is the test split's, and not asked for again
+    asked.clear()
+    told = make_store(views=1, batch_size=20)
+    assert asked == [20, 20, 20, 20, 8]
+    recorded = [richkd.open_cache(path).manifest["recipe"]["batch_size"] for path in (chosen, told)]
+    assert recorded == [256, 20]
+    # one store goes on, is complete and is mended with other batches
+    (chosen / "train/teacher_logits/c/0/0/0").unlink()
+    assert run("repair", chosen).code == 0
+    assert run("verify", chosen).code == 0
+
+
+@pytest.mark.parametrize("batch_size", [None, 8, 16, 17, 40, 64])
+def test_what_the_preview_computed_is_what_the_split_would_have(
+    make_store: Make, monkeypatch: pytest.MonkeyPatch, batch_size: int | None
+) -> None:
+    """With and without it the bytes are the same, whatever the blocks and batches are."""
+    from richkd.teachers.rows import Preview
+
+    monkeypatch.setattr(schema, "choose_block", lambda widest, dtype: 32)
+    stores = [make_store(views=1, batch_size=batch_size)]
+    monkeypatch.setattr(Preview, "of", lambda self, block, batch: Preview())
+    stores.append(make_store(views=1, batch_size=batch_size))
+    kept, anew = ({name: content for name, content in tree(path).items() if name != "zarr.json"}
+                  for path in stores)  # fmt: skip
+    assert kept == anew
+
+
+# --- CLIP's precision ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_clip_in_less_precision_with_its_error(
+    store: Path, make_store: Make, clip_dir: Path, run: Callable[..., Any], precision: str
+) -> None:
+    path = make_store(clip_precision=precision)
+    manifest = richkd.open_cache(path).manifest
+    assert manifest["clip"] is not None and manifest["clip"]["precision"] == precision
+    assert manifest["recipe"]["clip_precision"] == precision
+    # the error by another reading: in double, from weights and images
+    clip = load_clip(str(clip_dir), torch.device("cpu"))
+    exact, cache = richkd.open_cache(store), richkd.open_cache(path)
+    classes = fusion.class_embeddings(cache.text_embeddings).double()
+    assert torch.equal(cache.text_embeddings, exact.text_embeddings)  # texts are in float32
+    with torch.no_grad():
+        pixels = clip.preprocess(cache.read("test/images"))
+        features = F.normalize(clip.model.encode_image(pixels).double(), dim=-1)
+    right, found = features @ classes.T, cache.read("test/clip_similarity").double()
+    error = manifest["clip"]["precision_error"]
+    assert error["images"] == len(found) == 40
+    assert error["cosine_max"] == pytest.approx((found - right).abs().max().item(), abs=1e-6)
+    assert error["cosine_mean"] == pytest.approx((found - right).abs().mean().item(), abs=1e-6)
+    same = (found.argmax(1) == right.argmax(1)).double().mean().item()
+    assert error["same_class"] == pytest.approx(same, abs=1e-6)
+    assert 0 < error["cosine_mean"] < error["cosine_max"] < 0.05
+    assert not torch.equal(found, exact.read("test/clip_similarity").double())
+    for name in ("train/teacher_logits", "test/teacher_features"):
+        assert torch.equal(cache.read(name), exact.read(name))  # the CNN teacher is as before
+    said = f"{precision}: on 40 test images cosines are within {error['cosine_max']:.1e} of float32"
+    for command in ("verify", "inspect"):
+        shown = " ".join(run(command, path).out.split())
+        assert f"{precision}: on 40 test images" in shown and said[:40] in shown, shown
+    # what is damaged is computed again in the same precision
+    before = tree(path)
+    (path / "train/clip_features/c/0/0").unlink()
+    assert run("repair", path).code == 0
+    assert tree(path) == before
+
+
+def test_stores_in_float32_say_nothing_of_precision(store: Path, run: Callable[..., Any]) -> None:
+    manifest = richkd.open_cache(store).manifest
+    assert manifest["clip"] is not None
+    assert not {"precision", "precision_error"} & manifest["clip"].keys()
+    assert "clip_precision" not in manifest["recipe"]
+    assert "float32" in run("inspect", store).out
+
+
+def test_another_clip_precision_is_another_store(
+    make_store: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*_: object) -> None:
+        raise CutOff
+
+    for first, second in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        out = str(tmp_path / f"{first}.zarr")
+        with monkeypatch.context() as patch:
+            patch.setattr(StoreWriter, "write", cut)
+            with pytest.raises(CutOff):
+                make_store(out=out, clip_precision=first)
+        with pytest.raises(
+            RichKDError, match=f"clip.precision was '{first}' and is now '{second}'"
+        ):
+            make_store(out=out, clip_precision=second)
+        make_store(out=out, clip_precision=first)  # it goes on
+        make_store(out=out, clip_precision=first)  # it is complete
+        with pytest.raises(RichKDError, match=f"clip_precision was '{first}' and is now"):
+            make_store(out=out, clip_precision=second)
+
+
+def test_precisions_that_do_not_exist_or_are_not_there(
+    fails: Callable[..., str], make_store: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = fails("precompute", "--dataset", "shapes", "--clip-precision", "float8")
+    assert "unknown CLIP precision 'float8'" in line
+    assert all(name in line for name in ("float32", "bfloat16", "float16"))
+
+    def lacks(device: str, dtype: torch.dtype) -> None:
+        raise RuntimeError(f"{device} does not support {dtype}.\nAt all.")
+
+    monkeypatch.setattr(torch, "autocast", lacks)
+    with pytest.raises(RichKDError) as raised:
+        make_store(clip_precision="bfloat16")
+    assert str(raised.value) == (
+        "clip_precision = 'bfloat16': cpu does not have it (cpu does not support torch.bfloat16.); "
+        "choose another of float32, bfloat16, float16"
+    )

@@ -182,6 +182,13 @@ def image_views(images: Tensor | ImageFiles, index: Tensor, views: Tensor) -> Te
     return gather_views(images, index, views)
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, which whoever sends it does not wait for."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 Inputs = ArrayInputs | FileInputs
 
 

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
+from richkd.cpus import threads, usable_cpus
 from richkd.data.framing import CLEAN_SHARE
 from richkd.errors import RichKDError
 from richkd.memory import spans
@@ -25,6 +26,7 @@ PAD = 4
 OFFSETS = 2 * PAD + 1
 NUM_VIEW_IDS = OFFSETS * OFFSETS * 2
 CLEAN_VIEW_ID = (PAD * OFFSETS + PAD) * 2
+_PHILOX_WORDS = 4  # numbers of a step of its counter
 
 
 def apply_views(images: Tensor, view_ids: Tensor) -> Tensor:
@@ -79,12 +81,19 @@ class PadCropFlip:
         the seed names), and view v is the v-th in that order.
         """
         check_num_views(num_views, self.limit)
-        stream = np.random.Philox(seed)
         views = np.empty((num_views, num_samples), np.uint16)
-        for span in spans(num_samples):
-            count = span.stop - span.start
-            keys = stream.random_raw(count * NUM_VIEW_IDS).reshape(-1, NUM_VIEW_IDS)
-            views[:, span] = keys.argsort(axis=1, kind="stable")[:, :num_views].T
+
+        def fill(span: slice) -> None:
+            stream, first = np.random.Philox(seed), span.start * NUM_VIEW_IDS
+            stream.advance(first // _PHILOX_WORDS)
+            stream.random_raw(first % _PHILOX_WORDS)
+            keys = stream.random_raw((span.stop - span.start) * NUM_VIEW_IDS)
+            order = keys.reshape(-1, NUM_VIEW_IDS).argsort(axis=1, kind="stable")
+            views[:, span] = order[:, :num_views].T
+
+        with threads(usable_cpus()) as pool:
+            for _ in pool.map(fill, spans(num_samples)):
+                pass
         return views
 
     def fresh(self, seed: int, epoch: int, num_samples: int) -> NDArray[np.uint16]:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from richkd.data.framing import CLEAN_SHARE, InputEntry, NetworkInput, input_fault
+from richkd.progress import percent
+from richkd.recipe import CLIP_PRECISIONS
 from richkd.typecheck import misfit
 
 SCHEMA = 2
@@ -65,6 +67,15 @@ class TeacherEntry(TypedDict):
     accuracy: float | None
 
 
+class PrecisionError(TypedDict):
+    """What CLIP's precision costs, against float32 on some test images."""
+
+    images: int
+    cosine_max: float  # the largest difference of a cosine of an image and a class
+    cosine_mean: float
+    same_class: float  # the share of images whose zero-shot class is the same
+
+
 class ClipEntry(TypedDict):
     """CLIP; accuracy is zero-shot top-1 on the test split, in 0..1, None until complete."""
 
@@ -72,6 +83,8 @@ class ClipEntry(TypedDict):
     sha256: str
     logit_scale: float
     num_features: int
+    precision: NotRequired[str]  # of the image tower; absent where it is float32
+    precision_error: NotRequired[PrecisionError]  # absent likewise
     accuracy: float | None
 
 
@@ -180,6 +193,17 @@ def say_splits(counts: Mapping[str, int]) -> str:
 def say_errors(errors: Mapping[str, float]) -> str:
     """The KL errors in words."""
     return ", ".join(f"{error:.2g} nats at τ {tau}" for tau, error in errors.items())
+
+
+def say_precision(precision: str, error: PrecisionError | None) -> str:
+    """CLIP's precision, and its error where it has one, in words."""
+    if error is None:
+        return precision
+    return (
+        f"{precision}: on {error['images']} test images cosines are within "
+        f"{error['cosine_max']:.1e} of float32's ({error['cosine_mean']:.1e} in the mean), and "
+        f"{percent(error['same_class'])} % get the same class"
+    )
 
 
 def blocks(manifest: Manifest) -> list[Block]:
@@ -309,6 +333,9 @@ def _out_of_range(manifest: Manifest) -> Iterator[str]:
         keep, temperature = manifest.get("keep", 0), manifest.get("keep_temperature", 0)
         if not 1 <= keep < len(manifest["class_names"]) or temperature <= 0:
             yield f"keep is {keep}, keep_temperature {temperature}"
+    clip = manifest["clip"]
+    if clip is not None and clip.get("precision", "float32") not in CLIP_PRECISIONS:
+        yield f"clip.precision is {clip['precision']!r}"
     yield from _out_of_order(manifest)
     mean, std = manifest["mean"], manifest["std"]
     if not len(mean) == len(std) == 3 or min(std) <= 0:
@@ -354,11 +381,15 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """The first setting in which two manifests tell different stores, or None."""
 
     def whole(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
-        """With the teacher's input, where anything is known of it."""
+        """With the teacher's input and CLIP's precision, where they are not told."""
         if manifest_fault(manifest) is not None:
             return manifest
-        found = teacher_input(cast(Manifest, manifest))
-        return {**manifest, "teacher": {**manifest["teacher"], "input": found}}
+        found, clip = teacher_input(cast(Manifest, manifest)), manifest["clip"]
+        return {
+            **manifest,
+            "teacher": {**manifest["teacher"], "input": found},
+            "clip": clip and {"precision": "float32", **clip},
+        }
 
     was, now = (
         {
@@ -366,6 +397,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
             for name, value in _flat("", whole(manifest))
             if name.partition(".")[0] not in NOT_IDENTITY
             and not name.endswith(".accuracy")
+            and not name.startswith("clip.precision_error.")  # measured, perhaps elsewhere
             and not name.startswith("dataset.folders.")  # the fingerprint is of what is in them
         }
         for manifest in (old, new)

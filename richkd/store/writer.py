@@ -1,4 +1,7 @@
-"""Writing a store, block by block, in a thread beside the computing.
+"""Writing a store, block by block, in threads beside the computing.
+
+Whoever computes never waits for the device: rows are converted and checked there, and copied from
+it, in the order of its work, while threads encode what has arrived.
 
 A store that is not complete carries `complete: false` in its manifest and one flag a finished
 block, so the same command goes on where it was cut off. A block's flag is written after its rows;
@@ -9,9 +12,11 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, cast
 
@@ -23,6 +28,7 @@ from torch import Tensor
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
+from richkd.cpus import usable_cpus
 from richkd.errors import RichKDError
 from richkd.files import is_temporary
 from richkd.store import schema
@@ -33,7 +39,7 @@ from richkd.store.checksums import (
     take_checksums,
     write_sealed,
 )
-from richkd.store.place import METADATA, Place
+from richkd.store.place import METADATA, Place, first_line
 from richkd.store.schema import Block, Manifest
 
 # No chunk may be absent: an absent chunk reads as zeros, which would pass for data.
@@ -43,7 +49,71 @@ ROUNDED = {
     "teacher_logits_top", "fused_logits_top",
 }  # fmt: skip
 SPLITS = ("train", "test", "validation")
-_ROOM = 4  # blocks that may wait for the disk; bounds memory
+_ROOM = 5  # blocks that may be on their way to the disk; bounds memory
+_MOST_ENCODERS = 8  # threads, which is more than one device keeps busy
+
+
+@dataclass(eq=False)
+class OnTheWay:
+    """The rows of a block between the device that computed them and the store."""
+
+    block: Block
+    rows: dict[str, Tensor]  # on the host, in the dtype of the store
+    finite: dict[str, Tensor]  # [2] bool: whether all values were, and whether they still are
+    copied: torch.cuda.Event | None  # after which they are there; None where they are at once
+    left: int = 0  # arrays to be written
+    failed: bool = False
+
+    @classmethod
+    def of(cls, block: Block, rows: Mapping[str, Tensor], dtypes: Mapping[str, Any]) -> OnTheWay:
+        """Converted and checked where they are, and on their way to the host."""
+        stored = {name: _stored(tensor, dtypes[name]) for name, tensor in rows.items()}
+        finite = {
+            name: torch.stack([torch.isfinite(each).all() for each in (rows[name], stored[name])])
+            for name in rows if rows[name].is_floating_point()
+        }  # fmt: skip
+        host = {name: to_host(tensor) for name, tensor in stored.items()}
+        flags = {name: to_host(tensor) for name, tensor in finite.items()}
+        device = next((tensor.device for tensor in rows.values() if tensor.is_cuda), None)
+        copied = None
+        if device is not None:
+            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            copied.record(torch.cuda.current_stream(device))
+        return cls(block, host, flags, copied)
+
+    def arrive(self) -> None:
+        """Wait until the rows are on the host.
+
+        Raises:
+            RichKDError: the device could not compute them.
+        """
+        if self.copied is not None:
+            try:
+                self.copied.synchronize()
+            except RuntimeError as error:
+                raise RichKDError(
+                    f"the device failed at {self.block.name}: {first_line(error)}; run the same "
+                    f"command to go on"
+                ) from error
+
+    def check(self) -> None:
+        """Refuse rows that are not finite, or that rounding to f16 made infinite."""
+        for name, (before, after) in self.finite.items():
+            if not before:
+                raise RichKDError(
+                    f"{name} of {self.block.name} holds NaN or infinity; check the teacher's "
+                    f"weights"
+                )
+            if not after:
+                raise RichKDError(
+                    f"{name} of {self.block.name} holds values beyond "
+                    f"{self.rows[name].numpy().dtype}; store wider rows with --dtype float32"
+                )
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, which from a CUDA device arrives there later."""
+    return tensor.to("cpu", non_blocking=tensor.is_cuda)
 
 
 class StoreWriter:
@@ -57,9 +127,12 @@ class StoreWriter:
         self.blocks = schema.blocks(manifest)
         self._numbers = {block: number for number, block in enumerate(self.blocks)}
         self.done = list(done)  # of the blocks
-        self._queue: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue(_ROOM)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._drain, name="store-writer", daemon=True)
+        self._error: BaseException | None = None  # the first
+        self._under_way = 0  # blocks
+        self._moved = threading.Condition()  # they did
+        at_once = max(place.at_once, min(usable_cpus(), _MOST_ENCODERS))
+        self._arrivals = ThreadPoolExecutor(1, "arrivals")  # they come in order
+        self._encoders = ThreadPoolExecutor(at_once, "store-writer")
 
     @classmethod
     def open(
@@ -101,12 +174,12 @@ class StoreWriter:
         return cls(place, manifest, written(place, manifest))
 
     def __enter__(self) -> StoreWriter:
-        self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._queue.put(None)
-        self._thread.join()
+        self._wait(0)
+        self._arrivals.shutdown()
+        self._encoders.shutdown()
         if exception[0] is None:
             self._check()
 
@@ -122,15 +195,18 @@ class StoreWriter:
             RichKDError: a row holds NaN or infinity, or an earlier block could not be written.
         """
         self._check()
-        values = {name: _stored(name, tensor, block, self._dtype(block, name))
-                  for name, tensor in rows.items()}  # fmt: skip
-        for name in ROUNDED & values.keys():
-            values[name] = round_bits(values[name], self._manifest["keep_bits"])
-        self._queue.put((self._numbers[block], values))
+        handed = OnTheWay.of(block, rows, {name: self._dtype(block, name) for name in rows})
+        if handed.copied is None:
+            handed.check()
+        self._wait(_ROOM - 1)
+        handed.left = len(handed.rows)
+        with self._moved:
+            self._under_way += 1
+        self._arrivals.submit(self._arrived, handed)
 
     def flush(self) -> None:
         """Wait until everything handed over is written; errors are those of `write`."""
-        self._queue.join()
+        self._wait(0)
         self._check()
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
@@ -174,30 +250,55 @@ class StoreWriter:
                 f"same command to go on"
             ) from self._error
 
-    def _write_block(self, block: Block, values: Mapping[str, Any]) -> None:
+    def _wait(self, most: int) -> None:
+        """Until no more than so many blocks are under way."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._under_way <= most)
+
+    def _arrived(self, handed: OnTheWay) -> None:
+        """Check a block once it is on the host, and have each of its arrays written."""
+        with self._told(handed):
+            handed.arrive()
+            handed.check()
+        for name in handed.rows:
+            self._encoders.submit(self._write, handed, name)
+
+    def _write(self, handed: OnTheWay, name: str) -> None:
+        """Encode and write one array of a block, and after the last of them the block's flag."""
+        block = handed.block
         span = slice(block.start, block.stop)
-        at = span if block.view is None else (block.view, span)
-
-        def put(name: str) -> None:
-            self._arrays[f"{block.split}/{name}"][at] = values[name]
-
-        for _ in self._place.map(put, list(values)):
-            pass
-
-    def _drain(self) -> None:
-        while (item := self._queue.get()) is not None:
-            try:
-                if self._error is not None:
-                    continue  # keep taking, so that write() never waits for a dead thread
-                index, values = item
+        with self._told(handed):
+            if self._error is None:  # else nothing is written any more
                 self._place.check_still_held()
-                self._write_block(self.blocks[index], values)
-                self._arrays["complete"][index] = True
-                self.done[index] = True
-            except BaseException as error:  # told to the main thread by _check
-                self._error = error
-            finally:
-                self._queue.task_done()
+                array = self._arrays[f"{block.split}/{name}"]
+                values = handed.rows[name].numpy().astype(array.dtype, copy=False)
+                if name in ROUNDED:
+                    values = round_bits(values, self._manifest["keep_bits"])
+                array[span if block.view is None else (block.view, span)] = values
+            else:
+                handed.failed = True
+        with self._moved:
+            handed.left -= 1
+            if handed.left:
+                return
+        with self._told(handed):
+            if not handed.failed:
+                number = self._numbers[block]
+                self._arrays["complete"][number] = True
+                self.done[number] = True
+        with self._moved:
+            self._under_way -= 1
+            self._moved.notify_all()
+
+    @contextmanager
+    def _told(self, handed: OnTheWay) -> Iterator[None]:
+        """What fails in a thread is told to the main one by `_check`."""
+        try:
+            yield
+        except BaseException as error:
+            handed.failed = True
+            with self._moved:
+                self._error = self._error or error
 
 
 def blank_files(manifest: Manifest) -> dict[str, bytes]:
@@ -270,7 +371,8 @@ def check_target(place: Place, overwrite: bool) -> Mapping[str, Any] | None:
         raise RichKDError(f"{place} exists and is no richkd store; choose another --out")
     if not overwrite:
         return attributes
-    foreign = sorted(file for file in place.sizes() if not is_of_a_store(file, attributes))
+    own = files_of_a_store(attributes)
+    foreign = sorted(file for file in place.sizes() if not own(file))
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise RichKDError(
@@ -280,21 +382,28 @@ def check_target(place: Place, overwrite: bool) -> Mapping[str, Any] | None:
     return None
 
 
-def is_of_a_store(file: str, attributes: Mapping[str, Any]) -> bool:
+def files_of_a_store(attributes: Mapping[str, Any]) -> Callable[[str], bool]:
     """Whether richkd wrote a file, by its name in a store; by its manifest, where that is whole."""
-    array, is_chunk, chunk = file.rpartition("/c/")
-    if is_temporary(PurePosixPath(file)):
-        return True
-    if not is_chunk:
-        array, _, name = file.rpartition("/")
-        if name != METADATA:
+    arrays: set[str] | None = None
+    if schema.manifest_fault(attributes) is None:
+        specs = schema.array_specs(cast(Manifest, attributes))
+        arrays = {"", *specs, *(name.partition("/")[0] for name in specs)}
+
+    def own(file: str) -> bool:
+        array, is_chunk, chunk = file.rpartition("/c/")
+        if is_temporary(PurePosixPath(file)):
+            return True
+        if not is_chunk:
+            array, _, name = file.rpartition("/")
+            if name != METADATA:
+                return False
+        elif not set(chunk) <= set("0123456789/"):
             return False
-    elif not set(chunk) <= set("0123456789/"):
-        return False
-    if schema.manifest_fault(attributes) is not None:
-        return array in ("", "complete") or array.partition("/")[0] in (*SPLITS, "text")
-    arrays = schema.array_specs(cast(Manifest, attributes))
-    return array in {"", *arrays, *(name.partition("/")[0] for name in arrays)}
+        if arrays is None:
+            return array in ("", "complete") or array.partition("/")[0] in (*SPLITS, "text")
+        return array in arrays
+
+    return own
 
 
 def _codecs(spec: schema.ArraySpec) -> list[Any]:
@@ -333,17 +442,8 @@ def _open_arrays(place: Place, names: Iterable[str]) -> dict[str, zarr.Array[Any
     return {name: cast("zarr.Array[Any]", group[name]).with_config(_CONFIG) for name in names}
 
 
-def _stored(name: str, tensor: Tensor, block: Block, dtype: Any) -> np.ndarray[Any, Any]:
-    """The rows as they are stored, on the CPU; rounding to f16 must not make infinities."""
-    if tensor.is_floating_point():
-        if not torch.isfinite(tensor).all():
-            raise RichKDError(
-                f"{name} of {block.name} holds NaN or infinity; check the teacher's weights"
-            )
-        tensor = tensor.to(torch.float16 if dtype == np.float16 else torch.float32)
-        if not torch.isfinite(tensor).all():
-            raise RichKDError(
-                f"{name} of {block.name} holds values beyond {dtype}; store wider rows with "
-                f"--dtype float32"
-            )
-    return tensor.cpu().numpy().astype(dtype, copy=False)
+def _stored(tensor: Tensor, dtype: Any) -> Tensor:
+    """Rows in the dtype in which they are stored, where they are; torch has no u16 everywhere."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.to(torch.float16 if dtype == np.float16 else torch.float32)

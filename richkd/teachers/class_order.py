@@ -201,7 +201,7 @@ def resolve_outputs(
     if not orders:
         return None
     images = differing(dataset.train, [*orders.values()])
-    predicted, labels = predict(teacher, images), images.labels
+    predicted, labels = predict(clean_rows(teacher, images)), images.labels
     right = {name: int((predicted == torch.tensor(outputs)[labels]).sum())
              for name, outputs in orders.items()}  # fmt: skip
     best = max(right, key=right.__getitem__)  # of equals, the first
@@ -245,12 +245,19 @@ def differing(split: Split, orders: Sequence[Outputs]) -> Split:
     return split.take(index[:: max(1, step)])
 
 
-def predict(teacher: CNNTeacher, split: Split) -> Tensor:
-    """The classes [N] that a teacher sees in samples, as the rows of their clean views have it."""
+def clean_rows(
+    teacher: CNNTeacher, split: Split, batch_size: int = 64
+) -> list[tuple[Tensor, Tensor]]:
+    """Logits and features of the samples' evaluation views, batch by batch."""
     inputs = make_inputs(split.images, teacher.device, teacher.input)
     order = torch.arange(len(split))
-    found = [teacher.rows(images)[0].argmax(1) for _, images in inputs.batches(order, None, 64)]
-    return torch.cat(found).cpu() if found else order
+    return [teacher.rows(images) for _, images in inputs.batches(order, None, batch_size)]
+
+
+def predict(rows: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The classes [N] that a teacher sees in samples, by its rows."""
+    found = [logits.argmax(1) for logits, _ in rows]
+    return torch.cat(found).cpu() if found else torch.empty(0, dtype=torch.long)
 
 
 def advantage(predicted: Tensor, labels: Tensor, outputs: Outputs) -> float:
@@ -274,15 +281,21 @@ def advantage(predicted: Tensor, labels: Tensor, outputs: Outputs) -> float:
     return float((sums[there] / counts[there]).mean()) / error
 
 
-def preview_teacher(teacher: CNNTeacher, weights: Path, dataset: Dataset, report: Report) -> None:
+def preview_teacher(
+    teacher: CNNTeacher, weights: Path, dataset: Dataset, batch_size: int, report: Report
+) -> list[tuple[Tensor, Tensor]]:
     """Say, before anything long, how well the teacher does, and what may be wrong where it is bad.
 
     It is bad where a teacher of the accuracy of `least`, or of 10 percentage points less than its
     file records, would be right on so few of the first test images in less than 1 % of cases; or
     where it takes classes for each other.
+
+    Returns:
+        Logits and features of those images, batch by batch.
     """
     test = dataset.test.first(LOOKED_AT)
-    predicted = predict(teacher, test)
+    rows = clean_rows(teacher, test, batch_size)
+    predicted = predict(rows)
     right = int((predicted == test.labels).sum())
     count, classes = len(test), len(dataset.class_names)
     said = (f"CNN teacher on {count} of the test images: {percent(right / count)} % (chance "
@@ -308,6 +321,7 @@ def preview_teacher(teacher: CNNTeacher, weights: Path, dataset: Dataset, report
         said += (f"; far below the {percent(recorded)} % that {weights} records: these may be "
                  f"other images, or other classes by the same names")  # fmt: skip
     report.say(said)
+    return rows
 
 
 def exchanged(predicted: Tensor, labels: Tensor, classes: int) -> list[int]:

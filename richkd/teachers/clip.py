@@ -15,8 +15,9 @@ import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from richkd import fusion
 from richkd.data.inputs import ArrayInputs, Inputs
 from richkd.data.prompts import fill
 from richkd.data.views import resize_bytes
 from richkd.errors import RichKDError, nearest, unknown
 from richkd.models.weights import state_sha256
+from richkd.recipe import CLIP_PRECISIONS
+from richkd.store.schema import PrecisionError
 
 LOCAL = "local-dir:"
 HUB = "hf-hub:"
@@ -56,8 +60,9 @@ class ClipTeacher:
     preprocessing: dict[str, Any]
     sha256: str
     device: torch.device
+    precision: str = "float32"  # of the image tower; texts are few, and always float32
 
-    @property
+    @cached_property
     def logit_scale(self) -> float:
         """The factor of cosines that CLIP was trained with."""
         return float(self.model.logit_scale.exp())
@@ -86,10 +91,21 @@ class ClipTeacher:
                 pixels = functional.pad(pixels, pads, fill=config["fill_color"])
             else:
                 pixels = functional.center_crop(pixels, [height, width])
-        normalized: Tensor = functional.normalize(
-            pixels.float() / 255, list(config["mean"]), list(config["std"])
-        )
-        return normalized
+        mean, std = self._constants
+        return (pixels.float() / 255).sub_(mean).div_(std)
+
+    @cached_property
+    def _constants(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, each [3,1,1], on the device."""
+        mean, std = (torch.tensor(self.preprocessing[name], device=self.device)[:, None, None]
+                     for name in ("mean", "std"))  # fmt: skip
+        return mean, std
+
+    @property
+    def side(self) -> int:
+        """Of the images that it takes, the longer one."""
+        size = self.preprocessing["size"]
+        return size if isinstance(size, int) else max(size)
 
     @torch.inference_mode()
     def image_features(self, inputs: Inputs, start: int, stop: int, batch_size: int) -> Tensor:
@@ -108,7 +124,9 @@ class ClipTeacher:
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
         """Features of preprocessed images: [B,3,S,S] -> [B,D], unit length, f32."""
-        return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
+        with autocast(self.device, self.precision):
+            features = self.model.encode_image(pixels)
+        return F.normalize(features.float(), dim=-1)
 
     @torch.inference_mode()
     def text_embeddings(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
@@ -121,6 +139,50 @@ class ClipTeacher:
         shape = len(class_names), len(templates), encoded.shape[-1]
         embeddings: Tensor = F.normalize(encoded, dim=-1).reshape(shape)
         return embeddings
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Networks compute in a precision inside; matrix products, that is, as autocast chooses them.
+
+    Raises:
+        RichKDError: the device does not have it.
+    """
+    if precision == "float32":
+        return nullcontext()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what autocast cannot do, it does not
+        try:
+            return torch.autocast(device.type, getattr(torch, precision))
+        except (RuntimeError, UserWarning) as error:
+            raise RichKDError(
+                f"clip_precision = {precision!r}: {device} does not have it "
+                f"({str(error).splitlines()[0]}); choose another of {', '.join(CLIP_PRECISIONS)}"
+            ) from None
+
+
+@torch.inference_mode()
+def precision_error(
+    clip: ClipTeacher, inputs: Inputs, features: Tensor, classes: Tensor, batch_size: int
+) -> PrecisionError:
+    """What a precision costs: cosines and zero-shot classes against those of float32.
+
+    Args:
+        clip: in its precision.
+        inputs: some images.
+        features: [N,D], what it says of the first N of them.
+        classes: class embeddings [C,D].
+        batch_size: images a forward pass.
+    """
+    count = len(features)
+    exact = replace(clip, precision="float32").image_features(inputs, 0, count, batch_size)
+    found, right = (fusion.clip_similarity(each, classes) for each in (features, exact))
+    difference = (found - right).abs()
+    return {
+        "images": count,
+        "cosine_max": difference.max().item(),
+        "cosine_mean": difference.mean().item(),
+        "same_class": (found.argmax(1) == right.argmax(1)).float().mean().item(),
+    }
 
 
 def check_clip(name: str) -> None:
@@ -217,7 +279,7 @@ def _check_text(name: str, config: Mapping[str, Any], folder: Path | None = None
         raise RichKDError(f"CLIP {name} needs {what} of Hugging Face's; {', and '.join(remedies)}")
 
 
-def load_clip(name: str, device: torch.device) -> ClipTeacher:
+def load_clip(name: str, device: torch.device, precision: str = "float32") -> ClipTeacher:
     """Load a CLIP that `check_clip` has passed; `demo` and `none` are not loaded here.
 
     Raises:
@@ -264,6 +326,7 @@ def load_clip(name: str, device: torch.device) -> ClipTeacher:
     return ClipTeacher(
         name=name, model=model, tokenizer=tokenizer, transform=transform,
         preprocessing=dict(model.visual.preprocess_cfg), sha256=state_sha256(model), device=device,
+        precision=precision,
     )  # fmt: skip
 
 

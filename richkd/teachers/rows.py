@@ -11,16 +11,19 @@ from torch import Tensor
 
 from richkd import fusion
 from richkd.data.datasets import Dataset, Split
-from richkd.data.inputs import ArrayInputs, FileInputs, make_inputs
+from richkd.data.inputs import ArrayInputs, FileInputs, make_inputs, sent
 from richkd.progress import Advance, Report, percent
 from richkd.recipe import Precompute
-from richkd.store.schema import Block
+from richkd.store.schema import Block, PrecisionError
 from richkd.store.topk import compact
 from richkd.store.writer import StoreWriter
 from richkd.teachers.clip import ClipTeacher
 from richkd.teachers.cnn import CNNTeacher
 from richkd.training.loop import accuracy
 
+FORWARD_BATCH = 256  # images
+FORWARD_PIXELS = 2**21  # that a GPU sees at once where images are small
+PIXEL_BYTES = 2**14  # of a GPU's memory for each of them, several times what CIFAR's networks need
 DECODED = 16  # files a loader's batch: with the crops of all their views they are in flight
 Unit = tuple[Block, ...]  # blocks that are computed together
 
@@ -33,6 +36,18 @@ class Teachers:
     cnn: CNNTeacher
     clip: ClipTeacher | None
     classes: Tensor | None  # class embeddings [C,D]
+
+    @property
+    def cnn_batch(self) -> int:
+        """Images a forward pass of the CNN teacher."""
+        return batch_size(self.settings, self.cnn.device, self.cnn.input.size)
+
+    @property
+    def clip_batch(self) -> int:
+        """Images a forward pass of CLIP, which may take larger ones."""
+        if self.clip is None or self.clip.device.type != "cuda":
+            return self.cnn_batch
+        return min(self.cnn_batch, forward_batch(self.clip.device, self.clip.side))
 
     def clip_rows(self, features: Tensor) -> dict[str, Tensor]:
         """CLIP's rows, from its image features [B,D]."""
@@ -49,9 +64,29 @@ class Teachers:
         if self.clip is not None and similarity is not None:
             scale = fusion.resolve_scale(self.settings.scale, self.clip.logit_scale)
             rows["fused_logits"] = fusion.fuse_logits(
-                logits, similarity.to(logits.device), self.settings.alpha, scale
+                logits, similarity, self.settings.alpha, scale
             )
         return rows
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What the teachers said of the first test images before stage one began, batch by batch.
+
+    Where the test split's own batches are these, they are not computed again.
+    """
+
+    cnn: Sequence[tuple[Tensor, Tensor]] = ()  # logits and features
+    clip: Sequence[Tensor] = ()  # features
+    precision_error: PrecisionError | None = None  # of CLIP, where it is not in float32
+
+    def of(self, block: Block, batch: int) -> Preview:
+        """The batches with which a block begins, each of `batch` images or the block's last."""
+        if (block.split, block.start) != ("test", 0):
+            return Preview()
+        cnn = same_batches([len(logits) for logits, _ in self.cnn], batch, block.stop)
+        clip = same_batches([len(features) for features in self.clip], batch, block.stop)
+        return Preview(self.cnn[:cnn], self.clip[:clip])
 
 
 class BlockRows:
@@ -63,14 +98,17 @@ class BlockRows:
 
     def __init__(
         self, dataset: Dataset, views: Tensor, device: torch.device, teachers: Teachers,
-        writer: StoreWriter,
+        writer: StoreWriter, preview: Preview | None = None,
     ) -> None:  # fmt: skip
         self.splits: dict[str, Split] = dataset.splits
         self.inputs = {name: make_inputs(split.images, device, teachers.cnn.input)
                        for name, split in self.splits.items()}  # fmt: skip
-        self.views = views  # [V,N,…], of the training split
+        files = isinstance(self.inputs["train"], FileInputs)
+        self.views = views if files else views.to(device)  # [V,N,…], of the training split
+        self.device = device
         self.teachers = teachers
         self.writer = writer
+        self.preview = preview or Preview()
         self._similarity: tuple[tuple[str, int], Tensor] | None = None  # of the last span read
 
     def phases(self, todo: Sequence[Block]) -> list[list[Unit]]:
@@ -122,18 +160,25 @@ class BlockRows:
     def _gathered(self, inputs: ArrayInputs, block: Block) -> dict[str, Tensor]:
         """The rows of one block of images that are an array."""
         rows: dict[str, Tensor] = {}
-        teachers, batch_size = self.teachers, self.teachers.settings.batch_size
+        teachers = self.teachers
         if block.view is None:
             rows |= self._given(block)
             if teachers.clip is not None:
-                rows |= teachers.clip_rows(
-                    teachers.clip.image_features(inputs, block.start, block.stop, batch_size)
-                )
+                features = [*self.preview.of(block, teachers.clip_batch).clip]
+                start = block.start + sum(map(len, features))
+                if start < block.stop:
+                    features.append(teachers.clip.image_features(
+                        inputs, start, block.stop, teachers.clip_batch
+                    ))  # fmt: skip
+                rows |= teachers.clip_rows(torch.cat(features))
         if (view := cnn_view(block)) is not None:
-            order = torch.arange(block.start, block.stop)
-            views = self.views[view] if block.split == "train" else None
-            batches = inputs.batches(order, views, batch_size)
-            parts = [teachers.cnn.rows(images) for _, images in batches]
+            parts = [*self.preview.of(block, teachers.cnn_batch).cnn]
+            start = block.start + sum(len(logits) for logits, _ in parts)
+            if start < block.stop:
+                order = torch.arange(start, block.stop, device=self.device)
+                views = self.views[view] if block.split == "train" else None
+                batches = inputs.batches(order, views, teachers.cnn_batch)
+                parts += [teachers.cnn.rows(images) for _, images in batches]
             rows |= teachers.cnn_rows(parts, self._similarity_of(block, rows))
         return rows
 
@@ -153,7 +198,7 @@ class BlockRows:
         for unit, span in zip(units, spans, strict=True):
             features: list[Tensor] = []
             cnn: list[list[tuple[Tensor, Tensor]]] = [[] for _ in wanted]
-            for crops, pixels in batched(decoded, len(span), teachers.settings.batch_size):
+            for crops, pixels in batched(decoded, len(span), teachers.clip_batch):
                 if clip is not None and pixels is not None:
                     features.append(clip.encode(pixels))
                 for number, parts in enumerate(cnn):
@@ -184,7 +229,8 @@ class BlockRows:
         span = (block.split, block.start)
         if self._similarity is None or self._similarity[0] != span:
             name = f"{block.split}/clip_similarity"
-            self._similarity = (span, self.writer.read(name, block.start, block.stop))
+            read = self.writer.read(name, block.start, block.stop)
+            self._similarity = (span, sent(read, self.device))
         return self._similarity[1]
 
     def say_zero_shot(self, report: Report) -> None:
@@ -194,6 +240,29 @@ class BlockRows:
             similarity = self.writer.read("test/clip_similarity", 0, count)
             top1 = accuracy(similarity, self.splits["test"].labels, 1)
             report.say(f"CLIP zero-shot: {percent(top1)} % of the test images")
+
+
+def batch_size(settings: Precompute, device: torch.device, side: int) -> int:
+    """Images a forward pass of a CNN teacher that takes images of a side: as told, or chosen."""
+    return settings.batch_size or forward_batch(device, side)
+
+
+def forward_batch(device: torch.device, side: int) -> int:
+    """Images a forward pass: a GPU takes more than others where they are small, to be busy."""
+    if device.type != "cuda":
+        return FORWARD_BATCH
+    room = torch.cuda.get_device_properties(device).total_memory // PIXEL_BYTES
+    return max(FORWARD_BATCH, min(FORWARD_PIXELS, room) // side**2)
+
+
+def same_batches(found: Sequence[int], batch: int, count: int) -> int:
+    """How many batches, of sizes that were found, are those that `count` images begin with."""
+    done = number = 0
+    for size in found:
+        if done == count or size != min(batch, count - done):
+            break
+        done, number = done + size, number + 1
+    return number
 
 
 def cnn_view(block: Block) -> int | None:

@@ -138,3 +138,16 @@ def test_resized_crop_is_torchvisions(rng: np.random.Generator) -> None:
     assert torch.equal(got, expected.permute(1, 2, 0))
     clean = ResizedCropFlip(np.array([[48, 80]]), 16).clean(1)[0]
     assert clean.tolist() == [3, 19, 42, 42, 0]
+
+
+@pytest.mark.parametrize("at_once", [4096, 1000, 333])
+def test_threads_draw_the_views_of_one_stream(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr("richkd.memory.ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr("richkd.data.views.usable_cpus", lambda: 5)
+    seed, count = int(rng.integers(2**32)), int(rng.integers(1, 9000))
+    keys = np.random.Philox(seed).random_raw(count * 162).reshape(count, 162)
+    right = np.argsort(keys, axis=1, kind="stable").T
+    assert (PadCropFlip().draw(seed, count, 162) == right).all()
+    assert (PadCropFlip().draw(seed, count, 3) == right[:3]).all()
