@@ -47,6 +47,7 @@ from richkd.store.writer import round_bits
 from richkd.teachers.clip import load_clip
 from richkd.training.device import (
     choose_device,
+    cuda,
     hardware,
     has_bfloat16,
     keep_freed_memory,
@@ -130,6 +131,11 @@ def run_bench(
         "slab_wait_share": ratio(seconds, "slab wait", "epoch streamed"),
         "store_over_raw": stored["as stored"]["over_raw"],
     }
+    if cuda(where):
+        for name in ("logits", "full"):
+            ratios[f"captured_{name}_over_plain"] = ratio(
+                seconds, f"captured {name} step", "captured plain step"
+            )
     result = {
         "sizes": asdict(sizes),
         "hardware": hardware(where),
@@ -333,9 +339,16 @@ def time_steps(sizes: Sizes, device: torch.device, report: Report) -> dict[str, 
         "step": "compiled",
         "precision": "bfloat16" if has_bfloat16(device) else "float32",
     }
+    captured: dict[str, Any] = {"step": "captured"}
+    graphs = {
+        "captured plain step": cached(trainer("ce", **captured), ()),
+        "captured logits step": cached(trainer("richkd-l", **captured), (TARGET,)),
+        "captured full step": cached(trainer("richkd", **captured), tuple(rows)),
+    } if cuda(device) else {}  # fmt: skip
     return paired(
         {
             "vanilla step": vanilla(),
+            **graphs,
             "logits step": cached(trainer("richkd-l", **eager), (TARGET,)),
             "full step": cached(trainer("richkd", **eager), tuple(rows)),
             "fast step": cached(trainer("richkd-l", **fast), (TARGET,)),
@@ -419,7 +432,8 @@ def time_together(sizes: Sizes, device: torch.device, report: Report) -> dict[st
     source = EpochRows(
         views_tensor(PadCropFlip().draw(0, n, 1))[0], {TARGET: torch.randn(n, c).half().to(device)}
     )
-    made = [new_trainer(name, "kd", {}, data, sizes, device) for name in SMALL_STUDENTS]
+    step = "captured" if cuda(device) else "eager"
+    made = [new_trainer(name, "kd", {}, data, sizes, device, step=step) for name in SMALL_STUDENTS]
     steps = [endless(trainer, source) for trainer in made]
 
     def together() -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import tomli_w
+import torch
 from torch import Tensor
 
 from richkd.errors import RichKDError
@@ -44,6 +45,7 @@ from richkd.files import (
 from richkd.models.weights import read_note, read_safetensors, save_tensors
 from richkd.ours import remove_about_run
 from richkd.recipe import recorded_holdout
+from richkd.training.device import wait_for
 
 # Settings that may be others when a training is resumed.
 PLACES = frozenset({"device", "step", "data_root", "dataset", "cache", "out"})
@@ -161,12 +163,26 @@ class Saving:
         """`beside`: in a thread; else at once."""
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if beside else None
         self._written: Future[None] | None = None
+        self._copies: dict[str, Tensor] = {}
 
     def tensors(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What may be written while training goes on: of a GPU, copies on the host."""
+        """What may be written while training goes on: of a GPU, copies on the host.
+
+        The copies of the epoch before are written first, for these take their place; errors are
+        those of `wait`.
+        """
         if self._pool is None:
             return state
-        return {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+        self.wait()
+        for name, tensor in state.items():
+            if name not in self._copies:
+                self._copies[name] = torch.empty_like(
+                    tensor, device="cpu", pin_memory=tensor.is_cuda
+                )
+            self._copies[name].copy_(tensor, non_blocking=True)
+        for device in {tensor.device for tensor in state.values()}:
+            wait_for(device)
+        return self._copies
 
     def submit(self, write: Callable[[], None]) -> None:
         """Wait for what was submitted before, then write; errors as of `wait`."""

@@ -15,6 +15,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -237,7 +238,11 @@ def compile_objective(trainer: Trainer) -> None:
     from torch._inductor import config
 
     eager, size = trainer.objective, trainer.settings.batch_size
-    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
+    # code of its own: the compiler keeps a few programs for each, and guards them all
+    own = FunctionType(
+        eager.__code__.replace(), eager.__globals__, closure=eager.__closure__, name="objective"
+    )
+    compiled = torch.compile(own, fullgraph=True, dynamic=False)
 
     def objective(images: Tensor, *rest: Any) -> Any:
         if len(images) != size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +236,18 @@ def test_learning_rates_are_those_of_timm(schedule: dict[str, Any], epochs: int)
     for epoch in range(1, epochs + 1):
         scheduler.step(epoch - 1)
         assert learning_rate(settings, epoch) == optimizer.param_groups[0]["lr"]
+
+
+def test_many_students_may_be_compiled(
+    store: Path, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None
+) -> None:
+    """PyTorch's compiler keeps eight programs of a function; here without its slow part."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for number in range(10):
+        method = ("kd", "pkt")[number % 2]
+        trainer, source = new_trainer(store, method=method, step="compiled", seed=number)
+        trainer.say = pytest.fail
+        order = epoch_order(0, 1, 48)
+        runner = runners.Compiled(trainer, source)
+        runner.prepare(order, source)
+        assert next(runner.steps(order, source)) == 16
