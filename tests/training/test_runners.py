@@ -243,6 +243,7 @@ def test_many_students_may_be_compiled(
 ) -> None:
     """PyTorch's compiler keeps eight programs of a function; here without its slow part."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    alive = []  # programs of what is gone make room
     for number in range(10):
         method = ("kd", "pkt")[number % 2]
         trainer, source = new_trainer(store, method=method, step="compiled", seed=number)
@@ -251,3 +252,4 @@ def test_many_students_may_be_compiled(
         runner = runners.Compiled(trainer, source)
         runner.prepare(order, source)
         assert next(runner.steps(order, source)) == 16
+        alive.append(runner)
