@@ -67,3 +67,16 @@ def test_the_seconds_to_start(tmp_path: Path) -> None:
     for name, found in commands.items():
         (row,) = (line for line in out.splitlines() if line.startswith(f"| {name} |"))
         assert row.endswith(f"| {found['command'][0]:.2f} | {found['ratio']:.2f} |")
+
+
+@pytest.mark.slow
+def test_steps_are_compared_by_seed(store: Path, tmp_path: Path) -> None:
+    words = (store, "--out", tmp_path / "p", "--epochs", 1, "--seeds", 2, "--device", "cpu",
+             "--modes", "eager/float32,eager/bfloat16")  # fmt: skip
+    out = script("precision.py", *words)
+    runs = json.loads((tmp_path / "p" / "precision.json").read_text())["runs"]
+    assert {mode: [run["seed"] for run in each] for mode, each in runs.items()} == {
+        "eager/float32": [0, 1], "eager/bfloat16": [0, 1]
+    }  # fmt: skip
+    assert len([line for line in out.splitlines() if line.startswith("| eager/")]) == 2
+    assert script("precision.py", *words).splitlines()[-4:] == out.splitlines()[-4:]

@@ -174,31 +174,12 @@ def accuracy(folder: Path) -> dict[str, Any]:
     command("train-teacher", *data, "--model", "resnet20", "--epochs", 20, "--out", weights)
     command("precompute", *data, "--teacher", "resnet20", "--teacher-weights", weights,
             "--clip", "none", "--views", 20, "--out", store)  # fmt: skip
-    top1: dict[str, list[float]] = {}
-    for name, step, precision in (
-        ("eager float32", "eager", "float32"),
-        ("captured float32", "captured", "float32"),
-        ("captured bfloat16", "captured", "bfloat16"),
-        ("compiled bfloat16", "compiled", "bfloat16"),
-    ):
-        out = command(
-            "sweep", "--cache", store, "--students", "resnet8", "--methods", "kd", "--seeds", 6,
-            "--epochs", 20, "--eval-every", 20, "--device", "cuda", "--concurrent", 6,
-            "--step", step, "--precision", precision, "--out", folder / name, "--json",
-        )  # fmt: skip
-        runs = sorted(json.loads(out)["runs"], key=lambda each: each["seed"])
-        assert {each["step"] for each in runs} == {step}
-        top1[name] = [each["top1_last"] for each in runs]
-    reference = top1["eager float32"]
-    gaps = {
-        name: [100 * (a - b) for a, b in zip(each, reference, strict=True)]
-        for name, each in top1.items()
-    }
-    points = {
-        name: f"{statistics.fmean(gap):+.2f} ± {statistics.stdev(gap):.2f} points (n = {len(gap)})"
-        for name, gap in gaps.items()
-    }
-    return {"top1": top1, "ratios": points}
+    script = Path(__file__).parents[2] / "benchmarks" / "precision.py"
+    words = [script, store, "--out", folder / "precision", "--epochs", 20, "--seeds", 6, "--modes",
+             "eager/float32,captured/float32,captured/bfloat16,compiled/bfloat16"]  # fmt: skip
+    subprocess.run([sys.executable, *map(str, words)], check=True)
+    found: dict[str, Any] = json.loads((folder / "precision" / "precision.json").read_text())
+    return found
 
 
 def stage_one(folder: Path) -> dict[str, Any]:
