@@ -50,7 +50,6 @@ from richkd.training.device import (
     cuda,
     hardware,
     has_bfloat16,
-    keep_freed_memory,
     versions,
     wait_for,
 )
@@ -61,7 +60,6 @@ EMBEDDING = 128
 SMALL_STUDENTS = (
     "resnet8", "resnet14", "resnet20", "resnet32", "resnet8x4", "wrn_16_1", "wrn_16_2", "vgg8",
 )  # fmt: skip
-AS_GLIBC_DOES = 32 * 2**20  # what its thresholds grow to by themselves
 TINY_CLIP: dict[str, Any] = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 128, "patch_size": 8, "head_width": 64},
@@ -309,12 +307,7 @@ def time_steps(sizes: Sizes, device: torch.device, report: Report) -> dict[str, 
                 batch, x = next(batches)
                 made.step(batch, x, asked(batch, x))
 
-        def plain() -> None:  # as PyTorch runs without our settings
-            keep_freed_memory(AS_GLIBC_DOES)
-            measure()
-            keep_freed_memory()
-
-        return plain if device.type == "cpu" else measure
+        return measure
 
     def vanilla() -> Callable[[], None]:
         """What people write without richkd, with the defaults of PyTorch."""

@@ -29,6 +29,7 @@ except ImportError:  # Windows, whose locks are others
 # by `replacing`, and by zarr
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp|.+\.[0-9a-f]{32}\.partial")
 ABANDONED_S = 3600.0  # where there is no flock: when nobody writes a temporary file any more
+FRESH_S = 0.1
 LEASE_S = 30.0  # where there is no flock: how long a lock lasts that its holder does not renew
 _NO_FLOCK = {ENOSYS, ENOLCK, EOPNOTSUPP}
 _leases: dict[Path, SoftFileLease] = {}  # held by this process, by what they lock
@@ -57,7 +58,7 @@ def replacing(path: Path) -> Iterator[Path]:
             mode = temporary.stat().st_mode  # as the user's umask has it; safetensors makes it 0600
             yield temporary
             temporary.chmod(mode)
-        temporary.replace(path)
+            temporary.replace(path)  # still in use: another thread looks for abandoned ones
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -144,9 +145,13 @@ def _abandoned(temporary: Path) -> bool:
         except OSError as error:
             if error.errno not in _NO_FLOCK:
                 return False
-        else:
-            return True
-    return time.time() - temporary.stat().st_mtime > ABANDONED_S
+        else:  # of a process that is gone, or that is about to take the lock
+            return _age(temporary) > FRESH_S
+    return _age(temporary) > ABANDONED_S
+
+
+def _age(path: Path) -> float:
+    return time.time() - path.stat().st_mtime
 
 
 def escaped(name: str) -> str:

@@ -169,3 +169,20 @@ def test_one_teacher_is_trained_by_one_process(
 
 def _no_flock(*_: object) -> None:
     raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_threads_that_write_one_file_leave_each_other_alone(tmp_path: Path) -> None:
+    """None takes another's temporary file for one whose process is gone."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from richkd.files import replacing
+
+    def write(number: int) -> None:
+        for _ in range(200):
+            with replacing(tmp_path / "a") as temporary:
+                temporary.write_bytes(bytes([number]) * 100)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert len(set((tmp_path / "a").read_bytes())) == 1
