@@ -15,7 +15,6 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +28,7 @@ from richkd.training.device import cuda, wait_for
 if TYPE_CHECKING:
     from richkd.training.loop import EpochRows, StepBatch, Trainer
 
+MANY = 1000
 WARM_UP = 3  # steps before a capture, in which libraries allocate and choose their kernels
 # Compiling takes a minute or less for the networks of the zoo and saves a fifth of a step or more
 # (docs/performance.md), so from twenty minutes of steps on it gives back four times what it takes.
@@ -235,19 +235,17 @@ def compile_objective(trainer: Trainer) -> None:
     """
     # what it has to say of the machine is not for those who train
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from torch._inductor import config
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config as inductor
 
     eager, size = trainer.objective, trainer.settings.batch_size
-    # code of its own: the compiler keeps a few programs for each, and guards them all
-    own = FunctionType(
-        eager.__code__.replace(), eager.__globals__, closure=eager.__closure__, name="objective"
-    )
-    compiled = torch.compile(own, fullgraph=True, dynamic=False)
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
 
     def objective(images: Tensor, *rest: Any) -> Any:
         if len(images) != size:
             return eager(images, *rest)
-        with config.patch(fallback_random=True):
+        # one program for each student and method of a sweep; seeds of one share it
+        with dynamo.patch(recompile_limit=MANY), inductor.patch(fallback_random=True):
             return compiled(images, *rest)
 
     trainer.objective = objective
