@@ -61,8 +61,8 @@ class Estimate:
     parameters: int
     features: int
     epoch_s: float  # with its share of the tests
-    precisions: StepTimes | None  # on a CPU that has bfloat16, where the choice is open
     memory: int  # bytes: weights, gradients, momenta, activations, the method's banks
+    precisions: StepTimes | None = None  # on a CPU that has bfloat16, where the choice is open
 
 
 @dataclass(kw_only=True)
