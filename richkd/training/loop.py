@@ -201,7 +201,6 @@ class Trainer:
 
     def steps(self, epoch: int, source: EpochRows) -> Iterator[int]:
         """The steps of an epoch; yields the size of each batch once its step is launched."""
-        start = time.perf_counter()
         order = epoch_order(self.settings.seed, epoch, len(self.data.train_labels))
         order = drop_lone_last(order, self.settings.batch_size)
         self._set_rate(epoch)
@@ -213,6 +212,7 @@ class Trainer:
             epochs_to_go = self.settings.epochs + 1 - epoch
             steps_to_go = epochs_to_go * -(-len(order) // self.settings.batch_size)
             self.runner = make_runner(self, self.wanted, order, source, steps_to_go)
+        start = time.perf_counter()
         self._seed(derive_seed(self.settings.seed, epoch, 1))
         if self.sums is not None:
             self.sums.zero_()

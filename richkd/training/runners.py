@@ -284,7 +284,8 @@ def make_runner(
         to_go = steps_to_go * first.seconds(order, source)
         if to_go < COMPILING_PAYS_S:
             return first
-        trainer.say(f"{duration(to_go)} of {first.name} steps to go: compiling them")
+        trainer.say(f"{duration(to_go)} of {first.name} steps to go: compiling pays")
+    trainer.say("compiling the step, which may take a minute")
     compiled = (CompiledGraphs if gpu else Compiled)(trainer, source)
     return _prepared(compiled, first, order, source)
 

@@ -100,7 +100,7 @@ def test_bfloat16_steps_are_compiled_where_that_pays(
         monkeypatch.setattr(runners.Eager, "seconds", lambda *_, each=step_s: each)
         assert runners.make_runner(trainer, "auto", order, source, 100).name == name
         assert runners.make_runner(trainer, "eager", order, source, 100).name == "eager"
-    assert said[0] == "2 h 46 min of eager steps to go: compiling them"
+    assert said[0] == "2 h 46 min of eager steps to go: compiling pays"
     trainer, source = new_trainer(store, method="kd")
     assert runners.make_runner(trainer, "auto", order, source, 10**9).name == "eager"
 
