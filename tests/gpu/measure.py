@@ -48,6 +48,8 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(parts), help="parts with commas")
     parser.add_argument("--seconds", type=float, default=300, help="when the last part may begin")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA GPU that PyTorch can use")
     device = torch.device("cuda")
     result: dict[str, Any] = {"hardware": hardware(device), "versions": versions()}
     failed, begun = [], time.perf_counter()
