@@ -24,7 +24,8 @@ RATIOS = {
     "logits_step_over_vanilla", "full_step_over_vanilla", "full_step_over_published",
     "logits_step_over_in_loop", "crd_scores_over_vectors", "crd_shared_over_vectors",
     "crd_bank_over_vectors", "precompute_over_forward", "streamed_over_memory", "slab_wait_share",
-    "store_over_raw",
+    "store_over_raw", "fast_step_over_vanilla", "fast_full_step_over_published",
+    "together_over_apart",
 }  # fmt: skip
 
 
