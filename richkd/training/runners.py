@@ -28,11 +28,11 @@ from richkd.training.device import cuda, wait_for
 if TYPE_CHECKING:
     from richkd.training.loop import EpochRows, StepBatch, Trainer
 
-MANY = 1000
 WARM_UP = 3  # steps before a capture, in which libraries allocate and choose their kernels
-# Compiling takes a minute or less for the networks of the zoo and saves a fifth of a step or more
-# (docs/performance.md), so from twenty minutes of steps on it gives back four times what it takes.
-COMPILING_PAYS_S = 1200.0
+# Compiling a network of the zoo takes half a minute and saves a fifth of a step or more
+# (docs/performance.md), so from five minutes of steps on it gives back twice what it takes.
+COMPILING_PAYS_S = 300.0
+MANY = 1000  # programs that the compiler keeps for students and methods, instead of eight
 
 
 class Eager:
