@@ -357,9 +357,10 @@ class StudentRun:
         self._saving.wait()
 
     def close(self) -> None:
-        """Give the run folder free."""
+        """Give the run folder free, and what the student takes of a GPU."""
         self._saving.close()
         self._held.close()
+        self.trainer.release()
 
     def _resume(self) -> Progress:
         """Load the run's checkpoint."""

@@ -51,6 +51,10 @@ def machine_fault(error: Exception) -> str | None:
     reason = " ".join(str(error).split())
     if "received 0 items of ancdata" in reason or "Too many open files" in reason:
         return "too many open files; allow more (ulimit -n 4096), or set RICHKD_WORKERS=0"
+    if "can't start new thread" in reason:
+        return (
+            "no more threads can be started; allow more (ulimit -u, or the container's pids limit)"
+        )
     if re.search(r"shared memory|/torch_\d+_", reason):
         return (
             f"shared memory ran out ({reason[:120]}); enlarge /dev/shm (docker run --shm-size=1g) "

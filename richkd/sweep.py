@@ -376,7 +376,13 @@ def choose_concurrent(sweep: Sweep, entries: Sequence[Entry], source: Source) ->
     waiting = [entry for entry in entries if entry.state == "waiting"][:most]
     if not cuda(source.device) or len(waiting) < 2 or total_left(waiting) < WORTH_TRYING_S:
         return most
-    return try_together(waiting, source)
+    report, source.report = source.report, Report(quiet=True)
+    try:
+        return try_together(waiting, source)
+    except FAILURES:  # a run's own, which will be told when its turn comes
+        return 1
+    finally:
+        source.report = report
 
 
 def try_together(entries: Sequence[Entry], source: Source) -> int:
@@ -384,11 +390,9 @@ def try_together(entries: Sequence[Entry], source: Source) -> int:
 
     What these steps take alone becomes their cost, which two eager steps overestimate.
     """
-    report, source.report = source.report, Report(quiet=True)
     made = [source.trainer(entry.settings) for entry in entries]
     names = {name for _, rows, _ in made for name in rows.values()}
     shared, _ = next(source.epochs(names, 1, 1))
-    source.report = report
 
     def seconds(runs: Sequence[tuple[Trainer, dict[str, str], Any]]) -> float:
         """Seconds of a round of steps, one of each run."""
@@ -409,6 +413,8 @@ def try_together(entries: Sequence[Entry], source: Source) -> int:
             entry.cost = replace(entry.cost, epoch_s=each * count)
     counts = sorted({1, 2, 4, len(made)} - {*range(len(made) + 1, 5)})
     gains = {count: sum(alone[:count]) / seconds(made[:count]) for count in counts}
+    for trainer, _, _ in made:
+        trainer.release()
     return next((n for n in counts if gains[n] >= 0.95 * max(gains.values())), 1)
 
 
@@ -541,7 +547,10 @@ def train_side_by_side(
 ) -> None:
     """One epoch of each run, whose steps take turns; on a GPU they overlap."""
     start = time.perf_counter()
-    going = [(entry, run, run.steps(rows)) for entry, run in runs]
+    going = []
+    for entry, run in runs:
+        with watching(entry, board):
+            going.append((entry, run, run.steps(rows)))
     while going:
         left = []
         for entry, run, steps in going:

@@ -240,7 +240,8 @@ def test_students_at_once_share_one_copy_of_the_data(store: Path, tmp_path: Path
     def peak(seeds: int) -> int:
         words = ["sweep", "--cache", path, "--students", "resnet8", "--methods", "richkd-l",
                  "--seeds", seeds, "--epochs", 1, "--device", "cpu", "--batch-size", 8,
-                 "--concurrent", 3, "--json", "--out", tmp_path / f"{seeds}"]  # fmt: skip
+                 "--concurrent", 3, "--json", "--precision", "float32",
+                 "--out", tmp_path / f"{seeds}"]  # fmt: skip
         environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
         done = subprocess.run([sys.executable, "-c", PEAK, *map(str, words)], check=True,
                               capture_output=True, text=True, env=environment)  # fmt: skip
@@ -412,3 +413,27 @@ def test_runs_of_another_store_or_other_settings_are_left_alone(
                  "--epochs", 5)  # fmt: skip
     assert "shapes-resnet8-ce-s0" in line
     assert tree(tmp_path / "runs") == before
+
+
+def test_a_trial_that_fails_is_told_by_the_run_itself(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    """How many train at once is tried on a GPU; here on a CPU that is taken for one."""
+    steps, tried = Trainer.steps, []
+
+    def failing(self: Trainer, *arguments: Any) -> Any:
+        tried.append(self)
+        if "seeds-s1" in self.settings.out or self.settings.seed == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        yield from steps(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "steps", failing)
+    monkeypatch.setattr(sweeping, "WORTH_TRYING_S", 0.0)
+    plain = sweeping.cuda
+    monkeypatch.setattr(sweeping, "cuda", lambda device: len(tried) < 2 or plain(device))
+    done = run("sweep", "--cache", store, "--students", "resnet8", "--methods", "kd", "--seeds", 3,
+               "--epochs", 1, "--batch-size", 16, "--lr", 0.02, "--device", "cpu",
+               "--out", tmp_path / "runs", "--json")  # fmt: skip
+    assert len(tried) > 3 and done.code == 2
+    assert len(done.json["runs"]) == 2
+    assert ["-s1" in each["run"] for each in done.json["failed"]] == [True]

@@ -29,7 +29,7 @@ class Batch:
     labels: Tensor  # [B]
     index: Tensor  # [B], training sample ids
     rows: Mapping[str, Tensor] = field(default_factory=dict)  # what `reads` names, of these samples
-    epoch: int | Tensor = 1  # from 1; a scalar on the device where steps are captured
+    epoch: int | Tensor = 1  # from 1; in training a scalar f64 on the device
 
 
 @dataclass(frozen=True, kw_only=True)

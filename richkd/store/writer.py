@@ -29,7 +29,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 from richkd.cpus import usable_cpus
-from richkd.errors import RichKDError
+from richkd.errors import RichKDError, machine_fault
 from richkd.files import is_temporary
 from richkd.store import schema
 from richkd.store.checksums import (
@@ -130,9 +130,9 @@ class StoreWriter:
         self._error: BaseException | None = None  # the first
         self._under_way = 0  # blocks
         self._moved = threading.Condition()  # they did
-        at_once = max(place.at_once, min(usable_cpus(), _MOST_ENCODERS))
+        self._at_once = max(place.at_once, min(usable_cpus(), _MOST_ENCODERS))
         self._arrivals = ThreadPoolExecutor(1, "arrivals")  # they come in order
-        self._encoders = ThreadPoolExecutor(at_once, "store-writer")
+        self._encoders = ThreadPoolExecutor(self._at_once, "store-writer")
 
     @classmethod
     def open(
@@ -174,6 +174,16 @@ class StoreWriter:
         return cls(place, manifest, written(place, manifest))
 
     def __enter__(self) -> StoreWriter:
+        """Start all threads, so that a system that allows no more says so now."""
+        started = threading.Event()
+        try:
+            self._arrivals.submit(started.wait)
+            for _ in range(self._at_once):
+                self._encoders.submit(started.wait)
+        except RuntimeError as error:
+            raise RichKDError(machine_fault(error) or str(error)) from None
+        finally:
+            started.set()
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -70,7 +70,7 @@ class Progress:
     epoch: int = 0
     best: Best = Best()
     seconds: float = 0.0  # that its epochs took, in all parts of it
-    step: str = ""  # how `auto` ran its steps, where that was not eagerly
+    step: str = ""  # the device and the runner of its steps, as Trainer.ran_by
 
     @classmethod
     def of_note(cls, path: Path, note: Mapping[str, str]) -> Progress:

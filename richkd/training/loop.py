@@ -353,8 +353,14 @@ class Trainer:
 
     @property
     def ran_by(self) -> str:
-        """The runner of the steps, where it is another than the reference."""
-        return "" if self.runner is None or self.runner.name == "eager" else self.runner.name
+        """Which runner the steps had and on what kind of device; "" for the reference in f32."""
+        if self.runner is None or (self.runner.name == "eager" and not self.half):
+            return ""
+        return f"{self.device.type}:{self.runner.name}"
+
+    def release(self) -> None:
+        """Let go of graphs and of whoever listens, which hold on to this trainer in turn."""
+        self.runner, self.say = None, lambda _: None
 
     def resume(self, tensors: Mapping[str, Tensor], folder: Path, ran_by: str = "") -> None:
         """Resume from a checkpoint of a folder.
@@ -362,13 +368,14 @@ class Trainer:
         Args:
             tensors: those of `state`.
             folder: for the error.
-            ran_by: the runner so far, which `auto` goes on with where the device has it.
+            ran_by: the runner so far, which `auto` goes on with on a device of the same kind.
 
         Raises:
             RichKDError: the checkpoint is of another network.
         """
-        if self.wanted == "auto" and ran_by and (cuda(self.device) or ran_by != "captured"):
-            self.wanted = ran_by
+        kind, _, runner = ran_by.partition(":")
+        if self.wanted == "auto" and kind == self.device.type:
+            self.wanted = runner
         try:
             self.load_state(tensors)
         except (RuntimeError, KeyError, IndexError) as error:

@@ -62,13 +62,15 @@ class Eager:
         saved = self.trainer.snapshot()
         batch = self.trainer.noise(order, source)
         taken = 0.0
-        for _ in range(2):
-            start = time.perf_counter()
-            with self.trainer.on_gpu():
-                self.trainer.step(*batch)
-            wait_for(self.trainer.device)
-            taken = time.perf_counter() - start
-        self.trainer.restore(saved)
+        try:
+            for _ in range(2):
+                start = time.perf_counter()
+                with self.trainer.on_gpu():
+                    self.trainer.step(*batch)
+                wait_for(self.trainer.device)
+                taken = time.perf_counter() - start
+        finally:
+            self.trainer.restore(saved)
         return taken
 
     def steps(self, order: Tensor, source: EpochRows) -> Iterator[int]:
@@ -245,7 +247,8 @@ def compile_objective(trainer: Trainer) -> None:
         if len(images) != size:
             return eager(images, *rest)
         # one program for each student and method of a sweep; seeds of one share it
-        with dynamo.patch(recompile_limit=MANY), inductor.patch(fallback_random=True):
+        many = dynamo.patch(recompile_limit=MANY, accumulated_recompile_limit=MANY)
+        with many, inductor.patch(fallback_random=True):
             return compiled(images, *rest)
 
     trainer.objective = objective
