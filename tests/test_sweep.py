@@ -232,14 +232,14 @@ print(peak, file=sys.stderr)
 @pytest.mark.slow
 def test_students_at_once_share_one_copy_of_the_data(store: Path, tmp_path: Path) -> None:
     """Three at once need no more than one does, and weights and activations of two others."""
-    path = write_random_store(tmp_path / "s.zarr", store, 12_000, 2000, image_size=32)
+    path = write_random_store(tmp_path / "s.zarr", store, 24_000, 2000, image_size=32)
     specs = schema.array_specs(richkd.open_cache(path).manifest)
     slab = specs["train/fused_logits"].nbytes // 3
     images = specs["train/images"].nbytes
 
     def peak(seeds: int) -> int:
         words = ["sweep", "--cache", path, "--students", "resnet8", "--methods", "richkd-l",
-                 "--seeds", seeds, "--epochs", 1, "--device", "cpu", "--batch-size", 8,
+                 "--seeds", seeds, "--epochs", 1, "--device", "cpu", "--batch-size", 16,
                  "--concurrent", 3, "--json", "--precision", "float32",
                  "--out", tmp_path / f"{seeds}"]  # fmt: skip
         environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
@@ -249,12 +249,12 @@ def test_students_at_once_share_one_copy_of_the_data(store: Path, tmp_path: Path
         return int(done.stderr.strip().splitlines()[-1])
 
     one, three = peak(1), peak(3)
-    settings = Distill(cache=str(path), student="resnet8", batch_size=8, device="cpu")
+    settings = Distill(cache=str(path), student="resnet8", batch_size=16, device="cpu")
     source = sweeping.Source(settings, Report(quiet=True))
     others = 2 * sweeping.try_student(settings, source).memory
     sizes = {"one": one, "three": three, "others": others, "slab": slab, "images": images}
     print({name: f"{size / 2**20:.0f} MiB" for name, size in sizes.items()})
-    noise = 16 * 2**20
+    noise = 32 * 2**20  # logits of 2,000 classes come and go, and the heap has gaps
     assert others + noise < min(slab, images)  # a second copy of either would be seen
     assert three <= one + others + noise
 
