@@ -707,7 +707,7 @@ def describe_run(settings: Distill, cache: TeacherCache, trainer: Trainer) -> di
         "class_names": cache.manifest["class_names"],
         "teacher": teacher_accuracies(cache.manifest),
         "hardware": hardware(trainer.device),
-        "step": trainer.runner.name if trainer.runner else None,
+        "step": trainer.ran,
         "versions": versions(),
     }
 

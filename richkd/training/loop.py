@@ -181,6 +181,7 @@ class Trainer:
         self.objective = make_objective(self.model, self.method, data.normalize, self.half)
         self.wanted = settings.step
         self.runner: Runner | None = None
+        self.ran = "eager"  # the runner of the steps so far, here or before an interruption
         # of a GPU, so that trainers whose steps take turns draw what each would draw alone
         self.generator = default_generator(device).clone_state() if cuda(device) else None
         self.epoch = torch.zeros((), dtype=epoch_dtype(device), device=device)
@@ -212,6 +213,7 @@ class Trainer:
             epochs_to_go = self.settings.epochs + 1 - epoch
             steps_to_go = epochs_to_go * -(-len(order) // self.settings.batch_size)
             self.runner = make_runner(self, self.wanted, order, source, steps_to_go)
+            self.ran = self.runner.name
         start = time.perf_counter()
         self._seed(derive_seed(self.settings.seed, epoch, 1))
         if self.sums is not None:
@@ -354,9 +356,8 @@ class Trainer:
     @property
     def ran_by(self) -> str:
         """Which runner the steps had and on what kind of device; "" for the reference in f32."""
-        if self.runner is None or (self.runner.name == "eager" and not self.half):
-            return ""
-        return f"{self.device.type}:{self.runner.name}"
+        reference = self.ran == "eager" and not self.half
+        return "" if reference else f"{self.device.type}:{self.ran}"
 
     def release(self) -> None:
         """Let go of graphs and of whoever listens, which hold on to this trainer in turn."""
@@ -374,6 +375,7 @@ class Trainer:
             RichKDError: the checkpoint is of another network.
         """
         kind, _, runner = ran_by.partition(":")
+        self.ran = runner or self.ran
         if self.wanted == "auto" and kind == self.device.type:
             self.wanted = runner
         try:
