@@ -29,7 +29,7 @@ except ImportError:  # Windows, whose locks are others
 # by `replacing`, and by zarr
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp|.+\.[0-9a-f]{32}\.partial")
 ABANDONED_S = 3600.0  # where there is no flock: when nobody writes a temporary file any more
-FRESH_S = 0.1
+FRESH_S = 0.1  # younger ones may be of a process that has yet to take the lock
 LEASE_S = 30.0  # where there is no flock: how long a lock lasts that its holder does not renew
 _NO_FLOCK = {ENOSYS, ENOLCK, EOPNOTSUPP}
 _leases: dict[Path, SoftFileLease] = {}  # held by this process, by what they lock

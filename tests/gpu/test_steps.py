@@ -170,7 +170,6 @@ def test_a_network_that_cannot_be_captured_trains_eagerly(
 
     def waits(*arguments: Any, **settings: Any) -> torch.nn.Module:
         model = plain(*arguments, **settings)
-        model.register_forward_pre_hook(lambda *_: None)
         forward = model.forward_features
 
         def features(images: torch.Tensor) -> torch.Tensor:

@@ -51,10 +51,9 @@ def test_where_the_choice_is_open(monkeypatch: pytest.MonkeyPatch, there: bool) 
 def test_the_units_are_those_that_the_processor_names() -> None:
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text().split()) if info.is_file() else set()
-    if not flags & {"avx2", "neon", "asimd"}:
-        pytest.skip("this system does not tell what its processor has")
-    if "avx2" in flags:
-        assert has_bfloat16(CPU) == bool(flags & {"avx512_bf16", "amx_bf16"})
+    if "avx2" not in flags:
+        pytest.skip("this system does not tell what an x86-64 processor has")
+    assert has_bfloat16(CPU) == bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
 def test_distill_sweep_and_doctor_tell(
