@@ -55,9 +55,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.randbelow(10**12)}.tmp")
     try:
         with _marked_in_use(temporary):
-            mode = temporary.stat().st_mode  # as the user's umask has it; safetensors makes it 0600
             yield temporary
-            temporary.chmod(mode)
             temporary.replace(path)  # still in use: another thread looks for abandoned ones
     finally:
         temporary.unlink(missing_ok=True)

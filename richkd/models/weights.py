@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
@@ -507,7 +507,5 @@ def save_tensors(
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     note = {**(metadata or {}), _SHA256: tensors_sha256(plain)}
     with replacing(path) as temporary:
-        try:
-            save_file(plain, temporary, note)
-        except SafetensorError as error:  # the library's name for the system's errors
-            raise OSError(f"cannot write {path}: {error}") from None
+        # not by `save_file`, whose own temporary file stays where it is killed
+        temporary.write_bytes(save(plain, note))

@@ -2,6 +2,11 @@
 
 import argparse
 import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,7 @@ import torch
 
 import richkd
 from richkd.errors import RichKDError
-from richkd.files import replacing
+from richkd.files import FRESH_S, is_temporary, replacing
 from richkd.models import check_fit
 from richkd.models.weights import (
     file_sha256,
@@ -127,6 +132,29 @@ def test_nothing_is_left_where_writing_fails(tmp_path: Path) -> None:
         temporary.write_text("half")
         raise ValueError("no")
     assert [p.name for p in tmp_path.iterdir()] == ["w"] and path.read_text() == "old"
+
+
+def test_what_a_killed_process_was_writing_is_removed_by_the_next(tmp_path: Path) -> None:
+    """Killed by the system in the middle of a file, at a limit of its size."""
+    path = tmp_path / "w.safetensors"
+    write = textwrap.dedent(f"""
+        import resource, signal, sys, torch
+        from pathlib import Path
+        from richkd.models.weights import save_tensors
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it otherwise
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))
+        save_tensors(Path({str(path)!r}), {{"a": torch.zeros(100_000)}})
+    """)
+    killed = subprocess.run([sys.executable, "-c", write, "100000"], check=False)
+    assert killed.returncode == -signal.SIGXFSZ
+    (left,) = tmp_path.iterdir()
+    assert left.stat().st_size == 100_000 and is_temporary(left)
+
+    time.sleep(2 * FRESH_S)
+    subprocess.run([sys.executable, "-c", write, "1000000"], check=True)
+    assert [*tmp_path.iterdir()] == [path]
+    assert read_weights(path)["a"].shape == (100_000,)
 
 
 def test_weights_have_the_permissions_of_other_files(tmp_path: Path) -> None:
