@@ -507,5 +507,5 @@ def save_tensors(
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     note = {**(metadata or {}), _SHA256: tensors_sha256(plain)}
     with replacing(path) as temporary:
-        # not by `save_file`, whose own temporary file stays where it is killed
+        # `save_file` writes to a temporary file of its own, which a killed process leaves behind
         temporary.write_bytes(save(plain, note))
