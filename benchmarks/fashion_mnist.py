@@ -22,9 +22,15 @@ from richkd.recipe import Images, Precompute
 from richkd.teachers.tiny_clip import train_tiny_clip
 
 CAPTIONS = (
-    "a photo of a {}", "a picture of a {}", "a close-up photo of a {}", "a blurry photo of a {}",
-    "a grey {}", "one {} on a black ground", "a {} to wear", "a small picture of a {}",
-)  # fmt: skip
+    "a photo of a {}",
+    "a picture of a {}",
+    "a close-up photo of a {}",
+    "a blurry photo of a {}",
+    "a grey {}",
+    "one {} on a black ground",
+    "a {} to wear",
+    "a small picture of a {}",
+)
 WRONG = 0.15
 
 
@@ -35,8 +41,10 @@ def train_clip(out: Path) -> None:
     labels = dataset.train.labels[20_000:50_000].numpy().copy()
     wrong = rng.random(len(labels)) < WRONG
     labels[wrong] = rng.integers(0, 10, wrong.sum())
-    captions = [CAPTIONS[rng.integers(len(CAPTIONS))].replace("{}", dataset.class_names[label])
-                for label in labels]  # fmt: skip
+    captions = [
+        CAPTIONS[rng.integers(len(CAPTIONS))].replace("{}", dataset.class_names[label])
+        for label in labels
+    ]
     images = dataset.train.images
     assert isinstance(images, torch.Tensor)
     train_tiny_clip(images[20_000:50_000], captions, out, epochs=2)

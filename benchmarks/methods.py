@@ -27,7 +27,9 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "KD, `--target fused`": {"method": "kd", "target": "fused"},
     "DKD (warm-up 3 epochs)": {"method": "dkd", "options": {"dkd": {"warmup": 3}}},
     "DKD, `--target fused`": {
-        "method": "dkd", "target": "fused", "options": {"dkd": {"warmup": 3}},
+        "method": "dkd",
+        "target": "fused",
+        "options": {"dkd": {"warmup": 3}},
     },
     "CRD": {"method": "crd"},
     "RichKD L, native scale": {"method": "richkd-l"},
@@ -35,13 +37,15 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "RichKD L, probe": {"method": "richkd-l", "clip_head": "probe"},
     "RichKD L, `--alpha auto`": {"method": "richkd-l", "alpha": "auto"},
     "RichKD L, probe, `--alpha auto`": {
-        "method": "richkd-l", "clip_head": "probe", "alpha": "auto",
+        "method": "richkd-l",
+        "clip_head": "probe",
+        "alpha": "auto",
     },
     "RichKD F": {"method": "richkd-f"},
     "RichKD L+F, native scale": {"method": "richkd"},
     "RichKD L+F, raw": {"method": "richkd", "scale": "raw"},
     "RichKD L+F, probe": {"method": "richkd", "clip_head": "probe"},
-}  # fmt: skip
+}
 
 
 def folder_of(out: Path, name: str, seed: int) -> Path:
@@ -58,12 +62,19 @@ def train(job: tuple[argparse.Namespace, str, int]) -> str:
     if not (folder / "summary.json").is_file():
         distill(
             Distill(
-                cache=str(options.store), student=options.student, seed=seed, holdout=0.2,
-                epochs=options.epochs, eval_every=options.epochs, schedule=options.schedule,
-                device=options.device, out=str(folder), **CONFIGURATIONS[name],
+                cache=str(options.store),
+                student=options.student,
+                seed=seed,
+                holdout=0.2,
+                epochs=options.epochs,
+                eval_every=options.epochs,
+                schedule=options.schedule,
+                device=options.device,
+                out=str(folder),
+                **CONFIGURATIONS[name],
             ),
             resume=True,
-        )  # fmt: skip
+        )
     return folder.name
 
 

@@ -51,11 +51,32 @@ def train(mode: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The runs of one way, by seed."""
     step, precision = mode.split("/")
     words = [
-        sys.executable, "-m", "richkd", "sweep", "--cache", options.store, "--students",
-        options.student, "--methods", options.method, "--seeds", options.seeds, "--epochs",
-        options.epochs, "--eval-every", options.epochs, "--step", step, "--precision", precision,
-        "--device", options.device, "--out", options.out / mode.replace("/", "-"), "--json",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "richkd",
+        "sweep",
+        "--cache",
+        options.store,
+        "--students",
+        options.student,
+        "--methods",
+        options.method,
+        "--seeds",
+        options.seeds,
+        "--epochs",
+        options.epochs,
+        "--eval-every",
+        options.epochs,
+        "--step",
+        step,
+        "--precision",
+        precision,
+        "--device",
+        options.device,
+        "--out",
+        options.out / mode.replace("/", "-"),
+        "--json",
+    ]
     done = subprocess.run([*map(str, words)], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)

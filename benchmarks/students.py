@@ -35,8 +35,10 @@ def main() -> None:
         methods.setdefault(run["method"], {})[run["seed"]] = run
     print(f"| method | n | {' | '.join(SCORES)} |\n|{'---|' * (len(SCORES) + 2)}")
     for method, by_seed in methods.items():
-        cells = [mean_std(mean_and_std([score(run) for run in by_seed.values()]))
-                 for score in SCORES.values()]  # fmt: skip
+        cells = [
+            mean_std(mean_and_std([score(run) for run in by_seed.values()]))
+            for score in SCORES.values()
+        ]
         print(f"| {method} | {len(by_seed)} | {' | '.join(cells)} |")
     print()
     for method, by_seed in methods.items():

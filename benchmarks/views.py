@@ -51,10 +51,15 @@ class Measure:
         """A run's settings: those of the published recipes but for what is asked for."""
         options = self.options
         return Distill(
-            cache=str(options.store), student=options.student, method=method, seed=seed,
-            epochs=options.epochs, eval_every=options.epochs, device=options.device,
+            cache=str(options.store),
+            student=options.student,
+            method=method,
+            seed=seed,
+            epochs=options.epochs,
+            eval_every=options.epochs,
+            device=options.device,
             precision=options.precision,
-        )  # fmt: skip
+        )
 
     def rows(self, names: tuple[str, ...], settings: Distill) -> dict[str, Tensor]:
         """What a method reads, of all views: [162,N,…], or [N,…] where views do not matter."""
@@ -97,9 +102,13 @@ class Measure:
             record = trainer.train_epoch(epoch, epoch_rows(epoch))
         assert record is not None
         return {
-            "method": method, "views": views, "seed": seed, "top1": record.test_accuracy,
-            "seconds": time.perf_counter() - start, "hardware": hardware(self.source.device),
-        }  # fmt: skip
+            "method": method,
+            "views": views,
+            "seed": seed,
+            "top1": record.test_accuracy,
+            "seconds": time.perf_counter() - start,
+            "hardware": hardware(self.source.device),
+        }
 
 
 _measure: Measure | None = None  # of a worker process
@@ -134,8 +143,11 @@ def table(results: list[dict[str, Any]]) -> str:
             continue
         cells = []
         for views in VIEWS[:-1]:
-            pairs = [top1[method, views, seed] - accuracy for seed, accuracy in online.items()
-                     if (method, views, seed) in top1]  # fmt: skip
+            pairs = [
+                top1[method, views, seed] - accuracy
+                for seed, accuracy in online.items()
+                if (method, views, seed) in top1
+            ]
             cells.append(minus_kd(paired_difference(pairs)))
         accuracy = mean_std(mean_and_std([*online.values()]))
         lines.append(f"| {method} | {len(online)} | {accuracy} | {' | '.join(cells)} |")

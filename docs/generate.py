@@ -22,9 +22,12 @@ def write_all(folder: Path) -> None:
     """Write every part that changed, so that only its page is built again."""
     folder.mkdir(exist_ok=True)
     for name, part in (
-        ("settings", settings), ("methods", methods), ("recipes", recipe_table),
-        ("commands", commands), ("examples", examples),
-    ):  # fmt: skip
+        ("settings", settings),
+        ("methods", methods),
+        ("recipes", recipe_table),
+        ("commands", commands),
+        ("examples", examples),
+    ):
         text = "\n".join(part()) + "\n"
         file = folder / f"{name}.md"
         if not file.is_file() or file.read_text(encoding="utf-8") != text:

@@ -58,8 +58,15 @@ from richkd.training.loop import Data, EpochRows, EvalSet, Trainer
 CLIP_WIDTH = 768  # of ViT-L/14's image features
 EMBEDDING = 128
 SMALL_STUDENTS = (
-    "resnet8", "resnet14", "resnet20", "resnet32", "resnet8x4", "wrn_16_1", "wrn_16_2", "vgg8",
-)  # fmt: skip
+    "resnet8",
+    "resnet14",
+    "resnet20",
+    "resnet32",
+    "resnet8x4",
+    "wrn_16_1",
+    "wrn_16_2",
+    "vgg8",
+)
 TINY_CLIP: dict[str, Any] = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 128, "patch_size": 8, "head_width": 64},
@@ -233,13 +240,18 @@ def time_crd(sizes: Sizes, device: torch.device, report: Report) -> dict[str, li
     labels = torch.arange(sizes.num_samples) % sizes.num_classes
     kinds: dict[str, CRDLoss] = {}
     for name, kind, contrast in (
-        ("CRD vectors", VectorCRD, "exact"), ("CRD scores", CRDLoss, "exact"),
-        ("CRD shared", CRDLoss, "shared"), ("CRD bank", CRDLoss, "bank"),
-    ):  # fmt: skip
-        kinds[name] = kind(sizes.num_samples, EMBEDDING, sizes.negatives, labels=labels,
-                           contrast=contrast).to(device)  # type: ignore[arg-type]  # fmt: skip
-    sides = [F.normalize(torch.randn(sizes.batch_size, EMBEDDING, device=device), dim=1)
-             .requires_grad_() for _ in range(2)]  # fmt: skip
+        ("CRD vectors", VectorCRD, "exact"),
+        ("CRD scores", CRDLoss, "exact"),
+        ("CRD shared", CRDLoss, "shared"),
+        ("CRD bank", CRDLoss, "bank"),
+    ):
+        kinds[name] = kind(
+            sizes.num_samples, EMBEDDING, sizes.negatives, labels=labels, contrast=contrast
+        ).to(device)  # type: ignore[arg-type]
+    sides = [
+        F.normalize(torch.randn(sizes.batch_size, EMBEDDING, device=device), dim=1).requires_grad_()
+        for _ in range(2)
+    ]
     index = torch.randperm(sizes.num_samples)[: sizes.batch_size].to(device)
 
     def run(loss: CRDLoss) -> Callable[[], None]:
@@ -291,8 +303,11 @@ def time_steps(sizes: Sizes, device: torch.device, report: Report) -> dict[str, 
     def asked(batch: Tensor, x: Tensor) -> dict[str, Tensor]:
         logits, features = forward(teacher, normalize(x))
         fused = fusion.fuse_logits(logits, cosines[batch], 0.7, 1.0)
-        return {TARGET: fused, "teacher_features": features,
-                "clip_features": rows["clip_features"][batch].float()}  # fmt: skip
+        return {
+            TARGET: fused,
+            "teacher_features": features,
+            "clip_features": rows["clip_features"][batch].float(),
+        }
 
     def cached(made: Trainer, names: Sequence[str]) -> Callable[[], None]:
         source = EpochRows(views, {name: rows[name] for name in names})
@@ -333,11 +348,15 @@ def time_steps(sizes: Sizes, device: torch.device, report: Report) -> dict[str, 
         "precision": "bfloat16" if has_bfloat16(device) else "float32",
     }
     captured: dict[str, Any] = {"step": "captured"}
-    graphs = {
-        "captured plain step": cached(trainer("ce", **captured), ()),
-        "captured logits step": cached(trainer("richkd-l", **captured), (TARGET,)),
-        "captured full step": cached(trainer("richkd", **captured), tuple(rows)),
-    } if cuda(device) else {}  # fmt: skip
+    graphs = (
+        {
+            "captured plain step": cached(trainer("ce", **captured), ()),
+            "captured logits step": cached(trainer("richkd-l", **captured), (TARGET,)),
+            "captured full step": cached(trainer("richkd", **captured), tuple(rows)),
+        }
+        if cuda(device)
+        else {}
+    )
     return paired(
         {
             "vanilla step": vanilla(),
@@ -389,8 +408,15 @@ def new_trainer(
     )
     kind, resolved = method_class(method, options)
     rate = catalog.learning_rate(student)
-    chosen = Distill(cache="bench", student=student, batch_size=sizes.batch_size, lr=rate,
-                     epochs=10**6, eval_every=10**6, **settings)  # fmt: skip
+    chosen = Distill(
+        cache="bench",
+        student=student,
+        batch_size=sizes.batch_size,
+        lr=rate,
+        epochs=10**6,
+        eval_every=10**6,
+        **settings,
+    )
     return Trainer(model, kind(resolved, widths), data, chosen, device)
 
 
@@ -452,10 +478,12 @@ def random_dataset(num_train: int, num_test: int, num_classes: int) -> Dataset:
     """Random bytes in CIFAR's shape."""
     rng = np.random.default_rng(0)
     train, test = (
-        Split(torch.from_numpy(rng.integers(0, 256, (count, 32, 32, 3), np.uint8)),
-              torch.arange(count) % num_classes)
+        Split(
+            torch.from_numpy(rng.integers(0, 256, (count, 32, 32, 3), np.uint8)),
+            torch.arange(count) % num_classes,
+        )
         for count in (num_train, num_test)
-    )  # fmt: skip
+    )
     names = tuple(f"class {number}" for number in range(num_classes))
     return Dataset("shapes", names, train, test, (0.5,) * 3, (0.25,) * 3, 32)
 
@@ -482,10 +510,16 @@ def time_stage_one(
     dataset = random_dataset(sizes.stage_one, sizes.stage_one // 4, sizes.num_classes)
     weights, clip_folder = write_teachers(folder, sizes.teacher, sizes.num_classes)
     settings = Precompute(
-        dataset="shapes", teacher=sizes.teacher, teacher_weights=str(weights), views=views,
-        clip=str(clip_folder), prompts="single", batch_size=batch_size, device=str(device),
+        dataset="shapes",
+        teacher=sizes.teacher,
+        teacher_weights=str(weights),
+        views=views,
+        clip=str(clip_folder),
+        prompts="single",
+        batch_size=batch_size,
+        device=str(device),
         out=str(folder / "stage-one.zarr"),
-    )  # fmt: skip
+    )
     clip = load_clip(str(clip_folder), device)
     teacher: Any = create_model(sizes.teacher, sizes.num_classes).eval()
     teacher = teacher.to(device, memory_format=torch.channels_last)
@@ -508,8 +542,11 @@ def time_stage_one(
     passes(few)
     return paired(
         {"stage one": lambda: everything(dataset), "its forward passes": lambda: passes(dataset)},
-        max(2, sizes.rounds // 3), device, report, warm=True,
-    )  # fmt: skip
+        max(2, sizes.rounds // 3),
+        device,
+        report,
+        warm=True,
+    )
 
 
 # --- slabs ---------------------------------------------------------------------------------------
@@ -522,16 +559,28 @@ def time_slabs(
     n, views = sizes.streamed, 4
     weights, clip = write_teachers(folder, "resnet8", sizes.num_classes)
     cache = precompute(
-        Precompute(dataset="shapes", teacher="resnet8", teacher_weights=str(weights),
-                   clip=str(clip), views=views, device=str(device), prompts="single",
-                   out=str(folder / "slabs.zarr")),
+        Precompute(
+            dataset="shapes",
+            teacher="resnet8",
+            teacher_weights=str(weights),
+            clip=str(clip),
+            views=views,
+            device=str(device),
+            prompts="single",
+            out=str(folder / "slabs.zarr"),
+        ),
         dataset=random_dataset(n, 64, sizes.num_classes),
-    )  # fmt: skip
+    )
     settings = Distill(
-        cache=cache.place.name, student=sizes.streaming_student, batch_size=sizes.batch_size,
-        options={"richkd": {"negatives": min(sizes.negatives, n)}}, epochs=10**6,
-        eval_every=10**6, device=str(device), out=str(folder / "slabs"),
-    )  # fmt: skip
+        cache=cache.place.name,
+        student=sizes.streaming_student,
+        batch_size=sizes.batch_size,
+        options={"richkd": {"negatives": min(sizes.negatives, n)}},
+        epochs=10**6,
+        eval_every=10**6,
+        device=str(device),
+        out=str(folder / "slabs"),
+    )
     source = Source(settings, Report(quiet=True))
     run = StudentRun(source, settings)
     rounds = max(3, sizes.rounds // 3)
@@ -552,8 +601,10 @@ def time_slabs(
 
     times = paired(
         {"epoch streamed": streamed, "epoch in memory": lambda: train(kept)},
-        rounds, device, report,
-    )  # fmt: skip
+        rounds,
+        device,
+        report,
+    )
     slabs.close()  # type: ignore[attr-defined]
     return {**times, "slab wait": waits[1:]}, cache
 
@@ -584,19 +635,24 @@ def store_bytes(cache: TeacherCache, report: Report) -> dict[str, dict[str, floa
         "zstd 3": (ZstdCodec(level=3), 10),
         "zstd 3, bit shuffle": (bitshuffle("zstd", 3), 10),
         "zstd 9, bit shuffle": (bitshuffle("zstd", 9), 10),
-        **{f"zstd 3, bit shuffle, {bits} bits": (bitshuffle("zstd", 3), bits)
-           for bits in (9, 8, 7, 6, 5)},
-    }  # fmt: skip
+        **{
+            f"zstd 3, bit shuffle, {bits} bits": (bitshuffle("zstd", 3), bits)
+            for bits in (9, 8, 7, 6, 5)
+        },
+    }
     table: dict[str, dict[str, float]] = {}
     for name, (codec, bits) in codecs.items():
         stored, write, read = 0, 0.0, 0.0
         for key, array in arrays.items():
             values = round_bits(array.astype(np.float16), bits)
             target = zarr.create_array(
-                MemoryStore(), shape=values.shape, dtype="float16",
-                chunks=(min(block, len(values)), values.shape[1]), compressors=codec,
+                MemoryStore(),
+                shape=values.shape,
+                dtype="float16",
+                chunks=(min(block, len(values)), values.shape[1]),
+                compressors=codec,
                 config={"write_empty_chunks": True},
-            )  # fmt: skip
+            )
             start = time.perf_counter()
             target[...] = values
             write += time.perf_counter() - start
@@ -607,8 +663,13 @@ def store_bytes(cache: TeacherCache, report: Report) -> dict[str, dict[str, floa
             if key == logits:
                 error = kd_loss(torch.from_numpy(back), torch.from_numpy(array), 1.0).item()
         each = stored / len(array)
-        table[name] = {"bytes": round(each, 1), "over_raw": round(each / raw, 4), "kl": error,
-                       "write_s": write, "read_s": read}  # fmt: skip
+        table[name] = {
+            "bytes": round(each, 1),
+            "over_raw": round(each / raw, 4),
+            "kl": error,
+            "write_s": write,
+            "read_s": read,
+        }
     folders = [
         folder
         for name in (f"train/{name}" for name in names)
@@ -628,22 +689,35 @@ def show(result: Mapping[str, Any], report: Report) -> None:
     sizes = result["sizes"]
     steps = sizes["steps"]
     timed = [
-        (name, f"{1000 * entry['median'] / (steps if 'step' in name or 'CRD' in name else 1):,.1f}",
-         str(len(entry["rounds"])))
+        (
+            name,
+            f"{1000 * entry['median'] / (steps if 'step' in name or 'CRD' in name else 1):,.1f}",
+            str(len(entry["rounds"])),
+        )
         for name, entry in result["seconds"].items()
-    ]  # fmt: skip
+    ]
     report.table(
         f"{sizes['student']} student, {sizes['teacher']} teacher, batch {sizes['batch_size']}, "
         f"{result['hardware']}",
-        ("", "ms, median", "rounds"), timed,
-    )  # fmt: skip
-    report.table("", ("ratio", "median"),
-                 [(name, f"{value:.3f}") for name, value in result["ratios"].items()])  # fmt: skip
+        ("", "ms, median", "rounds"),
+        timed,
+    )
+    report.table(
+        "",
+        ("ratio", "median"),
+        [(name, f"{value:.3f}") for name, value in result["ratios"].items()],
+    )
     report.table(
         "bytes a (view, sample) of " + (result["cache"] or "random weights; see --cache"),
         ("codec", "bytes", "of raw f16", "KL error"),
-        [(name, f"{entry['bytes']:,.0f}", f"{entry['over_raw']:.3f}",
-          f"{entry['kl']:.1e}" if "kl" in entry else "")
-         for name, entry in result["bytes"].items()],
-    )  # fmt: skip
+        [
+            (
+                name,
+                f"{entry['bytes']:,.0f}",
+                f"{entry['over_raw']:.3f}",
+                f"{entry['kl']:.1e}" if "kl" in entry else "",
+            )
+            for name, entry in result["bytes"].items()
+        ],
+    )
     report.say(f"{usable_cpus()} cores, {result['threads']} threads; took {result['took']:.0f} s")

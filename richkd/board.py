@@ -32,9 +32,11 @@ class Board:
             from rich.live import Live
 
             self._live = Live(
-                get_renderable=self.render, console=self.report.console, refresh_per_second=2,
+                get_renderable=self.render,
+                console=self.report.console,
+                refresh_per_second=2,
                 transient=True,
-            )  # fmt: skip
+            )
             self._live.start()
         return self
 

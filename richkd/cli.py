@@ -141,10 +141,12 @@ def _version(wanted: bool) -> None:
 
 def top(
     version: Annotated[
-        bool, typer.Option("--version", help="say which richkd this is", callback=_version,
-                           is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="say which richkd this is", callback=_version, is_eager=True
+        ),
     ] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Distil image models from a CNN teacher fused with CLIP.
 
     Stage one (precompute) asks both teachers once and writes a Zarr store; stage two (distill)
@@ -637,9 +639,12 @@ def write_report(
     from richkd.report import write_report
 
     result = write_report(
-        [Path(folder) for folder in runs], _report(as_json), out=local_path(out) if out else None,
-        cache=cache, tensorboard=tensorboard,
-    )  # fmt: skip
+        [Path(folder) for folder in runs],
+        _report(as_json),
+        out=local_path(out) if out else None,
+        cache=cache,
+        tensorboard=tensorboard,
+    )
     _print(result, as_json)
     if not as_json:
         typer.echo(result["files"]["report.html"])
@@ -701,10 +706,21 @@ def evaluate(
 
     report = _report(as_json)
     result = write_evaluation(
-        runs, report, out=out, weights=weights, threshold=threshold, limit=limit, cache=cache,
-        dataset=dataset, data_root=data_root, corruptions=corruptions,
-        corruption_files=corruption_files, shift=shift, seed=seed, device=device or "auto",
-    )  # fmt: skip
+        runs,
+        report,
+        out=out,
+        weights=weights,
+        threshold=threshold,
+        limit=limit,
+        cache=cache,
+        dataset=dataset,
+        data_root=data_root,
+        corruptions=corruptions,
+        corruption_files=corruption_files,
+        shift=shift,
+        seed=seed,
+        device=device or "auto",
+    )
     show(result, report)
     _print(result, as_json)
     if not as_json:
@@ -896,9 +912,11 @@ def _grid(arguments: Mapping[str, Any]) -> dict[str, Any]:
         return int(text) if text.isdecimal() else text
 
     readers: dict[str, Callable[[Any], Any]] = {
-        "students": names, "methods": names, "concurrent": number,
+        "students": names,
+        "methods": names,
+        "concurrent": number,
         "alpha": lambda text: tuple(recipes.parse_alpha(part) for part in names(text)),
-    }  # fmt: skip
+    }
     return {
         name: readers[name](value) if value is not None and name in readers else value
         for name, value in arguments.items()

@@ -124,10 +124,11 @@ class Source:
             train_labels=splits["train"].labels.to(self.device),
             test=EvalSet.of(splits["test"], self.device),
             choice=EvalSet.of(splits["validation"], self.device)
-            if "validation" in splits else None,
+            if "validation" in splits
+            else None,
             normalize=Normalize(tuple(manifest["mean"]), tuple(manifest["std"]), self.device),
             num_classes=self.cache.num_classes,
-        )  # fmt: skip
+        )
 
     @cached_property
     def splits(self) -> dict[str, Split]:
@@ -164,8 +165,13 @@ class Source:
 
         Errors are those of `choose_target`.
         """
-        blend = (settings.alpha, settings.scale, settings.prompts, settings.clip_head,
-                 settings.holdout)  # fmt: skip
+        blend = (
+            settings.alpha,
+            settings.scale,
+            settings.prompts,
+            settings.clip_head,
+            settings.holdout,
+        )
         key = (settings.target or kind, *blend)
         if key not in self._chosen:
             target = choose_target(self.cache, settings, kind, self.report)
@@ -265,8 +271,9 @@ class Source:
             target = self._targets.get(name)
             self._fixed[name] = (
                 target.logits("train", {}, place.empty)
-                if target else self.cache.read(f"train/{name}")
-            )  # fmt: skip
+                if target
+                else self.cache.read(f"train/{name}")
+            )
         device = torch.device("cpu") if place.on_host else self.device
         self._fixed[name] = self._fixed[name].to(device)
         return self._fixed[name]
@@ -286,8 +293,10 @@ class Source:
         @lru_cache(maxsize=1)  # with one view, every epoch is the same slab
         def read(view: int) -> EpochRows:
             slab = self.cache.slab(view, sorted(features), place.on_disk)
-            stored = {name: self.cache.rows(f"train/{name}", view, place.on_disk)
-                      for name in sorted(logits)}  # fmt: skip
+            stored = {
+                name: self.cache.rows(f"train/{name}", view, place.on_disk)
+                for name in sorted(logits)
+            }
             rows: dict[str, Rows] = {name: getattr(slab, name) for name in features}
             for name, target in targets.items():
                 rows[name] = target.logits("train", stored, empty)
@@ -428,8 +437,11 @@ class StudentRun:
         )
         state = self._saving.tensors(self.trainer.state())
         prefix = "student."
-        student = {name.removeprefix(prefix): tensor for name, tensor in state.items()
-                   if name.startswith(prefix)}  # fmt: skip
+        student = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in state.items()
+            if name.startswith(prefix)
+        }
         line = {**record.as_dict(), "slab_wait_s": waited}
         self._saving.submit(partial(self.folder.save_epoch, progress, line, state, student))
         # here with the time that its checkpoint took
@@ -587,8 +599,10 @@ def load_images(
                 f"store again with richkd precompute --overwrite"
             )
     if entry["embedded"]:
-        return {split: Split(cache.read(f"{split}/images"), labels)
-                for split, labels in labels_of.items()}  # fmt: skip
+        return {
+            split: Split(cache.read(f"{split}/images"), labels)
+            for split, labels in labels_of.items()
+        }
     dataset = load_again(cache.manifest, settings.dataset, settings.data_root, report)
     photographs = catalog.split_name(dataset.name)[0] == catalog.IMAGE_FOLDER  # named at will
     if len(dataset.class_names) != cache.num_classes or (
@@ -714,10 +728,14 @@ def describe_run(settings: Distill, cache: TeacherCache, trainer: Trainer) -> di
 
 def epoch_line(record: EpochRecord, epochs: int) -> str:
     """One epoch in one line."""
-    accuracies = {"train": record.train_accuracy, "validation": record.validation_accuracy,
-                  "test": record.test_accuracy}  # fmt: skip
-    known = ", ".join(f"{name} {percent(value)} %" for name, value in accuracies.items()
-                      if value is not None)  # fmt: skip
+    accuracies = {
+        "train": record.train_accuracy,
+        "validation": record.validation_accuracy,
+        "test": record.test_accuracy,
+    }
+    known = ", ".join(
+        f"{name} {percent(value)} %" for name, value in accuracies.items() if value is not None
+    )
     return (
         f"epoch {record.epoch}/{epochs}: loss {record.loss:.3f}, {known} "
         f"({record.images_per_second:,.0f} images/s)"

@@ -75,9 +75,11 @@ def extras() -> Iterator[Finding]:
             yield Finding(command, "ready")
         except Exception as error:  # absent, of another version, without a system library, …
             reason = " ".join(str(error).split()) or type(error).__name__
-            remedy = "install Debian's libgl1" if "libGL" in reason else (
-                f"pip install 'richkd[{extra}]'"
-            )  # fmt: skip
+            remedy = (
+                "install Debian's libgl1"
+                if "libGL" in reason
+                else (f"pip install 'richkd[{extra}]'")
+            )
             yield Finding(command, reason, remedy)
 
 
@@ -101,17 +103,26 @@ def devices() -> Iterator[Finding]:
         yield Finding("bfloat16", share, remedy)
     shared = free_shared_memory()
     if shared is not None:
-        yield Finding("shared memory", f"{size(shared)} free in {SHARED_MEMORY}",
-                      "small for image folders; docker run --shm-size=1g"
-                      if shared < LITTLE_SHARED_MEMORY else "")  # fmt: skip
+        yield Finding(
+            "shared memory",
+            f"{size(shared)} free in {SHARED_MEMORY}",
+            "small for image folders; docker run --shm-size=1g"
+            if shared < LITTLE_SHARED_MEMORY
+            else "",
+        )
     for number in range(torch.cuda.device_count()):
         gpu = torch.device("cuda", number)
         bf16 = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-        yield Finding(f"cuda:{number}", f"{torch.cuda.get_device_name(gpu)}, "
-                      f"{size(free_memory(gpu))} free, {bf16}")  # fmt: skip
+        yield Finding(
+            f"cuda:{number}",
+            f"{torch.cuda.get_device_name(gpu)}, {size(free_memory(gpu))} free, {bf16}",
+        )
     if not torch.cuda.is_available():
-        yield Finding("GPU", f"none that PyTorch {torch.__version__} can use",
-                      "fine for small data; large CLIPs want one")  # fmt: skip
+        yield Finding(
+            "GPU",
+            f"none that PyTorch {torch.__version__} can use",
+            "fine for small data; large CLIPs want one",
+        )
 
 
 def places() -> Iterator[Finding]:
@@ -140,8 +151,11 @@ def data(root: Path) -> Iterator[Finding]:
         if place is not None:
             yield Finding(name, f"in {place}")
         else:
-            yield Finding(name, f"not in {root}", "downloaded on first use; without a network "
-                          f"put {Path(other).name} there")  # fmt: skip
+            yield Finding(
+                name,
+                f"not in {root}",
+                f"downloaded on first use; without a network put {Path(other).name} there",
+            )
 
 
 def show(findings: dict[str, list[Finding]], report: Report) -> None:
@@ -177,8 +191,9 @@ def _package(wanted: Requirement) -> Finding:
         return Finding(wanted.name, "not installed", f"pip install '{wanted}'", required=True)
     if wanted.specifier.contains(found, prereleases=True):
         return Finding(wanted.name, found, required=True)
-    return Finding(wanted.name, f"{found}, not {wanted.specifier}", f"pip install '{wanted}'",
-                   required=True)  # fmt: skip
+    return Finding(
+        wanted.name, f"{found}, not {wanted.specifier}", f"pip install '{wanted}'", required=True
+    )
 
 
 def _version(package: str) -> str | None:

@@ -77,8 +77,9 @@ def export(
             found = write_onnx(student, batches, temporary, labels)
         else:
             found = write_program(student, batches, temporary)
-        error = max(float((a - b).abs().max() / b.abs().max())
-                    for a, b in zip(found, expected, strict=True))  # fmt: skip
+        error = max(
+            float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
+        )
         if not error <= TOLERANCE:
             raise RichKDError(
                 f"{path}: the exported student's logits differ by {error:.1e} of the largest; "
@@ -101,9 +102,14 @@ def write_onnx(
     batch = torch.export.Dim("batch", min=1)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
-            student, (batches[0],), dynamo=True, input_names=["pixels"], output_names=["logits"],
-            dynamic_shapes={"pixels": {0: batch}}, verbose=False,
-        )  # fmt: skip
+            student,
+            (batches[0],),
+            dynamo=True,
+            input_names=["pixels"],
+            output_names=["logits"],
+            dynamic_shapes={"pixels": {0: batch}},
+            verbose=False,
+        )
     assert program is not None
     program.model.metadata_props["class_names"] = json.dumps(labels)
     program.save(str(path))
@@ -115,9 +121,7 @@ def write_program(student: Pixels, batches: list[Tensor], path: Path) -> list[Te
     """An exported program with a free batch size; the logits that it gives for the batches."""
     batch = torch.export.Dim("batch", min=1)
     with warnings.catch_warnings(action="ignore"):
-        program = torch.export.export(
-            student, (batches[0],), dynamic_shapes={"pixels": {0: batch}}
-        )  # fmt: skip
+        program = torch.export.export(student, (batches[0],), dynamic_shapes={"pixels": {0: batch}})
         torch.export.save(program, path)
     with torch.no_grad():
         return [program.module()(b) for b in batches]

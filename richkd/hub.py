@@ -62,8 +62,10 @@ def check_store(folder: Path, report: Report) -> None:
     """
     cache = open_cache(folder)
     for damage in find_damage(cache.place, cache.manifest, report):
-        raise RichKDError(f"{folder} is damaged: {damage.file}: {damage.reason}; richkd repair "
-                          f"computes those blocks again")  # fmt: skip
+        raise RichKDError(
+            f"{folder} is damaged: {damage.file}: {damage.reason}; richkd repair "
+            f"computes those blocks again"
+        )
 
 
 def check_run(folder: Path, report: Report) -> None:
@@ -74,17 +76,38 @@ def check_run(folder: Path, report: Report) -> None:
 
 
 STORE = Kind(
-    "store", "dataset", METADATA, (METADATA,),
+    "store",
+    "dataset",
+    METADATA,
+    (METADATA,),
     # a chunk's name is numbers only: a file of another kind cannot pass for one
-    (METADATA, f"*/{METADATA}", "*/c/*"), ("*/c/*[!0-9/]*", "*..*", "/*"),
-    read_manifest, check_store, store_card, "cache/{}.zarr",
-)  # fmt: skip
+    (METADATA, f"*/{METADATA}", "*/c/*"),
+    ("*/c/*[!0-9/]*", "*..*", "/*"),
+    read_manifest,
+    check_store,
+    store_card,
+    "cache/{}.zarr",
+)
 STUDENT = Kind(
-    "student", "model", "recipe.toml", ("recipe.toml", "summary.json"),
-    ("recipe.toml", "summary.json", "metrics.jsonl", "last.safetensors", "best.safetensors",
-     "evaluation.json", "evaluation-best.json"), (),
-    complete_run, check_run, student_card, "runs/{}",
-)  # fmt: skip
+    "student",
+    "model",
+    "recipe.toml",
+    ("recipe.toml", "summary.json"),
+    (
+        "recipe.toml",
+        "summary.json",
+        "metrics.jsonl",
+        "last.safetensors",
+        "best.safetensors",
+        "evaluation.json",
+        "evaluation-best.json",
+    ),
+    (),
+    complete_run,
+    check_run,
+    student_card,
+    "runs/{}",
+)
 KINDS = (STORE, STUDENT)
 
 
@@ -109,8 +132,10 @@ def push(path: str, repo_id: str, report: Report, *, private: bool = False) -> d
     folder = Path(path)
     kind = next((kind for kind in KINDS if (folder / kind.marker).is_file()), None)
     if kind is None:
-        raise RichKDError(f"{path} is neither a store nor a run folder; richkd precompute and "
-                          f"richkd distill make them")  # fmt: skip
+        raise RichKDError(
+            f"{path} is neither a store nor a run folder; richkd precompute and "
+            f"richkd distill make them"
+        )
     _split(repo_id, prefixes=False)
     check_not_held(folder)
     kind.check(folder, report)
@@ -119,19 +144,27 @@ def push(path: str, repo_id: str, report: Report, *, private: bool = False) -> d
     with _explained(api, repo_id), _bars(report):
         _check_vacant(api, kind, repo_id, private=private)
         report.say(f"pushing {path} to {api.endpoint}")
-        url = api.create_repo(repo_id, repo_type=kind.repo_type, private=private or None,
-                              exist_ok=True)  # fmt: skip
+        url = api.create_repo(
+            repo_id, repo_type=kind.repo_type, private=private or None, exist_ok=True
+        )
         note = f"{kind.name.capitalize()} by richkd"
         api.upload_folder(
-            repo_id=repo_id, repo_type=kind.repo_type, folder_path=folder, commit_message=note,
-            allow_patterns=list(kind.files), ignore_patterns=list(kind.not_files),
+            repo_id=repo_id,
+            repo_type=kind.repo_type,
+            folder_path=folder,
+            commit_message=note,
+            allow_patterns=list(kind.files),
+            ignore_patterns=list(kind.not_files),
             delete_patterns=list(kind.files),
-        )  # fmt: skip
+        )
         # last: where there is a card, there is all that it tells of
         done = api.upload_file(
-            repo_id=repo_id, repo_type=kind.repo_type, path_or_fileobj=card.encode(),
-            path_in_repo=CARD, commit_message=f"Card of the {kind.name}",
-        )  # fmt: skip
+            repo_id=repo_id,
+            repo_type=kind.repo_type,
+            path_or_fileobj=card.encode(),
+            path_in_repo=CARD,
+            commit_message=f"Card of the {kind.name}",
+        )
     return {"repo": repo_id, "kind": kind.name, "url": str(url), "commit": done.oid}
 
 
@@ -174,10 +207,15 @@ def pull(
             def fetch(patterns: tuple[str, ...], check: Callable[[Path], object]) -> None:
                 with _explained(api, repo_id, revision), _bars(report):
                     api.snapshot_download(
-                        repo_id, repo_type=kind.repo_type, revision=commit, local_dir=folder,
-                        cache_dir=temporary, etag_timeout=TIMEOUT_S,
-                        allow_patterns=list(patterns), ignore_patterns=list(kind.not_files),
-                    )  # fmt: skip
+                        repo_id,
+                        repo_type=kind.repo_type,
+                        revision=commit,
+                        local_dir=folder,
+                        cache_dir=temporary,
+                        etag_timeout=TIMEOUT_S,
+                        allow_patterns=list(patterns),
+                        ignore_patterns=list(kind.not_files),
+                    )
                 _check_came(check, folder, kind, f"{repo_id} at {commit[:12]}")
 
             fetch(kind.head, kind.look)
@@ -315,11 +353,15 @@ def _check_vacant(api: HfApi, kind: Kind, repo_id: str, *, private: bool) -> Non
     except RepositoryNotFoundError:
         return
     if kind.marker not in _files(info) and _files(info) - _NOT_OURS:
-        raise RichKDError(f"{repo_id} on {api.endpoint} holds other files, and no {kind.name}; "
-                          f"choose another name")  # fmt: skip
+        raise RichKDError(
+            f"{repo_id} on {api.endpoint} holds other files, and no {kind.name}; "
+            f"choose another name"
+        )
     if private and not info.private:
-        raise RichKDError(f"{repo_id} on {api.endpoint} is public already; make it private in its "
-                          f"settings, or choose another name")  # fmt: skip
+        raise RichKDError(
+            f"{repo_id} on {api.endpoint} is public already; make it private in its "
+            f"settings, or choose another name"
+        )
 
 
 def _check_came(check: Callable[[Path], object], folder: Path, kind: Kind, what: str) -> None:
@@ -361,8 +403,15 @@ def _explained(api: HfApi, repo_id: str, revision: str | None = None) -> Iterato
 
     try:
         yield
-    except (HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError,
-            errors.FileMetadataError, RuntimeError, ValueError, KeyError) as error:  # fmt: skip
+    except (
+        HTTPError,
+        errors.OfflineModeIsEnabled,
+        errors.LocalEntryNotFoundError,
+        errors.FileMetadataError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+    ) as error:
         # two of them are wrapped around the one that tells why
         wrapped = isinstance(error, (errors.LocalEntryNotFoundError, RuntimeError))
         reason = error.__cause__ if wrapped and error.__cause__ else error
@@ -388,8 +437,11 @@ def _reason(api: HfApi, repo_id: str, revision: str | None, error: BaseException
             401: f"{host} wants a token for {repo_id}, or refuses yours (401); {log_in}",
             403: f"{host} does not let you at {repo_id} (403); use a token that may read it, and "
             f"write to it where you push",
-        }.get(status, f"{host} answered {status} for {repo_id} ({error.server_message or said}); "
-                      f"try again later, {copy}")  # fmt: skip
+        }.get(
+            status,
+            f"{host} answered {status} for {repo_id} ({error.server_message or said}); "
+            f"try again later, {copy}",
+        )
     elif isinstance(error, errors.OfflineModeIsEnabled):
         why = f"{host} was not asked, because HF_HUB_OFFLINE is set; unset it, {copy}"
     elif isinstance(

@@ -39,30 +39,39 @@ def store_card(folder: Path, repo_id: str) -> str:
     dataset, views, teacher, clip = (manifest[k] for k in ("dataset", "views", "teacher", "clip"))
     name = repo_id.rpartition("/")[2].removesuffix(".zarr")
     front = DatasetCardData(
-        pretty_name=f"richkd store of {one_line(dataset['name'])}", tags=[*TAGS, "zarr"],
-        task_categories=["image-classification"], viewer=False,
+        pretty_name=f"richkd store of {one_line(dataset['name'])}",
+        tags=[*TAGS, "zarr"],
+        task_categories=["image-classification"],
+        viewer=False,
         richkd={
-            "dataset": one_line(dataset["name"]), "teacher": one_line(teacher["name"]),
-            "clip": clip and one_line(clip["model"]), "views": views["count"],
+            "dataset": one_line(dataset["name"]),
+            "teacher": one_line(teacher["name"]),
+            "clip": clip and one_line(clip["model"]),
+            "views": views["count"],
             "seed": views["seed"],
-            "alpha": manifest["alpha"], "scale": manifest["scale"],
-            "images_inside": dataset["embedded"], "accuracy": accuracy,
+            "alpha": manifest["alpha"],
+            "scale": manifest["scale"],
+            "images_inside": dataset["embedded"],
+            "accuracy": accuracy,
         },
-    )  # fmt: skip
+    )
     inside = (
         "**The images are inside** (`train/images`, `test/images`): whoever takes this store takes "
         "them too, and the licence of the data set holds for them."
-        if dataset["embedded"] else
-        "The images are not inside: whoever trains from this store needs the data set itself. The "
+        if dataset["embedded"]
+        else "The images are not inside: whoever trains from this store needs the data set itself. The "
         "licence of the data set may hold for what was computed from it."
-    )  # fmt: skip
+    )
     splits = schema.say_splits(schema.split_sizes(manifest))
     made = [
         ("Data", f"{text(dataset['name'])}, {splits} images of {manifest['image_size']} pixels"),
-        ("Views", f"{views['count']} of each training image, {text(views['space'])}, "
-                  f"seed {views['seed']}"),
+        (
+            "Views",
+            f"{views['count']} of each training image, {text(views['space'])}, "
+            f"seed {views['seed']}",
+        ),
         ("CNN teacher", f"{text(teacher['name'])}, SHA-256 {text(teacher['sha256'][:16])}"),
-    ]  # fmt: skip
+    ]
     if clip:
         made += [
             ("CLIP", f"{text(clip['model'])}, logit scale {clip['logit_scale']:.4g}"),
@@ -70,34 +79,46 @@ def store_card(folder: Path, repo_id: str) -> str:
             ("Blend", f"alpha {manifest['alpha']}, scale {text(manifest['scale'])}"),
         ]
     kinds = {"cnn": "CNN teacher", "clip": "CLIP, zero-shot", "fused": "fused"}
-    rows = [(kinds[kind], percent(share)) for kind, share in accuracy.items()
-            if kind in kinds and share is not None]  # fmt: skip
+    rows = [
+        (kinds[kind], percent(share))
+        for kind, share in accuracy.items()
+        if kind in kinds and share is not None
+    ]
     arrays = [
-        (f"`{array}`", "×".join(map(str, about["shape"])), about["dtype"],
-         size(about["stored_bytes"]))
+        (
+            f"`{array}`",
+            "×".join(map(str, about["shape"])),
+            about["dtype"],
+            size(about["stored_bytes"]),
+        )
         for array, about in summary["arrays"].items()
-    ]  # fmt: skip
-    return "\n\n".join([
-        f"---\n{front.to_yaml()}\n---",
-        f"# What the teachers say of {text(dataset['name'])}",
-        "A store of richkd: the outputs of a CNN teacher" + (" and of CLIP" if clip else "") +
-        ", computed once for every view, in Zarr 3. Students are trained from it with no teacher "
-        "in memory.",
-        inside,
-        "## How it was made", _table(("", ""), made),
-        "## Accuracy", _table(("top-1 on the test images", "%"), rows),
-        "## How to load it",
-        f"With richkd, after `richkd pull {repo_id}`:",
-        f'```python\nimport richkd\ncache = richkd.open_cache("cache/{name}.zarr")\n'
-        f"print(cache, cache.slab(0).teacher_logits.shape)\n```",
-        f"With zarr alone, after `hf download {repo_id} --repo-type dataset --local-dir store`:",
-        '```python\nimport zarr\nstore = zarr.open_group("store", mode="r")\n'
-        'print(store.attrs["class_names"], store["test/teacher_logits"][:].shape)\n```',
-        f"## What is inside\n\n{size(summary['stored_bytes'])}, "
-        f"{size(summary['raw_bytes'])} before compression.",
-        _table(("array", "shape", "type", "stored"), arrays),
-        *_ending(manifest["class_names"], manifest["versions"]),
-    ])  # fmt: skip
+    ]
+    return "\n\n".join(
+        [
+            f"---\n{front.to_yaml()}\n---",
+            f"# What the teachers say of {text(dataset['name'])}",
+            "A store of richkd: the outputs of a CNN teacher"
+            + (" and of CLIP" if clip else "")
+            + ", computed once for every view, in Zarr 3. Students are trained from it with no teacher "
+            "in memory.",
+            inside,
+            "## How it was made",
+            _table(("", ""), made),
+            "## Accuracy",
+            _table(("top-1 on the test images", "%"), rows),
+            "## How to load it",
+            f"With richkd, after `richkd pull {repo_id}`:",
+            f'```python\nimport richkd\ncache = richkd.open_cache("cache/{name}.zarr")\n'
+            f"print(cache, cache.slab(0).teacher_logits.shape)\n```",
+            f"With zarr alone, after `hf download {repo_id} --repo-type dataset --local-dir store`:",
+            '```python\nimport zarr\nstore = zarr.open_group("store", mode="r")\n'
+            'print(store.attrs["class_names"], store["test/teacher_logits"][:].shape)\n```',
+            f"## What is inside\n\n{size(summary['stored_bytes'])}, "
+            f"{size(summary['raw_bytes'])} before compression.",
+            _table(("array", "shape", "type", "stored"), arrays),
+            *_ending(manifest["class_names"], manifest["versions"]),
+        ]
+    )
 
 
 def student_card(folder: Path, repo_id: str) -> str:
@@ -110,54 +131,82 @@ def student_card(folder: Path, repo_id: str) -> str:
     dataset = one_line(dataset)
     results = [
         EvalResult(
-            task_type="image-classification", dataset_type=dataset, dataset_name=dataset,
-            dataset_split="test", metric_type="accuracy", metric_value=about[key],
+            task_type="image-classification",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_value=about[key],
             metric_name=label,
         )
-        for key, label in (("top1_last", "top-1"), ("top5_last", "top-5")) if key in about
-    ]  # fmt: skip
+        for key, label in (("top1_last", "top-1"), ("top5_last", "top-5"))
+        if key in about
+    ]
     front = ModelCardData(
-        model_name=name, library_name="richkd", pipeline_tag="image-classification",
-        tags=list(TAGS), eval_results=results,
-    )  # fmt: skip
+        model_name=name,
+        library_name="richkd",
+        pipeline_tag="image-classification",
+        tags=list(TAGS),
+        eval_results=results,
+    )
     teachers = about["teacher"]
     kinds = {"cnn": "the CNN teacher", "clip": "CLIP, zero-shot", "fused": "both fused"}
     accuracy = [
         ("this student, last epoch", percent(about["top1_last"])),
-        (f"its best epoch, {about['epoch_best']}, chosen on "
-         f"{text(about.get('best_chosen_on', 'test'))} images", percent(about["top1_best"])),
-        *((kinds[kind], percent(share)) for kind, share in teachers.items()
-          if kind in kinds and share is not None),
-    ]  # fmt: skip
+        (
+            f"its best epoch, {about['epoch_best']}, chosen on "
+            f"{text(about.get('best_chosen_on', 'test'))} images",
+            percent(about["top1_best"]),
+        ),
+        *(
+            (kinds[kind], percent(share))
+            for kind, share in teachers.items()
+            if kind in kinds and share is not None
+        ),
+    ]
     target = about.get("target") or {}
     made = [
         ("Student", f"{text(about['student'])}, {about['parameters']:,} parameters"),
         ("Data", f"{text(dataset)}, {about['num_classes']} classes"),
         ("Method", text(about["method"])),
-        *((label, text(target[key])) for key, label in
-          (("kind", "Target"), ("alpha", "Alpha"), ("scale", "Scale")) if key in target),
-        *((label, text(settings[key])) for key, label in
-          (("epochs", "Epochs"), ("batch_size", "Batch size"), ("lr", "Learning rate"),
-           ("seed", "Seed")) if key in settings),
-    ]  # fmt: skip
+        *(
+            (label, text(target[key]))
+            for key, label in (("kind", "Target"), ("alpha", "Alpha"), ("scale", "Scale"))
+            if key in target
+        ),
+        *(
+            (label, text(settings[key]))
+            for key, label in (
+                ("epochs", "Epochs"),
+                ("batch_size", "Batch size"),
+                ("lr", "Learning rate"),
+                ("seed", "Seed"),
+            )
+            if key in settings
+        ),
+    ]
     side = about["image_size"]
     mean, std = ([round(float(value), 4) for value in about[key]] for key in ("mean", "std"))
-    return "\n\n".join([
-        f"---\n{front.to_yaml()}\n---",
-        f"# {text(about['student'])} for {text(dataset)}",
-        "A student of richkd, trained from the cached outputs of its teachers.",
-        "## How it was made", _table(("", ""), made),
-        "`recipe.toml` has every setting, `metrics.jsonl` every epoch.",
-        "## Accuracy", _table(("top-1 on the test images", "%"), accuracy),
-        "## How to load it",
-        f"After `richkd pull {repo_id}`:",
-        "```python\nfrom pathlib import Path\n"
-        "from richkd.run_folders import complete_run, load_student\n"
-        f'student = load_student(complete_run(Path("runs/{name}")), "last")\n```',
-        f"It takes images [B,3,{side},{side}] with values in 0..1, less {mean}, divided by {std}. "
-        f"`richkd export runs/{name}` makes ONNX of it.",
-        *_ending(about["class_names"], about.get("versions", {})),
-    ])  # fmt: skip
+    return "\n\n".join(
+        [
+            f"---\n{front.to_yaml()}\n---",
+            f"# {text(about['student'])} for {text(dataset)}",
+            "A student of richkd, trained from the cached outputs of its teachers.",
+            "## How it was made",
+            _table(("", ""), made),
+            "`recipe.toml` has every setting, `metrics.jsonl` every epoch.",
+            "## Accuracy",
+            _table(("top-1 on the test images", "%"), accuracy),
+            "## How to load it",
+            f"After `richkd pull {repo_id}`:",
+            "```python\nfrom pathlib import Path\n"
+            "from richkd.run_folders import complete_run, load_student\n"
+            f'student = load_student(complete_run(Path("runs/{name}")), "last")\n```',
+            f"It takes images [B,3,{side},{side}] with values in 0..1, less {mean}, divided by {std}. "
+            f"`richkd export runs/{name}` makes ONNX of it.",
+            *_ending(about["class_names"], about.get("versions", {})),
+        ]
+    )
 
 
 def _ending(classes: Sequence[str], versions: Mapping[str, Any]) -> list[str]:

@@ -15,8 +15,10 @@ def show_recipes(report: Report) -> dict[str, Any]:
     found = [recipes.load(str(path)) for path in sorted(recipes.packaged().glob("*.toml"))]
     rows = [(recipe.name, recipe.about) for recipe in found]
     report.table("richkd run NAME", ("recipe", "what"), rows, left=2)
-    return {recipe.name: {"about": recipe.about, "published": asdict(recipe)["published"]}
-            for recipe in found}  # fmt: skip
+    return {
+        recipe.name: {"about": recipe.about, "published": asdict(recipe)["published"]}
+        for recipe in found
+    }
 
 
 def show_methods(name: str | None, report: Report) -> dict[str, Any]:
@@ -81,10 +83,14 @@ def show_models(pattern: str | None, report: Report) -> dict[str, Any]:
         "the CIFAR zoo" if pattern is None else f"{pattern}: {len(found)} models",
         ("model", "from", "parameters", "features"),
         [
-            (name, "zoo" if entry["zoo"] else "timm", f"{entry['parameters'] / 1e6:.2f} M",
-             str(entry["num_features"]))
+            (
+                name,
+                "zoo" if entry["zoo"] else "timm",
+                f"{entry['parameters'] / 1e6:.2f} M",
+                str(entry["num_features"]),
+            )
             for name, entry in found.items()
         ],
         left=2,
-    )  # fmt: skip
+    )
     return found

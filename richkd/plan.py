@@ -155,15 +155,18 @@ def plan(
         "num_classes": len(dataset.class_names),
         "image_size": dataset.image_size,
         "about": tried.about,
-        "passes": {"cnn": train * chosen.views + test, "clip": train + test if texts else 0,
-                   "texts": texts},
+        "passes": {
+            "cnn": train * chosen.views + test,
+            "clip": train + test if texts else 0,
+            "texts": texts,
+        },
         "pace": asdict(pace),
         "arrays": {name: round(count) for name, count in arrays.items()},
         **{key: value for key, value in asdict(chosen).items() if key != "chosen"},
         "usd_a_gb_month": price,
         "options": [asdict(each) for each in options],
         "versions": versions(),
-    }  # fmt: skip
+    }
 
 
 # --- the data ------------------------------------------------------------------------------------
@@ -229,9 +232,13 @@ class Trial:
     """Stage one on some images, in f32 and with nothing left out."""
 
     def __init__(
-        self, settings: Precompute, dataset: Dataset, device: torch.device, folder: Path,
+        self,
+        settings: Precompute,
+        dataset: Dataset,
+        device: torch.device,
+        folder: Path,
         report: Report,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.settings = replace(settings, dtype="float32", keep="all", keep_bits=None)
         self.dataset, self.device, self.folder = dataset, device, folder
         self.cnn, trained = planned_teacher(settings, dataset, device)
@@ -307,10 +314,12 @@ class Trial:
 
     def run(self, count: int, views: int) -> float:
         """Stage one on the first training images and one test image; the seconds it took."""
-        first = replace(self.dataset, train=self.dataset.train.first(count),
-                        test=self.dataset.test.first(1))  # fmt: skip
-        manifest = make_manifest(replace(self.settings, views=views), first, self.cnn, self.clip,
-                                 self.text)  # fmt: skip
+        first = replace(
+            self.dataset, train=self.dataset.train.first(count), test=self.dataset.test.first(1)
+        )
+        manifest = make_manifest(
+            replace(self.settings, views=views), first, self.cnn, self.clip, self.text
+        )
         drawn = first.train.view_space.draw(self.settings.seed, len(first.train), views)
         if self.store is not None:
             shutil.rmtree(self.store.path)
@@ -339,10 +348,16 @@ def planned_teacher(
     check_teacher_classes(settings)
     if settings.teacher_classes and dataset.class_folders:
         given_outputs(settings, dataset)
-    training = resolve(TrainTeacher, {}, {
-        "dataset": settings.dataset, "limit": settings.limit, "model": settings.teacher,
-        "validation": settings.validation,
-    })  # fmt: skip
+    training = resolve(
+        TrainTeacher,
+        {},
+        {
+            "dataset": settings.dataset,
+            "limit": settings.limit,
+            "model": settings.teacher,
+            "validation": settings.validation,
+        },
+    )
     weights = teacher_weights(settings, training)
     found = resolve_input(settings, weights, dataset, Report(quiet=True))
     classes = len(dataset.class_names)
@@ -401,9 +416,10 @@ class Ratios:
         """Bytes on the disk of each array of a store with this manifest."""
         return {
             name: num_chunks(spec) * encoded_bytes(np.ones(1, bool))
-            if name == "complete" else spec.nbytes * self._ratio(name, spec, manifest)
+            if name == "complete"
+            else spec.nbytes * self._ratio(name, spec, manifest)
             for name, spec in schema.array_specs(manifest).items()
-        }  # fmt: skip
+        }
 
     def _ratio(self, name: str, spec: ArraySpec, manifest: Manifest) -> float:
         kept = manifest.get("keep"), manifest.get("keep_temperature"), manifest["keep_bits"]
@@ -442,8 +458,11 @@ def variant(blank: Manifest, settings: Precompute) -> Manifest:
     """The manifest that the store would have with some settings."""
     manifest = deepcopy(blank)
     widest = max(len(manifest["class_names"]), manifest["teacher"]["num_features"])
-    manifest |= {"dtype": settings.dtype, "keep_bits": settings.keep_bits,
-                 "block": schema.choose_block(widest, settings.dtype)}  # fmt: skip
+    manifest |= {
+        "dtype": settings.dtype,
+        "keep_bits": settings.keep_bits,
+        "block": schema.choose_block(widest, settings.dtype),
+    }
     manifest["views"] |= {"count": settings.views}
     if settings.top_k is not None:
         manifest |= {"keep": settings.top_k, "keep_temperature": settings.keep_temperature}
@@ -480,10 +499,11 @@ def weigh(
         raw_bytes=schema.raw_bytes(manifest),
         stored_bytes=round(stored),
         seconds=dataset["num_train"] * (pace.clean_s + asked.views * pace.view_s)
-        + dataset["num_test"] * (pace.clean_s + pace.view_s) + texts * pace.text_s,
+        + dataset["num_test"] * (pace.clean_s + pace.view_s)
+        + texts * pace.text_s,
         usd_a_month=stored / 1e9 * price,
         chosen=chosen,
-    )  # fmt: skip
+    )
 
 
 def show(result: Mapping[str, Any], report: Report) -> None:
@@ -491,20 +511,24 @@ def show(result: Mapping[str, Any], report: Report) -> None:
     rows = []
     for option in result["options"]:
         finer = option["keep_bits"] and f", {option['keep_bits']} bits"
-        rows.append((
-            f"{option['views']}{' *' if option['chosen'] else ''}",
-            f"{option['dtype']}{finer or ''}",
-            option["keep"],
-            size(option["stored_bytes"]),
-            f"{option['usd_a_month']:,.2f}",
-            duration(option["seconds"]),
-        ))  # fmt: skip
+        rows.append(
+            (
+                f"{option['views']}{' *' if option['chosen'] else ''}",
+                f"{option['dtype']}{finer or ''}",
+                option["keep"],
+                size(option["stored_bytes"]),
+                f"{option['usd_a_month']:,.2f}",
+                duration(option["seconds"]),
+            )
+        )
     passes, pace = result["passes"], result["pace"]
     report.table(
         f"{result['dataset']}: {result['num_train']:,} + {result['num_test']:,} images of "
         f"{result['image_size']}×{result['image_size']}, {result['num_classes']:,} classes",
-        ("views", "rows", "logits", "store", "USD a month", "time"), rows, left=3,
-    )  # fmt: skip
+        ("views", "rows", "logits", "store", "USD a month", "time"),
+        rows,
+        left=3,
+    )
     report.say(
         f"* as asked: {passes['cnn']:,} passes of the CNN teacher, {passes['clip']:,} of CLIP and "
         f"{passes['texts']:,} of its texts"

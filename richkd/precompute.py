@@ -119,9 +119,11 @@ def precompute(
         )
         settings = settings.for_size(dataset.image_size)
         training = training_settings(settings, teacher_recipe or {})
-        if not overwrite and redo is None and ranks.from_first(
-            lambda: is_complete(settings, out, dataset, training, report)
-        ):  # fmt: skip
+        if (
+            not overwrite
+            and redo is None
+            and ranks.from_first(lambda: is_complete(settings, out, dataset, training, report))
+        ):
             return open_cache(settings.out)
         check_same_files(dataset, ranks)
         teacher, clip, text, seen = make_teachers(
@@ -200,11 +202,19 @@ def look_ahead(
 
 def training_settings(settings: Precompute, recipe: Mapping[str, Any]) -> TrainTeacher:
     """How the CNN teacher is trained where there are no weights of it."""
-    return resolve(TrainTeacher, dict(recipe), {
-        "dataset": settings.dataset, "limit": settings.limit, "data_root": settings.data_root,
-        "image_size": settings.image_size, "model": settings.teacher, "device": settings.device,
-        "validation": settings.validation,
-    })  # fmt: skip
+    return resolve(
+        TrainTeacher,
+        dict(recipe),
+        {
+            "dataset": settings.dataset,
+            "limit": settings.limit,
+            "data_root": settings.data_root,
+            "image_size": settings.image_size,
+            "model": settings.teacher,
+            "device": settings.device,
+            "validation": settings.validation,
+        },
+    )
 
 
 def is_complete(
@@ -290,8 +300,11 @@ def make_teachers(
     weights = ranks.from_first(lambda: teacher_weights(settings, training))
 
     def load(weights: Path) -> CNNTeacher:
-        found = (NetworkInput.of(recorded["input"]) if recorded is not None
-                 else resolve_input(settings, weights, dataset, report))  # fmt: skip
+        found = (
+            NetworkInput.of(recorded["input"])
+            if recorded is not None
+            else resolve_input(settings, weights, dataset, report)
+        )
         return load_teacher(
             settings.teacher, weights, len(dataset.class_names), found, device, report=report
         )
@@ -413,9 +426,12 @@ def begin_store(
 
 
 def write_blocks(
-    writer: StoreWriter, compute: BlockRows, ranks: Ranks, report: Report,
+    writer: StoreWriter,
+    compute: BlockRows,
+    ranks: Ranks,
+    report: Report,
     again: str = "same command",
-) -> None:  # fmt: skip
+) -> None:
     """Compute and write what is not done yet; signals wait for the block in hand.
 
     `again` says which command goes on where this one was stopped.
@@ -435,10 +451,11 @@ def write_blocks(
         def check() -> None:
             check_stopped(
                 f"stopped with {count - len(todo) + written} of {count} blocks written; the "
-                f"{again} goes on" if ranks.world == 1 else
-                f"rank {ranks.rank} stopped with {written} of its {len(own)} blocks written; the "
+                f"{again} goes on"
+                if ranks.world == 1
+                else f"rank {ranks.rank} stopped with {written} of its {len(own)} blocks written; the "
                 f"same job goes on"
-            )  # fmt: skip
+            )
 
         for units in phases:
             for block, rows in compute(units, tick, check):
@@ -471,8 +488,12 @@ def check_counts(settings: Precompute, dataset: Dataset) -> None:
 
 
 def preview(
-    clip: ClipTeacher, text: Tensor, templates: tuple[str, ...], dataset: Dataset, report: Report,
-) -> tuple[Sequence[Tensor], PrecisionError | None]:  # fmt: skip
+    clip: ClipTeacher,
+    text: Tensor,
+    templates: tuple[str, ...],
+    dataset: Dataset,
+    report: Report,
+) -> tuple[Sequence[Tensor], PrecisionError | None]:
     """Say, before anything long, what CLIP will be asked and how well it answers so far.
 
     Returns:
@@ -493,8 +514,10 @@ def preview(
     features, classes = clip.image_features(inputs, 0, count, LOOKED_AT), class_embeddings(text)
     similarity = fusion.clip_similarity(features, classes)
     top1 = accuracy(similarity.cpu(), dataset.test.labels[:count], 1)
-    report.say(f"CLIP zero-shot on {count} of the test images: {percent(top1)} % (chance "
-               f"{percent(1 / len(names))} %)")  # fmt: skip
+    report.say(
+        f"CLIP zero-shot on {count} of the test images: {percent(top1)} % (chance "
+        f"{percent(1 / len(names))} %)"
+    )
     error = None
     if clip.precision != "float32":
         error = precision_error(clip, inputs, features, classes, LOOKED_AT)

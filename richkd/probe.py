@@ -100,9 +100,12 @@ def _fit(
     head = x.new_zeros(x.shape[1] + 1, num_classes) if start is None else start.clone()
     head.requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [head], max_iter=STEPS, tolerance_grad=1e-5, tolerance_change=1e-7,
+        [head],
+        max_iter=STEPS,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-7,
         line_search_fn="strong_wolfe",
-    )  # fmt: skip
+    )
 
     def loss() -> float:
         optimizer.zero_grad()

@@ -128,10 +128,14 @@ def _least_width(cells: Sequence[Sequence[str]], wraps: Container[int]) -> int:
     from rich.cells import cell_len
 
     widths = [
-        max(min(MOST_OF_A_WORD, max(map(cell_len, cell.split()), default=0)) if number in wraps
-            else cell_len(cell) for cell in column)
+        max(
+            min(MOST_OF_A_WORD, max(map(cell_len, cell.split()), default=0))
+            if number in wraps
+            else cell_len(cell)
+            for cell in column
+        )
         for number, column in enumerate(zip(*cells, strict=True))
-    ]  # fmt: skip
+    ]
     return sum(widths) + len(widths)
 
 

@@ -136,9 +136,12 @@ def start(address: str) -> None:
     try:
         cpus = usable_cpus() if address == "local" else None
         ray.init(
-            address, num_cpus=cpus, include_dashboard=False, log_to_driver=False,
+            address,
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
             logging_level=logging.ERROR,
-        )  # fmt: skip
+        )
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         raise _unreachable(address, str(error).splitlines()[0]) from None
     except SystemExit:  # Ray's answer to SIGTERM
@@ -202,8 +205,9 @@ def room(node: Mapping[str, float], share: Share) -> int:
 
 
 def _resources(nodes: Sequence[Mapping[str, float]]) -> str:
-    return ", ".join(_count(sum(node.get(kind, 0) for node in nodes), kind)
-                     for kind in ("CPU", "GPU"))  # fmt: skip
+    return ", ".join(
+        _count(sum(node.get(kind, 0) for node in nodes), kind) for kind in ("CPU", "GPU")
+    )
 
 
 def _count(number: float, noun: str) -> str:

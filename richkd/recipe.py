@@ -32,8 +32,17 @@ STEPS = ("auto", "eager", "captured", "compiled")
 PRECISIONS = ("auto", "float32", "bfloat16")
 CLIP_PRECISIONS = ("float32", "bfloat16", "float16")
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
-PATHS = {"dataset", "data_root", "class_names", "teacher_weights", "teacher_classes", "clip",
-         "prompts", "cache", "out"}  # fmt: skip
+PATHS = {
+    "dataset",
+    "data_root",
+    "class_names",
+    "teacher_weights",
+    "teacher_classes",
+    "clip",
+    "prompts",
+    "cache",
+    "out",
+}
 ORDERS = ("sorted", "natural")  # of classes, by the names of their folders
 TOP_K = re.compile("top-[1-9][0-9]{0,8}")
 
@@ -84,16 +93,28 @@ class Images:
         kind, _ = catalog.split_name(self.dataset)
         _require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
         if self.image_size is not None:
-            _require(kind == catalog.IMAGE_FOLDER, "image_size", self.image_size,
-                     f"left out for {kind}, whose images have one size")  # fmt: skip
+            _require(
+                kind == catalog.IMAGE_FOLDER,
+                "image_size",
+                self.image_size,
+                f"left out for {kind}, whose images have one size",
+            )
             _require(self.image_size >= 8, "image_size", self.image_size, "at least 8")
-        _require(not self.class_names or kind == catalog.IMAGE_FOLDER, "class_names",
-                 self.class_names, f"left out for {kind}, whose classes have names")  # fmt: skip
+        _require(
+            not self.class_names or kind == catalog.IMAGE_FOLDER,
+            "class_names",
+            self.class_names,
+            f"left out for {kind}, whose classes have names",
+        )
         _require(0 <= self.validation < 1, "validation", self.validation, "in [0, 1)")
         for name, default in (("background", "white"), ("pixel_range", None)):
             value = getattr(self, name)
-            _require(value == default or kind == catalog.IMAGE_FOLDER, name, value,
-                     f"left out for {kind}, whose images are 8 bits deep and opaque")  # fmt: skip
+            _require(
+                value == default or kind == catalog.IMAGE_FOLDER,
+                name,
+                value,
+                f"left out for {kind}, whose images are 8 bits deep and opaque",
+            )
         if self.background != "white":
             from richkd.data.decoding import read_colour
 
@@ -182,8 +203,12 @@ class TrainTeacher(Images, Training):
             name = f"{catalog.short_name(self.dataset)}{limit}{held_out}-{self.model}.safetensors"
             object.__setattr__(self, "out", str(Path("teachers") / name.replace("/", "-")))
         local_path(self.out)
-        _require(not self.out or self.out.endswith(".safetensors"), "out", self.out,
-                 "a .safetensors file")  # fmt: skip
+        _require(
+            not self.out or self.out.endswith(".safetensors"),
+            "out",
+            self.out,
+            "a .safetensors file",
+        )
 
     def for_size(self, image_size: int) -> TrainTeacher:
         """With the network that suits images of this size and its learning rate, if not given."""
@@ -250,20 +275,36 @@ class Precompute(Images):
         _require(self.views >= 1, "views", self.views, "at least 1")
         self._check_teacher_input()
         check_blend(self.alpha, self.scale)
-        _require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size,
-                 "at least 1")  # fmt: skip
+        _require(
+            self.batch_size is None or self.batch_size >= 1,
+            "batch_size",
+            self.batch_size,
+            "at least 1",
+        )
         _require(0 <= self.seed < 2**32, "seed", self.seed, "in 0..2³²−1")
         if self.clip_precision not in CLIP_PRECISIONS:
             raise unknown("CLIP precision", self.clip_precision, CLIP_PRECISIONS)
         if self.dtype not in ("float16", "float32"):
             raise unknown("dtype", self.dtype, ["float16", "float32"])
         most = 10 if self.dtype == "float16" else 23
-        _require(self.keep_bits is None or 1 <= self.keep_bits <= most, "keep_bits",
-                 self.keep_bits, f"in 1..{most} for {self.dtype}")  # fmt: skip
-        _require(self.keep == "all" or TOP_K.fullmatch(self.keep) is not None, "keep", self.keep,
-                 "all, or top-K with K from 1, as in top-50")  # fmt: skip
-        _require(0 < self.keep_temperature < float("inf"), "keep_temperature",
-                 self.keep_temperature, "above 0")  # fmt: skip
+        _require(
+            self.keep_bits is None or 1 <= self.keep_bits <= most,
+            "keep_bits",
+            self.keep_bits,
+            f"in 1..{most} for {self.dtype}",
+        )
+        _require(
+            self.keep == "all" or TOP_K.fullmatch(self.keep) is not None,
+            "keep",
+            self.keep,
+            "all, or top-K with K from 1, as in top-50",
+        )
+        _require(
+            0 < self.keep_temperature < float("inf"),
+            "keep_temperature",
+            self.keep_temperature,
+            "above 0",
+        )
 
     def _check_teacher_input(self) -> None:
         """Check what is said of the teacher's images; one number stands for three channels."""
@@ -288,8 +329,10 @@ class Precompute(Images):
     @property
     def teacher_input(self) -> dict[str, Any]:
         """What was said of the teacher's images, by the names of `NetworkInput`."""
-        given = {name: getattr(self, f"teacher_{name}")
-                 for name in ("size", "mean", "std", "crop", "interpolation")}  # fmt: skip
+        given = {
+            name: getattr(self, f"teacher_{name}")
+            for name in ("size", "mean", "std", "crop", "interpolation")
+        }
         return {name: value for name, value in given.items() if value not in (None, "")}
 
     @property
@@ -344,8 +387,9 @@ class Distill(Training):
             raise unknown("target", self.target, TARGETS)
         if self.clip_head not in CLIP_HEADS:
             raise unknown("clip_head", self.clip_head, CLIP_HEADS)
-        _require(self.holdout is None or 0 <= self.holdout <= 0.9, "holdout", self.holdout,
-                 "in [0, 0.9]")  # fmt: skip
+        _require(
+            self.holdout is None or 0 <= self.holdout <= 0.9, "holdout", self.holdout, "in [0, 0.9]"
+        )
         local_path(self.out)
         local_path(self.data_root, "--data-root")
 
@@ -367,11 +411,19 @@ class Distill(Training):
         """
         choosing = choosing or self.alpha == "auto"
         if validation:
-            _require(not self.holdout, "holdout", self.holdout,
-                     "left out: the store has validation images to make choices on")  # fmt: skip
+            _require(
+                not self.holdout,
+                "holdout",
+                self.holdout,
+                "left out: the store has validation images to make choices on",
+            )
         elif choosing:
-            _require(self.holdout is None or self.holdout > 0, "holdout", self.holdout,
-                     "above 0: alpha auto and halving choose on those images")  # fmt: skip
+            _require(
+                self.holdout is None or self.holdout > 0,
+                "holdout",
+                self.holdout,
+                "above 0: alpha auto and halving choose on those images",
+            )
         default = AUTO_HOLDOUT if choosing and not validation else 0.0
         return self if self.holdout is not None else replace(self, holdout=default)
 
@@ -416,22 +468,35 @@ class Sweep:
                 raise unknown("concurrent", self.concurrent, ["auto", "or a number"])
         else:
             _require(self.concurrent >= 1, "concurrent", self.concurrent, "at least 1, or auto")
-        _require(self.halving == 0 or self.halving >= 2, "halving", self.halving,
-                 "0, or at least 2")  # fmt: skip
+        _require(
+            self.halving == 0 or self.halving >= 2, "halving", self.halving, "0, or at least 2"
+        )
         if self.engine not in ENGINES:
             raise unknown("engine", self.engine, ENGINES)
         if self.engine == "ray":
-            _require(self.concurrent == "auto", "concurrent", self.concurrent,
-                     "left out with --engine ray, where the cluster's room decides")  # fmt: skip
+            _require(
+                self.concurrent == "auto",
+                "concurrent",
+                self.concurrent,
+                "left out with --engine ray, where the cluster's room decides",
+            )
             gpus = float(self.gpus_per_run or 0)
-            _require(gpus == 0 or 0.001 <= gpus < 1 or (gpus >= 1 and gpus.is_integer()),
-                     "gpus_per_run", gpus, "0, in [0.001, 1), or a whole number")  # fmt: skip
+            _require(
+                gpus == 0 or 0.001 <= gpus < 1 or (gpus >= 1 and gpus.is_integer()),
+                "gpus_per_run",
+                gpus,
+                "0, in [0.001, 1), or a whole number",
+            )
             cpus = self.cpus_per_run
             _require(cpus is None or cpus >= 1, "cpus_per_run", cpus, "at least 1")
         else:
             for name in ("address", "gpus_per_run", "cpus_per_run"):
-                _require(getattr(self, name) in ("", None), name, getattr(self, name),
-                         "left out without --engine ray")  # fmt: skip
+                _require(
+                    getattr(self, name) in ("", None),
+                    name,
+                    getattr(self, name),
+                    "left out without --engine ray",
+                )
 
 
 SECTIONS: dict[str, type] = {
@@ -577,9 +642,7 @@ def resolve(
     if "options" in given:
         method = merged.get("method", "richkd")
         by_method = recipe.get("options", {})
-        merged["options"] = {
-            **by_method, method: {**by_method.get(method, {}), **given["options"]}
-        }  # fmt: skip
+        merged["options"] = {**by_method, method: {**by_method.get(method, {}), **given["options"]}}
     if given.get("student", recipe.get("student")) != recipe.get("student"):
         merged["student_options"] = given.get("student_options", {})
     for name, value in merged.items():

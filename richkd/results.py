@@ -46,14 +46,16 @@ def results_table(report: Report, title: str, summaries: Sequence[Mapping[str, A
     rows += [row for summary in summaries for row in _own_target(summary)]
     for summary in summaries:
         rate = summary["images_per_second"]
-        rows.append((
-            f"{summary['student']} by {summary['method']}",
-            percent(summary["top1_last"]),
-            f"{percent(summary['top1_best'])} @{summary['epoch_best']}",
-            percent(summary["top5_last"]),
-            f"{rate:,.0f}" if rate else "–",
-            duration(summary["seconds"]),
-        ))  # fmt: skip
+        rows.append(
+            (
+                f"{summary['student']} by {summary['method']}",
+                percent(summary["top1_last"]),
+                f"{percent(summary['top1_best'])} @{summary['epoch_best']}",
+                percent(summary["top5_last"]),
+                f"{rate:,.0f}" if rate else "–",
+                duration(summary["seconds"]),
+            )
+        )
     header = ("test accuracy, %", "top-1 last", "best @epoch", "top-5", "images/s", "time")
     report.table(title, header, rows)
     report.say(about_best(summaries))
@@ -132,8 +134,12 @@ def leaderboard(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> 
     standings = []
     for own, by_seed in groups.values():
         peers = [r for r in rivals if all(r[k] == own[k] for k in ("student", "method"))]
-        differing = {name for peer in peers for name in peer.keys() | own.keys()
-                     if peer.get(name) != own.get(name)}  # fmt: skip
+        differing = {
+            name
+            for peer in peers
+            for name in peer.keys() | own.keys()
+            if peer.get(name) != own.get(name)
+        }
         standings.append(
             Standing(
                 student=own["student"],
@@ -205,10 +211,16 @@ def leaderboard_table(report: Report, title: str, standings: Sequence[Standing])
     parts = by_images(standings)
     for images, members in parts.items():
         rows = [
-            (standing.student, standing.configuration, f"{len(standing.runs)}",
-             mean_std(standing.last), mean_std(standing.best), minus_kd(standing.minus_kd))
+            (
+                standing.student,
+                standing.configuration,
+                f"{len(standing.runs)}",
+                mean_std(standing.last),
+                mean_std(standing.best),
+                minus_kd(standing.minus_kd),
+            )
             for standing in members
-        ]  # fmt: skip
+        ]
         report.table(title if len(parts) == 1 else f"{title} ({images})", header, rows, left=2)
     if len(parts) > 1:
         report.say("These tables are of different test images: do not compare one with another.")

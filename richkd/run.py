@@ -49,9 +49,14 @@ def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict
         RichKDError: anything the user can mend; a store or run of other settings among it.
     """
     one = recipe.table("precompute")
-    stage_one = resolve(Precompute, one, {
-        **_flags_of(Precompute, flags, without={"out", "seed"}), "out": flags.get("cache"),
-    })  # fmt: skip
+    stage_one = resolve(
+        Precompute,
+        one,
+        {
+            **_flags_of(Precompute, flags, without={"out", "seed"}),
+            "out": flags.get("cache"),
+        },
+    )
     if not flags.get("cache") and "out" not in one:
         out = Path(stage_one.out)  # the default, which is no URL
         teacher = stage_one.teacher.replace("/", "-")  # timm/resnet34
@@ -60,9 +65,14 @@ def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict
         named = out.with_name("-".join(parts) + out.suffix)
         stage_one = replace(stage_one, out=str(named))
     two = recipe.table("distill")
-    stage_two = resolve(Distill, two, {
-        **_flags_of(Distill, flags, without={"dataset"}), "cache": stage_one.out,
-    })  # fmt: skip
+    stage_two = resolve(
+        Distill,
+        two,
+        {
+            **_flags_of(Distill, flags, without={"dataset"}),
+            "cache": stage_one.out,
+        },
+    )
     check_names(stage_two)
     folder = Path("runs") / recipe.name
     if stage_one.validation:
@@ -70,9 +80,13 @@ def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict
 
     grid = None
     if "sweep" in recipe.tables and not any(flags.get(name) is not None for name in ONE_RUN):
-        grid = resolve(Sweep, {"out": str(folder), **recipe.table("sweep")}, {
-            "out": flags.get("out"),
-        })  # fmt: skip
+        grid = resolve(
+            Sweep,
+            {"out": str(folder), **recipe.table("sweep")},
+            {
+                "out": flags.get("out"),
+            },
+        )
         folder = Path(grid.out)
     elif flags.get("out") or "out" in two:
         folder = Path(stage_two.out)

@@ -21,9 +21,22 @@ from richkd.recipe import Distill
 from richkd.store.reader import open_cache
 from richkd.training.checkpoint import RunFolder
 
-SUMMARY_KEYS = {"student", "method", "seed", "top1_last", "top1_best", "epoch_best", "teacher",
-                "num_classes", "image_size", "class_names", "mean", "std",
-                "parameters", "seconds"}  # fmt: skip
+SUMMARY_KEYS = {
+    "student",
+    "method",
+    "seed",
+    "top1_last",
+    "top1_best",
+    "epoch_best",
+    "teacher",
+    "num_classes",
+    "image_size",
+    "class_names",
+    "mean",
+    "std",
+    "parameters",
+    "seconds",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +142,9 @@ def load_run(path: Path) -> Run | None:
         raise RichKDError(
             f"the run in {path} is damaged ({error}); remove it, or train it again"
         ) from None
-    return Run(path=path, identity=identity, settings=settings, metrics=folder.metrics(),
-               summary=summary)  # fmt: skip
+    return Run(
+        path=path, identity=identity, settings=settings, metrics=folder.metrics(), summary=summary
+    )
 
 
 def complete_run(folder: Path) -> Run:
@@ -157,9 +171,11 @@ def load_student(run: Run, weights: str) -> nn.Module:
         raise RichKDError(f"unknown weights {weights!r}; choose from best, last")
     summary = run.complete
     model = create_model(
-        summary["student"], summary["num_classes"], image_size=summary["image_size"],
+        summary["student"],
+        summary["num_classes"],
+        image_size=summary["image_size"],
         **run.settings.get("student_options", {}),
-    )  # fmt: skip
+    )
     file = run.path / f"{weights}.safetensors"
     load_into(model, read_safetensors(file)[0], summary["student"], file)
     return model.eval()

@@ -56,11 +56,13 @@ def torch_dataset(
         raise unknown("split", split, cache.splits)
     if (view is None) != (split != "train"):
         raise RichKDError(
-            f"view = {view}: " + (f"{split} samples have the clean view only; leave it out"
-                                  if split != "train" else
-                                  f"say which of the views 0..{cache.num_views - 1} of the "
-                                  f"training samples")
-        )  # fmt: skip
+            f"view = {view}: "
+            + (
+                f"{split} samples have the clean view only; leave it out"
+                if split != "train"
+                else f"say which of the views 0..{cache.num_views - 1} of the training samples"
+            )
+        )
     names = [n for n in ROWS if cache.has(f"{split}/{n}")] if arrays is None else list(arrays)
     for name in names:
         if name not in ROWS:
@@ -100,8 +102,10 @@ class Samples(Dataset[dict[str, Tensor]]):
             "index": index,
             **{name: rows[index].float() for name, rows in self._rows.items()},
         }
-        return [dict(zip(columns, sample, strict=True))
-                for sample in zip(*columns.values(), strict=True)]  # fmt: skip
+        return [
+            dict(zip(columns, sample, strict=True))
+            for sample in zip(*columns.values(), strict=True)
+        ]
 
     @cached_property
     def _normalize(self) -> Normalize:
@@ -119,7 +123,8 @@ class Samples(Dataset[dict[str, Tensor]]):
     def _rows(self) -> dict[str, Rows]:
         """The rows by name, each read in one go."""
         return {
-            name: self.cache.rows(f"{self.split}/{name}",
-                                  None if name.startswith("clip") else self.view)
+            name: self.cache.rows(
+                f"{self.split}/{name}", None if name.startswith("clip") else self.view
+            )
             for name in self.arrays
-        }  # fmt: skip
+        }

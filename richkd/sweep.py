@@ -196,10 +196,15 @@ def outcome(entries: Sequence[Entry]) -> dict[str, Any]:
     return {
         "runs": summaries,
         "leaderboard": [asdict(standing) for standing in standings(entries)],
-        **{state: [{"run": entry.settings.out, "reason": entry.reason}
-                   for entry in entries if entry.state == state]
-           for state in ("waiting", "failed", "stopped")},
-    }  # fmt: skip
+        **{
+            state: [
+                {"run": entry.settings.out, "reason": entry.reason}
+                for entry in entries
+                if entry.state == state
+            ]
+            for state in ("waiting", "failed", "stopped")
+        },
+    }
 
 
 # --- the grid ------------------------------------------------------------------------------------
@@ -269,8 +274,12 @@ def check_grid(grid: Sequence[Distill], cache: TeacherCache) -> list[Entry]:
         if settings.holdout:
             choice_samples(cache, settings.holdout)  # refuses a share that leaves no image
         done = settings.epochs if folder.complete else folder.epochs_done()
-        entry = Entry(settings=settings, done=done, scores=scores_until(done, folder),
-                      scored_on=choice_images(cache, settings))  # fmt: skip
+        entry = Entry(
+            settings=settings,
+            done=done,
+            scores=scores_until(done, folder),
+            scored_on=choice_images(cache, settings),
+        )
         summary = folder.summary()
         if summary is not None:
             entry.finish(summary)
@@ -436,8 +445,15 @@ def show_plan(entries: Sequence[Entry], title: str, engine: Engine, report: Repo
         counts = (f"{len(runs)}", f"{len(to_do)}" if to_do else "–")
         known = (left, memory) if costs else ()
         cells.append((student, lr, method, *([alpha] if alphas else []), *counts, *known))
-    header = ["student", "lr", "method", *(["α"] if alphas else []), "runs", "to do",
-              *(["about", "memory"] if costs else [])]  # fmt: skip
+    header = [
+        "student",
+        "lr",
+        "method",
+        *(["α"] if alphas else []),
+        "runs",
+        "to do",
+        *(["about", "memory"] if costs else []),
+    ]
     report.table(title, header, cells, left=2)
     waiting = sum(entry.state == "waiting" for entry in entries)
     report.say(
@@ -583,8 +599,9 @@ def describe_failure(error: Exception, settings: Distill, also: str) -> str:
     reason = " ".join(str(error).split())
     if not isinstance(error, RichKDError) and (fault := machine_fault(error)) is not None:
         if fault.startswith("out of memory"):
-            return (f"out of memory with batches of {settings.batch_size}; lower --batch-size or "
-                    f"{also}")  # fmt: skip
+            return (
+                f"out of memory with batches of {settings.batch_size}; lower --batch-size or {also}"
+            )
         return fault
     return reason or type(error).__name__
 

@@ -131,8 +131,11 @@ def _clip_logits(
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         report.say(f"the probe has fewer training images than folds of: {shown}")
     others = torch.split(probe.other_logits, [len(each) for each in features.values()])
-    found = {"penalty": probe.penalty, "out_of_fold_nll": probe.nll,
-             "out_of_fold_top1": accuracy(probe.train_logits, labels, 1)}  # fmt: skip
+    found = {
+        "penalty": probe.penalty,
+        "out_of_fold_nll": probe.nll,
+        "out_of_fold_top1": accuracy(probe.train_logits, labels, 1),
+    }
     return {"train": probe.train_logits, **dict(zip(features, others, strict=True))}, found
 
 

@@ -14,9 +14,13 @@ def read_text(path: Path) -> str:
         ValueError: it is no such text; the message says why.
     """
     content = path.read_bytes()
-    marks = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32",
-             codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
-             codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
+    marks = {
+        codecs.BOM_UTF8: "utf-8-sig",
+        codecs.BOM_UTF32_LE: "utf-32",
+        codecs.BOM_UTF32_BE: "utf-32",
+        codecs.BOM_UTF16_LE: "utf-16",
+        codecs.BOM_UTF16_BE: "utf-16",
+    }
     encoding = next((name for mark, name in marks.items() if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding)

@@ -102,8 +102,13 @@ def verify_store(path: str | Path, teacher: str | None, report: Report) -> list[
         told = say_precision(clip.get("precision", "float32"), clip["precision_error"])
         checks.append(Check("CLIP", told, ()))
     if teacher is not None:
-        checks.append(Check("teacher", f"{SAMPLED_ROWS} rows again",
-                            tuple(check_teacher(cache, Path(teacher), report))))  # fmt: skip
+        checks.append(
+            Check(
+                "teacher",
+                f"{SAMPLED_ROWS} rows again",
+                tuple(check_teacher(cache, Path(teacher), report)),
+            )
+        )
     return checks
 
 
@@ -113,9 +118,10 @@ def raise_faults(path: str | Path, checks: list[Check]) -> None:
     if not faults:
         return
     remedy = (
-        "richkd repair computes those blocks again" if faults[0][0] == "files" else
-        "the store was written so: make it again with richkd precompute --overwrite"
-    )  # fmt: skip
+        "richkd repair computes those blocks again"
+        if faults[0][0] == "files"
+        else "the store was written so: make it again with richkd precompute --overwrite"
+    )
     more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
     raise RichKDError(f"{path} is not right: {faults[0][1]}{more}; {remedy}")
 
@@ -224,8 +230,9 @@ def find_damage(place: Place, manifest: Manifest, report: Report) -> Iterator[Da
             for number, view in enumerate(views_of(spec)):
                 files = list(chunk_files(name, spec, view))
                 bad = False
-                for file, fault in zip(files, place.map(partial(chunk_fault, place), files),
-                                       strict=True):  # fmt: skip
+                for file, fault in zip(
+                    files, place.map(partial(chunk_fault, place), files), strict=True
+                ):
                     if fault is not None:
                         bad = True
                         yield Damage(file, fault, (block_of[file],) if file in block_of else ())
@@ -396,20 +403,25 @@ def check_teacher(cache: TeacherCache, weights: Path, report: Report) -> Iterato
     train = load_images(cache, settings, report)["train"]
     outputs = manifest["teacher"].get("outputs")
     teacher = load_teacher(
-        manifest["teacher"]["name"], weights, cache.num_classes,
-        NetworkInput.of(teacher_input(manifest)), device,
-        outputs=None if outputs is None else tuple(outputs), report=report,
-    )  # fmt: skip
+        manifest["teacher"]["name"],
+        weights,
+        cache.num_classes,
+        NetworkInput.of(teacher_input(manifest)),
+        device,
+        outputs=None if outputs is None else tuple(outputs),
+        report=report,
+    )
     inputs = make_inputs(train.images, device, teacher.input)
     if teacher.sha256 != manifest["teacher"]["sha256"]:
-        yield (f"{weights} are other weights (SHA-256 {teacher.sha256[:12]}) than those of the "
-               f"store ({manifest['teacher']['sha256'][:12]})")  # fmt: skip
+        yield (
+            f"{weights} are other weights (SHA-256 {teacher.sha256[:12]}) than those of the "
+            f"store ({manifest['teacher']['sha256'][:12]})"
+        )
     each = -(-SAMPLED_ROWS // cache.num_views)
     for view in range(cache.num_views):
         views = cache.slab(view, ()).views
         index = torch.randperm(cache.num_samples)[:each].sort().values
-        found = [teacher.rows(images)
-                 for _, images in inputs.batches(index, views, 256)]  # fmt: skip
+        found = [teacher.rows(images) for _, images in inputs.batches(index, views, 256)]
         for number, name in enumerate(("teacher_logits", "teacher_features")):
             rows = cache.rows(f"train/{name}", view)[index]
             again = torch.cat([row[number] for row in found])

@@ -62,10 +62,15 @@ def make_store(
 
     def make(**settings: Any) -> Path:
         given: dict[str, Any] = {
-            "dataset": "shapes", "limit": 48, "teacher": "resnet8", "views": 3,
-            "teacher_weights": str(shapes_teacher), "clip": str(clip_dir), "device": "cpu",
+            "dataset": "shapes",
+            "limit": 48,
+            "teacher": "resnet8",
+            "views": 3,
+            "teacher_weights": str(shapes_teacher),
+            "clip": str(clip_dir),
+            "device": "cpu",
             "out": str(tmp_path_factory.mktemp("store") / "shapes.zarr"),
-        }  # fmt: skip
+        }
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("richkd.data.datasets.SHAPES_TEST", 40)
             return precompute(Precompute(**{**given, **settings})).path

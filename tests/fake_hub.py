@@ -119,18 +119,39 @@ class Handler(BaseHTTPRequestHandler):
                 self._answer(404, {"error": "no"}, {"X-Error-Code": "RevisionNotFound"})
             elif action == "revision":
                 siblings = [{"rfilename": file} for file in commit[1]]
-                self._answer(200, {"id": f"{owner}/{name}", "sha": commit[0], "siblings": siblings,
-                                   "private": repo.private, "tags": []})  # fmt: skip
+                self._answer(
+                    200,
+                    {
+                        "id": f"{owner}/{name}",
+                        "sha": commit[0],
+                        "siblings": siblings,
+                        "private": repo.private,
+                        "tags": [],
+                    },
+                )
             elif action == "tree":
-                self._answer(200, [{"type": "file", "path": file, "size": len(content), "oid": "0"}
-                                   for file, content in commit[1].items()])  # fmt: skip
+                self._answer(
+                    200,
+                    [
+                        {"type": "file", "path": file, "size": len(content), "oid": "0"}
+                        for file, content in commit[1].items()
+                    ],
+                )
             elif action == "preupload":
                 files = json.loads(body)["files"]
-                self._answer(200, {"files": [
-                    {"path": file["path"], "shouldIgnore": False,
-                     "uploadMode": "lfs" if file["size"] > 8192 else "regular"}
-                    for file in files
-                ]})  # fmt: skip
+                self._answer(
+                    200,
+                    {
+                        "files": [
+                            {
+                                "path": file["path"],
+                                "shouldIgnore": False,
+                                "uploadMode": "lfs" if file["size"] > 8192 else "regular",
+                            }
+                            for file in files
+                        ]
+                    },
+                )
             elif action == "commit":
                 self._commit(repo, [json.loads(line) for line in body.splitlines()])
 
@@ -158,10 +179,19 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(200, {"commitUrl": f"{self.server.url}/o/n/commit/{sha}", "commitOid": sha})
 
     def _batch(self, objects: list[dict[str, Any]]) -> None:
-        self._answer(200, {"transfer": "basic", "objects": [
-            {**one, "actions": {"upload": {"href": f"{self.server.url}/objects/{one['oid']}"}}}
-            for one in objects
-        ]})  # fmt: skip
+        self._answer(
+            200,
+            {
+                "transfer": "basic",
+                "objects": [
+                    {
+                        **one,
+                        "actions": {"upload": {"href": f"{self.server.url}/objects/{one['oid']}"}},
+                    }
+                    for one in objects
+                ],
+            },
+        )
 
     def _resolve(self, path: str) -> None:
         where, _, rest = path[1:].partition("/resolve/")

@@ -67,9 +67,11 @@ def serving(patch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     for name, value in {
-        "AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any",
+        "AWS_ENDPOINT_URL": server.url,
+        "AWS_ACCESS_KEY_ID": "any",
+        "AWS_SECRET_ACCESS_KEY": "any",
         "AWS_REGION": "us-east-1",
-    }.items():  # fmt: skip
+    }.items():
         patch.setenv(name, value)
     boto3.client("s3", region_name="us-east-1").create_bucket(Bucket=BUCKET)
     try:

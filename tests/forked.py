@@ -17,10 +17,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ("richkd.cli", "richkd.distill", "richkd.precompute", "richkd.sweep", "richkd.demo",
-             "richkd.run", "richkd.verify", "richkd.export", "richkd.report", "richkd.hub",
-             "richkd.report.evaluation", "richkd.report.analysis", "richkd.inspect",
-             "richkd.teachers.demo_clip", "open_clip", "torch.export")  # fmt: skip
+PRELOADED = (
+    "richkd.cli",
+    "richkd.distill",
+    "richkd.precompute",
+    "richkd.sweep",
+    "richkd.demo",
+    "richkd.run",
+    "richkd.verify",
+    "richkd.export",
+    "richkd.report",
+    "richkd.hub",
+    "richkd.report.evaluation",
+    "richkd.report.analysis",
+    "richkd.inspect",
+    "richkd.teachers.demo_clip",
+    "open_clip",
+    "torch.export",
+)
 
 
 @dataclass(frozen=True)
@@ -51,8 +65,9 @@ class Forks:
 
     def __enter__(self) -> Forks:
         command = [sys.executable, "-W", "ignore", __file__]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True)  # fmt: skip
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -61,14 +76,24 @@ class Forks:
         self.process.wait(timeout=60)
         self.process.stdout.close()
 
-    def run(self, *words: Any, kill: Kill | None = None, values: dict[str, Any] | None = None,
-            cwd: Path | None = None) -> Done:  # fmt: skip
+    def run(
+        self,
+        *words: Any,
+        kill: Kill | None = None,
+        values: dict[str, Any] | None = None,
+        cwd: Path | None = None,
+    ) -> Done:
         """Run a command of richkd to its end; `values` are set in modules first (MODULE:NAME)."""
         assert self.process.stdin is not None and self.process.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
-            wanted = {"words": list(map(str, words)), "kill": vars(kill) if kill else None,
-                      "values": values or {}, "cwd": str(cwd or Path.cwd()), "folder": folder,
-                      "environment": dict(os.environ)}  # fmt: skip
+            wanted = {
+                "words": list(map(str, words)),
+                "kill": vars(kill) if kill else None,
+                "values": values or {},
+                "cwd": str(cwd or Path.cwd()),
+                "folder": folder,
+                "environment": dict(os.environ),
+            }
             self.process.stdin.write(json.dumps(wanted) + "\n")
             self.process.stdin.flush()
             code = int(self.process.stdout.readline())

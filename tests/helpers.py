@@ -114,9 +114,11 @@ def write_random_store(
         labels = {"train": dataset.train.labels, "test": dataset.test.labels}
         manifest["views"] |= {"space": space.name}
         manifest["dataset"] |= {
-            "name": dataset.name, "fingerprint": dataset.fingerprint, "embedded": False,
+            "name": dataset.name,
+            "fingerprint": dataset.fingerprint,
+            "embedded": False,
             "num_test": len(dataset.test),
-        }  # fmt: skip
+        }
     views = f"train/{space.array}"
     with StoreWriter.open(open_place(path), manifest, overwrite=False) as writer:
         writer.put(views, space.draw(0, num_samples, manifest["views"]["count"]))
@@ -181,15 +183,32 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 def chromium(page: Path, tmp_path: Path, *flags: str) -> tuple[str, str]:
     """The page's elements after its scripts ran, and what it said on the console."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser",
-                                                   "google-chrome", "chrome"))), None)  # fmt: skip
+    browser = next(
+        filter(
+            None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))
+        ),
+        None,
+    )
     assert browser, "this test opens the page: install Chromium (Debian's package chromium)"
     command = [
-        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--log-level=0",
-        "--virtual-time-budget=5000", "--hide-scrollbars", *flags, "--dump-dom", page.as_uri(),
-    ]  # fmt: skip
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr",
+        "--log-level=0",
+        "--virtual-time-budget=5000",
+        "--hide-scrollbars",
+        *flags,
+        "--dump-dom",
+        page.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     return done.stdout, "\n".join(console)

@@ -25,16 +25,21 @@ def run_case(case: Path) -> Done:
     """Run a script with this environment's richkd."""
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
     return subprocess.run(
-        [sys.executable, "-W", "ignore", case], env=environment, check=False,
-        capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+        [sys.executable, "-W", "ignore", case],
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
 
 
 @pytest.fixture(scope="module")
 def cases(request: pytest.FixtureRequest) -> Iterator[dict[Path, Future[Done]]]:
     """The scripts whose tests were asked for, under way."""
-    asked = {item.callspec.params["case"] for item in request.session.items
-             if item.path == request.path}  # type: ignore[attr-defined] # fmt: skip
+    asked = {
+        item.callspec.params["case"] for item in request.session.items if item.path == request.path
+    }  # type: ignore[attr-defined]
     with ThreadPoolExecutor(2) as pool:
         yield {case: pool.submit(run_case, case) for case in CASES if case in asked}
 

@@ -27,8 +27,11 @@ Fails = Callable[..., str]
 def fresh(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", "richkd", *arguments],
-        capture_output=True, text=True, check=False, **settings,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        **settings,
+    )
 
 
 def test_help_is_quick() -> None:
@@ -95,15 +98,17 @@ def test_version(run: Run) -> None:
         ("train-teacher --dataset shapes --model resnet21", "unknown model 'resnet21'"),
         ("train-teacher --dataset shapes --out weights.pth", "safetensors"),
         ("train-teacher --dataset shapes --schedule linear", "unknown schedule 'linear'"),
-        ("train-teacher --dataset shapes --epochs 90 --milestones 30,90",
-         r"milestones = \[30, 90\]: must be ascending epochs, from 1 to below epochs = 90"),
+        (
+            "train-teacher --dataset shapes --epochs 90 --milestones 30,90",
+            r"milestones = \[30, 90\]: must be ascending epochs, from 1 to below epochs = 90",
+        ),
         ("distill --cache x --milestones 60,30", r"milestones = \[60, 30\]: must be ascending"),
         ("distill --cache x --milestones 30,x", "milestones = '30,x': must be epochs with commas"),
         ("sweep --cache x --students resnet8 --milestones 240", "must be ascending .* = 240"),
         ("run kd-t4 --milestones 300", "must be ascending epochs"),
         ("distill --cache x --schedule cosine --milestones 3", "left out for schedule cosine"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line_and_leave_nothing(
     fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, message: str
 ) -> None:
@@ -151,8 +156,18 @@ def test_weights_that_do_not_fit_or_hold_code(
     }.items():
         torch.save(content, name)
     before = tree(tmp_path)
-    command = ("precompute", "--dataset", "shapes", "--limit", 20, "--teacher", "resnet8",
-               "--clip", "none", "--teacher-weights")  # fmt: skip
+    command = (
+        "precompute",
+        "--dataset",
+        "shapes",
+        "--limit",
+        20,
+        "--teacher",
+        "resnet8",
+        "--clip",
+        "none",
+        "--teacher-weights",
+    )
     assert "wrn.pth is of another architecture than resnet8" in fails(*command, "wrn.pth")
     assert "another number of classes" in fails(*command, "ten.pth")
     assert "refused to read code.pth: it holds more than tensors" in fails(*command, "code.pth")
@@ -164,9 +179,13 @@ def test_what_a_store_without_clip_cannot_give(
 ) -> None:
     bare = make_store(clip="none")
     monkeypatch.chdir(tmp_path)
-    for wanted in (("--method", "richkd-f"), ("--method", "richkd-l"), ("--method", "richkd-ls"),
-                   ("--method", "dkd", "--target", "clip"),
-                   ("--method", "kd", "--target", "fused", "--clip-head", "probe")):  # fmt: skip
+    for wanted in (
+        ("--method", "richkd-f"),
+        ("--method", "richkd-l"),
+        ("--method", "richkd-ls"),
+        ("--method", "dkd", "--target", "clip"),
+        ("--method", "kd", "--target", "fused", "--clip-head", "probe"),
+    ):
         line = fails("distill", "--cache", bare, *wanted)
         assert "made with --clip none; use --method kd, or precompute with a CLIP" in line
     assert "method sp takes no target logits" in fails(
@@ -176,9 +195,24 @@ def test_what_a_store_without_clip_cannot_give(
 
 
 def test_a_student_by_its_own_settings(run: Run, store: Path, tmp_path: Path) -> None:
-    done = run("distill", "--cache", store, "--out", tmp_path / "r", "--student", "test_vit",
-               "--student-set", "patch_size=8", "--method", "kd", "--set", "standardize=true",
-               "--epochs", 1, "--json")  # fmt: skip
+    done = run(
+        "distill",
+        "--cache",
+        store,
+        "--out",
+        tmp_path / "r",
+        "--student",
+        "test_vit",
+        "--student-set",
+        "patch_size=8",
+        "--method",
+        "kd",
+        "--set",
+        "standardize=true",
+        "--epochs",
+        1,
+        "--json",
+    )
     assert done.code == 0, done.err
     recorded = (tmp_path / "r" / "recipe.toml").read_text()
     assert "patch_size = 8" in recorded and "standardize = true" in recorded
@@ -212,22 +246,51 @@ def test_no_network_for_clip_is_found_before_a_teacher_is_trained(
     assert not list(tmp_path.iterdir())
 
 
-def test_teacher_of_other_classes(fails: Fails, shapes_teacher: Path, tmp_path: Path,
-                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_teacher_of_other_classes(
+    fails: Fails, shapes_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("richkd.data.shapes.CLASS_NAMES", ("a", "b"))
-    line = fails("precompute", "--dataset", "shapes", "--limit", 20, "--teacher", "resnet8",
-                 "--teacher-weights", shapes_teacher, "--clip", "none")  # fmt: skip
+    line = fails(
+        "precompute",
+        "--dataset",
+        "shapes",
+        "--limit",
+        20,
+        "--teacher",
+        "resnet8",
+        "--teacher-weights",
+        shapes_teacher,
+        "--clip",
+        "none",
+    )
     assert "does not fit resnet8" in line and not list(tmp_path.iterdir())
 
 
 def test_both_stages_and_json(
-    run: Run, fails: Fails, shapes_teacher: Path, clip_dir: Path, tmp_path: Path,
+    run: Run,
+    fails: Fails,
+    shapes_teacher: Path,
+    clip_dir: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
-    stage_one = ("precompute", "--dataset", "shapes", "--limit", 32, "--teacher", "resnet8",
-                 "--teacher-weights", shapes_teacher, "--clip", clip_dir, "--views", 2)  # fmt: skip
+    stage_one = (
+        "precompute",
+        "--dataset",
+        "shapes",
+        "--limit",
+        32,
+        "--teacher",
+        "resnet8",
+        "--teacher-weights",
+        shapes_teacher,
+        "--clip",
+        clip_dir,
+        "--views",
+        2,
+    )
     done = run(*stage_one)
     assert done.code == 0, done.err
     assert "of arrays before compression, 2 views" in done.err and "CLIP zero-shot:" in done.err
@@ -245,12 +308,24 @@ def test_both_stages_and_json(
     assert summary["complete"] is True and summary["manifest"]["prompts"][0] == "a photo of a {}"
     assert summary["arrays"]["train/fused_logits"]["shape"] == [2, 32, 16]
     assert summary["stored_bytes"] == sum(
-        len(data) for name, data in tree(tmp_path / "cache/shapes.zarr").items() if "/" in name
-        and name not in ("train/zarr.json", "test/zarr.json", "text/zarr.json")
-    )  # fmt: skip
+        len(data)
+        for name, data in tree(tmp_path / "cache/shapes.zarr").items()
+        if "/" in name and name not in ("train/zarr.json", "test/zarr.json", "text/zarr.json")
+    )
 
-    stage_two = ("distill", "--cache", "cache/shapes.zarr", "--student", "resnet8", "--epochs", 2,
-                 "--set", "temperature=2.5", "--set", "negatives=8")  # fmt: skip
+    stage_two = (
+        "distill",
+        "--cache",
+        "cache/shapes.zarr",
+        "--student",
+        "resnet8",
+        "--epochs",
+        2,
+        "--set",
+        "temperature=2.5",
+        "--set",
+        "negatives=8",
+    )
     done = run(*stage_two)
     assert done.code == 0, done.err
     assert "CNN teacher" in done.out and "resnet8 by richkd" in done.out
@@ -320,9 +395,11 @@ def test_interrupts_leave_with_the_usual_code(run: Run, monkeypatch: pytest.Monk
 
 
 def test_a_bug_is_a_traceback_and_one(tmp_path: Path) -> None:
-    script = ("import richkd.inspect, richkd.cli, sys\n"
-              "richkd.inspect.summarize = lambda path: 1 / 0\n"
-              "sys.argv = ['richkd', 'inspect', 'x']; richkd.cli.main()")  # fmt: skip
+    script = (
+        "import richkd.inspect, richkd.cli, sys\n"
+        "richkd.inspect.summarize = lambda path: 1 / 0\n"
+        "sys.argv = ['richkd', 'inspect', 'x']; richkd.cli.main()"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )

@@ -43,9 +43,14 @@ QUIET = Report(quiet=True)
 
 
 def plain_training(
-    images: torch.Tensor, labels: torch.Tensor, mean: Any, std: Any, seed: int,
-    rates: list[float], views_of: Callable[[int], Any],
-) -> dict[str, torch.Tensor]:  # fmt: skip
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    mean: Any,
+    std: Any,
+    seed: int,
+    rates: list[float],
+    views_of: Callable[[int], Any],
+) -> dict[str, torch.Tensor]:
     """Plain training as anybody writes it: a view of each image, cross-entropy, SGD, batches of 16.
 
     Args:
@@ -88,31 +93,57 @@ def test_ce_is_plain_training_whatever_the_store_holds(make_store: Make, tmp_pat
     mean, std = cache.manifest["mean"], cache.manifest["std"]
     rates = [line["lr"] for line in metrics(tmp_path / "0")]
     space = Source(Distill(cache=str(stores[0])), QUIET).splits["train"].view_space
-    fresh = plain_training(images, labels, mean, std, 4, rates,
-                           lambda epoch: space.fresh(4, epoch, 48))  # fmt: skip
+    fresh = plain_training(
+        images, labels, mean, std, 4, rates, lambda epoch: space.fresh(4, epoch, 48)
+    )
     assert same(weights(tmp_path / "0"), fresh)
     slabs = cache.read("train/view_ids").numpy()
-    cached = plain_training(images, labels, mean, std, 4, rates,
-                            lambda epoch: slabs[(epoch - 1) % 2])  # fmt: skip
+    cached = plain_training(
+        images, labels, mean, std, 4, rates, lambda epoch: slabs[(epoch - 1) % 2]
+    )
     assert not same(weights(tmp_path / "0"), cached)
 
     train_teacher(
-        TrainTeacher(dataset="shapes", limit=48, model="resnet8", epochs=3, batch_size=16, lr=0.02,
-                     seed=4, device="cpu", out=str(tmp_path / "teacher.safetensors")),
-        load_dataset(Images(dataset="shapes", limit=48)), QUIET,
-    )  # fmt: skip
+        TrainTeacher(
+            dataset="shapes",
+            limit=48,
+            model="resnet8",
+            epochs=3,
+            batch_size=16,
+            lr=0.02,
+            seed=4,
+            device="cpu",
+            out=str(tmp_path / "teacher.safetensors"),
+        ),
+        load_dataset(Images(dataset="shapes", limit=48)),
+        QUIET,
+    )
     assert same(weights(tmp_path / "0"), load_file(tmp_path / "teacher.safetensors"))
 
 
 def test_ce_in_a_sweep_sees_what_it_sees_alone(run: Run, store: Path, tmp_path: Path) -> None:
     common = ["--epochs", 2, "--batch-size", 16, "--device", "cpu", "--lr", 0.02]
-    done = run("sweep", "--cache", store, "--students", "resnet8", "--methods", "ce,kd", "--seeds",
-               2, "--out", tmp_path / "runs", *common)  # fmt: skip
+    done = run(
+        "sweep",
+        "--cache",
+        store,
+        "--students",
+        "resnet8",
+        "--methods",
+        "ce,kd",
+        "--seeds",
+        2,
+        "--out",
+        tmp_path / "runs",
+        *common,
+    )
     assert done.code == 0, done.err
     for seed in (0, 1):
         train(store, tmp_path / f"alone-{seed}", method="ce", seed=seed)
-        assert same(weights(tmp_path / f"alone-{seed}"),
-                    weights(tmp_path / "runs" / f"shapes-resnet8-ce-s{seed}"))  # fmt: skip
+        assert same(
+            weights(tmp_path / f"alone-{seed}"),
+            weights(tmp_path / "runs" / f"shapes-resnet8-ce-s{seed}"),
+        )
 
 
 def test_fresh_views_cover_the_space_and_depend_on_seed_epoch_and_sample_only() -> None:
@@ -152,8 +183,16 @@ def validated(make_store: Make, tmp_path_factory: pytest.TempPathFactory) -> Pat
         patch.setattr("richkd.data.datasets.SHAPES_TEST", 40)
         plain = make_store()
         clip = richkd.open_cache(plain).manifest["recipe"]["clip"]
-        settings = Precompute(dataset="shapes", limit=160, validation=0.25, teacher="resnet8",
-                              clip=clip, views=3, device="cpu", out="v.zarr")  # fmt: skip
+        settings = Precompute(
+            dataset="shapes",
+            limit=160,
+            validation=0.25,
+            teacher="resnet8",
+            clip=clip,
+            views=3,
+            device="cpu",
+            out="v.zarr",
+        )
         recipe = {"epochs": 1, "batch_size": 32}
         return precompute(settings, teacher_recipe=recipe).path.absolute()
 
@@ -196,8 +235,23 @@ def test_validation_is_repaired_and_found_again(validated: Path, tmp_path: Path,
 def test_a_teacher_from_elsewhere_may_know_the_validation_images(
     validated: Path, shapes_teacher: Path, tmp_path: Path, run: Run
 ) -> None:
-    words = ["precompute", "--dataset", "shapes", "--limit", 160, "--validation", 0.25, "--teacher",
-             "resnet8", "--clip", "none", "--views", 1, "--device", "cpu"]  # fmt: skip
+    words = [
+        "precompute",
+        "--dataset",
+        "shapes",
+        "--limit",
+        160,
+        "--validation",
+        0.25,
+        "--teacher",
+        "resnet8",
+        "--clip",
+        "none",
+        "--views",
+        1,
+        "--device",
+        "cpu",
+    ]
     trained = validated.parent / "teachers" / "shapes-160-val0.25-resnet8.safetensors"
     for number, (file, doubtful) in enumerate([(shapes_teacher, True), (trained, False)]):
         done = run(*words, "--teacher-weights", file, "--out", tmp_path / f"{number}.zarr")
@@ -225,8 +279,9 @@ def test_choices_read_no_test_label(validated: Path, tmp_path: Path, run: Run) -
     noisy = with_noisy_test_labels(validated, tmp_path / "noisy.zarr")
     found = {}
     for store in (validated, noisy):
-        summary = train(store, tmp_path / store.stem, method="richkd-l", alpha="auto", epochs=6,
-                        lr=0.05)  # fmt: skip
+        summary = train(
+            store, tmp_path / store.stem, method="richkd-l", alpha="auto", epochs=6, lr=0.05
+        )
         chosen = {key: summary["target"][key] for key in ("alpha", "scale", "held_out_nll")}
         lines = metrics(tmp_path / store.stem)
         assert [line["test_accuracy"] is None for line in lines] == [True] * 5 + [False]
@@ -238,10 +293,17 @@ def test_choices_read_no_test_label(validated: Path, tmp_path: Path, run: Run) -
         words += ["--students", "resnet8", "--device", "cpu", "--batch-size", 16, "--json"]
         done = run("sweep", "--cache", store, *words, "--out", tmp_path / f"sweep-{store.stem}")
         assert done.code == 0, done.err
-        stopped = {Path(each["run"]).name.removeprefix(store.stem): each["reason"]
-                   for each in done.json["stopped"]}  # fmt: skip
-        found[store.stem] = (chosen, summary["epoch_best"], scores, stopped,
-                             load_file(tmp_path / store.stem / "best.safetensors"))  # fmt: skip
+        stopped = {
+            Path(each["run"]).name.removeprefix(store.stem): each["reason"]
+            for each in done.json["stopped"]
+        }
+        found[store.stem] = (
+            chosen,
+            summary["epoch_best"],
+            scores,
+            stopped,
+            load_file(tmp_path / store.stem / "best.safetensors"),
+        )
     (*choices, best), (*others, other) = found["v"], found["noisy"]
     assert choices == others and len(choices[3]) == 3
     assert same(best, other)
@@ -286,8 +348,19 @@ def test_held_out_test_images_choose_and_the_others_test(store: Path, tmp_path: 
     ],
 )
 def test_bad_shares(fails: Run, tmp_path: Path, limit: int, share: float, message: str) -> None:
-    line = fails("precompute", "--dataset", "shapes", "--limit", limit, "--validation", share,
-                 "--clip", "none", "--out", tmp_path / "x.zarr")  # fmt: skip
+    line = fails(
+        "precompute",
+        "--dataset",
+        "shapes",
+        "--limit",
+        limit,
+        "--validation",
+        share,
+        "--clip",
+        "none",
+        "--out",
+        tmp_path / "x.zarr",
+    )
     assert re.search(message, line), line
     assert not (tmp_path / "x.zarr").exists()
 
@@ -304,17 +377,49 @@ def test_photographs_are_validated_alike(
                 pixels = rng.integers(level - 40, level + 40, (side, side + 5, 3)).astype(np.uint8)
                 Image.fromarray(pixels).save(place / f"{number}.png")
     common = ["--device", "cpu", "--batch-size", 4]
-    done = run("precompute", "--dataset", f"imagefolder:{tmp_path / 'photos'}", "--image-size", 32,
-               "--teacher", "resnet8", "--validation", 0.25, "--clip", "none", "--views", 2,
-               "--teacher-weights", write_teacher(tmp_path / "t.safetensors", "resnet8", 2),
-               "--out", tmp_path / "p.zarr", *common)  # fmt: skip
+    done = run(
+        "precompute",
+        "--dataset",
+        f"imagefolder:{tmp_path / 'photos'}",
+        "--image-size",
+        32,
+        "--teacher",
+        "resnet8",
+        "--validation",
+        0.25,
+        "--clip",
+        "none",
+        "--views",
+        2,
+        "--teacher-weights",
+        write_teacher(tmp_path / "t.safetensors", "resnet8", 2),
+        "--out",
+        tmp_path / "p.zarr",
+        *common,
+    )
     assert done.code == 0, done.err
     cache = richkd.open_cache(tmp_path / "p.zarr")
     assert split_sizes(cache.manifest) == {"train": 12, "test": 6, "validation": 4}
     assert run("verify", tmp_path / "p.zarr").code == 0
-    done = run("sweep", "--cache", tmp_path / "p.zarr", "--students", "resnet8", "--methods",
-               "ce,kd,pkt", "--seeds", 1, "--epochs", 2, "--halving", 2, "--out", tmp_path / "r",
-               "--json", *common)  # fmt: skip
+    done = run(
+        "sweep",
+        "--cache",
+        tmp_path / "p.zarr",
+        "--students",
+        "resnet8",
+        "--methods",
+        "ce,kd,pkt",
+        "--seeds",
+        1,
+        "--epochs",
+        2,
+        "--halving",
+        2,
+        "--out",
+        tmp_path / "r",
+        "--json",
+        *common,
+    )
     assert done.code == 0, done.err
     assert [one["best_chosen_on"] for one in done.json["runs"]] == ["validation"] * 2
     assert len(done.json["stopped"]) == 1
@@ -385,8 +490,9 @@ def test_runs_of_different_tested_images_are_not_compared(
     assert "which flatters it" in page and "on test images that were held out" in page
     # with KD on the same images, there is a difference
     for seed in (0, 1):
-        train(store, tmp_path / "r" / f"kd-held-{seed}", method="kd", holdout=0.2, seed=seed,
-              epochs=1)  # fmt: skip
+        train(
+            store, tmp_path / "r" / f"kd-held-{seed}", method="kd", holdout=0.2, seed=seed, epochs=1
+        )
     assert run("report", tmp_path / "r", "--out", tmp_path).code == 0
     rows = json.loads((tmp_path / "report.json").read_text())["leaderboard"]
     found = {(row["method"], row["holdout"]): row["minus_kd_mean"] for row in rows}
@@ -398,10 +504,16 @@ def test_runs_of_before_hold_out_what_their_recipes_imply() -> None:
         own = {"student": "s", "method": method, "epochs": 9, **settings}
         return own, {"seed": seed, "top1_last": 0.5 + 0.1 * seed, "top1_best": 0.6}
 
-    rows = leaderboard([
-        run_of("kd", 0), run_of("kd", 1), run_of("richkd", 0, alpha="auto"),
-        run_of("richkd", 1, alpha="auto"), run_of("dkd", 0, holdout=0.0), run_of("dkd", 1),
-    ])  # fmt: skip
+    rows = leaderboard(
+        [
+            run_of("kd", 0),
+            run_of("kd", 1),
+            run_of("richkd", 0, alpha="auto"),
+            run_of("richkd", 1, alpha="auto"),
+            run_of("dkd", 0, holdout=0.0),
+            run_of("dkd", 1),
+        ]
+    )
     found = {row.method: (row.holdout, row.minus_kd is None, len(row.runs)) for row in rows}
     assert found == {"kd": (0.0, True, 2), "richkd": (0.2, True, 2), "dkd": (0.0, False, 2)}
 
@@ -425,32 +537,62 @@ def test_kept_rows_are_refused_where_whole_ones_are_needed(
     kept = make_store(keep="top-4")
     line = fails("distill", "--cache", kept, "--method", method, "--out", tmp_path / "x")
     assert f"method {method} standardises whole rows" in line and "keeps the 4 largest" in line
-    line = fails("sweep", "--cache", kept, "--students", "resnet8", "--methods", f"kd,{method}",
-                 "--out", tmp_path / "y")  # fmt: skip
+    line = fails(
+        "sweep",
+        "--cache",
+        kept,
+        "--students",
+        "resnet8",
+        "--methods",
+        f"kd,{method}",
+        "--out",
+        tmp_path / "y",
+    )
     assert "standardises whole rows" in line
-    line = fails("distill", "--cache", kept, "--method", method.removesuffix("-ls"), "--set",
-                 "standardize=true", "--out", tmp_path / "x")  # fmt: skip
+    line = fails(
+        "distill",
+        "--cache",
+        kept,
+        "--method",
+        method.removesuffix("-ls"),
+        "--set",
+        "standardize=true",
+        "--out",
+        tmp_path / "x",
+    )
     assert "standardises whole rows" in line
     assert not (tmp_path / "x").exists() and not (tmp_path / "y").exists()
 
 
 def test_a_temperature_that_overflows_is_refused(fails: Run, store: Path, tmp_path: Path) -> None:
     for method in ("crd", "richkd"):
-        line = fails("distill", "--cache", store, "--method", method, "--set",
-                     "crd_temperature=0.011", "--out", tmp_path / "x")  # fmt: skip
+        line = fails(
+            "distill",
+            "--cache",
+            store,
+            "--method",
+            method,
+            "--set",
+            "crd_temperature=0.011",
+            "--out",
+            tmp_path / "x",
+        )
         assert "crd_temperature = 0.011" in line and "overflows float32" in line
     assert not (tmp_path / "x").exists()
-    summary = train(store, tmp_path / "y", method="crd", epochs=1,
-                    options={"crd": {"crd_temperature": 0.014}})  # fmt: skip
+    summary = train(
+        store, tmp_path / "y", method="crd", epochs=1, options={"crd": {"crd_temperature": 0.014}}
+    )
     assert np.isfinite(metrics(tmp_path / "y")[0]["loss"]) and summary["tested"] == 40
 
 
 def test_logits_are_of_f32_under_autocast(rng: np.random.Generator) -> None:
     images = torch.from_numpy(rng.normal(size=(256, 3, 32, 32)).astype(np.float32))
     for name, side in (
-        ("resnet8", 32), ("timm/test_vit", 32), ("timm/test_efficientnet", 32),
+        ("resnet8", 32),
+        ("timm/test_vit", 32),
+        ("timm/test_efficientnet", 32),
         ("timm/crossvit_tiny_240", 240),  # its feature maps are a list
-    ):  # fmt: skip
+    ):
         model = richkd.create_model(name, 100, image_size=side).eval()
         shown = images if side == 32 else torch.randn(2, 3, side, side)
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -479,8 +621,9 @@ def test_classes_too_small_for_the_probe_are_named(
     names = [name for name, n in zip(cache.manifest["class_names"], counts, strict=True) if n < 5]
     assert 8 < len(names) < 16
     words = ["--student", "resnet8", "--method", "richkd-l", "--clip-head", "probe"]
-    done = run("distill", "--cache", few, *words, "--epochs", 1, "--device", "cpu", "--out",
-               tmp_path / "x")  # fmt: skip
+    done = run(
+        "distill", "--cache", few, *words, "--epochs", 1, "--device", "cpu", "--out", tmp_path / "x"
+    )
     assert done.code == 0, done.err
     shown = f"{', '.join(names[:8])} and {len(names) - 8} more"
     assert f"the probe has fewer training images than folds of: {shown}" in done.err
@@ -504,8 +647,20 @@ def test_few_views_are_said_with_what_they_cost(
     assert "8 views cost kd 0." in line and "fewer cost more" in line
     assert line.endswith("richkd precompute --views 3 makes them")
     assert not said("distill", "--method", "ce", *long, "--out", tmp_path / "c")
-    lines = said("sweep", "--students", "resnet8", "--methods", "ce,kd,crd,richkd", "--seeds", 2,
-                 "--epochs", 40, "--dry-run", "--out", tmp_path / "d")  # fmt: skip
+    lines = said(
+        "sweep",
+        "--students",
+        "resnet8",
+        "--methods",
+        "ce,kd,crd,richkd",
+        "--seeds",
+        2,
+        "--epochs",
+        40,
+        "--dry-run",
+        "--out",
+        tmp_path / "d",
+    )
     assert [line.split()[0] for line in lines] == ["kd", "crd", "richkd"]
 
 

@@ -16,14 +16,24 @@ def test_demo_from_nothing(tmp_path: Path) -> None:
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "richkd", "demo"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     seconds = time.perf_counter() - start
     print(done.stderr, done.stdout, f"{seconds:.0f} s")
     assert done.returncode == 0
     assert seconds <= 300
-    for row in ("CNN teacher", "CLIP zero-shot", "fused teacher", "resnet8 by ce", "resnet8 by kd",
-                "resnet8 by richkd"):  # fmt: skip
+    for row in (
+        "CNN teacher",
+        "CLIP zero-shot",
+        "fused teacher",
+        "resnet8 by ce",
+        "resnet8 by kd",
+        "resnet8 by richkd",
+    ):
         assert row in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     accuracies = {}
@@ -37,7 +47,11 @@ def test_demo_from_nothing(tmp_path: Path) -> None:
 
     again = subprocess.run(
         [sys.executable, "-m", "richkd", "demo"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("is complete already") == 4

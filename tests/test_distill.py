@@ -60,8 +60,13 @@ def test_same_command_same_bits_and_a_whole_run_folder(
     train(store, tmp_path / "c", method=method, seed=1)
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
     files = {path.name for path in (tmp_path / "a").iterdir()}
-    assert files == {"recipe.toml", "metrics.jsonl", "summary.json", "last.safetensors",
-                     "best.safetensors"}  # fmt: skip
+    assert files == {
+        "recipe.toml",
+        "metrics.jsonl",
+        "summary.json",
+        "last.safetensors",
+        "best.safetensors",
+    }
     recipe = tomllib.loads((tmp_path / "a" / "recipe.toml").read_text())
     assert recipe["method"] == method and recipe["momentum"] == 0.9
     lines = metrics(tmp_path / "a")
@@ -146,9 +151,14 @@ def _resolve(path: str) -> Any:
 
 
 def in_the_loop(
-    cache: Any, teacher: torch.nn.Module, method_name: str, steps: int, settings: Distill,
-    similarity: torch.Tensor, clip_features: torch.Tensor,
-) -> list[float]:  # fmt: skip
+    cache: Any,
+    teacher: torch.nn.Module,
+    method_name: str,
+    steps: int,
+    settings: Distill,
+    similarity: torch.Tensor,
+    clip_features: torch.Tensor,
+) -> list[float]:
     """Plain training with the teacher run on every batch: the losses of its steps."""
     images, labels = cache.read("train/images"), cache.read("train/labels")
     view_ids = cache.read("train/view_ids")
@@ -156,8 +166,10 @@ def in_the_loop(
     torch.manual_seed(loop.derive_seed(settings.seed, 0, 2))
     student = richkd.create_model("resnet8", cache.num_classes)
     kind, options = method_class(method_name, settings.options.get(method_name, {}))
-    method = kind(options, Widths(labels=labels, student=64, teacher=64,
-                                  clip=clip_features.shape[1], alpha=0.7))  # fmt: skip
+    method = kind(
+        options,
+        Widths(labels=labels, student=64, teacher=64, clip=clip_features.shape[1], alpha=0.7),
+    )
     student = student.to(memory_format=torch.channels_last)
     parameters = [*student.parameters(), *method.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=settings.lr, momentum=0.9, weight_decay=5e-4)
@@ -173,8 +185,11 @@ def in_the_loop(
         fused = fusion.fuse_logits(
             logits, similarity[order], 0.7, cache.manifest["clip"]["logit_scale"]
         )
-        rows = {"target_logits": logits if method_name == "kd" else fused,
-                "teacher_features": features, "clip_features": clip_features[order]}  # fmt: skip
+        rows = {
+            "target_logits": logits if method_name == "kd" else fused,
+            "teacher_features": features,
+            "clip_features": clip_features[order],
+        }
         student.train()
         out, pooled = richkd.forward(student, x)
         loss = torch.stack(
@@ -192,9 +207,14 @@ def in_the_loop(
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("float32", 1e-5)])
 @pytest.mark.parametrize("method", ["kd", "richkd"])
 def test_all_views_cached_equal_the_teacher_in_the_loop(
-    make_store: Make, shapes_teacher: Path, clip_dir: Path, tmp_path: Path,
-    dtype: str, tolerance: float, method: str,
-) -> None:  # fmt: skip
+    make_store: Make,
+    shapes_teacher: Path,
+    clip_dir: Path,
+    tmp_path: Path,
+    dtype: str,
+    tolerance: float,
+    method: str,
+) -> None:
     """Idea 3 of the design: 50 steps, one an epoch, the same order of samples and views.
 
     The learning rate is one at which training is no chaos: at larger ones, a difference in the
@@ -204,8 +224,14 @@ def test_all_views_cached_equal_the_teacher_in_the_loop(
 
     path = make_store(views=162, limit=48, dtype=dtype)
     cache = richkd.open_cache(path)
-    settings: dict[str, Any] = {"method": method, "epochs": 50, "batch_size": 48, "lr": 0.002,
-                                "schedule": "cosine", "options": {}}  # fmt: skip
+    settings: dict[str, Any] = {
+        "method": method,
+        "epochs": 50,
+        "batch_size": 48,
+        "lr": 0.002,
+        "schedule": "cosine",
+        "options": {},
+    }
     if method == "richkd":
         settings["options"] = {"richkd": {"negatives": 64}}
     train(path, tmp_path / "run", eval_every=50, **settings)
@@ -219,8 +245,9 @@ def test_all_views_cached_equal_the_teacher_in_the_loop(
     clip_features = torch.nn.functional.normalize(encoded, dim=-1)
     text = clip.text_embeddings(cache.manifest["class_names"], cache.manifest["prompts"])
     similarity = fusion.clip_similarity(clip_features, fusion.class_embeddings(text))
-    online = in_the_loop(cache, teacher, method, 50, Distill(cache=str(path), **settings),
-                         similarity, clip_features)  # fmt: skip
+    online = in_the_loop(
+        cache, teacher, method, 50, Distill(cache=str(path), **settings), similarity, clip_features
+    )
     assert len(cached) == len(online) == 50
     relative = [abs(a - b) / abs(b) for a, b in zip(cached, online, strict=True)]
     print(f"largest relative difference, {method}, {dtype}: {max(relative):.2e}")
@@ -285,8 +312,9 @@ def test_half_precision_is_of_the_network_alone(
     for precision in ("float32", "auto", "bfloat16"):
         train(store, tmp_path / precision, method="richkd-l", precision=precision)
         losses[precision] = metrics(tmp_path / precision)[0]["loss"]
-        assert all(w.dtype in (torch.float32, torch.int64)
-                   for w in weights(tmp_path / precision).values())  # fmt: skip
+        assert all(
+            w.dtype in (torch.float32, torch.int64) for w in weights(tmp_path / precision).values()
+        )
     assert seen[0] == (torch.float32, torch.float32)
     assert seen[-1] == (torch.float32, torch.bfloat16)  # the classifier computes in f32
     assert losses["auto"] == losses["float32"]  # on the CPU
@@ -411,9 +439,11 @@ def test_an_image_folder_is_checked_against_the_store(tmp_path: Path, make_store
                 pixels = rng.integers(0, 256, (40, 50, 3), np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "p" / part / name / f"{number}.png")
     path = make_store(
-        dataset=f"imagefolder:{tmp_path / 'p'}", image_size=32, limit=None,
+        dataset=f"imagefolder:{tmp_path / 'p'}",
+        image_size=32,
+        limit=None,
         teacher_weights=str(write_teacher(tmp_path / "t.safetensors", "resnet8", 2)),
-    )  # fmt: skip
+    )
     options = {"richkd": {"negatives": 4}}
     train(path, tmp_path / "a", options=options)
     train(path, tmp_path / "b", options=options)
@@ -454,8 +484,11 @@ print(json.dumps({"peak": peak, "teachers": teachers}))
 def in_a_fresh_process(**settings: Any) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", FRESH, json.dumps({"device": "cpu", **settings})],
-        capture_output=True, text=True, check=True, env={**os.environ, "MALLOC_ARENA_MAX": "2"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "MALLOC_ARENA_MAX": "2"},
+    )
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
@@ -474,19 +507,30 @@ def test_stage_two_loads_no_teacher_and_at_most_two_slabs(store: Path, tmp_path:
 
     def nbytes(*names: str) -> int:
         """Of one view of these arrays."""
-        return sum(spec.nbytes // (spec.shape[0] if "view" in spec.dimensions else 1)
-                   for spec in (specs[f"train/{name}"] for name in names))  # fmt: skip
+        return sum(
+            spec.nbytes // (spec.shape[0] if "view" in spec.dimensions else 1)
+            for spec in (specs[f"train/{name}"] for name in names)
+        )
 
-    common = {"cache": str(path), "student": "resnet8", "epochs": 3, "batch_size": 64,
-              "eval_every": 3}  # fmt: skip
-    vanilla = [in_a_fresh_process(**common, method="ce", out=str(tmp_path / f"ce{i}"))
-               for i in range(2)]  # fmt: skip
+    common = {
+        "cache": str(path),
+        "student": "resnet8",
+        "epochs": 3,
+        "batch_size": 64,
+        "eval_every": 3,
+    }
+    vanilla = [
+        in_a_fresh_process(**common, method="ce", out=str(tmp_path / f"ce{i}")) for i in range(2)
+    ]
     noise = abs(vanilla[0]["peak"] - vanilla[1]["peak"])
     for method, slab, besides in (
         ("richkd-l", nbytes("fused_logits"), 0),
-        ("richkd", nbytes("fused_logits", "teacher_features"),
-         nbytes("clip_features") + 2 * num_samples * 128 * 4 + scores),
-    ):  # fmt: skip
+        (
+            "richkd",
+            nbytes("fused_logits", "teacher_features"),
+            nbytes("clip_features") + 2 * num_samples * 128 * 4 + scores,
+        ),
+    ):
         done = in_a_fresh_process(**common, method=method, out=str(tmp_path / method))
         assert done["teachers"] == vanilla[0]["teachers"] == []
         more = done["peak"] - min(run["peak"] for run in vanilla)
@@ -500,9 +544,13 @@ def test_rows_on_the_disk_or_on_the_host_change_nothing(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     common: dict[str, Any] = {
-        "cache": str(store), "student": "resnet8", "epochs": 2, "batch_size": 16, "device": "cpu",
+        "cache": str(store),
+        "student": "resnet8",
+        "epochs": 2,
+        "batch_size": 16,
+        "device": "cpu",
         "options": {"richkd": {"negatives": 8}},
-    }  # fmt: skip
+    }
     mapped: list[int] = []
     plain = pages._mapped_file
     monkeypatch.setattr(pages, "_mapped_file", lambda n: mapped.append(n) or plain(n))

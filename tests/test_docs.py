@@ -29,10 +29,16 @@ from richkd.cli import app
 from richkd.losses import METHODS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "cache" / "README.md",
-         *sorted((ROOT / "docs").glob("*.md"))]  # fmt: skip
-FENCE = re.compile(r"(?:^<!-- (?P<mark>.*?) -->\n)?^```(?P<kind>[^\n]*)\n(?P<code>.*?)^```$",
-                   re.MULTILINE | re.DOTALL)  # fmt: skip
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "cache" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+FENCE = re.compile(
+    r"(?:^<!-- (?P<mark>.*?) -->\n)?^```(?P<kind>[^\n]*)\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
 SHOWN = {"text", "toml"}
 
 
@@ -46,8 +52,11 @@ class Block:
 
 def blocks(page: Path) -> list[Block]:
     found = FENCE.finditer(page.read_text(encoding="utf-8"))
-    return [Block(page, m["kind"], m["mark"] or "", m["code"]) for m in found
-            if not m["kind"].startswith("{")]  # fmt: skip
+    return [
+        Block(page, m["kind"], m["mark"] or "", m["code"])
+        for m in found
+        if not m["kind"].startswith("{")
+    ]
 
 
 def commands(block: Block) -> list[list[str]]:
@@ -66,10 +75,24 @@ ALL = [block for page in PAGES for block in blocks(page)]
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("site")
     done = subprocess.run(
-        [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d",
-         str(out / "trees"), str(ROOT / "docs"), str(out / "html")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "sphinx",
+            "-q",
+            "-W",
+            "--keep-going",
+            "-b",
+            "html",
+            "-d",
+            str(out / "trees"),
+            str(ROOT / "docs"),
+            str(out / "html"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return out / "html"
 
@@ -157,10 +180,15 @@ def test_every_fence_says_what_it_is() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [words for block in ALL if block.kind == "bash" for words in commands(block)
-     if words[0] == "richkd"],
+    [
+        words
+        for block in ALL
+        if block.kind == "bash"
+        for words in commands(block)
+        if words[0] == "richkd"
+    ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_every_command_that_is_shown_parses(words: list[str]) -> None:
     if words[1].startswith("--"):
         return
@@ -179,19 +207,26 @@ def test_the_recipe_that_is_shown_is_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CONTRIBUTING.md"],
-                         ids=lambda page: f"{page.parent.name}-{page.stem}")  # fmt: skip
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name != "CONTRIBUTING.md"],
+    ids=lambda page: f"{page.parent.name}-{page.stem}",
+)
 def test_what_a_page_shows_runs(
-    page: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    page: Path,
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     run: Callable[..., Any],
-) -> None:  # fmt: skip
+) -> None:
     """In a folder where the store that pages speak of stands in for that of CIFAR-100."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(store, tmp_path / "cache" / "cifar100.zarr")
     for block in blocks(page):
         if block.kind == "python":
-            done = subprocess.run([sys.executable, "-c", block.code], capture_output=True,
-                                  text=True, check=False)  # fmt: skip
+            done = subprocess.run(
+                [sys.executable, "-c", block.code], capture_output=True, text=True, check=False
+            )
             assert done.returncode == 0, f"{block.code}\n{done.stderr}"
         elif block.kind == "bash" and not block.mark:
             for words in commands(block):

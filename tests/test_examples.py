@@ -28,9 +28,12 @@ def test_example(example: Path, store: Path, tmp_path: Path) -> None:
     shutil.copytree(store, tmp_path / "cache" / "shapes.zarr")
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:richkd", example],
-        cwd=tmp_path, env={**os.environ, "NO_COLOR": "1"}, capture_output=True, text=True,
+        cwd=tmp_path,
+        env={**os.environ, "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert SAID[example.stem] in done.stdout + done.stderr
 
@@ -43,8 +46,9 @@ def test_what_reads_the_store_alone_gives_what_richkd_counted(store: Path, tmp_p
     shutil.copytree(store, tmp_path / "cache" / "shapes.zarr")
     example = next(path for path in EXAMPLES if path.stem == "read_with_zarr")
     assert "richkd" not in example.read_text()
-    done = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True,
-                          check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, example], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     manifest = richkd.open_cache(store).manifest
     said = dict(line.split(" % ")[0].split(": ") for line in done.stdout.splitlines())
     assert float(said["alpha 1.0"]) == pytest.approx(

@@ -22,8 +22,17 @@ Fails = Callable[..., str]
 
 
 def train(store: Path, out: Path, student: str) -> Path:
-    distill(Distill(cache=str(store), student=student, method="kd", epochs=2, batch_size=16,
-                    device="cpu", out=str(out)))  # fmt: skip
+    distill(
+        Distill(
+            cache=str(store),
+            student=student,
+            method="kd",
+            epochs=2,
+            batch_size=16,
+            device="cpu",
+            out=str(out),
+        )
+    )
     return out
 
 
@@ -58,8 +67,9 @@ def test_an_exported_program_gives_the_logits(
     run: Run, store: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     folder = train(store, tmp_path / "run", "resnet8")
-    done = run("export", folder, "--format", "torch", "--weights", "best", "--out",
-               tmp_path / "s.pt2")  # fmt: skip
+    done = run(
+        "export", folder, "--format", "torch", "--weights", "best", "--out", tmp_path / "s.pt2"
+    )
     assert done.code == 0, done.err
     program = torch.export.load(tmp_path / "s.pt2")
     for batch in (1, 7):

@@ -122,8 +122,12 @@ def make_rows(size: int = 32, preview: Preview | None = None, **settings: Any) -
     return BlockRows(dataset, views, CUDA, teachers, writer, preview)
 
 
-BLOCKS = [Block("test", None, 0, TEST), Block("train", None, 0, 32), Block("train", 0, 0, 32),
-          Block("train", 2, 32, TRAIN)]  # fmt: skip
+BLOCKS = [
+    Block("test", None, 0, TEST),
+    Block("train", None, 0, 32),
+    Block("train", 0, 0, 32),
+    Block("train", 2, 32, TRAIN),
+]
 
 
 def compute(rows: BlockRows, blocks: list[Block] = BLOCKS) -> list[tuple[Block, dict[str, Tensor]]]:
@@ -137,8 +141,10 @@ def test_blocks_are_computed_without_waiting(settings: dict[str, Any]) -> None:
     rows = make_rows(**settings)
     with NeverWaits():
         found = compute(rows)
-        handed = [OnTheWay.of(block, each, dict.fromkeys(each, np.dtype(np.float16)))
-                  for block, each in found]  # fmt: skip
+        handed = [
+            OnTheWay.of(block, each, dict.fromkeys(each, np.dtype(np.float16)))
+            for block, each in found
+        ]
     wanted = {"teacher_features", "teacher_logits", "fused_logits"}
     for (block, each), one in zip(found, handed, strict=True):
         names = {name.removesuffix(end) for name in each for end in ("_top", "_rest", "_classes")}
@@ -207,8 +213,11 @@ PLANTED: dict[str, Callable[[Tensor], object]] = {
 @pytest.mark.parametrize("place", ["cnn", "clip", "blend"])
 @pytest.mark.parametrize("fault", sorted(PLANTED))
 def test_whatever_waits_is_found(monkeypatch: pytest.MonkeyPatch, fault: str, place: str) -> None:
-    owner, name = {"cnn": (CNNTeacher, "rows"), "clip": (ClipTeacher, "encode"),
-                   "blend": (fusion, "fuse_logits")}[place]  # fmt: skip
+    owner, name = {
+        "cnn": (CNNTeacher, "rows"),
+        "clip": (ClipTeacher, "encode"),
+        "blend": (fusion, "fuse_logits"),
+    }[place]
     right: Any = getattr(owner, name)
 
     def planted(*arguments: Any) -> Any:

@@ -53,18 +53,24 @@ def students(
     folder = tmp_path_factory.mktemp("students")
     table = recipe.load("fashion-mnist").table("distill")
     return {
-        method: distill(recipe.resolve(recipe.Distill, table, {
-            "cache": str(stage_one[0]), "method": method, "out": str(folder / method)}))
+        method: distill(
+            recipe.resolve(
+                recipe.Distill,
+                table,
+                {"cache": str(stage_one[0]), "method": method, "out": str(folder / method)},
+            )
+        )
         for method in METHODS
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.real_data
 def test_teacher_clip_store_and_students(
-    run: Callable[..., Any], stage_one: tuple[Path, dict[str, float]],
+    run: Callable[..., Any],
+    stage_one: tuple[Path, dict[str, float]],
     students: dict[str, dict[str, Any]],
-) -> None:  # fmt: skip
+) -> None:
     store, took = stage_one
     took = dict(took)
     inspected = run("inspect", store, "--json").json
@@ -74,8 +80,11 @@ def test_teacher_clip_store_and_students(
     cache = richkd.open_cache(store)
     labels = cache.read("test/labels").numpy()
     assert len(labels) == 10_000
-    for kind, array in (("cnn", "teacher_logits"), ("clip", "clip_similarity"),
-                        ("fused", "fused_logits")):  # fmt: skip
+    for kind, array in (
+        ("cnn", "teacher_logits"),
+        ("clip", "clip_similarity"),
+        ("fused", "fused_logits"),
+    ):
         recount = (cache.read(f"test/{array}").numpy().argmax(1) == labels).mean()
         assert inspected["accuracy"][kind] == pytest.approx(recount, abs=1e-6)
     accuracy = dict(inspected["accuracy"])
@@ -95,9 +104,26 @@ def test_a_sweep_and_its_report(
 ) -> None:
     start = time.perf_counter()
     students = ["resnet8", "resnet14", "wrn_16_1", "mobilenetv3_small_050"]
-    done = run("sweep", "--recipe", "fashion-mnist", "--cache", stage_one[0], "--students",
-               ",".join(students), "--methods", "ce,kd,richkd-l", "--seeds", 2, "--epochs", 8,
-               "--eval-every", 8, "--out", tmp_path / "runs", "--json")  # fmt: skip
+    done = run(
+        "sweep",
+        "--recipe",
+        "fashion-mnist",
+        "--cache",
+        stage_one[0],
+        "--students",
+        ",".join(students),
+        "--methods",
+        "ce,kd,richkd-l",
+        "--seeds",
+        2,
+        "--epochs",
+        8,
+        "--eval-every",
+        8,
+        "--out",
+        tmp_path / "runs",
+        "--json",
+    )
     assert done.code == 0, done.err
     assert len(done.json["runs"]) == 24
     report = run("report", tmp_path / "runs", "--json")
@@ -108,8 +134,10 @@ def test_a_sweep_and_its_report(
         assert row["n"] == 2 and (row["minus_kd_mean"] is None) == (method == "kd"), student
     assert rows["resnet8", "kd"]["top1_last_mean"] > 0.3  # after 8 epochs of 500 images
     seconds = time.perf_counter() - start
-    print(f"{seconds:.0f} s: " + json.dumps({f"{s} {m}": round(row["top1_last_mean"], 4)
-                                            for (s, m), row in rows.items()}))  # fmt: skip
+    print(
+        f"{seconds:.0f} s: "
+        + json.dumps({f"{s} {m}": round(row["top1_last_mean"], 4) for (s, m), row in rows.items()})
+    )
     assert seconds <= 300  # of the eight minutes that both sweeps have
 
 
@@ -144,10 +172,21 @@ def test_the_students_under_corruptions(
     seconds = time.perf_counter() - start
     assert done.code == 0, done.err
     found = {part["method"]: part for part in done.json["runs"]}
-    print(f"{seconds:.0f} s: " + json.dumps({
-        method: {"top1": part["top1"], "ece": part["ece"], "comparison": part["comparison"],
-                 "mean_error": part["corruptions"]["mean_error"]}
-        for method, part in found.items()}, indent=2))  # fmt: skip
+    print(
+        f"{seconds:.0f} s: "
+        + json.dumps(
+            {
+                method: {
+                    "top1": part["top1"],
+                    "ece": part["ece"],
+                    "comparison": part["comparison"],
+                    "mean_error": part["corruptions"]["mean_error"],
+                }
+                for method, part in found.items()
+            },
+            indent=2,
+        )
+    )
     for part in found.values():
         each = part["corruptions"]["top1"]
         assert len(each) == 15 and all(len(accuracies) == 5 for accuracies in each.values())

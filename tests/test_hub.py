@@ -54,8 +54,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
 def trained(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that no test changes."""
     out = tmp_path_factory.mktemp("run") / "resnet8"
-    distill(Distill(cache=str(store), student="resnet8", epochs=2, batch_size=16, device="cpu",
-                    out=str(out)))  # fmt: skip
+    distill(
+        Distill(
+            cache=str(store), student="resnet8", epochs=2, batch_size=16, device="cpu", out=str(out)
+        )
+    )
     return out
 
 
@@ -74,8 +77,12 @@ def test_a_store_comes_back_to_the_byte(run: Run, hub: FakeHub, store: Path) -> 
     assert pushed.code == 0, pushed.err
     assert pushed.err == ""
     repo = hub.repos["dataset", "me/shapes"]
-    assert pushed.json == {"repo": "me/shapes", "kind": "store", "commit": repo.commits[-1][0],
-                           "url": f"{hub.url}/datasets/me/shapes"}  # fmt: skip
+    assert pushed.json == {
+        "repo": "me/shapes",
+        "kind": "store",
+        "commit": repo.commits[-1][0],
+        "url": f"{hub.url}/datasets/me/shapes",
+    }
     assert hub.objects  # some went as large files
     pulled = run("pull", "me/shapes", "--json")
     assert pulled.code == 0, pulled.err
@@ -123,20 +130,29 @@ def test_a_student_comes_back_and_says_the_same(
     repo = hub.repos["model", "me/resnet8"]
     assert repo.private
     assert set(repo.files) == {
-        ".gitattributes", "README.md", "recipe.toml", "summary.json", "metrics.jsonl",
-        "last.safetensors", "best.safetensors", "evaluation.json",
-    }  # fmt: skip
+        ".gitattributes",
+        "README.md",
+        "recipe.toml",
+        "summary.json",
+        "metrics.jsonl",
+        "last.safetensors",
+        "best.safetensors",
+        "evaluation.json",
+    }
     pulled = run("pull", "me/resnet8", "--json")
     assert pulled.code == 0, pulled.err
     folder = Path(pulled.json["path"])
     assert folder == Path("runs/resnet8")
-    assert changed({name: mine.joinpath(name).read_bytes() for name in tree(folder)},
-                   tree(folder)) == []  # fmt: skip
+    assert (
+        changed({name: mine.joinpath(name).read_bytes() for name in tree(folder)}, tree(folder))
+        == []
+    )
     images = torch.from_numpy(rng.normal(size=(5, 3, 32, 32)).astype(np.float32))
     for weights in ("last", "best"):
         with torch.no_grad():
-            wanted, found = (load_student(complete_run(path), weights)(images)
-                             for path in (mine, folder))  # fmt: skip
+            wanted, found = (
+                load_student(complete_run(path), weights)(images) for path in (mine, folder)
+            )
         assert torch.equal(wanted, found)
     assert run("report", "runs", "--json").code == 0
     assert run("evaluate", folder, "--cache", store, "--json").code == 0
@@ -188,14 +204,20 @@ def test_pushing_again_leaves_nothing_of_before(
     done = run("pull", "me/shapes", "--revision", "v1", "--out", "was.zarr", "--json")
     assert done.code == 0 and done.json["commit"] == first
     assert changed(tree(larger), tree(Path("was.zarr"))) == []
-    assert "has no revision 'v2'; give a branch" in run(
-        "pull", "me/shapes", "--revision", "v2", "--out", "b.zarr"
-    ).err  # fmt: skip
+    assert (
+        "has no revision 'v2'; give a branch"
+        in run("pull", "me/shapes", "--revision", "v2", "--out", "b.zarr").err
+    )
 
 
 def test_only_known_files_come(run: Run, hub: FakeHub, store: Path, trained: Path) -> None:
-    evil = {"train/labels/c/0.py": b"1", "evil.pt": b"1", "train/c/x.pkl": b"1", "README.md": b"1",
-            "c/0/../../../escaped/c/0": b"1"}  # fmt: skip
+    evil = {
+        "train/labels/c/0.py": b"1",
+        "evil.pt": b"1",
+        "train/c/x.pkl": b"1",
+        "README.md": b"1",
+        "c/0/../../../escaped/c/0": b"1",
+    }
     hub.add("dataset", "me/shapes", {**tree(store), **evil})
     hub.add("model", "me/student", {**tree(trained), "evil.pt": b"1", "hubconf.py": b"1"})
     assert run("pull", "me/shapes", "--json").code == 0
@@ -227,8 +249,9 @@ def test_damage_is_refused_and_nothing_is_kept(
     assert left() == []
 
 
-def test_what_cannot_be_pushed(fails: Fails, hub: FakeHub, store: Path, tmp_path: Path,
-                               trained: Path) -> None:  # fmt: skip
+def test_what_cannot_be_pushed(
+    fails: Fails, hub: FakeHub, store: Path, tmp_path: Path, trained: Path
+) -> None:
     assert "neither a store nor a run folder" in fails("push", tmp_path, "me/x")
     assert "neither a store nor a run folder" in fails("push", tmp_path / "nothing", "me/x")
     broken = tmp_path / "broken.zarr"
@@ -253,8 +276,9 @@ def test_what_cannot_be_pushed(fails: Fails, hub: FakeHub, store: Path, tmp_path
     assert not any(line.startswith("POST") for line in hub.asked)
 
 
-def test_what_cannot_be_pulled(fails: Fails, run: Run, hub: FakeHub, store: Path,
-                               trained: Path) -> None:  # fmt: skip
+def test_what_cannot_be_pulled(
+    fails: Fails, run: Run, hub: FakeHub, store: Path, trained: Path
+) -> None:
     assert "no repository me/x on http://127" in fails("pull", "me/x")
     hub.add("dataset", "me/other", {"data.csv": b"1"})
     assert "is nothing of richkd's" in fails("pull", "me/other")
@@ -278,8 +302,11 @@ def test_refused_and_unreachable(
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
     assert "wants a token for me/x, or refuses yours (401); log in" in fails("push", store, "me/x")
-    for status, said in ((401, "wants a token"), (403, "does not let you at"),
-                         (500, "answered 500 for me/x (as told)")):  # fmt: skip
+    for status, said in (
+        (401, "wants a token"),
+        (403, "does not let you at"),
+        (500, "answered 500 for me/x (as told)"),
+    ):
         hub.status = status
         assert said in fails("pull", "me/x")
         assert said in fails("push", store, "me/x")
@@ -301,7 +328,12 @@ def test_refused_and_unreachable(
 def test_the_environment_is_huggingfaces(hub: FakeHub, store: Path) -> None:
     environment = {**os.environ, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(Path("home").absolute())}
     for words in (("push", store, "me/shapes"), ("pull", "me/shapes")):
-        done = subprocess.run([sys.executable, "-m", "richkd", *map(str, words)], env=environment,
-                              capture_output=True, text=True, check=False)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "richkd", *map(str, words)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
     assert changed(tree(store), tree(Path("cache/shapes.zarr"))) == []

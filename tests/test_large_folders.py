@@ -124,15 +124,22 @@ def cost(
     found = {}
     for count in folders:
         environment = {
-            **os.environ, "RICHKD_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path),
-            "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",
+            **os.environ,
+            "RICHKD_HOME": str(tmp_path / "home"),
+            "TMPDIR": str(tmp_path),
+            "OMP_NUM_THREADS": "1",
+            "MALLOC_ARENA_MAX": "2",
             # what is freed is given back at once, so that what is counted is what is held
-            "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072",
-        }  # fmt: skip
+            "MALLOC_MMAP_THRESHOLD_": "131072",
+            "MALLOC_TRIM_THRESHOLD_": "131072",
+        }
         done = subprocess.run(
             [sys.executable, "-W", "error", "-c", FRESH, json.dumps({"count": count, **of(count)})],
-            capture_output=True, text=True, env=environment, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         found[count] = json.loads(done.stdout)
     few, many = sorted(found)
@@ -152,9 +159,10 @@ def test_memory_of_stage_ones_data(folders: dict[int, Path], tmp_path: Path) -> 
     were Python objects, or drawn all at once, would take over 2,000 bytes each.
     """
     each = cost(
-        folders, tmp_path, lambda count:
-        {"do": "stage one", "dataset": f"imagefolder:{folders[count]}", "side": SIDE}
-    )  # fmt: skip
+        folders,
+        tmp_path,
+        lambda count: {"do": "stage one", "dataset": f"imagefolder:{folders[count]}", "side": SIDE},
+    )
     assert each["peak"] < 750 and each["anonymous"] < 750
 
 
@@ -174,9 +182,14 @@ def test_memory_of_stage_twos_rows(folders: dict[int, Path], store: Path, tmp_pa
 
     def rows(do: str) -> dict[str, float]:
         return cost(
-            folders, tmp_path, lambda count:
-            {"do": do, "cache": str(caches[count]), "out": str(tmp_path / f"{do}{count}")}
-        )  # fmt: skip
+            folders,
+            tmp_path,
+            lambda count: {
+                "do": do,
+                "cache": str(caches[count]),
+                "out": str(tmp_path / f"{do}{count}"),
+            },
+        )
 
     in_memory = rows("slabs in memory")
     assert 4000 < in_memory["anonymous"] < 2 * 4000 + 1000
@@ -205,10 +218,13 @@ def test_throughput_against_torchvisions_loader(
     assert isinstance(train.images, ImageFiles)
     loader = FileInputs(train.images, torch.device("cpu"))
     monkeypatch.setattr(inputs, "num_workers", lambda *_: workers)
-    augment = transforms.Compose([
-        transforms.RandomResizedCrop(SIDE), transforms.RandomHorizontalFlip(),
-        transforms.PILToTensor(),
-    ])  # fmt: skip
+    augment = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIDE),
+            transforms.RandomHorizontalFlip(),
+            transforms.PILToTensor(),
+        ]
+    )
     theirs = ImageFolder(str(folder / "train"), augment)
     assert len(theirs) == len(train)
     ratios: list[float] = []

@@ -23,10 +23,14 @@ Run = Callable[..., Any]
 Array = NDArray[Any]
 SIDE = 32
 TURN = {  # what `exif_transpose` undoes
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
-}  # fmt: skip
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 def picture(rng: np.random.Generator, height: int = 40, width: int = 56) -> Array:
@@ -88,14 +92,41 @@ def write_used(folder: Path, rng: np.random.Generator) -> dict[str, Array]:
     black.putpalette([0] * 6)
     put("icon.gif", black, on_white(np.zeros_like(rgb), mask), transparency=0)
     put("icon.png", black, on_white(np.zeros_like(rgb), mask), transparency=0)
-    put("key.png", np.where(mask, 0, 77).astype(np.uint8), on_white(np.zeros_like(rgb), mask),
-        transparency=77)  # fmt: skip
-    for name in ("Upper.JPG", "a.jpeg", "a.jpe", "a.jfif", "b.avif", "c.jp2", "d.bmp", "e.ppm",
-                 "f.webp", "g.dib", "h.pnm", "white space.jpg", "-dash.jpg", "quarter%.jpg",
-                 "é.jpg", "日本.jpg", "🙂.png", "two\nlines.png", "a" * 200 + ".png"):  # fmt: skip
+    put(
+        "key.png",
+        np.where(mask, 0, 77).astype(np.uint8),
+        on_white(np.zeros_like(rgb), mask),
+        transparency=77,
+    )
+    for name in (
+        "Upper.JPG",
+        "a.jpeg",
+        "a.jpe",
+        "a.jfif",
+        "b.avif",
+        "c.jp2",
+        "d.bmp",
+        "e.ppm",
+        "f.webp",
+        "g.dib",
+        "h.pnm",
+        "white space.jpg",
+        "-dash.jpg",
+        "quarter%.jpg",
+        "é.jpg",
+        "日本.jpg",
+        "🙂.png",
+        "two\nlines.png",
+        "a" * 200 + ".png",
+    ):
         suffix = Path(name).suffix.lower()
-        put(name, rgb, rgb, **({"quality": 95} if suffix not in (".bmp", ".dib", ".png") else {}),
-            **({"format": "JPEG"} if suffix in (".jpe", ".jfif") else {}))  # fmt: skip
+        put(
+            name,
+            rgb,
+            rgb,
+            **({"quality": 95} if suffix not in (".bmp", ".dib", ".png") else {}),
+            **({"format": "JPEG"} if suffix in (".jpe", ".jfif") else {}),
+        )
     printed = Image.fromarray(rgb).convert("CMYK")
     put("cmyk.jpg", printed, np.asarray(printed.convert("RGB")), quality=95)
     put("bits.png", Image.fromarray(mask), thrice(alpha))
@@ -103,8 +134,15 @@ def write_used(folder: Path, rng: np.random.Generator) -> dict[str, Array]:
     put("slender.png", np.tile(rgb[:2], (1, 3, 1)), np.tile(rgb[:2], (1, 3, 1)))
     frames = [Image.fromarray(picture(rng)) for _ in range(2)]
     put("pages.tif", Image.fromarray(rgb), rgb, save_all=True, append_images=frames)
-    put("phone.jpg", Image.fromarray(rgb), rgb, format="MPO", save_all=True, append_images=frames,
-        quality=95)  # fmt: skip
+    put(
+        "phone.jpg",
+        Image.fromarray(rgb),
+        rgb,
+        format="MPO",
+        save_all=True,
+        append_images=frames,
+        quality=95,
+    )
     (folder.parent.parent / "elsewhere.png").unlink(missing_ok=True)
     Image.fromarray(rgb).save(folder.parent.parent / "elsewhere.png")
     (folder / "link.png").symlink_to(folder.parent.parent / "elsewhere.png")
@@ -115,18 +153,31 @@ def write_used(folder: Path, rng: np.random.Generator) -> dict[str, Array]:
 def write_left_out(folder: Path, whole: bytes) -> list[str]:
     """Files that are no images; returns those that are named one by one, the rest is counted."""
     broken = {
-        "cut.jpg": whole[: len(whole) // 2], "text.png": b"hello", "empty.jpg": b"",
-        "postscript.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n", "page.jpg": b"<html></html>",
-        "zeros.png": bytes(500), "pointer.jpg": b"version https://git-lfs.github.com/spec/v1\n",
-    }  # fmt: skip
+        "cut.jpg": whole[: len(whole) // 2],
+        "text.png": b"hello",
+        "empty.jpg": b"",
+        "postscript.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n",
+        "page.jpg": b"<html></html>",
+        "zeros.png": bytes(500),
+        "pointer.jpg": b"version https://git-lfs.github.com/spec/v1\n",
+    }
     for name, content in broken.items():
         (folder / name).write_bytes(content)
     Image.new("L", (4000, 1)).save(folder / "absurd.png")
     (folder / "dangling.jpg").symlink_to("nowhere.jpg")
     os.mkfifo(folder / "pipe.jpg")  # counted as a file that is no image
-    counted = [".DS_Store", "._clear.png", ".hidden.png", "Thumbs.db", "desktop.ini",
-               "@eaDir/a.jpg/THUMB.jpg", ".ipynb_checkpoints/a.jpg", "__MACOSX/._a.jpg",
-               "notes.txt", "layers.psd"]  # fmt: skip
+    counted = [
+        ".DS_Store",
+        "._clear.png",
+        ".hidden.png",
+        "Thumbs.db",
+        "desktop.ini",
+        "@eaDir/a.jpg/THUMB.jpg",
+        ".ipynb_checkpoints/a.jpg",
+        "__MACOSX/._a.jpg",
+        "notes.txt",
+        "layers.psd",
+    ]
     for name in counted:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(whole)
@@ -156,10 +207,31 @@ def test_every_odd_file_is_used_rightly_or_named(
     stores = {}
     for root in (odd, plain):
         stores[root] = tmp_path / f"{root.name}.zarr"
-        made = run("precompute", "--dataset", f"imagefolder:{root}", "--image-size", SIDE,
-                   "--teacher", "resnet8", "--teacher-weights", tmp_path / "t.safetensors",
-                   "--clip", clip_dir, "--prompts", "single", "--views", 2, "--broken", "skip",
-                   "--dtype", "float32", "--device", "cpu", "--out", stores[root])  # fmt: skip
+        made = run(
+            "precompute",
+            "--dataset",
+            f"imagefolder:{root}",
+            "--image-size",
+            SIDE,
+            "--teacher",
+            "resnet8",
+            "--teacher-weights",
+            tmp_path / "t.safetensors",
+            "--clip",
+            clip_dir,
+            "--prompts",
+            "single",
+            "--views",
+            2,
+            "--broken",
+            "skip",
+            "--dtype",
+            "float32",
+            "--device",
+            "cpu",
+            "--out",
+            stores[root],
+        )
         assert made.code == 0, made.err
         if root == odd:
             said = made.err
@@ -168,8 +240,14 @@ def test_every_odd_file_is_used_rightly_or_named(
     assert "left out 8 hidden or system files or folders" in said
     assert "left out 2 files that are not called images" in said and "notes.txt" in said
     assert "left out 1 image of a format that is not read" in said and "layers.psd" in said
-    for words in ("EXIF orientation", "transparency", "16-bit PNG", "16-bit TIFF", "float TIFF",
-                  "several images"):  # fmt: skip
+    for words in (
+        "EXIF orientation",
+        "transparency",
+        "16-bit PNG",
+        "16-bit TIFF",
+        "float TIFF",
+        "several images",
+    ):
         assert words in said
 
     rows = {root: richkd.open_cache(store) for root, store in stores.items()}
@@ -180,8 +258,9 @@ def test_every_odd_file_is_used_rightly_or_named(
         spread = (other - other.mean(0)).norm(dim=1).mean()
         apart = (one - other).norm(dim=1) / spread
         labels = rows[odd].read("train/labels")
-        worst = {names[place]: float(gap)
-                 for place, gap in enumerate(apart[labels == 0]) if gap > 0.5}  # fmt: skip
+        worst = {
+            names[place]: float(gap) for place, gap in enumerate(apart[labels == 0]) if gap > 0.5
+        }
         assert not worst, f"{array}: {worst}"
 
     store = stores[odd]
@@ -192,8 +271,21 @@ def test_every_odd_file_is_used_rightly_or_named(
     repaired = run("repair", store)
     assert repaired.code == 0, repaired.err
     assert run("verify", store).code == 0
-    student = run("distill", "--cache", store, "--student", "resnet8", "--epochs", 1,
-                  "--method", "kd", "--device", "cpu", "--out", tmp_path / "runs/a")  # fmt: skip
+    student = run(
+        "distill",
+        "--cache",
+        store,
+        "--student",
+        "resnet8",
+        "--epochs",
+        1,
+        "--method",
+        "kd",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "runs/a",
+    )
     assert student.code == 0, student.err
     shift = tmp_path / "shift"
     shutil.copytree(odd / "val", shift)

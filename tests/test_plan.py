@@ -55,20 +55,35 @@ def settings_of(
     common: dict[str, Any] = {"clip": str(clip), "device": "cpu", "out": str(tmp_path / "s.zarr")}
     if kind == "drawings":
         weights = write_teacher(tmp_path / "resnet20.safetensors", "resnet20", len(CLASS_NAMES))
-        return Precompute(dataset="shapes", limit=3000, views=5, teacher="resnet20",
-                          teacher_weights=str(weights), **common)  # fmt: skip
+        return Precompute(
+            dataset="shapes",
+            limit=3000,
+            views=5,
+            teacher="resnet20",
+            teacher_weights=str(weights),
+            **common,
+        )
     folder = request.getfixturevalue("images")
     weights = write_teacher(tmp_path / "resnet20.safetensors", "resnet20", 5)
-    return Precompute(dataset=f"imagefolder:{folder}", image_size=64, views=6, teacher="resnet20",
-                      teacher_weights=str(weights), **common)  # fmt: skip
+    return Precompute(
+        dataset=f"imagefolder:{folder}",
+        image_size=64,
+        views=6,
+        teacher="resnet20",
+        teacher_weights=str(weights),
+        **common,
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["drawings", "photographs"])
 def test_sizes_within_5_and_time_within_30_percent(
-    kind: str, request: pytest.FixtureRequest, clip_dir: Path, tmp_path: Path,
+    kind: str,
+    request: pytest.FixtureRequest,
+    clip_dir: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr("richkd.data.datasets.SHAPES_TEST", 500)
     settings = settings_of(kind, request, clip_dir, tmp_path)
     ratios = []
@@ -78,11 +93,16 @@ def test_sizes_within_5_and_time_within_30_percent(
         said: list[str] = []
         monkeypatch.setattr(report, "say", said.append)
         cache = precompute(settings, overwrite=attempt > 0, report=report)
-        taken = next(float(found[1]) for line in said
-                     if (found := re.search(r"complete: .* in ([\d.]+) s;", line)))  # fmt: skip
+        taken = next(
+            float(found[1])
+            for line in said
+            if (found := re.search(r"complete: .* in ([\d.]+) s;", line))
+        )
         stored = sum(file.stat().st_size for file in cache.path.rglob("*") if file.is_file())
-        print(f"{kind}: bytes {planned['stored_bytes'] / stored:.3f} of {stored:,}, "
-              f"time {planned['seconds'] / taken:.3f} of {taken:.1f} s")  # fmt: skip
+        print(
+            f"{kind}: bytes {planned['stored_bytes'] / stored:.3f} of {stored:,}, "
+            f"time {planned['seconds'] / taken:.3f} of {taken:.1f} s"
+        )
         assert planned["stored_bytes"] == pytest.approx(stored, rel=0.05)
         for name, count in planned["arrays"].items():
             chunks = (cache.path / name / "c").rglob("*")
@@ -96,15 +116,22 @@ def test_sizes_within_5_and_time_within_30_percent(
     assert abs(ratios[-1] - 1) <= 0.3, ratios
 
 
-@pytest.mark.parametrize("change", [{"keep": "top-3"}, {"dtype": "float32"}, {"keep_bits": 6},
-                                    {"clip": "none"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change", [{"keep": "top-3"}, {"dtype": "float32"}, {"keep_bits": 6}, {"clip": "none"}]
+)
 def test_bytes_of_every_kind_of_rows(
     change: dict[str, Any], quick: None, clip_dir: Path, tmp_path: Path, shapes_teacher: Path
 ) -> None:
     given: dict[str, Any] = {
-        "dataset": "shapes", "limit": 256, "views": 2, "teacher": "resnet8", "clip": str(clip_dir),
-        "teacher_weights": str(shapes_teacher), "device": "cpu", "out": str(tmp_path / "s.zarr"),
-    }  # fmt: skip
+        "dataset": "shapes",
+        "limit": 256,
+        "views": 2,
+        "teacher": "resnet8",
+        "clip": str(clip_dir),
+        "teacher_weights": str(shapes_teacher),
+        "device": "cpu",
+        "out": str(tmp_path / "s.zarr"),
+    }
     settings = Precompute(**{**given, **change})
     planned = plans.plan(settings, Report(quiet=True))
     cache = precompute(settings)
@@ -120,8 +147,23 @@ def test_imagenet_before_there_is_any_of_it(
     run: Run, quick: None, clip_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    words = ["plan", "--dataset", "imagenet", "--image-size", 32, "--teacher", "resnet8", "--clip",
-             clip_dir, "--views", 8, "--device", "cpu", "--price", 0.1]  # fmt: skip
+    words = [
+        "plan",
+        "--dataset",
+        "imagenet",
+        "--image-size",
+        32,
+        "--teacher",
+        "resnet8",
+        "--clip",
+        clip_dir,
+        "--views",
+        8,
+        "--device",
+        "cpu",
+        "--price",
+        0.1,
+    ]
     done = run(*words)
     assert done.code == 0, done.err
     assert "imagenet: 1,281,167 + 50,000 images of 32×32, 1,000 classes" in done.out
@@ -144,8 +186,21 @@ def test_imagenet_before_there_is_any_of_it(
 def test_the_pace_of_another_machine(
     run: Run, fails: Fails, quick: None, clip_dir: Path, tmp_path: Path
 ) -> None:
-    words = ["plan", "--dataset", "shapes", "--limit", 64, "--views", 2, "--device", "cpu",
-             "--clip", clip_dir, "--teacher", "resnet8"]  # fmt: skip
+    words = [
+        "plan",
+        "--dataset",
+        "shapes",
+        "--limit",
+        64,
+        "--views",
+        2,
+        "--device",
+        "cpu",
+        "--clip",
+        clip_dir,
+        "--teacher",
+        "resnet8",
+    ]
     here = run(*words, "--json").json
     pace = {**here["pace"], "hardware": "A GPU", "clean_s": 0.5, "view_s": 0.25, "text_s": 0.125}
     file = tmp_path / "gpu.json"
@@ -167,8 +222,17 @@ def test_mistakes(fails: Fails, quick: None, tmp_path: Path) -> None:
     line = fails("plan", "--dataset", f"imagefolder:{tmp_path / 'no'}")
     assert "there is no such folder; plan for ImageNet by --dataset imagenet" in line
     assert "no data set given" in fails("plan")
-    line = fails("plan", "--dataset", "imagenet", "--clip", "ViT-nothing", "--image-size", 32,
-                 "--teacher", "resnet8")  # fmt: skip
+    line = fails(
+        "plan",
+        "--dataset",
+        "imagenet",
+        "--clip",
+        "ViT-nothing",
+        "--image-size",
+        32,
+        "--teacher",
+        "resnet8",
+    )
     assert "'ViT-nothing'" in line
     assert "unknown model" in fails("plan", "--dataset", "shapes", "--teacher", "no-net").lower()
     assert "no teacher weights at no.pt" in fails(
@@ -177,13 +241,25 @@ def test_mistakes(fails: Fails, quick: None, tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_and_nothing_of_pytorchs_is_moved(
-    quick: None, clip_dir: Path, shapes_teacher: Path, tmp_path: Path,
+    quick: None,
+    clip_dir: Path,
+    shapes_teacher: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.chdir(tmp_path)
-    plans.plan(Precompute(dataset="shapes", limit=32, views=1, teacher="resnet8",
-                          teacher_weights=str(shapes_teacher), clip=str(clip_dir), device="cpu"),
-               Report(quiet=True))  # fmt: skip
+    plans.plan(
+        Precompute(
+            dataset="shapes",
+            limit=32,
+            views=1,
+            teacher="resnet8",
+            teacher_weights=str(shapes_teacher),
+            clip=str(clip_dir),
+            device="cpu",
+        ),
+        Report(quiet=True),
+    )
     assert not list(tmp_path.iterdir())

@@ -46,8 +46,10 @@ def test_every_training_row_is_the_teachers_forward_pass(store: Path, shapes_tea
             with torch.no_grad():
                 logits, features = richkd.forward(model, x)
             # half a unit in the last place of f16, and the noise of f32 arithmetic
-            for stored, true in ((slab.teacher_logits[i], logits[0]),
-                                 (slab.teacher_features[i], features[0])):  # fmt: skip
+            for stored, true in (
+                (slab.teacher_logits[i], logits[0]),
+                (slab.teacher_features[i], features[0]),
+            ):
                 torch.testing.assert_close(stored.float(), true, rtol=2**-11, atol=2e-5)
 
 
@@ -279,9 +281,12 @@ def test_an_image_folder_goes_through_stage_one(
                 Image.fromarray(pixels).save(tmp_path / "p" / part / name / f"{number}.jpg")
     weights = write_teacher(tmp_path / "t.safetensors", "resnet8", 2)
     path = make_store(
-        dataset=f"imagefolder:{tmp_path / 'p'}", image_size=32, limit=None,
-        teacher_weights=str(weights), out=str(tmp_path / "s.zarr"),
-    )  # fmt: skip
+        dataset=f"imagefolder:{tmp_path / 'p'}",
+        image_size=32,
+        limit=None,
+        teacher_weights=str(weights),
+        out=str(tmp_path / "s.zarr"),
+    )
     cache = richkd.open_cache(path)
     assert cache.manifest["dataset"]["embedded"] is False
     assert cache.manifest["class_names"] == ["cat", "dog"]
@@ -349,8 +354,10 @@ def test_what_the_preview_computed_is_what_the_split_would_have(
     stores = [make_store(views=1, batch_size=batch_size)]
     monkeypatch.setattr(Preview, "of", lambda self, block, batch: Preview())
     stores.append(make_store(views=1, batch_size=batch_size))
-    kept, anew = ({name: content for name, content in tree(path).items() if name != "zarr.json"}
-                  for path in stores)  # fmt: skip
+    kept, anew = (
+        {name: content for name, content in tree(path).items() if name != "zarr.json"}
+        for path in stores
+    )
     assert kept == anew
 
 

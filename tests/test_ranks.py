@@ -32,8 +32,13 @@ def start(words: list[Any], ranks: int) -> subprocess.Popen[str]:
     """A job of so many processes; one is started without torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *(launcher if ranks > 1 else []), "-m", "richkd", *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**ENVIRONMENT, **_aws()})  # fmt: skip
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**ENVIRONMENT, **_aws()},
+    )
 
 
 def _aws() -> dict[str, str]:
@@ -58,9 +63,23 @@ def comparable(store: dict[str, bytes]) -> dict[str, bytes]:
 
 @pytest.fixture
 def drawings(shapes_teacher: Path, clip_dir: Path) -> list[Any]:
-    return ["precompute", "--dataset", "shapes", "--limit", 64, "--views", 30, "--teacher",
-            "resnet8", "--teacher-weights", shapes_teacher, "--clip", clip_dir, "--device",
-            "cpu"]  # fmt: skip
+    return [
+        "precompute",
+        "--dataset",
+        "shapes",
+        "--limit",
+        64,
+        "--views",
+        30,
+        "--teacher",
+        "resnet8",
+        "--teacher-weights",
+        shapes_teacher,
+        "--clip",
+        clip_dir,
+        "--device",
+        "cpu",
+    ]
 
 
 @pytest.fixture
@@ -72,9 +91,23 @@ def photographs(tmp_path: Path, clip_dir: Path, rng: np.random.Generator) -> lis
             pixels = rng.integers(0, 256, (*rng.integers(30, 60, 2), 3), np.uint8)
             Image.fromarray(pixels).save(folder / f"{number}.png")
     weights = write_teacher(tmp_path / "teacher.safetensors", "resnet8", 3)
-    return ["precompute", "--dataset", f"imagefolder:{tmp_path / 'images'}", "--image-size", 32,
-            "--views", 4, "--teacher", "resnet8", "--teacher-weights", weights, "--clip", clip_dir,
-            "--device", "cpu"]  # fmt: skip
+    return [
+        "precompute",
+        "--dataset",
+        f"imagefolder:{tmp_path / 'images'}",
+        "--image-size",
+        32,
+        "--views",
+        4,
+        "--teacher",
+        "resnet8",
+        "--teacher-weights",
+        weights,
+        "--clip",
+        clip_dir,
+        "--device",
+        "cpu",
+    ]
 
 
 def test_shares_are_disjoint_and_all_of_it() -> None:
@@ -122,8 +155,9 @@ def test_a_rank_that_dies_costs_what_it_had_in_hand(drawings: list[Any], tmp_pat
 
 
 def children(pid: int) -> list[int]:
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True,
-                            text=True, check=True)  # fmt: skip
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=True
+    )
     return [int(line) for line in listed.stdout.split()]
 
 
@@ -157,14 +191,42 @@ def test_a_machine_with_other_weights_writes_nothing(
             shutil.copyfile(shapes_teacher, folder / "teacher.safetensors")
         else:
             write_teacher(folder / "teacher.safetensors", "resnet8", 16, seed=1)
-        processes.append(subprocess.Popen(
-            [sys.executable, "-m", "richkd", "precompute", "--dataset", "shapes", "--limit", "64",
-             "--teacher", "resnet8", "--teacher-weights", "teacher.safetensors", "--clip", clip_dir,
-             "--device", "cpu", "--out", out],
-            cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**ENVIRONMENT, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0",
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        ))  # fmt: skip
+        processes.append(
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "richkd",
+                    "precompute",
+                    "--dataset",
+                    "shapes",
+                    "--limit",
+                    "64",
+                    "--teacher",
+                    "resnet8",
+                    "--teacher-weights",
+                    "teacher.safetensors",
+                    "--clip",
+                    clip_dir,
+                    "--device",
+                    "cpu",
+                    "--out",
+                    out,
+                ],
+                cwd=folder,
+                stderr=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={
+                    **ENVIRONMENT,
+                    "RANK": str(rank),
+                    "WORLD_SIZE": "2",
+                    "LOCAL_RANK": "0",
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                },
+            )
+        )
     said = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], said
     assert "rank 1 would write another store than rank 0: teacher.sha256 was" in said[1]
@@ -185,12 +247,21 @@ def test_who_waits_can_be_stopped(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     ranks = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
-                         stderr=subprocess.PIPE,
-                         env={**ENVIRONMENT, "RANK": str(rank), "WORLD_SIZE": "2",
-                              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            text=True,
+            stderr=subprocess.PIPE,
+            env={
+                **ENVIRONMENT,
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+        )
         for rank in (0, 1)
-    ]  # fmt: skip
+    ]
     try:
         for process in ranks:
             assert process.stdout is not None and process.stdout.readline() == "here\n"
@@ -217,6 +288,9 @@ def test_two_ranks_write_to_one_bucket(s3: FakeS3, drawings: list[Any], tmp_path
     finish([*drawings, "--out", url], 2)
     finish([*drawings, "--out", tmp_path / "one.zarr"], 1)
     remote: Any = from_url(url, client_options={"allow_http": True})
-    two = {entry["path"]: bytes(obstore.get(remote, entry["path"]).bytes())
-           for entries in obstore.list(remote) for entry in entries}  # fmt: skip
+    two = {
+        entry["path"]: bytes(obstore.get(remote, entry["path"]).bytes())
+        for entries in obstore.list(remote)
+        for entry in entries
+    }
     assert changed(comparable(tree(tmp_path / "one.zarr")), comparable(two)) == []

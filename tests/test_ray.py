@@ -52,9 +52,13 @@ def cluster() -> Iterator[str]:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # pytest's are too long for sockets
         process = subprocess.Popen(
-            [sys.executable, "-c", CLUSTER, folder, str(port)], text=True, env=environment(),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [sys.executable, "-c", CLUSTER, folder, str(port)],
+            text=True,
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         assert process.stdin and process.stdout
         try:
             assert "ready" in process.stdout.read(6)
@@ -128,8 +132,14 @@ def start(store: Path, tmp_path: Path) -> Iterator[Callable[..., Driver]]:
     def start(*words: object, program: tuple[str, ...] = ("-m", "richkd")) -> Any:
         common = ["sweep", "--engine", "ray", "--cache", store, "--out", "ray", *COMMON]
         command = [sys.executable, *program, *map(str, [*common, *words])]
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment(), text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=environment(),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         drivers.append(Driver(process))
         return drivers[-1]
 
@@ -360,13 +370,14 @@ def test_files_come_back_from_a_disk_that_the_driver_does_not_see(
         ("--engine ray --device cuda:1", "device = 'cuda:1': must be auto, cpu or cuda"),
         ("--engine ray --students crossvit_9_240", "crossvit_9_240 does not fit images of 32×32"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_named_before_anything_runs(
     fails: Fails, store: Path, tmp_path: Path, words: str, message: str
 ) -> None:
     start = time.perf_counter()
-    line = fails("sweep", "--cache", store, "--out", tmp_path / "runs", *COMMON,
-                 *shlex.split(words))  # fmt: skip
+    line = fails(
+        "sweep", "--cache", store, "--out", tmp_path / "runs", *COMMON, *shlex.split(words)
+    )
     assert message in line
     assert not (tmp_path / "runs").exists()
     assert time.perf_counter() - start < 30
@@ -403,10 +414,27 @@ main()
 
 @pytest.mark.slow
 def test_the_local_engine_needs_no_ray(store: Path, tmp_path: Path) -> None:
-    words = ["sweep", "--cache", store, "--out", tmp_path / "runs", *COMMON, "--methods", "ce",
-             "--seeds", 1, "--epochs", 1, "--json"]  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", WITHOUT_RAY, *map(str, words)], check=True,
-                          capture_output=True, text=True)  # fmt: skip
+    words = [
+        "sweep",
+        "--cache",
+        store,
+        "--out",
+        tmp_path / "runs",
+        *COMMON,
+        "--methods",
+        "ce",
+        "--seeds",
+        1,
+        "--epochs",
+        1,
+        "--json",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RAY, *map(str, words)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     assert len(json.loads(done.stdout)["runs"]) == 1
 
 
@@ -428,7 +456,7 @@ def test_the_local_engine_needs_no_ray(store: Path, tmp_path: Path) -> None:
         ({"CPU": 16}, {"gpus_per_run": 0.25}, "auto", 0),
         ({"CPU": 16}, {}, "cuda", 0),
     ],
-)  # fmt: skip
+)
 def test_how_many_runs_a_node_holds(
     node: dict[str, float], asked: dict[str, Any], device: str, at_once: int
 ) -> None:

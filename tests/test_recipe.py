@@ -102,12 +102,22 @@ def test_unknown_recipe() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("epochs", 0), ("batch_size", 0), ("lr", 0.0), ("lr", float("nan")), ("momentum", 1.0),
-        ("weight_decay", -1.0), ("eval_every", 0), ("seed", -1), ("schedule", "steps"),
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("lr", 0.0),
+        ("lr", float("nan")),
+        ("momentum", 1.0),
+        ("weight_decay", -1.0),
+        ("eval_every", 0),
+        ("seed", -1),
+        ("schedule", "steps"),
         ("precision", "half"),
-        ("alpha", 1.2), ("alpha", -0.1), ("scale", -3.0), ("scale", "naive"),
+        ("alpha", 1.2),
+        ("alpha", -0.1),
+        ("scale", -3.0),
+        ("scale", "naive"),
     ],
-)  # fmt: skip
+)
 def test_values_out_of_range(name: str, value: object) -> None:
     with pytest.raises(RichKDError, match=name):
         recipe.resolve(Distill, {"cache": "c.zarr"}, {name: value})

@@ -44,8 +44,21 @@ def tiny(
         dataset = f"imagefolder:{write_folder(tmp_path / 'noise', 16)}" if folder else "shapes"
         given = content.table("distill").get("milestones")
         epochs = ["--epochs", 2, "--milestones", 1] if given else ["--epochs", 1]
-        return ["run", name, "--dataset", dataset, "--limit", 32, *epochs, "--views", 3,
-                "--clip", clip_dir, "--teacher-weights", weights]  # fmt: skip
+        return [
+            "run",
+            name,
+            "--dataset",
+            dataset,
+            "--limit",
+            32,
+            *epochs,
+            "--views",
+            3,
+            "--clip",
+            clip_dir,
+            "--teacher-weights",
+            weights,
+        ]
 
     return flags
 
@@ -89,8 +102,9 @@ def test_every_recipe_runs(run: Run, tiny: Callable[..., list[Any]], name: str) 
 def test_the_published_pairs_are_all_there() -> None:
     pairs = {
         (load.table("precompute")["teacher"], load.table("distill")["student"])
-        for load in map(recipe.load, NAMES) if load.published
-    }  # fmt: skip
+        for load in map(recipe.load, NAMES)
+        if load.published
+    }
     assert len(pairs) == 13
     for name in NAMES:
         for method, figure in recipe.load(name).published.items():

@@ -50,13 +50,24 @@ def sweep(run: Run, store: Path, tmp_path: Path) -> Callable[..., Any]:
 def test_three_at_once_give_the_numbers_of_each_alone(
     sweep: Callable[..., Any], store: Path, tmp_path: Path
 ) -> None:
-    done = sweep("--students", "resnet8", "--methods", "kd,crd,richkd", "--seeds", 1,
-                 "--concurrent", 3)  # fmt: skip
+    done = sweep(
+        "--students", "resnet8", "--methods", "kd,crd,richkd", "--seeds", 1, "--concurrent", 3
+    )
     assert done.code == 0, done.err
     for method in ("kd", "crd", "richkd"):
         alone = tmp_path / "alone" / method
-        distill(Distill(cache=str(store), student="resnet8", method=method, out=str(alone),
-                        epochs=2, batch_size=16, device="cpu", lr=0.02))  # fmt: skip
+        distill(
+            Distill(
+                cache=str(store),
+                student="resnet8",
+                method=method,
+                out=str(alone),
+                epochs=2,
+                batch_size=16,
+                device="cpu",
+                lr=0.02,
+            )
+        )
         assert_same_run(alone, tmp_path / "runs" / f"shapes-resnet8-{method}-s0")
 
 
@@ -66,8 +77,12 @@ def test_the_grid_and_its_leaderboard(sweep: Callable[..., Any], tmp_path: Path)
     assert done.code == 0, done.err
     names = {path.name for path in (tmp_path / "runs").iterdir()}
     of_student = ["ce", "kd", "richkd-a0.3", "richkd-a0.9"]  # α only where the method blends
-    assert names == {f"shapes-{student}-{method}-s{seed}" for student in ("resnet8", "wrn_16_1")
-                     for method in of_student for seed in (0, 1)}  # fmt: skip
+    assert names == {
+        f"shapes-{student}-{method}-s{seed}"
+        for student in ("resnet8", "wrn_16_1")
+        for method in of_student
+        for seed in (0, 1)
+    }
     rows = done.json["leaderboard"]
     assert len(rows) == 8 and len(done.json["runs"]) == 16
     means = [row["last"][0] for row in rows]
@@ -75,10 +90,16 @@ def test_the_grid_and_its_leaderboard(sweep: Callable[..., Any], tmp_path: Path)
     for row in rows:
         named = f"-a{row['settings']['alpha']}" if row["settings"] else ""
         top1 = [
-            json.loads((tmp_path / "runs" / f"shapes-{row['student']}-{row['method']}{named}-s{s}"
-                        / "summary.json").read_text())["top1_last"]
+            json.loads(
+                (
+                    tmp_path
+                    / "runs"
+                    / f"shapes-{row['student']}-{row['method']}{named}-s{s}"
+                    / "summary.json"
+                ).read_text()
+            )["top1_last"]
             for s in (0, 1)
-        ]  # fmt: skip
+        ]
         assert row["last"] == pytest.approx([sum(top1) / 2, abs(top1[0] - top1[1]) / math.sqrt(2)])
         assert (row["minus_kd"] is None) == (row["method"] == "kd")
 
@@ -91,8 +112,16 @@ def test_the_grid_and_its_leaderboard(sweep: Callable[..., Any], tmp_path: Path)
 @pytest.mark.slow
 def test_four_students_three_methods_two_seeds(sweep: Callable[..., Any]) -> None:
     start = time.perf_counter()
-    done = sweep("--students", "resnet8,resnet14,wrn_16_1,ShuffleV2", "--methods", "ce,kd,richkd",
-                 "--seeds", 2, "--epochs", 5)  # fmt: skip
+    done = sweep(
+        "--students",
+        "resnet8,resnet14,wrn_16_1,ShuffleV2",
+        "--methods",
+        "ce,kd,richkd",
+        "--seeds",
+        2,
+        "--epochs",
+        5,
+    )
     assert done.code == 0, done.err
     assert len(done.json["runs"]) == 24 and len(done.json["leaderboard"]) == 12
     seconds = time.perf_counter() - start
@@ -190,8 +219,9 @@ def test_killed_at_random_and_restarted_is_the_same_sweep(store: Path, tmp_path:
     took = time.perf_counter() - start
     kills = 0
     while kills < 5:
-        process = subprocess.Popen(command("cut"), stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)  # fmt: skip
+        process = subprocess.Popen(
+            command("cut"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         try:
             process.wait(moments.uniform(0.3 * took, 0.8 * took))
             shutil.rmtree(tmp_path / "cut")  # it came to its end: begin another
@@ -199,8 +229,10 @@ def test_killed_at_random_and_restarted_is_the_same_sweep(store: Path, tmp_path:
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
-        finished = {path.parent: path.stat().st_mtime_ns
-                    for path in (tmp_path / "cut").glob("*/summary.json")}  # fmt: skip
+        finished = {
+            path.parent: path.stat().st_mtime_ns
+            for path in (tmp_path / "cut").glob("*/summary.json")
+        }
     cut = subprocess.run(command("cut"), capture_output=True, text=True, check=True)
     for folder, when in finished.items():
         assert (folder / "summary.json").stat().st_mtime_ns == when  # not trained again
@@ -238,13 +270,38 @@ def test_students_at_once_share_one_copy_of_the_data(store: Path, tmp_path: Path
     images = specs["train/images"].nbytes
 
     def peak(seeds: int) -> int:
-        words = ["sweep", "--cache", path, "--students", "resnet8", "--methods", "richkd-l",
-                 "--seeds", seeds, "--epochs", 1, "--device", "cpu", "--batch-size", 16,
-                 "--concurrent", 3, "--json", "--precision", "float32",
-                 "--out", tmp_path / f"{seeds}"]  # fmt: skip
+        words = [
+            "sweep",
+            "--cache",
+            path,
+            "--students",
+            "resnet8",
+            "--methods",
+            "richkd-l",
+            "--seeds",
+            seeds,
+            "--epochs",
+            1,
+            "--device",
+            "cpu",
+            "--batch-size",
+            16,
+            "--concurrent",
+            3,
+            "--json",
+            "--precision",
+            "float32",
+            "--out",
+            tmp_path / f"{seeds}",
+        ]
         environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
-        done = subprocess.run([sys.executable, "-c", PEAK, *map(str, words)], check=True,
-                              capture_output=True, text=True, env=environment)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, *map(str, words)],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
         assert len(json.loads(done.stdout)["runs"]) == seeds
         return int(done.stderr.strip().splitlines()[-1])
 
@@ -265,17 +322,40 @@ def test_one_process_takes_less_time_than_many(store: Path, tmp_path: Path) -> N
 
     def seconds(*words: object) -> float:
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "richkd", *map(str, words)], check=True,
-                       capture_output=True)  # fmt: skip
+        subprocess.run(
+            [sys.executable, "-m", "richkd", *map(str, words)], check=True, capture_output=True
+        )
         return time.perf_counter() - start
 
-    together = seconds("sweep", "--cache", store, "--students", ",".join(students), "--methods",
-                       "kd", "--seeds", 1, "--out", tmp_path / "sweep", *COMMON)  # fmt: skip
+    together = seconds(
+        "sweep",
+        "--cache",
+        store,
+        "--students",
+        ",".join(students),
+        "--methods",
+        "kd",
+        "--seeds",
+        1,
+        "--out",
+        tmp_path / "sweep",
+        *COMMON,
+    )
     apart = sum(
-        seconds("distill", "--cache", store, "--student", student, "--method", "kd", "--out",
-                tmp_path / student, *COMMON)
+        seconds(
+            "distill",
+            "--cache",
+            store,
+            "--student",
+            student,
+            "--method",
+            "kd",
+            "--out",
+            tmp_path / student,
+            *COMMON,
+        )
         for student in students
-    )  # fmt: skip
+    )
     print(f"{together:.1f} s in one process, {apart:.1f} s in {len(students)}")
     assert together <= 0.9 * apart
 
@@ -292,20 +372,30 @@ def test_rungs_are_those_of_successive_halving() -> None:
 
 
 def entry(student: str, method: str, seed: int, accuracy: float, **more: Any) -> Entry:
-    settings = Distill(cache="c.zarr", student=student, method=method, seed=seed, epochs=9,
-                       out=f"runs/c-{student}-{method}-s{seed}")  # fmt: skip
+    settings = Distill(
+        cache="c.zarr",
+        student=student,
+        method=method,
+        seed=seed,
+        epochs=9,
+        out=f"runs/c-{student}-{method}-s{seed}",
+    )
     cost = Estimate(parameters=1, features=1, epoch_s=1.0, memory=1)
     return Entry(settings=settings, scores={3: accuracy}, done=3, cost=cost, **more)
 
 
 def test_the_hopeless_are_the_worse_of_one_student_by_their_mean() -> None:
     entries = [
-        entry("a", "ce", 0, 0.9), entry("a", "ce", 1, 0.1),
-        entry("a", "kd", 0, 0.6), entry("a", "kd", 1, 0.6),
-        entry("a", "dkd", 0, 0.4), entry("a", "dkd", 1, 0.3),
-        entry("b", "ce", 0, 0.2), entry("b", "kd", 0, 0.1),
+        entry("a", "ce", 0, 0.9),
+        entry("a", "ce", 1, 0.1),
+        entry("a", "kd", 0, 0.6),
+        entry("a", "kd", 1, 0.6),
+        entry("a", "dkd", 0, 0.4),
+        entry("a", "dkd", 1, 0.3),
+        entry("b", "ce", 0, 0.2),
+        entry("b", "kd", 0, 0.1),
         entry("b", "dkd", 0, 0.05, state="failed"),
-    ]  # fmt: skip
+    ]
     stop_hopeless(entries, 3, 2)
     states = [each.state for each in entries]
     # of a: ceil(3/2) = 2 stay, dkd goes; of b: one of two stays
@@ -314,8 +404,18 @@ def test_the_hopeless_are_the_worse_of_one_student_by_their_mean() -> None:
 
 
 def test_halving_stops_and_goes_on_the_same(sweep: Callable[..., Any], tmp_path: Path) -> None:
-    words = ["--students", "resnet8", "--methods", "ce,kd,richkd-l,dkd", "--seeds", 1,
-             "--halving", 2, "--epochs", 4]  # fmt: skip
+    words = [
+        "--students",
+        "resnet8",
+        "--methods",
+        "ce,kd,richkd-l,dkd",
+        "--seeds",
+        1,
+        "--halving",
+        2,
+        "--epochs",
+        4,
+    ]
     done = sweep(*words)
     assert done.code == 0, done.err
     assert len(done.json["runs"]) == 1 and len(done.json["stopped"]) == 3
@@ -362,8 +462,20 @@ def test_without_a_terminal_a_sweep_says_lines(
     run: Run, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("richkd.board.LINE_EVERY_S", 0.0)
-    done = run("sweep", "--cache", store, "--out", tmp_path / "runs", *COMMON, "--students",
-               "resnet8", "--methods", "ce,kd", "--seeds", 1)  # fmt: skip
+    done = run(
+        "sweep",
+        "--cache",
+        store,
+        "--out",
+        tmp_path / "runs",
+        *COMMON,
+        "--students",
+        "resnet8",
+        "--methods",
+        "ce,kd",
+        "--seeds",
+        1,
+    )
     assert done.code == 0
     assert "shapes-resnet8-kd-s0 at 1/2" in done.err and "2 of 2 runs done" in done.err
     assert "\x1b" not in done.err and re.search(r"resnet8 +kd ", done.out)
@@ -394,8 +506,9 @@ def test_without_a_terminal_a_sweep_says_lines(
 def test_mistakes_are_named_before_anything_runs(
     fails: Fails, store: Path, tmp_path: Path, words: str, message: str
 ) -> None:
-    line = fails("sweep", "--cache", store, "--out", tmp_path / "runs", *COMMON,
-                 *shlex.split(words))  # fmt: skip
+    line = fails(
+        "sweep", "--cache", store, "--out", tmp_path / "runs", *COMMON, *shlex.split(words)
+    )
     assert message in line
     assert not (tmp_path / "runs").exists()
 
@@ -409,8 +522,9 @@ def test_runs_of_another_store_or_other_settings_are_left_alone(
     other = make_store(limit=40)
     line = fails("sweep", "--cache", other, "--out", tmp_path / "runs", *COMMON, *words)
     assert "shapes-resnet8-ce-s0" in line and "another store" in line and "--out" in line
-    line = fails("sweep", "--cache", other, "--out", tmp_path / "runs", *COMMON, *words,
-                 "--epochs", 5)  # fmt: skip
+    line = fails(
+        "sweep", "--cache", other, "--out", tmp_path / "runs", *COMMON, *words, "--epochs", 5
+    )
     assert "shapes-resnet8-ce-s0" in line
     assert tree(tmp_path / "runs") == before
 
@@ -431,9 +545,28 @@ def test_a_trial_that_fails_is_told_by_the_run_itself(
     monkeypatch.setattr(sweeping, "WORTH_TRYING_S", 0.0)
     plain = sweeping.cuda
     monkeypatch.setattr(sweeping, "cuda", lambda device: len(tried) < 2 or plain(device))
-    done = run("sweep", "--cache", store, "--students", "resnet8", "--methods", "kd", "--seeds", 3,
-               "--epochs", 1, "--batch-size", 16, "--lr", 0.02, "--device", "cpu",
-               "--out", tmp_path / "runs", "--json")  # fmt: skip
+    done = run(
+        "sweep",
+        "--cache",
+        store,
+        "--students",
+        "resnet8",
+        "--methods",
+        "kd",
+        "--seeds",
+        3,
+        "--epochs",
+        1,
+        "--batch-size",
+        16,
+        "--lr",
+        0.02,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "runs",
+        "--json",
+    )
     assert len(tried) > 3 and done.code == 2
     assert len(done.json["runs"]) == 2
     assert ["-s1" in each["run"] for each in done.json["failed"]] == [True]

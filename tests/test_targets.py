@@ -44,12 +44,14 @@ def test_each_target_is_what_its_name_says(store: Path) -> None:
     for view in (0, 2):
         teacher = read(store, "train/teacher_logits", view)
         assert np.array_equal(target_rows(store, view), teacher)
-        assert np.array_equal(target_rows(store, view, target="fused"),
-                              read(store, "train/fused_logits", view))  # fmt: skip
+        assert np.array_equal(
+            target_rows(store, view, target="fused"), read(store, "train/fused_logits", view)
+        )
         native = clip["logit_scale"] * cosines
         np.testing.assert_allclose(target_rows(store, view, target="clip"), native, rtol=1e-5)
-        np.testing.assert_allclose(target_rows(store, view, target="clip", scale=7.0),
-                                   7 * cosines, rtol=1e-5)  # fmt: skip
+        np.testing.assert_allclose(
+            target_rows(store, view, target="clip", scale=7.0), 7 * cosines, rtol=1e-5
+        )
         other = target_rows(store, view, target="fused", alpha=0.25, scale="raw")
         np.testing.assert_allclose(other, 0.25 * teacher + 0.75 * cosines, rtol=2e-3, atol=1e-3)
 
@@ -153,8 +155,12 @@ def test_no_sample_is_scored_by_a_head_that_saw_its_label(rng: np.random.Generat
 
 def test_the_probe_head_as_target(store: Path, tmp_path: Path) -> None:
     cache = richkd.open_cache(store)
-    probe = fit_probe(cache.read("train/clip_features"), cache.read("train/labels"),
-                      cache.read("test/clip_features"), cache.num_classes)  # fmt: skip
+    probe = fit_probe(
+        cache.read("train/clip_features"),
+        cache.read("train/labels"),
+        cache.read("test/clip_features"),
+        cache.num_classes,
+    )
     fused = target_rows(store, 1, target="fused", clip_head="probe", alpha=0.4)
     expected = 0.4 * read(store, "train/teacher_logits", 1) + 0.6 * probe.train_logits.numpy()
     np.testing.assert_allclose(fused, expected, rtol=2e-3, atol=2e-3)

@@ -33,8 +33,12 @@ def in_terminal(columns: int, folder: Path, *arguments: object) -> str:
     environment["TERM"] = "xterm-256color"
     process = subprocess.Popen(
         [sys.executable, "-m", "richkd", *map(str, arguments)],
-        cwd=folder, env=environment, stdin=slave, stdout=slave, stderr=slave,
-    )  # fmt: skip
+        cwd=folder,
+        env=environment,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+    )
     os.close(slave)
     said = b""
     while True:
@@ -69,12 +73,45 @@ def test_commands_in_a_terminal(
     columns: int, store: Path, shapes_teacher: Path, clip_dir: Path, tmp_path: Path
 ) -> None:
     commands = {
-        "precompute": ("precompute", "--dataset", "shapes", "--limit", 100, "--clip", clip_dir,
-                       "--teacher", "resnet8", "--teacher-weights", shapes_teacher, "--views", 2),
-        "distill": ("distill", "--cache", store, "--student", "resnet8", "--epochs", 2,
-                    "--out", "runs/a"),
-        "sweep": ("sweep", "--cache", store, "--students", "resnet8,resnet14", "--methods",
-                  "ce,kd", "--seeds", 1, "--epochs", 1),
+        "precompute": (
+            "precompute",
+            "--dataset",
+            "shapes",
+            "--limit",
+            100,
+            "--clip",
+            clip_dir,
+            "--teacher",
+            "resnet8",
+            "--teacher-weights",
+            shapes_teacher,
+            "--views",
+            2,
+        ),
+        "distill": (
+            "distill",
+            "--cache",
+            store,
+            "--student",
+            "resnet8",
+            "--epochs",
+            2,
+            "--out",
+            "runs/a",
+        ),
+        "sweep": (
+            "sweep",
+            "--cache",
+            store,
+            "--students",
+            "resnet8,resnet14",
+            "--methods",
+            "ce,kd",
+            "--seeds",
+            1,
+            "--epochs",
+            1,
+        ),
         "report": ("report", "runs"),
         "inspect": ("inspect", store),
         "verify": ("verify", store),
@@ -85,7 +122,7 @@ def test_commands_in_a_terminal(
         "models": ("models",),
         "doctor": ("doctor",),
         "help": ("--help",),
-    }  # fmt: skip
+    }
     for name, arguments in commands.items():
         if columns > 80 and name not in ("precompute", "distill", "sweep", "inspect", "help"):
             continue  # a narrow terminal is the hard one
@@ -101,9 +138,13 @@ def test_commands_without_a_terminal(store: Path, tmp_path: Path) -> None:
     command = ["distill", "--cache", store, "--student", "resnet8", "--epochs", 2, "--out", "run"]
     done = subprocess.run(
         [sys.executable, "-m", "richkd", *map(str, command)],
-        cwd=tmp_path, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
         env={name: value for name, value in os.environ.items() if name not in ("COLUMNS", "TERM")},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout + done.stderr and "\r" not in done.stdout + done.stderr
     assert re.search(r"^epoch 2/2: loss .*, test .* %", done.stderr, re.MULTILINE)
@@ -120,9 +161,13 @@ def richkd(folder: Path, command: str, **environment: str) -> subprocess.Complet
     known = {name: value for name, value in os.environ.items() if name not in unset}
     script = f"set -o pipefail; richkd() {{ '{sys.executable}' -m richkd \"$@\"; }}; {command}"
     return subprocess.run(
-        ["bash", "-c", script], cwd=folder, capture_output=True, check=False,
-        stdin=subprocess.DEVNULL, env={**known, **environment},
-    )  # fmt: skip
+        ["bash", "-c", script],
+        cwd=folder,
+        capture_output=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env={**known, **environment},
+    )
 
 
 def check_quiet(done: subprocess.CompletedProcess[bytes]) -> None:
@@ -158,8 +203,9 @@ def test_terminals_that_are_not_utf_8(encoding: str, store: Path, tmp_path: Path
         elif "日本" in command and encoding != "cp932":
             assert "\\u65e5\\u672c" in text
             assert ("caf\\xe9" if encoding == "ascii" else "café") in text or code
-    bare = richkd(tmp_path, "richkd inspect 'café 日本'", LC_ALL="C", PYTHONUTF8="0",
-                  PYTHONCOERCECLOCALE="0")  # fmt: skip
+    bare = richkd(
+        tmp_path, "richkd inspect 'café 日本'", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"
+    )
     assert bare.returncode == 0
     check_quiet(bare)
 
@@ -263,17 +309,27 @@ def photographs(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("home", ["~", "~/", "~/deep/er"])
 def test_the_home_folder_is_where_tilde_says(
-    home: str, run: Callable[..., Any], photographs: Path, tmp_path: Path, shapes_teacher: Path,
+    home: str,
+    run: Callable[..., Any],
+    photographs: Path,
+    tmp_path: Path,
+    shapes_teacher: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     from richkd.recipe import Distill, Precompute, Sweep, TrainTeacher
 
     own = home.rstrip("/")
     whole = str(tmp_path / own[2:]) if own[2:] else str(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    one = Precompute(dataset=f"imagefolder:{own}/x", teacher_weights=f"{own}/w", clip=f"{own}/c",
-                     class_names=f"{own}/n", data_root=own, out=f"{own}/s.zarr",
-                     prompts=f"{own}/p")  # fmt: skip
+    one = Precompute(
+        dataset=f"imagefolder:{own}/x",
+        teacher_weights=f"{own}/w",
+        clip=f"{own}/c",
+        class_names=f"{own}/n",
+        data_root=own,
+        out=f"{own}/s.zarr",
+        prompts=f"{own}/p",
+    )
     assert one.dataset == f"imagefolder:{whole}/x" and one.data_root == whole
     assert (one.teacher_weights, one.clip, one.class_names, one.prompts, one.out) == tuple(
         f"{whole}/{name}" for name in ("w", "c", "n", "p", "s.zarr")
@@ -286,15 +342,29 @@ def test_the_home_folder_is_where_tilde_says(
 
 
 def test_tilde_after_a_colon_and_an_equals_sign(
-    run: Callable[..., Any], fails: Callable[..., str], photographs: Path, tmp_path: Path,
+    run: Callable[..., Any],
+    fails: Callable[..., str],
+    photographs: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     (tmp_path / "away").mkdir()
     monkeypatch.chdir(tmp_path / "away")
     monkeypatch.setenv("HOME", str(tmp_path))
-    done = run("train-teacher", "--dataset", f"imagefolder:~/{photographs.name}", "--model",
-               "resnet8", "--image-size", 16, "--epochs", 1, "--device", "cpu",
-               "--out=~/w.safetensors")  # fmt: skip
+    done = run(
+        "train-teacher",
+        "--dataset",
+        f"imagefolder:~/{photographs.name}",
+        "--model",
+        "resnet8",
+        "--image-size",
+        16,
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+        "--out=~/w.safetensors",
+    )
     assert done.code == 0, done.err
     assert (tmp_path / "w.safetensors").is_file() and not list(Path().iterdir())
     assert str(tmp_path / "none.zarr") in fails("inspect", "~/none.zarr")
@@ -312,11 +382,38 @@ def test_both_stages_among_strange_names(
     weights, store, out = place / "t é.safetensors", place / "s é.zarr", place / "r é"
     teacher = run("train-teacher", *common, "--model", "resnet8", "--epochs", 1, "--out", weights)
     assert teacher.code == 0, teacher.err
-    one = run("precompute", *common, "--teacher", "resnet8", "--teacher-weights", weights,
-              "--clip", "none", "--views", 2, "--out", store)  # fmt: skip
+    one = run(
+        "precompute",
+        *common,
+        "--teacher",
+        "resnet8",
+        "--teacher-weights",
+        weights,
+        "--clip",
+        "none",
+        "--views",
+        2,
+        "--out",
+        store,
+    )
     assert one.code == 0, one.err
-    two = run("distill", "--cache", store, "--student", "resnet8", "--method", "kd", "--epochs", 1,
-              "--batch-size", 4, "--device", "cpu", "--out", out)  # fmt: skip
+    two = run(
+        "distill",
+        "--cache",
+        store,
+        "--student",
+        "resnet8",
+        "--method",
+        "kd",
+        "--epochs",
+        1,
+        "--batch-size",
+        4,
+        "--device",
+        "cpu",
+        "--out",
+        out,
+    )
     assert two.code == 0, two.err
     assert (out / "summary.json").is_file()
     for command in (("inspect", store), ("verify", store), ("report", out, "--out", place)):

@@ -28,11 +28,22 @@ from richkd.errors import RichKDError
 from richkd.training.loop import EVAL_BATCH, derive_seed
 
 NAMES = (
-    "gaussian_noise", "shot_noise", "impulse_noise",
-    "defocus_blur", "glass_blur", "motion_blur", "zoom_blur",
-    "snow", "frost", "fog", "brightness",
-    "contrast", "elastic_transform", "pixelate", "jpeg_compression",
-)  # fmt: skip
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+)
 PUBLISHED = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}  # folders, as they unpack
 SEVERITIES = 5
 SMALLEST = 32  # pixels, of what the library takes
@@ -113,8 +124,9 @@ class MadeCorruptions:
         except ImportError as error:
             remedy = (
                 "install Debian's libgl1, or opencv-python-headless in place of opencv-python"
-                if "libGL" in str(error) else "pip install 'richkd[corruptions]'"
-            )  # fmt: skip
+                if "libGL" in str(error)
+                else "pip install 'richkd[corruptions]'"
+            )
             raise RichKDError(
                 f"making corrupted images needs imagecorruptions ({error}); {remedy}, or name the "
                 f"published files by --corruption-files"
@@ -138,15 +150,21 @@ class MadeCorruptions:
         order = [(name, severity) for name in NAMES for severity in range(1, SEVERITIES + 1)]
         cut = ([(*cell, int(sample)) for sample in chunk] for cell in order for chunk in chunks)
         batches = load(
-            _Corrupted(self.images, self.seed), cut,
-            num_workers(len(order) * len(tested), EVAL_BATCH), EVAL_BATCH * self.image_bytes,
+            _Corrupted(self.images, self.seed),
+            cut,
+            num_workers(len(order) * len(tested), EVAL_BATCH),
+            EVAL_BATCH * self.image_bytes,
             pin_memory=device.type == "cuda",
-        )  # fmt: skip
+        )
         for name, severity in order:
-            yield name, severity, (
-                (index.to(device), images.to(device))
-                for index, images in islice(batches, len(chunks))
-            )  # fmt: skip
+            yield (
+                name,
+                severity,
+                (
+                    (index.to(device), images.to(device))
+                    for index, images in islice(batches, len(chunks))
+                ),
+            )
 
 
 class _Corrupted(TorchDataset[tuple[int, Tensor]]):

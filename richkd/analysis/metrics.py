@@ -81,8 +81,9 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = BINS) -> list[Bin]:
     )
     return [
         Bin(int(n), (c / n).item(), (r / n).item())
-        for n, c, r in zip(count, confidence, correct, strict=True) if n > 0
-    ]  # fmt: skip
+        for n, c, r in zip(count, confidence, correct, strict=True)
+        if n > 0
+    ]
 
 
 def class_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -102,8 +103,9 @@ def class_table(logits: Tensor, labels: Tensor, names: Sequence[str]) -> list[di
     right = counts.diagonal().tolist()
     return [
         {"class": name, "count": n, "recall": hit / n, "precision": hit / c if c else None}
-        for name, n, c, hit in zip(names, found, called, right, strict=True) if n
-    ]  # fmt: skip
+        for name, n, c, hit in zip(names, found, called, right, strict=True)
+        if n
+    ]
 
 
 def confusion(logits: Tensor, labels: Tensor) -> Tensor:
@@ -129,8 +131,14 @@ def confusion_pairs(
         true, taken = divmod(place, len(wrong))
         count = int(wrong[true, taken])
         if count:
-            pairs.append({"class": names[true], "taken_for": names[taken], "count": count,
-                          "share": count / int(per_class[true])})  # fmt: skip
+            pairs.append(
+                {
+                    "class": names[true],
+                    "taken_for": names[taken],
+                    "count": count,
+                    "share": count / int(per_class[true]),
+                }
+            )
     return pairs
 
 

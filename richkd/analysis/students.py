@@ -120,8 +120,10 @@ def evaluate(
     """
     report = report or Report(quiet=True)
     check_settings(threshold, limit, seed)
-    runs = [complete_run(folder) for folder in
-            {Path(folder).resolve(): Path(folder) for folder in folders}.values()]  # fmt: skip
+    runs = [
+        complete_run(folder)
+        for folder in {Path(folder).resolve(): Path(folder) for folder in folders}.values()
+    ]
     for run in runs:
         path = evaluation_file(run.path, weights)
         check_replaceable(path, ABOUT_RUN["evaluation.json"])
@@ -173,8 +175,10 @@ def check_settings(threshold: float, limit: int | None, seed: int) -> None:
 def describe(student: Student) -> dict[str, Any]:
     """Which run it is."""
     summary = student.run.complete
-    return {"run": str(student.run.path),
-            **{key: summary[key] for key in ("student", "method", "seed")}}  # fmt: skip
+    return {
+        "run": str(student.run.path),
+        **{key: summary[key] for key in ("student", "method", "seed")},
+    }
 
 
 def describe_logits(
@@ -310,9 +314,12 @@ def shift_classes(
     if {*found} == {*numbers} and not {*found} & {*exact, *by_name}:
         exact = numbers  # as ImageNet-V2 has them
     classes = [
-        exact.get(name) or by_name.get(text_key(name)) or by_name.get(plain(name))
-        or by_folder[plain(name)] for name in found
-    ]  # fmt: skip
+        exact.get(name)
+        or by_name.get(text_key(name))
+        or by_name.get(plain(name))
+        or by_folder[plain(name)]
+        for name in found
+    ]
     strange = [name for name, places in zip(found, classes, strict=True) if not places]
     if strange:
         more = f", nor have {len(strange) - 1} more" if len(strange) > 1 else ""
@@ -323,8 +330,9 @@ def shift_classes(
         )
     for name, places in zip(found, classes, strict=True):
         if len(places) > 1:
-            which = " and ".join(f"{number} ({own.get(number, names[number])})"
-                                 for number in sorted(places))  # fmt: skip
+            which = " and ".join(
+                f"{number} ({own.get(number, names[number])})" for number in sorted(places)
+            )
             raise RichKDError(
                 f"{folder / name}: the classes {which} of {store.path} have this name; name the "
                 f"folder as that of the class"
@@ -337,8 +345,10 @@ def class_folders(split: Split) -> dict[int, str]:
     if not isinstance(split.images, ImageFiles):
         return {}
     labels, first = np.unique(split.labels.numpy(), return_index=True)
-    return {int(label): split.images.paths[int(index)].split("/")[0]
-            for label, index in zip(labels, first, strict=True)}  # fmt: skip
+    return {
+        int(label): split.images.paths[int(index)].split("/")[0]
+        for label, index in zip(labels, first, strict=True)
+    }
 
 
 def shift_decoding(listing: Listing, store: TeacherCache) -> Decoding:
@@ -391,14 +401,19 @@ def under_corruptions(
                 mistakes.wrong[name].append(int((~mistakes.right[-1]).sum()))
     clean = [int((~right_of(own, labels)).sum()) for own in logits]
     for part, mistakes, own_clean in zip(parts, found, clean, strict=True):
-        top1 = {name: [1 - count / len(tested) for count in each]
-                for name, each in mistakes.wrong.items()}  # fmt: skip
+        top1 = {
+            name: [1 - count / len(tested) for count in each]
+            for name, each in mistakes.wrong.items()
+        }
         mean_error = sum(map(sum, mistakes.wrong.values())) / total
         part["corruptions"] = {"source": corruptions.about, "top1": top1, "mean_error": mean_error}
         mce, relative = relative_errors(mistakes.wrong, own_clean, found[0].wrong, clean[0])
         part["comparison"] |= {"mce": mce, "relative_mce": relative}
-    compare(parts, "corrupted_top1",
-            [torch.stack(mistakes.right).double().mean(0) for mistakes in found])  # fmt: skip
+    compare(
+        parts,
+        "corrupted_top1",
+        [torch.stack(mistakes.right).double().mean(0) for mistakes in found],
+    )
 
 
 def under_shift(
@@ -430,8 +445,12 @@ def under_shift(
                 "classes": len(shift.classes),
                 **metrics.score(shifted, place[shift.labels], threshold),
                 "clean_top1": right_of(own[kept][:, shift.classes], place[labels[kept]])
-                .double().mean().item() if kept.any() else None,
-            }  # fmt: skip
+                .double()
+                .mean()
+                .item()
+                if kept.any()
+                else None,
+            }
             tick(count)
     compare(parts, "shifted_top1", right)
 
@@ -454,8 +473,11 @@ def compare(parts: list[dict[str, Any]], name: str, right: Sequence[Tensor]) -> 
 def finite(difference: Difference) -> dict[str, float | int | None]:
     """A difference as JSON has it: without infinities."""
     known = difference.n > 1
-    return {**asdict(difference), "low": difference.low if known else None,
-            "high": difference.high if known else None}  # fmt: skip
+    return {
+        **asdict(difference),
+        "low": difference.low if known else None,
+        "high": difference.high if known else None,
+    }
 
 
 # --- what a run folder keeps, and reports show ---------------------------------------------------

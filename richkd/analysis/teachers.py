@@ -33,8 +33,13 @@ SCALES = tuple(2.0**step for step in range(-4, 5))  # times CLIP's own
 SUBSETS = 8  # of prompts, of each size, at most
 CHANGED = 10  # classes that gain, and that lose
 EXAMPLES = 4  # images of each of them
-NAMES = {"cnn": "CNN teacher", "clip": "CLIP", "fused": "fused", "raw": "fused, raw scale",
-         "native": "fused, native scale"}  # fmt: skip
+NAMES = {
+    "cnn": "CNN teacher",
+    "clip": "CLIP",
+    "fused": "fused",
+    "raw": "fused, raw scale",
+    "native": "fused, native scale",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +55,12 @@ class Rows:
 
 
 def analyze(
-    cache: TeacherCache, *, threshold: float = 0.8, split: str = "test",
+    cache: TeacherCache,
+    *,
+    threshold: float = 0.8,
+    split: str = "test",
     report: Report | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Everything that can be read from a store about its teachers.
 
     Args:
@@ -166,10 +174,13 @@ def disagreement(
         "both wrong, different classes": ~cnn & ~clip & ~same,
     }
     return [
-        {"case": name, "share": case.double().mean().item(),
-         "fused_top1": right["fused"][case].double().mean().item() if case.any() else None}
+        {
+            "case": name,
+            "share": case.double().mean().item(),
+            "fused_top1": right["fused"][case].double().mean().item() if case.any() else None,
+        }
         for name, case in cases.items()
-    ]  # fmt: skip
+    ]
 
 
 def consistency(
@@ -184,10 +195,11 @@ def consistency(
         yardsticks["text"] = metrics.cosines(fusion.class_embeddings(cache.text_embeddings))
     alike = {kind: metrics.soft_label_similarity(own, rows.labels) for kind, own in logits.items()}
     return {
-        kind: {name: metrics.rank_correlation(own, yardstick)
-               for name, yardstick in yardsticks.items()}
+        kind: {
+            name: metrics.rank_correlation(own, yardstick) for name, yardstick in yardsticks.items()
+        }
         for kind, own in alike.items()
-    }  # fmt: skip
+    }
 
 
 def class_changes(
@@ -238,20 +250,21 @@ def blend_effects(
     return {
         "alpha": [
             {"scale": name, "alpha": a, **_fit(rows, rows.similarity, a, scale)}
-            for name, scale in scales.items() for a in ALPHAS
+            for name, scale in scales.items()
+            for a in ALPHAS
         ],
-        "scale": [
-            {"scale": scale, **_fit(rows, rows.similarity, alpha, scale)} for scale in swept
-        ],
+        "scale": [{"scale": scale, **_fit(rows, rows.similarity, alpha, scale)} for scale in swept],
         "num_prompts": _by_num_prompts(cache, rows, alone, alpha, stored),
         "prompt": alone,
-    }  # fmt: skip
+    }
 
 
 def _fit(rows: Rows, similarity: Tensor, alpha: float, scale: float) -> dict[str, float]:
     fused = fusion.fuse_logits(rows.teacher, similarity, alpha, scale)
-    return {"top1": accuracy(fused, rows.labels, 1),
-            "nll": F.cross_entropy(fused, rows.labels).item()}  # fmt: skip
+    return {
+        "top1": accuracy(fused, rows.labels, 1),
+        "nll": F.cross_entropy(fused, rows.labels).item(),
+    }
 
 
 def _by_num_prompts(
@@ -266,10 +279,15 @@ def _by_num_prompts(
         subsets = [generator.permutation(count)[:size].tolist() for _ in range(draws)]
         by_size[size] = [_by_prompts(cache, rows, prompts, alpha, scale) for prompts in subsets]
     return [
-        {"prompts": size, **{name: float(np.mean([one[name] for one in each]))
-                             for name in ("clip_top1", "fused_top1")}}
+        {
+            "prompts": size,
+            **{
+                name: float(np.mean([one[name] for one in each]))
+                for name in ("clip_top1", "fused_top1")
+            },
+        }
         for size, each in by_size.items()
-    ]  # fmt: skip
+    ]
 
 
 def _by_prompt(cache: TeacherCache, rows: Rows, alpha: float, scale: float) -> list[dict[str, Any]]:
@@ -288,8 +306,10 @@ def _by_prompts(
     assert rows.clip_features is not None
     classes = fusion.class_embeddings(cache.text_embeddings, prompts)
     similarity = fusion.clip_similarity(rows.clip_features, classes)
-    return {"clip_top1": accuracy(similarity, rows.labels, 1),
-            "fused_top1": _fit(rows, similarity, alpha, scale)["top1"]}  # fmt: skip
+    return {
+        "clip_top1": accuracy(similarity, rows.labels, 1),
+        "fused_top1": _fit(rows, similarity, alpha, scale)["top1"],
+    }
 
 
 def pictures(cache: TeacherCache, split: str, samples: list[int]) -> dict[int, str]:

@@ -30,11 +30,39 @@ _NUMBER_AND_NAME = re.compile(r"(\d+)\s*[.):=-]*\s+(\S.*)")
 _SHOWN = 4  # examples in a line
 # What columns are called in the first line of a table, without what separates words.
 _HEADINGS = {
-    "category", "categories", "class", "classes", "classid", "classindex", "classlabel",
-    "classname", "classnames", "description", "dir", "directory", "folder", "foldername", "id",
-    "idx", "index", "key", "label", "labelid", "labels", "labelname", "name", "names", "number",
-    "synset", "synsetid", "target", "title", "value", "wnid", "words",
-}  # fmt: skip
+    "category",
+    "categories",
+    "class",
+    "classes",
+    "classid",
+    "classindex",
+    "classlabel",
+    "classname",
+    "classnames",
+    "description",
+    "dir",
+    "directory",
+    "folder",
+    "foldername",
+    "id",
+    "idx",
+    "index",
+    "key",
+    "label",
+    "labelid",
+    "labels",
+    "labelname",
+    "name",
+    "names",
+    "number",
+    "synset",
+    "synsetid",
+    "target",
+    "title",
+    "value",
+    "wnid",
+    "words",
+}
 
 
 @dataclass(frozen=True)
@@ -132,9 +160,11 @@ def _tell_apart(candidates: Sequence[Sequence[str]]) -> tuple[str, ...]:
     while True:
         names = [some[number] for some, number in zip(candidates, chosen, strict=True)]
         again = [
-            number for group in _groups(names) for number in group
+            number
+            for group in _groups(names)
+            for number in group
             if chosen[number] + 1 < len(candidates[number])
-        ]  # fmt: skip
+        ]
         if not again:
             return tuple(names)
         for number in again:
@@ -152,8 +182,11 @@ def _groups(names: Iterable[str]) -> list[list[int]]:
 def _told_apart(folders: Sequence[str], names: Sequence[str]) -> list[str]:
     """Say which classes have another name than their folder alone would give."""
     alike = {names[number] for group in _groups(names) for number in group}
-    told = [f"{folder} → {name}" for folder, name in zip(folders, names, strict=True)
-            if name != class_words(folder) and name not in alike]  # fmt: skip
+    told = [
+        f"{folder} → {name}"
+        for folder, name in zip(folders, names, strict=True)
+        if name != class_words(folder) and name not in alike
+    ]
     if not told:
         return []
     return [
@@ -238,8 +271,11 @@ def read_class_names(file: Path, folders: Sequence[str]) -> ClassNames:
             f"{names[group[0]]!r}, by which CLIP cannot tell classes apart; give each class a name "
             f"of its own"
         )
-    told = [f"{folder} → {name}" for folder, name, some
-            in zip(folders, names, candidates, strict=True) if name != some[0]]  # fmt: skip
+    told = [
+        f"{folder} → {name}"
+        for folder, name, some in zip(folders, names, candidates, strict=True)
+        if name != some[0]
+    ]
     if told:
         notes.append(f"{file}: names that several classes have are told apart: {_listed(told)}")
     return ClassNames(names, tuple(notes))
@@ -330,8 +366,11 @@ def _from_lines(rows: list[tuple[int, str]], folders: Sequence[str]) -> list[_En
     numbers = [int(match[1]) for match in numbered if match]
     numberings = [*_numberings(len(folders)), {*_leading_numbers(folders)}]
     if len(numbers) == len(lines) and {*numbers} in numberings:
-        return [_Entry(f"line {number}", match[1], match[2])
-                for (number, _), match in zip(rows, numbered, strict=True) if match]  # fmt: skip
+        return [
+            _Entry(f"line {number}", match[1], match[2])
+            for (number, _), match in zip(rows, numbered, strict=True)
+            if match
+        ]
     return _from_list(rows, folders)
 
 
@@ -356,9 +395,13 @@ def _from_table(
     columns = [[cells[at] for _, cells in table if at < len(cells)] for at in range(width)]
     full = [at for at, column in enumerate(columns) if len(column) == len(table)]
     known, wanted = {*folders}, len(table) / 2
-    keys = [at for at in full if known <= {*columns[at]}
-            or sum(cell in known for cell in columns[at]) >= wanted
-            or all(map(_SYNSET.fullmatch, columns[at]))]  # fmt: skip
+    keys = [
+        at
+        for at in full
+        if known <= {*columns[at]}
+        or sum(cell in known for cell in columns[at]) >= wanted
+        or all(map(_SYNSET.fullmatch, columns[at]))
+    ]
     keys += [at for at in full if all(cell.isdecimal() for cell in columns[at])]
     if not keys and not certain:
         return []
@@ -371,18 +414,22 @@ def _from_table(
             f"line {table[0][0]} has {width} columns; keep two, that of the folder and the name"
         )
     return [
-        _Entry(f"line {number}", cells[key], ", ".join(cells[at] for at in others
-                                                       if at < len(cells) and cells[at]))
+        _Entry(
+            f"line {number}",
+            cells[key],
+            ", ".join(cells[at] for at in others if at < len(cells) and cells[at]),
+        )
         for number, cells in table
-    ]  # fmt: skip
+    ]
 
 
 def _from_list(rows: list[tuple[int, str]], folders: Sequence[str]) -> list[_Entry]:
     """The names of a file that has nothing but names, in the order of the folders."""
     if len(rows) == len(folders) + 1 and _is_heading(rows[0][1]):
         del rows[0]
-    entries = [_Entry(f"line {number}", None, _unquoted(line.removesuffix(",")))
-               for number, line in rows]  # fmt: skip
+    entries = [
+        _Entry(f"line {number}", None, _unquoted(line.removesuffix(","))) for number, line in rows
+    ]
     for entry in entries:
         if re.search(r",\S", entry.name):
             raise _Fault(
@@ -394,9 +441,11 @@ def _from_list(rows: list[tuple[int, str]], folders: Sequence[str]) -> list[_Ent
 
 def _cells(line: str, mark: str) -> list[str]:
     quoted = mark in ",;"
-    cells = next(csv.reader([line], delimiter=mark, skipinitialspace=True)) if quoted else (
-        line.split(mark)
-    )  # fmt: skip
+    cells = (
+        next(csv.reader([line], delimiter=mark, skipinitialspace=True))
+        if quoted
+        else (line.split(mark))
+    )
     while len(cells) > 1 and not cells[-1].strip():
         del cells[-1]
     return cells

@@ -47,9 +47,17 @@ _STATISTICS = {
     catalog.IMAGE_FOLDER: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 _FASHION_CLASSES = (
-    "t-shirt", "trouser", "pullover", "dress", "coat",
-    "sandal", "shirt", "sneaker", "bag", "ankle boot",
-)  # fmt: skip
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
 
 
 @dataclass(frozen=True)
@@ -138,8 +146,9 @@ class Dataset:
     def network_input(self) -> NetworkInput:
         """What networks take that are trained here on these images."""
         whole = isinstance(self.train.images, Tensor)
-        return NetworkInput(size=self.image_size, mean=self.mean, std=self.std,
-                            crop=1.0 if whole else CLEAN_SHARE)  # fmt: skip
+        return NetworkInput(
+            size=self.image_size, mean=self.mean, std=self.std, crop=1.0 if whole else CLEAN_SHARE
+        )
 
     @property
     def decoding(self) -> Decoding | None:
@@ -365,15 +374,23 @@ def _shapes(limit: int | None) -> Parts:
 
 def _fashion_mnist(root: Path) -> Parts:
     folder = root / "FashionMNIST" / "raw"
-    names = [f"{part}-{what}" for part in ("train", "t10k")
-             for what in ("images-idx3-ubyte", "labels-idx1-ubyte")]  # fmt: skip
+    names = [
+        f"{part}-{what}"
+        for part in ("train", "t10k")
+        for what in ("images-idx3-ubyte", "labels-idx1-ubyte")
+    ]
     if not all((folder / name).is_file() or (folder / f"{name}.gz").is_file() for name in names):
         if DEBIAN_FASHION_MNIST.is_dir():
             folder = DEBIAN_FASHION_MNIST
         else:
-            _download_with_torchvision("FashionMNIST", root, (
-                f"install Debian's package dataset-fashion-mnist, or copy the four *-ubyte.gz "
-                f"files into {folder}"))  # fmt: skip
+            _download_with_torchvision(
+                "FashionMNIST",
+                root,
+                (
+                    f"install Debian's package dataset-fashion-mnist, or copy the four *-ubyte.gz "
+                    f"files into {folder}"
+                ),
+            )
     train_images, train_labels, test_images, test_labels = (
         _read_idx(folder / name) for name in names
     )
@@ -459,8 +476,9 @@ def _image_folder(
     train = found["train"]
     names = (
         class_names.read_class_names(Path(settings.class_names), train.classes)
-        if settings.class_names else class_names.name_classes(train.classes)
-    )  # fmt: skip
+        if settings.class_names
+        else class_names.name_classes(train.classes)
+    )
     listed = {
         split: folders.list_images(each.folder, settings.broken, skipped, report, each)
         for split, each in found.items()

@@ -211,9 +211,11 @@ def _range(kind: str, low: float, high: float) -> tuple[float, float]:
 def values_of(image: Image.Image, depth: Depth) -> NDArray[np.floating[Any]]:
     """The values of a decoded image: [H,W], or [H,W,3] of colours, to their upper byte."""
     if depth.upper_byte:
-        plain = image if image.mode in ("L", "RGB") else image.convert(
-            "L" if image.mode == "LA" else "RGB"
-        )  # fmt: skip
+        plain = (
+            image
+            if image.mode in ("L", "RGB")
+            else image.convert("L" if image.mode == "LA" else "RGB")
+        )
         return np.asarray(plain, np.float32) * 257
     stored = np.asarray(image)
     if depth.kind.startswith("32-bit") and stored.dtype == np.int32:
@@ -307,15 +309,27 @@ def true_format(path: Path) -> str:
     if brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"):
         return "it is HEIC, which pip install pillow-heif makes readable"
     text = begin.lstrip().lower()
-    starts = {b"%pdf": "PDF", b"<svg": "SVG", b"<?xml": "XML", b"<!doctype html": "an HTML page",
-              b"<html": "an HTML page", b"version https://git-lfs": "a pointer of Git LFS, whose "
-              "file was not fetched", b"pk\3\4": "a ZIP archive"}  # fmt: skip
+    starts = {
+        b"%pdf": "PDF",
+        b"<svg": "SVG",
+        b"<?xml": "XML",
+        b"<!doctype html": "an HTML page",
+        b"<html": "an HTML page",
+        b"version https://git-lfs": "a pointer of Git LFS, whose file was not fetched",
+        b"pk\3\4": "a ZIP archive",
+    }
     named = next((name for start, name in starts.items() if text.startswith(start)), None)
     if named is None:
         Image.init()
         begin = begin.ljust(64, b"\0")
-        named = next((name for name, (_, accepts) in Image.OPEN.items()
-                      if accepts is not None and accepts(begin) is True), None)  # fmt: skip
+        named = next(
+            (
+                name
+                for name, (_, accepts) in Image.OPEN.items()
+                if accepts is not None and accepts(begin) is True
+            ),
+            None,
+        )
     if named in FORMATS:
         return f"it is {named} of a kind that Pillow does not decode"
     return f"it is {named}" if named else "it is in no format that is known"
@@ -379,8 +393,9 @@ def say_reading(
         lines.append(f"files of several images, of which the first is read: {count(FRAMES):,}")
     for kind, (low, high) in sorted(decoding.ranges.items()):
         places = [[*each.kinds, kind].index(kind) + 1 for each in values]
-        highs = np.concatenate([each.high[each.kind == place]
-                                for each, place in zip(values, places, strict=True)])  # fmt: skip
+        highs = np.concatenate(
+            [each.high[each.kind == place] for each, place in zip(values, places, strict=True)]
+        )
         if not highs.size:
             continue
         dark = int(np.count_nonzero(highs < low + (high - low) / 8))

@@ -28,8 +28,17 @@ from richkd.progress import Report
 
 # Those that were read before stores said which folders they are of.
 EARLIER_SUFFIXES = {
-    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif",
-}  # fmt: skip
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".ppm",
+    ".bmp",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".webp",
+    ".gif",
+}
 _READING = 2  # another number whenever files are looked at otherwise
 LOOKED_AT = 4096  # files that wait for a thread at once
 
@@ -90,9 +99,11 @@ class Found:
         """What is wrong with the folder, and the remedy; None where each class has images."""
         beside = self.tally.counts[Kind.BESIDE]
         if not self.classes:
-            has = f"holds {beside:,} images and no folders of classes" if beside else (
-                "holds no folders of classes"
-            )  # fmt: skip
+            has = (
+                f"holds {beside:,} images and no folders of classes"
+                if beside
+                else ("holds no folders of classes")
+            )
             return f"{self.folder} {has}; {self.sort}"
         if self.empty:
             name, instead = next(iter(self.empty.items()))
@@ -155,16 +166,20 @@ def list_images(
     classes, paths, labels = found.classes, found.paths, found.labels
     look = _remembered(folder, paths, known is None, report or Report(quiet=True))
     left_out = {*(known or ())}
-    faults = {number: reason for number, reason in look.faults.items()
-              if (known is None or not look.sizes[number].any())
-              and f"{folder.name}/{paths[number]}" not in left_out}  # fmt: skip
+    faults = {
+        number: reason
+        for number, reason in look.faults.items()
+        if (known is None or not look.sizes[number].any())
+        and f"{folder.name}/{paths[number]}" not in left_out
+    }
     if faults and (broken == "refuse" or known is not None):
         first, reason = next(iter(faults.items()))
         more = f", nor {len(faults) - 1} more" if len(faults) > 1 else ""
         remedy = remedy or (
-            "remove such files, or leave them out with --broken skip" if known is None
+            "remove such files, or leave them out with --broken skip"
+            if known is None
             else "restore it, or make the store again with richkd precompute --broken skip"
-        )  # fmt: skip
+        )
         raise RichKDError(
             f"{folder / paths[first]} is no image that can be read ({reason}){more}; {remedy}"
         )
@@ -256,12 +271,18 @@ def _remembered(folder: Path, paths: Paths, decode: bool, report: Report) -> _Lo
         look = _look(folder, paths, decode, report)
         with suppress(OSError), replacing(note) as temporary, temporary.open("wb") as file:
             np.savez(
-                file, state=state, sizes=look.sizes, decoded=look.decoded, traits=look.traits,
-                kinds=np.array(look.values.kinds, str), kind=look.values.kind,
-                low=look.values.low, high=look.values.high,
+                file,
+                state=state,
+                sizes=look.sizes,
+                decoded=look.decoded,
+                traits=look.traits,
+                kinds=np.array(look.values.kinds, str),
+                kind=look.values.kind,
+                low=look.values.low,
+                high=look.values.high,
                 broken=np.array([*look.faults], np.int64),
                 reasons=np.array([*look.faults.values()], str),
-            )  # fmt: skip
+            )
     return look
 
 

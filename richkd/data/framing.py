@@ -106,9 +106,12 @@ class Framing:
 
         create: Any = transforms_factory.create_transform
         return create(
-            (3, self.size, self.size), interpolation=self.interpolation, crop_pct=self.crop,
-            crop_mode=self.crop_mode, normalize=False,
-        )  # fmt: skip
+            (3, self.size, self.size),
+            interpolation=self.interpolation,
+            crop_pct=self.crop,
+            crop_mode=self.crop_mode,
+            normalize=False,
+        )
 
     def of_array(self, images: Tensor, clean: bool) -> Tensor:
         """Images of an array, or views of them: [B,H,W,3] -> [B,S,S,3] uint8.
@@ -157,15 +160,20 @@ class NetworkInput(Framing):
     @property
     def note(self) -> dict[str, str]:
         """As the metadata of a weights file: JSON, but for text."""
-        return {key: value if isinstance(value, str) else json.dumps(value)
-                for key, value in self.entry.items()}  # fmt: skip
+        return {
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in self.entry.items()
+        }
 
     @classmethod
     def of_note(cls, note: Mapping[str, str]) -> Self:
         """From the metadata of a weights file; ValueError where it is damaged."""
         texts = {"interpolation", "crop_mode"}
-        entry = {key: note[key] if key in texts else json.loads(note[key])
-                 for key in InputEntry.__annotations__ if key in note}  # fmt: skip
+        entry = {
+            key: note[key] if key in texts else json.loads(note[key])
+            for key in InputEntry.__annotations__
+            if key in note
+        }
         fault = input_fault(entry)
         if fault is not None:
             raise ValueError(fault)
@@ -174,5 +182,7 @@ class NetworkInput(Framing):
     def __str__(self) -> str:
         """For people."""
         mean, std = (",".join(f"{number:g}" for number in each) for each in (self.mean, self.std))
-        return (f"{self.size}×{self.size}, crop {100 * self.crop:g} %, {self.interpolation}, mean "
-                f"{mean}, std {std}")  # fmt: skip
+        return (
+            f"{self.size}×{self.size}, crop {100 * self.crop:g} %, {self.interpolation}, mean "
+            f"{mean}, std {std}"
+        )

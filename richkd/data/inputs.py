@@ -120,8 +120,11 @@ class FileInputs:
             image_bytes += transform(Image.new("RGB", (1, 1))).nbytes
         # the same on every machine, for a teacher's last bits depend on the batch
         batch = min(batch, max(1, UNDER_WAY // ((2 * MOST_WORKERS + 1) * max(1, image_bytes))))
-        cut = ([*range(start, min(start + batch, span.stop))]
-               for span in spans for start in range(span.start, span.stop, batch))  # fmt: skip
+        cut = (
+            [*range(start, min(start + batch, span.stop))]
+            for span in spans
+            for start in range(span.start, span.stop, batch)
+        )
         samples = _FileViews(self.files, self.framing, views, transform)
         workers = num_workers(sum(map(len, spans)), batch)
         for index, crops, *pixels in self._loaded(cut, samples, workers, batch * image_bytes):
@@ -177,8 +180,7 @@ def image_views(images: Tensor | ImageFiles, index: Tensor, views: Tensor) -> Te
     """Views [B] or [B,5] of the samples index [B], in this process: [B,H,W,3] uint8."""
     if isinstance(images, ImageFiles):
         framing, pairs = Framing(size=images.image_size), zip(index.tolist(), views, strict=True)
-        return torch.cat([framing.views(images.open(number), view[None])
-                          for number, view in pairs])  # fmt: skip
+        return torch.cat([framing.views(images.open(number), view[None]) for number, view in pairs])
     return gather_views(images, index, views)
 
 

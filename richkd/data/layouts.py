@@ -114,8 +114,10 @@ def find_splits(path: Path, layout: Layout | None) -> tuple[dict[str, Found], li
     gone = [name for name in layout.folders.values() if not (path / name).is_dir()]
     if gone:
         raise RichKDError(f"there is no folder {path / gone[0]}, which the store was made from")
-    found = {split: find_images(path / name, earlier=layout.earlier)
-             for split, name in layout.folders.items()}  # fmt: skip
+    found = {
+        split: find_images(path / name, earlier=layout.earlier)
+        for split, name in layout.folders.items()
+    }
     notes = [*layout.notes]
     if not stored:
         notes += _without_labels(found)
@@ -150,8 +152,10 @@ def _check_number(train: Found) -> None:
         below = sorted({path.split("/")[1] for path in train.paths if path.count("/") > 1})
         deeper = (
             f": the folders in it ({_listed(below)}) are not told apart, and should lie in "
-            f"{train.folder} itself" if below else ""
-        )  # fmt: skip
+            f"{train.folder} itself"
+            if below
+            else ""
+        )
         raise RichKDError(
             f"{train.folder} has one folder, {only}{deeper}; at least two classes are needed, each "
             f"in a folder of its own, {train.folder}/CLASS/image.jpg"
@@ -185,12 +189,15 @@ def _check_classes(split: Found, train: Found) -> None:
 
 def _use(found: Mapping[str, Found]) -> str:
     """What each folder is used for."""
-    uses = ", ".join(f"{found[split].folder} to {purpose}" for split, purpose in PURPOSES.items()
-                     if split in found)  # fmt: skip
+    uses = ", ".join(
+        f"{found[split].folder} to {purpose}"
+        for split, purpose in PURPOSES.items()
+        if split in found
+    )
     tested = found["test"].folder.name.lower()
     return f"images: {uses}" + (
         " (there are no other test images)" if tested in NAMES["validation"] else ""
-    )  # fmt: skip
+    )
 
 
 def _shared(found: Mapping[str, Found]) -> Iterator[str]:

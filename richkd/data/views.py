@@ -59,9 +59,9 @@ def gather_views(images: Tensor, index: Tensor, view_ids: Tensor) -> Tensor:
     rows = torch.arange(height, device=images.device) + (dy - PAD)[:, None]  # [B,H]
     columns = torch.arange(width, device=images.device).expand(len(view_ids), width)
     columns = torch.where(flip[:, None] == 1, width - 1 - columns, columns) + (dx - PAD)[:, None]
-    inside = ((rows >= 0) & (rows < height))[:, :, None] & (
-        (columns >= 0) & (columns < width)
-    )[:, None, :]  # fmt: skip
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[
+        :, None, :
+    ]
     rows = rows.clamp(0, height - 1)[:, :, None]
     columns = columns.clamp(0, width - 1)[:, None, :]
     return images[index[:, None, None], rows, columns] * inside[..., None]
@@ -223,9 +223,15 @@ def resized_crop(
 
     top, left, height, width, flip = (int(number) for number in view)
     crop = functional.resized_crop(
-        photo, top, left, height, width, [image_size, image_size], _mode(interpolation),
+        photo,
+        top,
+        left,
+        height,
+        width,
+        [image_size, image_size],
+        _mode(interpolation),
         antialias=True,
-    )  # fmt: skip
+    )
     pixels: Tensor = photo_pixels(crop) if isinstance(crop, Image.Image) else crop
     return (pixels.flip(-1) if flip else pixels).permute(1, 2, 0).contiguous()
 

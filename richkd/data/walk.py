@@ -22,15 +22,49 @@ from richkd.errors import RichKDError
 
 # What NAS, Windows, macOS and Python make; any other name that begins with a dot is hidden, too.
 _SYSTEM = {
-    "@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot", "__macosx",
-    "$recycle.bin", "system volume information", "network trash folder", "temporary items",
-    "lost+found", "__pycache__", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini",
+    "@eadir",
+    "@recycle",
+    "@recently-snapshot",
+    "#recycle",
+    "#snapshot",
+    "~snapshot",
+    "__macosx",
+    "$recycle.bin",
+    "system volume information",
+    "network trash folder",
+    "temporary items",
+    "lost+found",
+    "__pycache__",
+    "thumbs.db",
+    "ehthumbs.db",
+    "ehthumbs_vista.db",
+    "desktop.ini",
     "icon\r",
-}  # fmt: skip
+}
 _CHECKED_DISK = re.compile(r"found\.\d{3}", re.IGNORECASE)  # by Windows
 # Images that Pillow does not open, and what it opens that are no images.
-_RAW = {".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".erf", ".kdc", ".mrw", ".nef", ".nrw",
-        ".orf", ".pef", ".raf", ".raw", ".rw2", ".sr2", ".srf", ".srw", ".x3f"}  # fmt: skip
+_RAW = {
+    ".3fr",
+    ".arw",
+    ".cr2",
+    ".cr3",
+    ".crw",
+    ".dng",
+    ".erf",
+    ".kdc",
+    ".mrw",
+    ".nef",
+    ".nrw",
+    ".orf",
+    ".pef",
+    ".raf",
+    ".raw",
+    ".rw2",
+    ".sr2",
+    ".srf",
+    ".srw",
+    ".x3f",
+}
 _RARE = {".dcm", ".exr", ".hdr", ".jxl", ".svg", ".svgz", ".xcf"}
 _NO_IMAGES = {".bufr", ".grib", ".h5", ".hdf", ".mpeg", ".mpg", ".pdf"}
 _SHOWN = 3  # examples a line
@@ -42,21 +76,29 @@ class Kind(Enum):
     HIDDEN = "left out", "hidden or system file or folder", "hidden or system files or folders", ""
     OTHER = "left out", "file that is not called an image", "files that are not called images", ""
     FORMAT = (
-        "left out", "image of a format that is not read", "images of formats that are not read",
+        "left out",
+        "image of a format that is not read",
+        "images of formats that are not read",
         " (convert them to PNG or JPEG)",
-    )  # fmt: skip
+    )
     BESIDE = (
-        "left out", "image that lies beside the class folders",
-        "images that lie beside the class folders", " (move each into the folder of its class)",
-    )  # fmt: skip
+        "left out",
+        "image that lies beside the class folders",
+        "images that lie beside the class folders",
+        " (move each into the folder of its class)",
+    )
     LINK = (
-        "left out", "link to a folder that is read elsewhere, or that it lies in",
-        "links to folders that are read elsewhere, or that they lie in", "",
-    )  # fmt: skip
+        "left out",
+        "link to a folder that is read elsewhere, or that it lies in",
+        "links to folders that are read elsewhere, or that they lie in",
+        "",
+    )
     BELOW = (
-        "read", "image in a folder below a class folder",
-        "images in folders below a class folder", " as images of that class",
-    )  # fmt: skip
+        "read",
+        "image in a folder below a class folder",
+        "images in folders below a class folder",
+        " as images of that class",
+    )
 
 
 class Tally:

@@ -91,8 +91,9 @@ def load(
         while (parts := _next(iterator)) is not None:
             if isinstance(parts, Exception):
                 raise parts
-            yield tuple(torch.from_numpy(part) if isinstance(part, np.ndarray) else part
-                        for part in parts)  # fmt: skip
+            yield tuple(
+                torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in parts
+            )
     finally:
         _end(iterator)
 
@@ -146,8 +147,10 @@ class _Stacked:
     def __call__(self, samples: list[Sample] | Exception) -> Any:
         if isinstance(samples, Exception):
             return samples
-        parts = [torch.tensor(part) if isinstance(part[0], int) else torch.stack(part)
-                 for part in zip(*samples, strict=True)]  # fmt: skip
+        parts = [
+            torch.tensor(part) if isinstance(part[0], int) else torch.stack(part)
+            for part in zip(*samples, strict=True)
+        ]
         if torch.utils.data.get_worker_info() is None:
             return parts
         if self.shared:
@@ -164,13 +167,20 @@ def _start(
     def make(workers: int) -> Any:
         with warnings.catch_warnings():  # PyTorch's on RICHKD_WORKERS beyond the CPUs
             warnings.simplefilter("ignore", UserWarning)
-            return iter(DataLoader(
-                samples, batch_sampler=batches, num_workers=workers, collate_fn=stack,
-                pin_memory=pin, worker_init_fn=_leave_alone if workers else None,
-                prefetch_factor=PREFETCHED if workers else None,
-                multiprocessing_context=multiprocessing.get_context(START_METHOD)
-                if workers else None,
-            ))  # fmt: skip
+            return iter(
+                DataLoader(
+                    samples,
+                    batch_sampler=batches,
+                    num_workers=workers,
+                    collate_fn=stack,
+                    pin_memory=pin,
+                    worker_init_fn=_leave_alone if workers else None,
+                    prefetch_factor=PREFETCHED if workers else None,
+                    multiprocessing_context=multiprocessing.get_context(START_METHOD)
+                    if workers
+                    else None,
+                )
+            )
 
     if workers == 0:
         return make(0)

@@ -310,6 +310,11 @@ class CRDKD(LogitMethod, CRD):
 def contrast_of(options: CRD.Options, widths: Widths) -> CRDLoss:
     """The contrastive loss that a method's options ask for."""
     return CRDLoss(
-        len(widths.labels), EMBEDDING, options.negatives, options.crd_temperature,
-        options.bank_momentum, widths.labels, options.contrast,
-    )  # fmt: skip
+        len(widths.labels),
+        EMBEDDING,
+        options.negatives,
+        options.crd_temperature,
+        options.bank_momentum,
+        widths.labels,
+        options.contrast,
+    )

@@ -29,8 +29,9 @@ def dist_loss(
         target_logits: [B,C]; no gradient flows into them.
         temperature: τ > 0.
     """
-    student, target = (F.softmax(z.float() / temperature, dim=1)
-                       for z in (student_logits, target_logits.detach()))  # fmt: skip
+    student, target = (
+        F.softmax(z.float() / temperature, dim=1) for z in (student_logits, target_logits.detach())
+    )
     inter, intra = pearson_distance(student, target), pearson_distance(student.T, target.T)
     return inter * temperature**2, intra * temperature**2
 
@@ -51,5 +52,8 @@ class DIST(LogitMethod):
         """Huang et al., equation 10."""
         o = self.options
         inter, intra = dist_loss(*self.logits(batch), o.temperature)
-        return {"ce": self.label_term(batch), "inter": o.inter_weight * inter,
-                "intra": o.intra_weight * intra}  # fmt: skip
+        return {
+            "ce": self.label_term(batch),
+            "inter": o.inter_weight * inter,
+            "intra": o.intra_weight * intra,
+        }

@@ -82,8 +82,11 @@ class RKD(FeatureMethod):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Park et al., equation 12."""
         distance, angle = rkd_loss(batch.features, batch.rows["teacher_features"])
-        return {"ce": self.label_term(batch), "distance": self.options.distance_weight * distance,
-                "angle": self.options.angle_weight * angle}  # fmt: skip
+        return {
+            "ce": self.label_term(batch),
+            "distance": self.options.distance_weight * distance,
+            "angle": self.options.angle_weight * angle,
+        }
 
 
 @register("sp")

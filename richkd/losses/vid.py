@@ -30,10 +30,12 @@ class VIDLoss(nn.Module):
     def __init__(self, student: int, teacher: int) -> None:
         super().__init__()
         self.regressor = nn.Sequential(
-            nn.Linear(student, teacher, bias=False), nn.ReLU(),
-            nn.Linear(teacher, teacher, bias=False), nn.ReLU(),
+            nn.Linear(student, teacher, bias=False),
+            nn.ReLU(),
             nn.Linear(teacher, teacher, bias=False),
-        )  # fmt: skip
+            nn.ReLU(),
+            nn.Linear(teacher, teacher, bias=False),
+        )
         first = math.log(math.expm1(FIRST_VARIANCE - EPSILON))
         self.log_scale = nn.Parameter(torch.full((teacher,), first))
 

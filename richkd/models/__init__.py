@@ -24,16 +24,37 @@ from richkd.models.registry import CONSTRUCTORS, import_timm
 # The names of the literature. Those of its VGGs mean other networks in timm, for ImageNet.
 _VGGS = {f"vgg{depth}": f"cifar_vgg{depth}" for depth in (8, 11, 13, 16, 19)}
 ZOO = (
-    "resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110",
-    "resnet8x4", "resnet32x4", "ResNet18", "ResNet50", "wrn_16_1", "wrn_16_2", "wrn_40_1",
-    "wrn_40_2", *_VGGS, "MobileNetV2", "ShuffleV1", "ShuffleV2",
-)  # fmt: skip
+    "resnet8",
+    "resnet14",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+    "resnet8x4",
+    "resnet32x4",
+    "ResNet18",
+    "ResNet50",
+    "wrn_16_1",
+    "wrn_16_2",
+    "wrn_40_1",
+    "wrn_40_2",
+    *_VGGS,
+    "MobileNetV2",
+    "ShuffleV1",
+    "ShuffleV2",
+)
 
 # Settings of timm's constructors that make some models fit smaller images.
 _FITTING = {"patch_size": (4, 2), "window_size": (4, 2), "output_stride": (16, 8)}
 _MISFITS = (
-    RuntimeError, AssertionError, ValueError, TypeError, IndexError, ArithmeticError,
-)  # fmt: skip
+    RuntimeError,
+    AssertionError,
+    ValueError,
+    TypeError,
+    IndexError,
+    ArithmeticError,
+)
 
 
 def create_model(
@@ -137,9 +158,13 @@ def pretrained_input(name: str) -> NetworkInput | None:
             f"here they are square and have no borders: choose another"
         )
     return NetworkInput(
-        size=height, mean=tuple(config.mean), std=tuple(config.std), crop=config.crop_pct,
-        interpolation=config.interpolation, crop_mode=config.crop_mode,
-    )  # fmt: skip
+        size=height,
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+        crop=config.crop_pct,
+        interpolation=config.interpolation,
+        crop_mode=config.crop_mode,
+    )
 
 
 def _build(
@@ -162,8 +187,9 @@ def _build(
     if image_size is not None and patch and not getattr(embed, "dynamic_img_pad", False):
         side = patch[0] if isinstance(patch, tuple) else patch
         if image_size % side:
-            raise ValueError(f"its patches of {side} px leave out {image_size % side} of "
-                             f"{image_size} px")  # fmt: skip
+            raise ValueError(
+                f"its patches of {side} px leave out {image_size % side} of {image_size} px"
+            )
     return model
 
 

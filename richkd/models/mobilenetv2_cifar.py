@@ -15,9 +15,14 @@ from richkd.models.registry import register_model
 
 # expansion, width, blocks and stride of every stage (table 2 of the paper), widths before halving
 STAGES = (
-    (1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
+    (1, 16, 1, 1),
+    (6, 24, 2, 1),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
     (6, 320, 1, 1),
-)  # fmt: skip
+)
 LAST_WIDTH = 1280
 
 
@@ -29,11 +34,15 @@ class InvertedResidual(nn.Module):
         inner = in_width * expansion
         self.shortcut = stride == 1 and in_width == width
         self.conv = nn.Sequential(
-            nn.Conv2d(in_width, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.ReLU(True),
+            nn.Conv2d(in_width, inner, 1, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(True),
             nn.Conv2d(inner, inner, 3, stride, padding=1, groups=inner, bias=False),
-            nn.BatchNorm2d(inner), nn.ReLU(True),
-            nn.Conv2d(inner, width, 1, bias=False), nn.BatchNorm2d(width),
-        )  # fmt: skip
+            nn.BatchNorm2d(inner),
+            nn.ReLU(True),
+            nn.Conv2d(inner, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,in,H,W] -> [B,width,H/stride,W/stride]."""
@@ -49,8 +58,9 @@ class MobileNetV2Cifar(CifarNet):
         in_width = 16
         self.conv1 = nn.Sequential(
             nn.Conv2d(in_chans, in_width, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(in_width), nn.ReLU(True),
-        )  # fmt: skip
+            nn.BatchNorm2d(in_width),
+            nn.ReLU(True),
+        )
         stages = []
         for expansion, full_width, blocks, stride in STAGES:
             width = full_width // 2
@@ -63,9 +73,10 @@ class MobileNetV2Cifar(CifarNet):
             stages.append(nn.Sequential(*layers))
         self.blocks = nn.ModuleList(stages)
         self.conv2 = nn.Sequential(
-            nn.Conv2d(in_width, LAST_WIDTH, 1, bias=False), nn.BatchNorm2d(LAST_WIDTH),
+            nn.Conv2d(in_width, LAST_WIDTH, 1, bias=False),
+            nn.BatchNorm2d(LAST_WIDTH),
             nn.ReLU(True),
-        )  # fmt: skip
+        )
         linear = nn.Linear(LAST_WIDTH, num_classes)
         self.classifier = nn.Sequential(linear)
         self.init_convolutions()

@@ -52,44 +52,70 @@ _HARMLESS = [
     (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
     np.dtype,
     *{type(np.dtype(kind)) for kind in "?efdbhilqBHILQ"},
-    (_plain_dict, "collections.defaultdict"), list, dict, set, int, float, str,
-    datetime.datetime, datetime.timedelta,
+    (_plain_dict, "collections.defaultdict"),
+    list,
+    dict,
+    set,
+    int,
+    float,
+    str,
+    datetime.datetime,
+    datetime.timedelta,
     TorchVersion,
-    *((pathlib.PurePosixPath, f"{module}.{name}") for module in ("pathlib", "pathlib._local")
-      for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
-]  # fmt: skip
+    *(
+        (pathlib.PurePosixPath, f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
+    ),
+]
 
 # The beginnings of files that are taken for weights, and what to do about them.
 _NO_WEIGHTS = (
-    (re.compile(rb"version https://git-lfs"),
-     "is a pointer of Git LFS, not the file itself: fetch that with git lfs pull"),
-    (re.compile(rb"\s*(<!doctype|<html|<\?xml)", re.IGNORECASE),
-     "is a web page: download the file itself, not the page about it"),
+    (
+        re.compile(rb"version https://git-lfs"),
+        "is a pointer of Git LFS, not the file itself: fetch that with git lfs pull",
+    ),
+    (
+        re.compile(rb"\s*(<!doctype|<html|<\?xml)", re.IGNORECASE),
+        "is a web page: download the file itself, not the page about it",
+    ),
     (re.compile(rb"\x89HDF"), "is an HDF5 file, as Keras writes them: PyTorch's are needed"),
-    (re.compile(rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd"),
-     "is compressed: unpack it first"),
+    (
+        re.compile(rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd"),
+        "is compressed: unpack it first",
+    ),
     (re.compile(rb"\x93NUMPY"), "is a NumPy array: the state dict of a network is needed"),
     # the first two fields of its protocol buffer: a small version, and the producer's name
-    (re.compile(rb"\x08[\x01-\x1f]\x12[\x01-\x7f][\x20-\x7e]"),
-     "is an ONNX file, whose weights have no names of PyTorch's: save the network's state_dict() "
-     "instead"),
-)  # fmt: skip
+    (
+        re.compile(rb"\x08[\x01-\x1f]\x12[\x01-\x7f][\x20-\x7e]"),
+        "is an ONNX file, whose weights have no names of PyTorch's: save the network's state_dict() "
+        "instead",
+    ),
+)
 # Members of ZIP files that are no weights. torch.save writes a ZIP file, too.
 _NO_WEIGHTS_ZIPPED = (
-    (re.compile(r"^[^/]+/(constants\.pkl$|code/)"),
-     "is a TorchScript archive: save the network's state_dict() instead"),
-    (re.compile(r"^([^/]+/)?(archive_format|serialized_exported_program\.json)$"),
-     "is an exported program: save the network's state_dict() instead"),
+    (
+        re.compile(r"^[^/]+/(constants\.pkl$|code/)"),
+        "is a TorchScript archive: save the network's state_dict() instead",
+    ),
+    (
+        re.compile(r"^([^/]+/)?(archive_format|serialized_exported_program\.json)$"),
+        "is an exported program: save the network's state_dict() instead",
+    ),
     (re.compile(r"\.npy$"), "is an archive of NumPy arrays: the state dict of a network is needed"),
-)  # fmt: skip
+)
 
 # --- what trainers wrap around a state dict ------------------------------------------------------
 
 # Parts of names that stand for a module around another: DataParallel and DDP, torch.compile, FSDP,
 # activation checkpointing, DeepSpeed and Lightning.
 _WRAPPERS = {
-    "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module",
-}  # fmt: skip
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+}
 # Entries that no prediction depends on: counters of thop and of AveragedModel, constants that a
 # network computes itself, and what losses and metrics keep.
 _IDLE = re.compile(
@@ -100,8 +126,15 @@ _TRACKED = "num_batches_tracked"  # which PyTorch before 0.4.1 did not have
 _AVERAGED = re.compile(r"(?<![a-z])(ema|swa|averaged?)(?![a-z])", re.IGNORECASE)
 # Keys of the weights themselves, where others are beside them.
 _USUAL = {
-    "state_dict", "model", "model_state_dict", "net", "network", "weights", "params", "module",
-}  # fmt: skip
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "net",
+    "network",
+    "weights",
+    "params",
+    "module",
+}
 _DEEPEST = 4  # mappings in mappings
 
 
@@ -175,8 +208,9 @@ def check_weights(path: Path) -> None:
     if fault is None and head.startswith(b"PK\x03\x04"):
         with suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            fault = next((why for shape, why in _NO_WEIGHTS_ZIPPED
-                          if any(map(shape.search, names))), None)  # fmt: skip
+            fault = next(
+                (why for shape, why in _NO_WEIGHTS_ZIPPED if any(map(shape.search, names))), None
+            )
             if fault is None and not any(name.endswith("data.pkl") for name in names):
                 fault = "is a ZIP archive that torch.save did not write: unpack it first"
     if fault is not None:
@@ -286,8 +320,11 @@ def find_state(
     Raises:
         RichKDError: no entries have these names, or several and none is the usual one.
     """
-    found = [one for keys, tensors in _mappings(content, (), set())
-             for one in _candidates(own, keys, tensors)]  # fmt: skip
+    found = [
+        one
+        for keys, tensors in _mappings(content, (), set())
+        for one in _candidates(own, keys, tensors)
+    ]
     if not found:
         keys = ", ".join(repr(key) for key in list(content)[:4])
         raise RichKDError(f"{path} holds no state dict: no tensors by names, at {keys} and below")
@@ -296,8 +333,10 @@ def find_state(
         raise _other_architecture(found, own, name, path)
     chosen = _choose(fitting, name, path)
     beside = [one for one in fitting if one is not chosen]
-    state = {key: chosen.tensors[key] if key in chosen.tensors else torch.zeros_like(tensor)
-             for key, tensor in own.items()}  # fmt: skip
+    state = {
+        key: chosen.tensors[key] if key in chosen.tensors else torch.zeros_like(tensor)
+        for key, tensor in own.items()
+    }
     return state, _what_was_read(chosen, beside, own, path)
 
 
@@ -308,8 +347,11 @@ def _mappings(
     if id(content) in seen or len(keys) > _DEEPEST:  # many keys may lead to one
         return
     seen.add(id(content))
-    tensors = {key: value for key, value in content.items()
-               if isinstance(key, str) and isinstance(value, Tensor)}  # fmt: skip
+    tensors = {
+        key: value
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
     if tensors:
         yield keys, tensors
     for key, value in content.items():
@@ -324,16 +366,20 @@ def _candidates(
 
     Names as they are come first: parts that look like wrappers may be the network's own.
     """
-    found = [_under(own, keys, prefix, tensors, unwrapped=False)
-             for prefix in _prefixes(own, tensors)]  # fmt: skip
+    found = [
+        _under(own, keys, prefix, tensors, unwrapped=False) for prefix in _prefixes(own, tensors)
+    ]
     if any(one.fits for one in found):
         return found
     wrappers = _WRAPPERS - {part for key in own for part in key.split(".")}
-    bare = {".".join(part for part in key.split(".") if part not in wrappers): tensor
-            for key, tensor in tensors.items()}  # fmt: skip
+    bare = {
+        ".".join(part for part in key.split(".") if part not in wrappers): tensor
+        for key, tensor in tensors.items()
+    }
     if bare.keys() != tensors.keys() and len(bare) == len(tensors):
-        unwrapped = [_under(own, keys, prefix, bare, unwrapped=True)
-                     for prefix in _prefixes(own, bare)]  # fmt: skip
+        unwrapped = [
+            _under(own, keys, prefix, bare, unwrapped=True) for prefix in _prefixes(own, bare)
+        ]
         return unwrapped or found
     return found
 
@@ -352,18 +398,30 @@ def _prefixes(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[
 
 
 def _under(
-    own: Mapping[str, Tensor], keys: tuple[str, ...], prefix: str, tensors: Mapping[str, Tensor],
-    *, unwrapped: bool,
-) -> _Candidate:  # fmt: skip
+    own: Mapping[str, Tensor],
+    keys: tuple[str, ...],
+    prefix: str,
+    tensors: Mapping[str, Tensor],
+    *,
+    unwrapped: bool,
+) -> _Candidate:
     """The tensors whose names have a prefix, as a network's."""
-    inside = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()
-              if key.startswith(prefix)}  # fmt: skip
+    inside = {
+        key.removeprefix(prefix): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(prefix)
+    }
     missing = {key for key in own.keys() - inside.keys() if not key.endswith(_TRACKED)}
     extra = {key for key in inside.keys() - own.keys() if not _IDLE.fullmatch(key)}
     return _Candidate(
-        keys, prefix, unwrapped, inside, frozenset(missing), frozenset(extra),
+        keys,
+        prefix,
+        unwrapped,
+        inside,
+        frozenset(missing),
+        frozenset(extra),
         tuple(key for key in tensors if not key.startswith(prefix)),
-    )  # fmt: skip
+    )
 
 
 def _choose(fitting: list[_Candidate], name: str, path: Path) -> _Candidate:
@@ -423,9 +481,11 @@ def _other_architecture(
     """What differs between a network and those tensors of a file that are nearest to it."""
     near = min(found, key=lambda one: (len(one.missing), len(one.extra)))
     missing = len(own.keys() - near.tensors.keys())
-    examples = [f"{what} {min(keys)!r}" for what, keys in
-                (("missing", near.missing), ("unexpected", near.extra or near.outside))
-                if keys]  # fmt: skip
+    examples = [
+        f"{what} {min(keys)!r}"
+        for what, keys in (("missing", near.missing), ("unexpected", near.extra or near.outside))
+        if keys
+    ]
     where = f" in {near.where}" if near.where else ""
     return RichKDError(
         f"{path} is of another architecture than {name}: {missing} entries missing, "

@@ -67,10 +67,16 @@ def write_report(
         "leaderboard": rows,
         "evaluation": about,
         "teachers": complete[0][1]["teacher"] if complete else None,
-        "incomplete": [{"run": str(run.path), "epochs_done": len(run.metrics),
-                        "epochs": run.settings["epochs"]}
-                       for run in runs if run.summary is None],
-    }  # fmt: skip
+        "incomplete": [
+            {
+                "run": str(run.path),
+                "epochs_done": len(run.metrics),
+                "epochs": run.settings["epochs"],
+            }
+            for run in runs
+            if run.summary is None
+        ],
+    }
     files = {name: out / name for name in FILES}
     out.mkdir(parents=True, exist_ok=True)
     write(files["report.html"], render(runs, standings, cost_of, extra, result))

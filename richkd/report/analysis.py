@@ -48,8 +48,14 @@ def write_analysis(
 
 def score_row(name: str, scores: Mapping[str, float]) -> tuple[str, ...]:
     """A model's scores as text."""
-    return (name, percent(scores["top1"]), percent(scores["top5"]), f"{scores['nll']:.3f}",
-            f"{scores['brier']:.3f}", percent(scores["ece"]))  # fmt: skip
+    return (
+        name,
+        percent(scores["top1"]),
+        percent(scores["top5"]),
+        f"{scores['nll']:.3f}",
+        f"{scores['brier']:.3f}",
+        percent(scores["ece"]),
+    )
 
 
 def cell_row(name: str, scores: Mapping[str, float]) -> tuple[str, ...]:
@@ -63,8 +69,10 @@ def what_fusion_does(teachers: Mapping[str, Mapping[str, float]]) -> list[str]:
     said = []
     for kind in ("fused", "native", "raw"):
         if kind in teachers:
-            right, wrong = (_change(cnn[cell], teachers[kind][cell])
-                            for cell in ("confident_correct", "confident_wrong"))  # fmt: skip
+            right, wrong = (
+                _change(cnn[cell], teachers[kind][cell])
+                for cell in ("confident_correct", "confident_wrong")
+            )
             said.append(f"{NAMES[kind]}: confident and correct {right}, confidently wrong {wrong}")
     return said
 
@@ -77,8 +85,10 @@ def _change(was: float, now: float) -> str:
 
 def disagreement_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Cases, how often, and how often the blend is right."""
-    return [(row["case"], percent(row["share"]), percent(row["fused_top1"]))
-            for row in result["disagreement"]]  # fmt: skip
+    return [
+        (row["case"], percent(row["share"]), percent(row["fused_top1"]))
+        for row in result["disagreement"]
+    ]
 
 
 def consistency_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -103,10 +113,15 @@ def changed_classes(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def change_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The classes that gain and lose most."""
     return [
-        (row["class"], percent(row["cnn"]), percent(row["clip"]), percent(row["fused"]),
-         f"{100 * (row['fused'] - row['cnn']):+.2f}".replace("-", "−"))
+        (
+            row["class"],
+            percent(row["cnn"]),
+            percent(row["clip"]),
+            percent(row["fused"]),
+            f"{100 * (row['fused'] - row['cnn']):+.2f}".replace("-", "−"),
+        )
         for row in changed_classes(result)
-    ]  # fmt: skip
+    ]
 
 
 def best_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -116,19 +131,35 @@ def best_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for name in dict.fromkeys(row["scale"] for row in blend["alpha"]):
         own = [row for row in blend["alpha"] if row["scale"] == name]
         best, likely = max(own, key=lambda r: r["top1"]), min(own, key=lambda r: r["nll"])
-        rows.append((f"α, {name} scale", f"{best['alpha']:g}", percent(best["top1"]),
-                     f"{likely['alpha']:g}", f"{likely['nll']:.3f}"))  # fmt: skip
+        rows.append(
+            (
+                f"α, {name} scale",
+                f"{best['alpha']:g}",
+                percent(best["top1"]),
+                f"{likely['alpha']:g}",
+                f"{likely['nll']:.3f}",
+            )
+        )
     best = max(blend["scale"], key=lambda r: r["top1"])
     likely = min(blend["scale"], key=lambda r: r["nll"])
-    rows.append((f"scale, α {result['alpha']:g}", f"{best['scale']:.3g}", percent(best["top1"]),
-                 f"{likely['scale']:.3g}", f"{likely['nll']:.3f}"))  # fmt: skip
+    rows.append(
+        (
+            f"scale, α {result['alpha']:g}",
+            f"{best['scale']:.3g}",
+            percent(best["top1"]),
+            f"{likely['scale']:.3g}",
+            f"{likely['nll']:.3f}",
+        )
+    )
     return rows
 
 
 def prompt_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Each prompt alone."""
-    return [(row["prompt"], percent(row["clip_top1"]), percent(row["fused_top1"]))
-            for row in result["blend"]["prompt"]]  # fmt: skip
+    return [
+        (row["prompt"], percent(row["clip_top1"]), percent(row["fused_top1"]))
+        for row in result["blend"]["prompt"]
+    ]
 
 
 CONSISTENCY_HEAD = ("rank correlation of classes", "with CNN features", "with the text")
@@ -145,8 +176,9 @@ def show_scores(result: Mapping[str, Any], report: Report) -> None:
         f"{result['store']}: {result['samples']:,} {result['split']} images, "
         f"α {result['alpha']:g}, scale {result['scale']}"
     )
-    report.table(title, ("teacher", *SCORES),
-                 [score_row(NAMES[kind], row) for kind, row in teachers.items()])  # fmt: skip
+    report.table(
+        title, ("teacher", *SCORES), [score_row(NAMES[kind], row) for kind, row in teachers.items()]
+    )
     report.table(
         f"Share of images, %; confident: a top probability of {result['threshold']:g} or more",
         ("teacher", *(head.replace(", ", "\n") for head in CELL_HEADS)),
@@ -197,15 +229,19 @@ def render(cache: TeacherCache, result: Mapping[str, Any]) -> str:
         tables={
             "scores": (("teacher", *SCORES), [score_row(*pair) for pair in named.items()]),
             "consistency": (CONSISTENCY_HEAD, consistency_rows(result)),
-            **({} if not has_clip else {
-                "disagreement": (DISAGREEMENT_HEAD, disagreement_rows(result)),
-                "best": (BEST_HEAD, best_rows(result)),
-                "prompts": (PROMPT_HEAD, prompt_rows(result)),
-            }),
+            **(
+                {}
+                if not has_clip
+                else {
+                    "disagreement": (DISAGREEMENT_HEAD, disagreement_rows(result)),
+                    "best": (BEST_HEAD, best_rows(result)),
+                    "prompts": (PROMPT_HEAD, prompt_rows(result)),
+                }
+            ),
         },
         changed=examples(cache, result) if has_clip else {},
         figures={name: as_json(group) for name, group in groups.items()},
-    )  # fmt: skip
+    )
 
 
 def blend_figures(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,18 +256,29 @@ def blend_figures(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "alpha-top1": lens_plots.lines(
             lens_plots.series(blend["alpha"], "scale", "alpha", "top1", 100),
-            "α (0: CLIP alone, 1: CNN teacher alone)", "top-1, %", marks=stored),
+            "α (0: CLIP alone, 1: CNN teacher alone)",
+            "top-1, %",
+            marks=stored,
+        ),
         "alpha-nll": lens_plots.lines(
             lens_plots.series(blend["alpha"], "scale", "alpha", "nll"),
-            "α", "NLL, nats", marks=stored),
+            "α",
+            "NLL, nats",
+            marks=stored,
+        ),
         "scale": lens_plots.lines(
             {"top-1": [(row["scale"], 100 * row["top1"]) for row in blend["scale"]]},
-            f"scale of CLIP's cosines at α {result['alpha']:g}", "top-1, %", log=True,
-            marks=[(result["blend_scale"], "stored")]),
+            f"scale of CLIP's cosines at α {result['alpha']:g}",
+            "top-1, %",
+            log=True,
+            marks=[(result["blend_scale"], "stored")],
+        ),
         "num-prompts": lens_plots.lines(
             lens_plots.series(counted, "kind", "prompts", "top1", 100),
-            "prompts (means over subsets)", "top-1, %"),
-    }  # fmt: skip
+            "prompts (means over subsets)",
+            "top-1, %",
+        ),
+    }
 
 
 def examples(
@@ -243,7 +290,11 @@ def examples(
     found = pictures(cache, result["split"], samples)
     titles = {"gain": "now right", "lose": "now wrong"}
     return {
-        titles[kind]: [(row["class"], [found[sample] for sample in row["samples"]])
-                       for row in rows if row["samples"]]
-        for kind, rows in changes.items() if found
-    }  # fmt: skip
+        titles[kind]: [
+            (row["class"], [found[sample] for sample in row["samples"]])
+            for row in rows
+            if row["samples"]
+        ]
+        for kind, rows in changes.items()
+        if found
+    }

@@ -72,11 +72,14 @@ def evaluated(standings: Sequence[Standing]) -> tuple[list[Evaluated | None], st
         sources = {one["source"] for one in robust}
         complete = len(robust) == len(known) and len(sources) == 1
         source = source or (min(sources) if complete else None)
-        rows.append(Evaluated(
-            ece=mean_and_std([scores["ece"] for scores, _ in known]),
-            corrupted=mean_and_std([1 - one["mean_error"] for one in robust])
-            if complete and sources == {source} else None,
-        ))  # fmt: skip
+        rows.append(
+            Evaluated(
+                ece=mean_and_std([scores["ece"] for scores, _ in known]),
+                corrupted=mean_and_std([1 - one["mean_error"] for one in robust])
+                if complete and sources == {source}
+                else None,
+            )
+        )
     if images is None:
         return rows, ""
     about = f"ECE (expected calibration error) is on {images[0]:,} test images"
@@ -107,48 +110,69 @@ def difference(part: Mapping[str, Any], name: str) -> str:
 
 def difference_rows(parts: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Every run but the first against it."""
-    return [(name, difference(part, "top1"))
-            for name, part in list(zip(labels(parts), parts, strict=True))[1:]]  # fmt: skip
+    return [
+        (name, difference(part, "top1"))
+        for name, part in list(zip(labels(parts), parts, strict=True))[1:]
+    ]
 
 
 def corruption_rows(parts: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Robustness under corruptions; errors relative to the first run's."""
     return [
-        (name, percent(1 - part["corruptions"]["mean_error"]), difference(part, "corrupted_top1"),
-         *("–" if part["comparison"][key] is None else f"{part['comparison'][key]:.3f}"
-           for key in ("mce", "relative_mce")))
+        (
+            name,
+            percent(1 - part["corruptions"]["mean_error"]),
+            difference(part, "corrupted_top1"),
+            *(
+                "–" if part["comparison"][key] is None else f"{part['comparison'][key]:.3f}"
+                for key in ("mce", "relative_mce")
+            ),
+        )
         for name, part in zip(labels(parts), parts, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def shift_rows(parts: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Scores on other images, beside those on the clean images of the same classes."""
     return [
-        (name, percent(own["clean_top1"]), percent(own["top1"]), difference(part, "shifted_top1"),
-         f"{own['nll']:.3f}", percent(own["ece"]))
+        (
+            name,
+            percent(own["clean_top1"]),
+            percent(own["top1"]),
+            difference(part, "shifted_top1"),
+            f"{own['nll']:.3f}",
+            percent(own["ece"]),
+        )
         for name, part in zip(labels(parts), parts, strict=True)
         for own in [part["shift"]]
-    ]  # fmt: skip
+    ]
 
 
 def class_rows(part: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Classes, the worst recall first."""
-    return [(row["class"], f"{row['count']:,}", percent(row["recall"]), percent(row["precision"]))
-            for row in sorted(part["classes"], key=lambda row: row["recall"])]  # fmt: skip
+    return [
+        (row["class"], f"{row['count']:,}", percent(row["recall"]), percent(row["precision"]))
+        for row in sorted(part["classes"], key=lambda row: row["recall"])
+    ]
 
 
 def confusion_rows(part: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The most frequent mistakes."""
-    return [(row["class"], row["taken_for"], f"{row['count']:,}", percent(row["share"]))
-            for row in part["confusions"]]  # fmt: skip
+    return [
+        (row["class"], row["taken_for"], f"{row['count']:,}", percent(row["share"]))
+        for row in part["confusions"]
+    ]
 
 
 def show(result: Mapping[str, Any], report: Report) -> None:
     """The evaluation as tables on standard output."""
     parts = result["runs"]
     names = labels(parts)
-    report.table(f"{result['dataset']}: {parts[0]['samples']:,} test images", ("student", *SCORES),
-                 [score_row(*pair) for pair in zip(names, parts, strict=True)])  # fmt: skip
+    report.table(
+        f"{result['dataset']}: {parts[0]['samples']:,} test images",
+        ("student", *SCORES),
+        [score_row(*pair) for pair in zip(names, parts, strict=True)],
+    )
     report.table(
         f"Share of images, %; confident: a top probability of {parts[0]['threshold']:g} or more",
         ("student", *(head.replace(", ", "\n") for head in CELL_HEADS)),
@@ -201,10 +225,13 @@ def render(result: Mapping[str, Any]) -> str:
         key=lens_plots.key(names),
         tables=tables,
         details=[
-            {"name": name, "run": part["run"],
-             "classes": (CLASS_HEAD, class_rows(part)),
-             "confusions": (CONFUSION_HEAD, confusion_rows(part))}
+            {
+                "name": name,
+                "run": part["run"],
+                "classes": (CLASS_HEAD, class_rows(part)),
+                "confusions": (CONFUSION_HEAD, confusion_rows(part)),
+            }
             for name, part in zip(names, parts, strict=True)
         ],
         figures={name: as_json({name: figure}) for name, figure in figures.items()},
-    )  # fmt: skip
+    )

@@ -26,5 +26,8 @@ def fill(template: str, **values: Any) -> str:
 
 def as_json(figures: Mapping[str, go.Figure | None]) -> dict[str, str]:
     """Figures that there are, to stand in a script element; the page draws them."""
-    return {name: figure.to_json().replace("<", "\\u003c") for name, figure in figures.items()
-            if figure is not None}  # fmt: skip
+    return {
+        name: figure.to_json().replace("<", "\\u003c")
+        for name, figure in figures.items()
+        if figure is not None
+    }

@@ -40,8 +40,9 @@ def look_of(standings: Sequence[Standing]) -> Looks:
 
 def key(standings: Sequence[Standing]) -> dict[str, tuple[str, str]]:
     """Colour and mark of each method, for text."""
-    return {method: (colour, SYMBOLS[symbol])
-            for method, (colour, symbol) in look_of(standings).items()}  # fmt: skip
+    return {
+        method: (colour, SYMBOLS[symbol]) for method, (colour, symbol) in look_of(standings).items()
+    }
 
 
 def pareto(
@@ -50,36 +51,49 @@ def pareto(
     """Accuracy against one cost; the line joins students that no cheaper one surpasses."""
     title, factor = COSTS[cost]
     figure = go.Figure()
-    points = [(factor * getattr(c, cost), 100 * s.last[0], s)
-              for s, c in zip(standings, costs, strict=True)]  # fmt: skip
+    points = [
+        (factor * getattr(c, cost), 100 * s.last[0], s)
+        for s, c in zip(standings, costs, strict=True)
+    ]
     front: list[tuple[float, float]] = []
     for x, y, _ in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or y > front[-1][1]:
             front.append((x, y))
     figure.add_scatter(
-        x=[x for x, _ in front], y=[y for _, y in front], mode="lines", hoverinfo="skip",
+        x=[x for x, _ in front],
+        y=[y for _, y in front],
+        mode="lines",
+        hoverinfo="skip",
         line={"color": "#888888", "dash": "dot", "width": 1},
-    )  # fmt: skip
+    )
     for method, (colour, symbol) in looks.items():
         own = [point for point in points if point[2].method == method]
         figure.add_scatter(
             x=[x for x, _, _ in own],
             y=[y for _, y, _ in own],
             mode="markers",
-            hovertext=[f"{s.label}<br>{mean_std(s.last)} %, n = {len(s.runs)}<br>{title}: {x:.3g}"
-                       for x, _, s in own],
+            hovertext=[
+                f"{s.label}<br>{mean_std(s.last)} %, n = {len(s.runs)}<br>{title}: {x:.3g}"
+                for x, _, s in own
+            ],
             hoverinfo="text",
             marker={"color": colour, "symbol": symbol, "size": 9},
-            error_y={"type": "data", "array": [_spread(s.last) for _, _, s in own],
-                     "thickness": 1, "width": 3},
-        )  # fmt: skip
+            error_y={
+                "type": "data",
+                "array": [_spread(s.last) for _, _, s in own],
+                "thickness": 1,
+                "width": 3,
+            },
+        )
     low, high = widened([math.log10(x) for x, _, _ in points], 0.18)
     for names, x, y in _labels(points, 0.2 * (high - low)):
-        figure.add_annotation(x=x, y=y, text="<br>".join(names), showarrow=False, yanchor="bottom",
-                              yshift=6)  # fmt: skip
+        figure.add_annotation(
+            x=x, y=y, text="<br>".join(names), showarrow=False, yanchor="bottom", yshift=6
+        )
     figure.update_xaxes(title=title, type="log", range=(low, high), **ticks(low, high))
-    bottom, top = widened([y + sign * (_spread(s.last) or 0) for _, y, s in points
-                            for sign in (-1, 1)], 0.08)  # fmt: skip
+    bottom, top = widened(
+        [y + sign * (_spread(s.last) or 0) for _, y, s in points for sign in (-1, 1)], 0.08
+    )
     room = 0.09 * max(len(names) for names, _, _ in _labels(points, 0.2 * (high - low)))
     figure.update_yaxes(title="top-1, %", range=(bottom, top + room * (top - bottom)))
     return plain(figure, title=heading)
@@ -113,8 +127,11 @@ def widened(values: Sequence[float], share: float) -> tuple[float, float]:
 
 def ticks(low: float, high: float) -> dict[str, Any]:
     """1, 2, 5, 10, … within a logarithmic range; plotly's own ticks are 2 to 9 without a decade."""
-    values = [digit * 10.0**decade for decade in range(math.floor(low), math.ceil(high) + 1)
-              for digit in (1, 2, 5)]  # fmt: skip
+    values = [
+        digit * 10.0**decade
+        for decade in range(math.floor(low), math.ceil(high) + 1)
+        for digit in (1, 2, 5)
+    ]
     shown = [value for value in values if low <= math.log10(value) <= high]
     return {"tickvals": shown, "ticktext": [f"{value:g}" for value in shown]}
 
@@ -135,12 +152,15 @@ def differences(standings: Sequence[Standing]) -> go.Figure | None:
             x=[100 * difference.mean],
             y=[standing.label],
             mode="markers",
-            marker={"color": looks[standing.method][0], "symbol": looks[standing.method][1],
-                    "size": 9},
+            marker={
+                "color": looks[standing.method][0],
+                "symbol": looks[standing.method][1],
+                "size": 9,
+            },
             error_x={"type": "data", "array": [half], "thickness": 1.5, "width": 4},
             hovertext=f"{standing.label}<br>{minus_kd(difference)} points, n = {difference.n}",
             hoverinfo="text",
-        )  # fmt: skip
+        )
     figure.add_vline(x=0, line={"color": "#888888", "width": 1})
     figure.update_xaxes(title="top-1 minus KD's, points")
     figure.update_yaxes(automargin=True)
@@ -148,9 +168,12 @@ def differences(standings: Sequence[Standing]) -> go.Figure | None:
 
 
 def learning_curves(
-    standings: Sequence[Standing], runs: Sequence[Run], student: str, looks: Looks,
+    standings: Sequence[Standing],
+    runs: Sequence[Run],
+    student: str,
+    looks: Looks,
     heading: str = "",
-) -> go.Figure | None:  # fmt: skip
+) -> go.Figure | None:
     """Accuracy by epoch, the mean over seeds, a line a configuration of one student.
 
     On validation images where a run has them, else on test images.
@@ -168,10 +191,13 @@ def learning_curves(
         name = standing.configuration
         colour = looks[standing.method][0]
         figure.add_scatter(
-            x=epochs, y=means, name=name, mode="lines" if len(epochs) > 1 else "markers",
+            x=epochs,
+            y=means,
+            name=name,
+            mode="lines" if len(epochs) > 1 else "markers",
             line={"color": colour, "width": 2},
             hovertemplate=f"{name}<br>epoch %{{x}}: %{{y:.2f}} %<extra></extra>",
-        )  # fmt: skip
+        )
         ends.append((means[-1], epochs[-1], name, colour))
         seen += means
     if not ends:
@@ -179,14 +205,18 @@ def learning_curves(
     bottom, top = widened(seen, 0.05)
     places = apart([end[0] for end in ends], 0.075 * (top - bottom))
     for y, (_, x, name, colour) in zip(places, ends, strict=True):
-        figure.add_annotation(x=x, y=y, text=f" {name}", showarrow=False, xanchor="left",
-                              font={"color": colour})  # fmt: skip
+        figure.add_annotation(
+            x=x, y=y, text=f" {name}", showarrow=False, xanchor="left", font={"color": colour}
+        )
     figure.update_xaxes(title="epoch")
     shown = [by_path[str(summary["run"])] for s in standings for summary in s.runs.values()]
-    chosen = any(record.get("validation_accuracy") is not None for run in shown
-                 for record in run.metrics)  # fmt: skip
-    figure.update_yaxes(title="top-1 on images for choices, %" if chosen else "top-1, %",
-                        range=(bottom, max(top, *places)))  # fmt: skip
+    chosen = any(
+        record.get("validation_accuracy") is not None for run in shown for record in run.metrics
+    )
+    figure.update_yaxes(
+        title="top-1 on images for choices, %" if chosen else "top-1, %",
+        range=(bottom, max(top, *places)),
+    )
     widest = max(len(name) for _, _, name, _ in ends)
     title = f"{student} ({heading})" if heading else student
     return plain(figure, right=14 + 7 * widest, title=title)

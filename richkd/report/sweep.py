@@ -32,11 +32,14 @@ def render(
         suffix = "" if len(parts) == 1 else f"-{len(cost_plots)}"
         title = "" if len(parts) == 1 else images
         own = [costs[standings.index(standing)] for standing in members]
-        cost_plots |= {f"pareto-{name}{suffix}": plots.pareto(members, own, name, looks, title)
-                       for name in plots.COSTS}  # fmt: skip
+        cost_plots |= {
+            f"pareto-{name}{suffix}": plots.pareto(members, own, name, looks, title)
+            for name in plots.COSTS
+        }
         students = dict.fromkeys(standing.student for standing in members)
-        curves += [plots.learning_curves(members, runs, student, looks, title)
-                   for student in students]  # fmt: skip
+        curves += [
+            plots.learning_curves(members, runs, student, looks, title) for student in students
+        ]
     rows = [table_row(*each) for each in zip(standings, costs, extra, strict=True)]
     if len(parts) > 1:  # a heading above the first row of each
         for images, members in parts.items():
@@ -65,8 +68,11 @@ def render(
 def teachers(accuracies: Mapping[str, float | None] | None) -> list[tuple[str, str]]:
     """Names and accuracies of those that the store knows."""
     names = {"cnn": "CNN teacher", "clip": "CLIP zero-shot", "fused": "fused, as stored"}
-    return [(names[kind], percent(value)) for kind, value in (accuracies or {}).items()
-            if value is not None and kind in names]  # fmt: skip
+    return [
+        (names[kind], percent(value))
+        for kind, value in (accuracies or {}).items()
+        if value is not None and kind in names
+    ]
 
 
 def table_row(standing: Standing, cost: Cost, extra: Evaluated | None) -> dict[str, str]:

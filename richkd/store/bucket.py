@@ -54,14 +54,19 @@ class Bucket(Place):
             return from_url(
                 self.name.rstrip("/"),
                 client_options={  # http:// only where the endpoint says so
-                    "timeout": timedelta(seconds=TIMEOUT_S), "allow_http": True,
+                    "timeout": timedelta(seconds=TIMEOUT_S),
+                    "allow_http": True,
                 },
                 retry_config={
-                    "max_retries": 1000, "retry_timeout": timedelta(seconds=patience),
-                    "backoff": {"init_backoff": timedelta(seconds=0.1), "base": 2,
-                                "max_backoff": timedelta(seconds=10)},
+                    "max_retries": 1000,
+                    "retry_timeout": timedelta(seconds=patience),
+                    "backoff": {
+                        "init_backoff": timedelta(seconds=0.1),
+                        "base": 2,
+                        "max_backoff": timedelta(seconds=10),
+                    },
                 },
-            )  # fmt: skip
+            )
         except Exception as error:  # obstore's errors and ValueError
             raise self._cannot("reach", error) from None
 

@@ -52,10 +52,17 @@ def block_files(manifest: Manifest, block: Block) -> list[str]:
     specs = array_specs(manifest)
     view = [] if block.view is None else [block.view]
     return [
-        "/".join([name, "c", *map(str, view), str(block.start // manifest["block"]),
-                  *("0" for _ in specs[name].shape[len(view) + 1 :])])
+        "/".join(
+            [
+                name,
+                "c",
+                *map(str, view),
+                str(block.start // manifest["block"]),
+                *("0" for _ in specs[name].shape[len(view) + 1 :]),
+            ]
+        )
         for name in block_arrays(manifest, block)
-    ]  # fmt: skip
+    ]
 
 
 def num_chunks(spec: ArraySpec) -> int:

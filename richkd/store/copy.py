@@ -72,8 +72,9 @@ def open_copy(place: Place) -> LocalCopy:
     if isinstance(place, Folder):
         return LocalCopy(place, place.path)
     manifest = place.read(METADATA)
-    name, version = (hashlib.sha256(part).hexdigest()[:16]
-                     for part in (place.name.encode(), manifest))  # fmt: skip
+    name, version = (
+        hashlib.sha256(part).hexdigest()[:16] for part in (place.name.encode(), manifest)
+    )
     copies = home() / "stores" / f"{place.stem}-{name}"
     path = copies / f"{version}.zarr"
     keep(path / METADATA, manifest)

@@ -69,13 +69,17 @@ class Hub(Place):
             where = self._files.resolve_path(f"{self._root}/{prefix}")
             root = self._files.resolve_path(self._root).path_in_repo
             entries = self._api.list_repo_tree(
-                where.repo_id, where.path_in_repo or None, recursive=True,
-                revision=where.revision, repo_type=where.repo_type,
-            )  # fmt: skip
+                where.repo_id,
+                where.path_in_repo or None,
+                recursive=True,
+                revision=where.revision,
+                repo_type=where.repo_type,
+            )
             return {
                 entry.path.removeprefix(root).lstrip("/"): entry.size
-                for entry in entries if isinstance(entry, RepoFile)
-            }  # fmt: skip
+                for entry in entries
+                if isinstance(entry, RepoFile)
+            }
 
     @contextmanager
     def explained(self, do: str) -> Iterator[None]:

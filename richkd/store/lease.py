@@ -143,8 +143,13 @@ class Lease:
 
     def _write(self, mode: Any) -> None:
         beat = secrets.token_hex(8)
-        note = {"holder": f"process {os.getpid()} on {socket.gethostname()}", "token": self.token,
-                "system": _system(), "pid": os.getpid(), "beat": beat}  # fmt: skip
+        note = {
+            "holder": f"process {os.getpid()} on {socket.gethostname()}",
+            "token": self.token,
+            "system": _system(),
+            "pid": os.getpid(),
+            "beat": beat,
+        }
         content = json.dumps(note).encode()
         try:
             self._tag = str(obstore.put(self._store, LOCK, content, mode=mode)["e_tag"])

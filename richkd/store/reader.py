@@ -128,8 +128,7 @@ class TeacherCache:
         self.require(name)
         if name not in self.kept:
             return views_tensor(self._values(name, view, on_disk))
-        top, classes, rest = (self._values(part, view, on_disk)
-                              for part in schema.part_names(name))  # fmt: skip
+        top, classes, rest = (self._values(part, view, on_disk) for part in schema.part_names(name))
         if int(classes.max()) >= self.num_classes:
             raise RichKDError(
                 f"{self.place}: {name} has classes that are not in 0..{self.num_classes - 1}; make "
@@ -236,9 +235,11 @@ class TeacherCache:
             RichKDError: the store has no CLIP, or a setting is out of range.
         """
         return self.blend(
-            self.read("train/teacher_logits", view), self.similarity("train", prompts),
-            alpha=alpha, scale=scale,
-        )  # fmt: skip
+            self.read("train/teacher_logits", view),
+            self.similarity("train", prompts),
+            alpha=alpha,
+            scale=scale,
+        )
 
     def blend(
         self,

@@ -273,12 +273,22 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
     if manifest["views"]["space"] == "pad-crop-flip":
         add("train/view_ids", "uint16", ("view", views), ("sample", dataset["num_train"]))
     else:
-        add("train/view_params", "float32", ("view", views), ("sample", dataset["num_train"]),
-            ("parameter", 5))  # fmt: skip
+        add(
+            "train/view_params",
+            "float32",
+            ("view", views),
+            ("sample", dataset["num_train"]),
+            ("parameter", 5),
+        )
     if clip is not None:
         prompts, width = len(manifest["prompts"]), clip["num_features"]
-        add("text/embeddings", "float32",
-            ("class", num_classes), ("prompt", prompts), ("clip_feature", width))  # fmt: skip
+        add(
+            "text/embeddings",
+            "float32",
+            ("class", num_classes),
+            ("prompt", prompts),
+            ("clip_feature", width),
+        )
     specs["complete"] = ArraySpec((num_blocks(manifest),), "bool", (1,), ("block",))
     return specs
 
@@ -300,10 +310,12 @@ def block_arrays(manifest: Manifest, block: Block) -> list[str]:
     """The arrays that a block is written to."""
     views = {"train/view_ids", "train/view_params"}  # written before the first block
     return [
-        name for name, spec in array_specs(manifest).items()
-        if name.startswith(f"{block.split}/") and name not in views
+        name
+        for name, spec in array_specs(manifest).items()
+        if name.startswith(f"{block.split}/")
+        and name not in views
         and (spec.dimensions[0] == "view") == (block.view is not None)
-    ]  # fmt: skip
+    ]
 
 
 def raw_bytes(manifest: Manifest) -> int:
@@ -372,9 +384,11 @@ def student_input(manifest: Manifest) -> InputEntry:
     """What students take that are trained from a store."""
     photographs = manifest["views"]["space"] == "resized-crop-flip"
     return NetworkInput(
-        size=manifest["image_size"], mean=tuple(manifest["mean"]), std=tuple(manifest["std"]),
+        size=manifest["image_size"],
+        mean=tuple(manifest["mean"]),
+        std=tuple(manifest["std"]),
         crop=CLEAN_SHARE if photographs else 1.0,
-    ).entry  # fmt: skip
+    ).entry
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:

@@ -45,9 +45,13 @@ from richkd.store.schema import Block, Manifest
 # No chunk may be absent: an absent chunk reads as zeros, which would pass for data.
 _CONFIG: Any = {"write_empty_chunks": True}
 ROUNDED = {
-    "teacher_logits", "teacher_features", "fused_logits", "clip_features",
-    "teacher_logits_top", "fused_logits_top",
-}  # fmt: skip
+    "teacher_logits",
+    "teacher_features",
+    "fused_logits",
+    "clip_features",
+    "teacher_logits_top",
+    "fused_logits_top",
+}
 SPLITS = ("train", "test", "validation")
 _ROOM = 5  # blocks that may be on their way to the disk; bounds memory
 _MOST_ENCODERS = 8  # threads, which is more than one device keeps busy
@@ -70,8 +74,9 @@ class OnTheWay:
         stored = {name: _stored(tensor, dtypes[name]) for name, tensor in rows.items()}
         finite = {
             name: torch.stack([torch.isfinite(each).all() for each in (rows[name], stored[name])])
-            for name in rows if rows[name].is_floating_point()
-        }  # fmt: skip
+            for name in rows
+            if rows[name].is_floating_point()
+        }
         host = {name: to_host(tensor) for name, tensor in stored.items()}
         flags = {name: to_host(tensor) for name, tensor in finite.items()}
         device = next((tensor.device for tensor in rows.values() if tensor.is_cuda), None)
@@ -136,9 +141,12 @@ class StoreWriter:
 
     @classmethod
     def open(
-        cls, place: Place, manifest: Manifest, overwrite: bool,
+        cls,
+        place: Place,
+        manifest: Manifest,
+        overwrite: bool,
         redo: Collection[Block] | None = None,
-    ) -> StoreWriter:  # fmt: skip
+    ) -> StoreWriter:
         """A new store, or the rest of one that was cut off or damaged.
 
         Args:
@@ -314,14 +322,20 @@ class StoreWriter:
 def blank_files(manifest: Manifest) -> dict[str, bytes]:
     """The files of a store without chunks, the manifest first."""
     files: dict[str, Any] = {}
-    group = zarr.create_group(MemoryStore(files), zarr_format=3,
-                              attributes=cast(dict[str, Any], manifest))  # fmt: skip
+    group = zarr.create_group(
+        MemoryStore(files), zarr_format=3, attributes=cast(dict[str, Any], manifest)
+    )
     for name, spec in schema.array_specs(manifest).items():
         group.create_array(
-            name, shape=spec.shape, dtype=spec.dtype, chunks=spec.chunks,
-            compressors=_codecs(spec), fill_value=0, config=_CONFIG,
+            name,
+            shape=spec.shape,
+            dtype=spec.dtype,
+            chunks=spec.chunks,
+            compressors=_codecs(spec),
+            fill_value=0,
+            config=_CONFIG,
             dimension_names=spec.dimensions,
-        )  # fmt: skip
+        )
     return {file: files[file].to_bytes() for file in [METADATA, *sorted({*files} - {METADATA})]}
 
 
@@ -427,9 +441,14 @@ def encoded_bytes(values: np.ndarray[Any, Any]) -> int:
     files: dict[str, Any] = {}
     spec = schema.ArraySpec(values.shape, str(values.dtype), values.shape, ())
     array = zarr.create_array(
-        MemoryStore(files), shape=spec.shape, dtype=spec.dtype, chunks=spec.chunks,
-        compressors=_codecs(spec), fill_value=0, config=_CONFIG,
-    )  # fmt: skip
+        MemoryStore(files),
+        shape=spec.shape,
+        dtype=spec.dtype,
+        chunks=spec.chunks,
+        compressors=_codecs(spec),
+        fill_value=0,
+        config=_CONFIG,
+    )
     array[...] = values
     return sum(len(content) for file, content in files.items() if file != METADATA)
 

@@ -107,10 +107,12 @@ def usual_orders(folders: Sequence[str]) -> dict[str, Outputs]:
         "timm's natural order": natural(folders),
         "sorted ignoring case": sorted(folders, key=str.lower),
         "sorted with numbers as numbers": sorted(
-            folders, key=lambda name: [(int(part), "") if part.isdecimal() else (-1, part)
-                                       for part in numbers.split(name)]
+            folders,
+            key=lambda name: [
+                (int(part), "") if part.isdecimal() else (-1, part) for part in numbers.split(name)
+            ],
         ),
-    }  # fmt: skip
+    }
     found = {name: _outputs(order, folders) for name, order in orders.items()}
     return {name: outputs for name, outputs in found.items() if outputs is not None}
 
@@ -202,8 +204,10 @@ def resolve_outputs(
         return None
     images = differing(dataset.train, [*orders.values()])
     predicted, labels = predict(clean_rows(teacher, images)), images.labels
-    right = {name: int((predicted == torch.tensor(outputs)[labels]).sum())
-             for name, outputs in orders.items()}  # fmt: skip
+    right = {
+        name: int((predicted == torch.tensor(outputs)[labels]).sum())
+        for name, outputs in orders.items()
+    }
     best = max(right, key=right.__getitem__)  # of equals, the first
     better = advantage(predicted, labels, orders[best])
     if better < CLEARLY:
@@ -298,17 +302,23 @@ def preview_teacher(
     predicted = predict(rows)
     right = int((predicted == test.labels).sum())
     count, classes = len(test), len(dataset.class_names)
-    said = (f"CNN teacher on {count} of the test images: {percent(right / count)} % (chance "
-            f"{percent(1 / classes)} %)")  # fmt: skip
+    said = (
+        f"CNN teacher on {count} of the test images: {percent(right / count)} % (chance "
+        f"{percent(1 / classes)} %)"
+    )
     note = note_of(weights)
     recorded = _recorded_accuracy(note, weights)
     order = f"{_some(teacher.outputs or tuple(range(classes)), dataset)} may not be the order of "
     order += "its outputs (say it by --teacher-classes FILE)"
     if worse(right, count, least(classes)):
-        other = "on other images than these" if note else (
-            "on images of another size or normalisation (--teacher-size, --teacher-mean, "
-            "--teacher-std)"
-        )  # fmt: skip
+        other = (
+            "on other images than these"
+            if note
+            else (
+                "on images of another size or normalisation (--teacher-size, --teacher-mean, "
+                "--teacher-std)"
+            )
+        )
         said += f"; so little suggests that it is read wrongly: {order}, or it was trained {other}"
     elif cycle := exchanged(predicted, test.labels, classes):
         names = dataset.class_folders or dataset.class_names
@@ -318,8 +328,10 @@ def preview_teacher(
         )
         said += f"; it takes {pairs}: {order}"
     elif recorded is not None and worse(right, count, recorded - DROP):
-        said += (f"; far below the {percent(recorded)} % that {weights} records: these may be "
-                 f"other images, or other classes by the same names")  # fmt: skip
+        said += (
+            f"; far below the {percent(recorded)} % that {weights} records: these may be "
+            f"other images, or other classes by the same names"
+        )
     report.say(said)
     return rows
 

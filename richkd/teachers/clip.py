@@ -44,9 +44,13 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _NOT_FETCHED = re.compile("Failed to download|Failed initial config|Required pretrained|connect")
 _PIECES = re.compile("mt5|xlm|nllb")  # tokenizers that may come as a model of sentencepiece's
 _VOCABULARIES = (
-    "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "tokenizer.model",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,10 @@ class ClipTeacher:
     @cached_property
     def _constants(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, each [3,1,1], on the device."""
-        mean, std = (torch.tensor(self.preprocessing[name], device=self.device)[:, None, None]
-                     for name in ("mean", "std"))  # fmt: skip
+        mean, std = (
+            torch.tensor(self.preprocessing[name], device=self.device)[:, None, None]
+            for name in ("mean", "std")
+        )
         return mean, std
 
     @property
@@ -132,10 +138,12 @@ class ClipTeacher:
     def text_embeddings(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
         """One embedding a class and prompt: [C,P,D], unit length, f32."""
         texts = [fill(template, name) for name in class_names for template in templates]
-        encoded = torch.cat([
-            self.model.encode_text(tokens.to(self.device)).float()
-            for tokens in torch.split(self.tokenizer(texts), TEXT_BATCH)
-        ])  # fmt: skip
+        encoded = torch.cat(
+            [
+                self.model.encode_text(tokens.to(self.device)).float()
+                for tokens in torch.split(self.tokenizer(texts), TEXT_BATCH)
+            ]
+        )
         shape = len(class_names), len(templates), encoded.shape[-1]
         embeddings: Tensor = F.normalize(encoded, dim=-1).reshape(shape)
         return embeddings
@@ -210,8 +218,11 @@ def _check_tag(name: str) -> None:
     """Refuse a name that is no model and tag of open_clip's, or weights of another GELU."""
     model, colon, tag = name.partition(":")
     if model not in open_clip.list_models():
-        raise unknown("CLIP (neither a directory nor a model of open_clip):", model,
-                      [*open_clip.list_models(), "demo", "none"])  # fmt: skip
+        raise unknown(
+            "CLIP (neither a directory nor a model of open_clip):",
+            model,
+            [*open_clip.list_models(), "demo", "none"],
+        )
     tags = open_clip.list_pretrained_tags_by_model(model)
     if not colon or tag not in tags:
         raise RichKDError(f"CLIP {name!r}: say which weights as {model}:TAG; {nearest(tag, tags)}")
@@ -231,8 +242,11 @@ def _check_folder(name: str, folder: Path) -> None:
     """Refuse a directory without what open_clip reads from it."""
     file = folder / "open_clip_config.json"
     if not file.is_file():
-        hint = (f"; if it is a repository of the Hugging Face hub, say {HUB}{name}"
-                if _REPOSITORY.fullmatch(name) and not folder.exists() else "")  # fmt: skip
+        hint = (
+            f"; if it is a repository of the Hugging Face hub, say {HUB}{name}"
+            if _REPOSITORY.fullmatch(name) and not folder.exists()
+            else ""
+        )
         raise RichKDError(
             f"{folder} holds no open_clip_config.json; a local CLIP is a directory with that "
             f"and open_clip_model.safetensors{hint}"
@@ -324,10 +338,15 @@ def load_clip(name: str, device: torch.device, precision: str = "float32") -> Cl
         raise RichKDError(f"cannot load CLIP {name}: {reason}; {remedy}") from None
     model.eval().requires_grad_(False)
     return ClipTeacher(
-        name=name, model=model, tokenizer=tokenizer, transform=transform,
-        preprocessing=dict(model.visual.preprocess_cfg), sha256=state_sha256(model), device=device,
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        transform=transform,
+        preprocessing=dict(model.visual.preprocess_cfg),
+        sha256=state_sha256(model),
+        device=device,
         precision=precision,
-    )  # fmt: skip
+    )
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
@@ -426,10 +445,14 @@ def blank_clip(name: str, device: torch.device) -> ClipTeacher:
     model.eval().requires_grad_(False)
     preprocessing = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
     return ClipTeacher(
-        name=name, model=model, tokenizer=None,
+        name=name,
+        model=model,
+        tokenizer=None,
         transform=open_clip.transform.image_transform_v2(preprocessing, is_train=False),
-        preprocessing=dict(model.visual.preprocess_cfg), sha256="", device=device,
-    )  # fmt: skip
+        preprocessing=dict(model.visual.preprocess_cfg),
+        sha256="",
+        device=device,
+    )
 
 
 def local_folder(name: str) -> Path | None:

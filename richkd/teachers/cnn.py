@@ -232,9 +232,13 @@ def make_trainer(
 
 
 def train_epochs(
-    trainer: Trainer, settings: TrainTeacher, dataset: Dataset, folder: TeacherFolder,
-    progress: Progress, report: Report,
-) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
+    trainer: Trainer,
+    settings: TrainTeacher,
+    dataset: Dataset,
+    folder: TeacherFolder,
+    progress: Progress,
+    report: Report,
+) -> tuple[dict[str, Any], dict[str, str]]:
     """The epochs that are left, with a checkpoint each: the summary, and the weights' metadata."""
     space, num_samples = dataset.train.view_space, len(dataset.train)
     started, record = time.perf_counter() - progress.seconds, None
@@ -259,8 +263,10 @@ def train_epochs(
     else:
         assert record.test_accuracy is not None and record.test_top5 is not None
         top1, top5, validation = (
-            record.test_accuracy, record.test_top5, record.validation_accuracy
-        )  # fmt: skip
+            record.test_accuracy,
+            record.test_top5,
+            record.validation_accuracy,
+        )
         trained = f"train {percent(record.train_accuracy)} %, "
     said = "" if validation is None else f"validation {percent(validation)} %, "
     report.say(
@@ -279,11 +285,17 @@ def train_epochs(
     }
     folders = {"class_folders": json.dumps(dataset.class_folders)} if dataset.class_folders else {}
     note = {
-        "model": settings.model, "dataset": dataset.name, "fingerprint": dataset.fingerprint,
-        "epochs": str(settings.epochs), "seed": str(settings.seed),
-        "test_accuracy": repr(top1), "training": to_json(training_of(settings)),
-        "class_names": json.dumps(dataset.class_names), **folders, **dataset.network_input.note,
-    }  # fmt: skip
+        "model": settings.model,
+        "dataset": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "epochs": str(settings.epochs),
+        "seed": str(settings.seed),
+        "test_accuracy": repr(top1),
+        "training": to_json(training_of(settings)),
+        "class_names": json.dumps(dataset.class_names),
+        **folders,
+        **dataset.network_input.note,
+    }
     return summary, note
 
 
@@ -314,20 +326,30 @@ def completed(settings: TrainTeacher, dataset: Dataset, report: Report) -> dict[
             f"anew with --overwrite"
         )
     TeacherFolder(out).tidy(out)
-    unknown = "" if "training" in note else (
-        "; an earlier version trained it, which did not record the other settings of the training, "
-        "so these were not compared"
-    )  # fmt: skip
+    unknown = (
+        ""
+        if "training" in note
+        else (
+            "; an earlier version trained it, which did not record the other settings of the training, "
+            "so these were not compared"
+        )
+    )
     report.say(f"{out} is complete already; --overwrite trains it anew{unknown}")
     accuracy = float(note["test_accuracy"])
     told = read_json(summary_file(out)) or {}
     if told.get("top1_last") == accuracy and told.get("model") == settings.model:
         return {**told, "weights": str(out)}
     return {
-        "weights": str(out), "model": settings.model, "dataset": dataset.name,
-        "epochs": settings.epochs, "seed": settings.seed, "top1_validation": None,
-        "top1_last": accuracy, "top5_last": None, "seconds": None,
-    }  # fmt: skip
+        "weights": str(out),
+        "model": settings.model,
+        "dataset": dataset.name,
+        "epochs": settings.epochs,
+        "seed": settings.seed,
+        "top1_validation": None,
+        "top1_last": accuracy,
+        "top5_last": None,
+        "seconds": None,
+    }
 
 
 def difference(

@@ -120,9 +120,11 @@ def _of_student(summary: Path) -> dict[str, str]:
         about = json.loads(summary.read_text(encoding="utf-8"))
         files = catalog.split_name(about["dataset"])[0] == catalog.IMAGE_FOLDER
         found = NetworkInput(
-            size=about["image_size"], mean=about["mean"], std=about["std"],
+            size=about["image_size"],
+            mean=about["mean"],
+            std=about["std"],
             crop=CLEAN_SHARE if files else 1.0,
-        )  # fmt: skip
+        )
         return {**found.note, "class_names": json.dumps(about["class_names"])}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RichKDError(f"{summary} is damaged or no run's summary ({error})") from None

@@ -52,8 +52,10 @@ class Teachers:
     def clip_rows(self, features: Tensor) -> dict[str, Tensor]:
         """CLIP's rows, from its image features [B,D]."""
         assert self.classes is not None
-        return {"clip_features": features,
-                "clip_similarity": fusion.clip_similarity(features, self.classes)}  # fmt: skip
+        return {
+            "clip_features": features,
+            "clip_similarity": fusion.clip_similarity(features, self.classes),
+        }
 
     def cnn_rows(
         self, parts: Sequence[tuple[Tensor, Tensor]], similarity: Tensor | None
@@ -97,12 +99,19 @@ class BlockRows:
     """
 
     def __init__(
-        self, dataset: Dataset, views: Tensor, device: torch.device, teachers: Teachers,
-        writer: StoreWriter, preview: Preview | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        dataset: Dataset,
+        views: Tensor,
+        device: torch.device,
+        teachers: Teachers,
+        writer: StoreWriter,
+        preview: Preview | None = None,
+    ) -> None:
         self.splits: dict[str, Split] = dataset.splits
-        self.inputs = {name: make_inputs(split.images, device, teachers.cnn.input)
-                       for name, split in self.splits.items()}  # fmt: skip
+        self.inputs = {
+            name: make_inputs(split.images, device, teachers.cnn.input)
+            for name, split in self.splits.items()
+        }
         files = isinstance(self.inputs["train"], FileInputs)
         self.views = views if files else views.to(device)  # [V,N,…], of the training split
         self.device = device
@@ -167,9 +176,9 @@ class BlockRows:
                 features = [*self.preview.of(block, teachers.clip_batch).clip]
                 start = block.start + sum(map(len, features))
                 if start < block.stop:
-                    features.append(teachers.clip.image_features(
-                        inputs, start, block.stop, teachers.clip_batch
-                    ))  # fmt: skip
+                    features.append(
+                        teachers.clip.image_features(inputs, start, block.stop, teachers.clip_batch)
+                    )
                 rows |= teachers.clip_rows(torch.cat(features))
         if (view := cnn_view(block)) is not None:
             parts = [*self.preview.of(block, teachers.cnn_batch).cnn]
@@ -192,9 +201,11 @@ class BlockRows:
         clip = teachers.clip if any(block.view is None for block in first) else None
         spans = [range(unit[0].start, unit[0].stop) for unit in units]
         decoded = inputs.decode_once(
-            spans, self.views[wanted] if split == "train" else None, DECODED,
+            spans,
+            self.views[wanted] if split == "train" else None,
+            DECODED,
             clip.transform if clip else None,
-        )  # fmt: skip
+        )
         for unit, span in zip(units, spans, strict=True):
             features: list[Tensor] = []
             cnn: list[list[tuple[Tensor, Tensor]]] = [[] for _ in wanted]

@@ -294,8 +294,10 @@ class TrainingFolder:
             if was.get(name) != wanted.get(name):
                 why = (
                     "the learning rates follow from the number of epochs, so a training cannot be "
-                    "extended: " if name in _OF_THE_SCHEDULE else "give the same settings, "
-                )  # fmt: skip
+                    "extended: "
+                    if name in _OF_THE_SCHEDULE
+                    else "give the same settings, "
+                )
                 raise RichKDError(
                     f"{self.path} holds a {self.WHAT} of other settings: {name} was "
                     f"{was.get(name)!r} and is now {wanted.get(name)!r}; {why}{self._remedy}"
@@ -472,8 +474,11 @@ class RunFolder(TrainingFolder):
 
     def contents(self) -> dict[str, bytes]:
         """The files of a run that is complete, by their names."""
-        return {path.name: path.read_bytes() for path in sorted(self.path.iterdir())
-                if path.is_file() and not is_temporary(path)}  # fmt: skip
+        return {
+            path.name: path.read_bytes()
+            for path in sorted(self.path.iterdir())
+            if path.is_file() and not is_temporary(path)
+        }
 
     def receive(self, files: Mapping[str, bytes]) -> None:
         """Write what `contents` gave elsewhere; the summary last, as `finish` does.

@@ -391,8 +391,11 @@ class Trainer:
         """Go on from what `state` gave; raises RuntimeError or KeyError where it does not fit."""
 
         def part(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
-                    if name.startswith(prefix)}  # fmt: skip
+            return {
+                name.removeprefix(prefix): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(prefix)
+            }
 
         self.model.load_state_dict(part("student."))
         self.method.load_state_dict(part("method."))
@@ -414,9 +417,13 @@ def accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
     from torchmetrics.functional.classification import multiclass_accuracy
 
     value: Tensor = multiclass_accuracy(
-        logits.float(), labels, num_classes=logits.shape[1], top_k=min(k, logits.shape[1]),
-        average="micro", validate_args=False,
-    )  # fmt: skip
+        logits.float(),
+        labels,
+        num_classes=logits.shape[1],
+        top_k=min(k, logits.shape[1]),
+        average="micro",
+        validate_args=False,
+    )
     return float(value)
 
 

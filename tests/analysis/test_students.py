@@ -39,9 +39,16 @@ def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     paths = []
     for student, alpha in (("resnet8", None), ("ShuffleV2", "auto")):
         settings = Distill(
-            cache=str(store), student=student, method="richkd", epochs=2, batch_size=16, lr=0.02,
-            device="cpu", alpha=alpha, out=str(folder / student),
-        )  # fmt: skip
+            cache=str(store),
+            student=student,
+            method="richkd",
+            epochs=2,
+            batch_size=16,
+            lr=0.02,
+            device="cpu",
+            alpha=alpha,
+            out=str(folder / student),
+        )
         distill(settings)
         paths.append(folder / student)
     return paths
@@ -97,8 +104,9 @@ def test_runs_are_compared_on_the_same_images(
     cache = richkd.open_cache(store)
     held_out = 40 // 5
     assert first["samples"] == second["samples"] == 40 - held_out
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(
-        richkd.training.loop.derive_seed(0, 40, 4)))  # fmt: skip
+    order = torch.randperm(
+        40, generator=torch.Generator().manual_seed(richkd.training.loop.derive_seed(0, 40, 4))
+    )
     tested = order[held_out:].sort().values
     images, labels = cache.read("test/images")[tested], cache.read("test/labels")[tested].numpy()
     a, b = (logits_of(path, images).argmax(1) == labels for path in runs)
@@ -131,8 +139,19 @@ def test_the_published_files(run: Run, runs: list[Path], store: Path, tmp_path: 
     cache = richkd.open_cache(store)
     images, labels = cache.read("test/images"), cache.read("test/labels")
     folder = published(tmp_path / "CIFAR-100-C", images, labels)
-    done = run("evaluate", runs[0], "--corruption-files", folder, "--limit", 30, "--device", "cpu",
-               "--out", tmp_path, "--json")  # fmt: skip
+    done = run(
+        "evaluate",
+        runs[0],
+        "--corruption-files",
+        folder,
+        "--limit",
+        30,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path,
+        "--json",
+    )
     assert done.code == 0, done.err
     found = done.json["runs"][0]["corruptions"]
     assert str(folder) in found["source"] and list(found["top1"]) == list(NAMES)
@@ -156,9 +175,11 @@ def test_published_files_are_found_beside_the_data(
     cache = richkd.open_cache(store)
     test = Split(cache.read("test/images"), cache.read("test/labels"))
     published(tmp_path / "CIFAR-100-C", cache.read("test/images"), test.labels)
-    for dataset, make, kind in (("cifar100", True, PublishedCorruptions),
-                                ("cifar10", True, MadeCorruptions),
-                                ("cifar100", False, type(None))):  # fmt: skip
+    for dataset, make, kind in (
+        ("cifar100", True, PublishedCorruptions),
+        ("cifar10", True, MadeCorruptions),
+        ("cifar100", False, type(None)),
+    ):
         monkeypatch.setitem(cache.manifest["dataset"], "name", dataset)  # type: ignore[misc]
         assert type(find_corruptions(test, cache, str(tmp_path), make, None, 0)) is kind
 
@@ -210,15 +231,25 @@ def test_made_corruptions_are_the_same_for_a_seed(store: Path) -> None:
     assert len(all_of_them) == 75
     assert all(torch.equal(some[cell], all_of_them[cell][[3, 17, 39]]) for cell in some)
     other = cells(1, [3, 17, 39])
-    drawn = {"gaussian_noise", "shot_noise", "impulse_noise", "glass_blur", "motion_blur", "snow",
-             "frost", "fog", "elastic_transform"}  # fmt: skip
+    drawn = {
+        "gaussian_noise",
+        "shot_noise",
+        "impulse_noise",
+        "glass_blur",
+        "motion_blur",
+        "snow",
+        "frost",
+        "fog",
+        "elastic_transform",
+    }
     changed = {cell[0] for cell in some if not torch.equal(some[cell], other[cell])}
     assert changed == drawn
     for cell, batch in some.items():
         assert batch.shape == (3, 32, 32, 3) and batch.dtype == torch.uint8
         assert not torch.equal(batch, images[[3, 17, 39]]), cell
-    noise = [(some["gaussian_noise", s].float() - images[[3, 17, 39]]).abs().mean()
-             for s in range(1, 6)]  # fmt: skip
+    noise = [
+        (some["gaussian_noise", s].float() - images[[3, 17, 39]]).abs().mean() for s in range(1, 6)
+    ]
     assert noise == sorted(noise)
 
 
@@ -231,22 +262,34 @@ def test_workers_make_the_same(store: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name, severity, batches in made:
         got = torch.cat([batch for _, batch in batches])
         for sample in range(6):
-            seed = richkd.training.loop.derive_seed(3, ["glass_blur", "snow"].index(name), severity,
-                                                    sample)  # fmt: skip
+            seed = richkd.training.loop.derive_seed(
+                3, ["glass_blur", "snow"].index(name), severity, sample
+            )
             own = corrupt(images[sample].numpy(), name, severity, seed)
             assert np.array_equal(got[sample].numpy(), own)
 
 
 @pytest.mark.slow
 def test_two_students_under_corruptions(run: Run, runs: list[Path], tmp_path: Path) -> None:
-    done = run("evaluate", *runs, "--corruptions", "--limit", 20, "--device", "cpu", "--out",
-               tmp_path, "--json")  # fmt: skip
+    done = run(
+        "evaluate",
+        *runs,
+        "--corruptions",
+        "--limit",
+        20,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path,
+        "--json",
+    )
     assert done.code == 0, done.err
     first, second = (part["corruptions"] for part in done.json["runs"])
     compared = [part["comparison"] for part in done.json["runs"]]
     assert compared[0]["mce"] == pytest.approx(1) and "imagecorruptions" in first["source"]
-    errors = [sum(1 - a for a in second["top1"][n]) / sum(1 - a for a in first["top1"][n])
-              for n in NAMES]  # fmt: skip
+    errors = [
+        sum(1 - a for a in second["top1"][n]) / sum(1 - a for a in first["top1"][n]) for n in NAMES
+    ]
     assert compared[1]["mce"] == pytest.approx(np.mean(errors))
     difference = compared[1]["corrupted_top1"]
     assert difference["n"] == 20
@@ -259,8 +302,9 @@ def test_two_students_under_corruptions(run: Run, runs: list[Path], tmp_path: Pa
     assert kept["corruptions"] == first
     assert run("evaluate", runs[0], "--limit", 4, "--device", "cpu", "--out", tmp_path).code == 0
     assert "corruptions" not in json.loads((runs[0] / "evaluation.json").read_text())
-    shown = run("evaluate", runs[0], "--corruptions", "--limit", 5, "--device", "cpu", "--out",
-                tmp_path)  # fmt: skip
+    shown = run(
+        "evaluate", runs[0], "--corruptions", "--limit", 5, "--device", "cpu", "--out", tmp_path
+    )
     assert "relative" in shown.out and max(map(len, shown.out.splitlines()[:-1])) <= 80
 
 
@@ -295,8 +339,17 @@ def test_other_images_of_some_of_the_classes(
             pixels = rng.integers(0, 256, (50, 40, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{number}.png")
             labels.append(label)
-    done = run("evaluate", runs[0], "--shift", tmp_path / "shift", "--device", "cpu", "--json",
-               "--out", tmp_path)  # fmt: skip
+    done = run(
+        "evaluate",
+        runs[0],
+        "--shift",
+        tmp_path / "shift",
+        "--device",
+        "cpu",
+        "--json",
+        "--out",
+        tmp_path,
+    )
     assert done.code == 0, done.err
     found = done.json["runs"][0]["shift"]
     assert (found["samples"], found["classes"]) == (12, 3)
@@ -335,8 +388,17 @@ def test_the_test_images_themselves_are_no_shift(
         (tmp_path / "shift" / str(label)).mkdir(parents=True)
     for number, (pixels, label) in enumerate(zip(cache.read("test/images"), labels, strict=True)):
         Image.fromarray(pixels.numpy()).save(tmp_path / "shift" / str(label) / f"{number}.png")
-    done = run("evaluate", *runs, "--shift", tmp_path / "shift", "--device", "cpu", "--json",
-               "--out", tmp_path)  # fmt: skip
+    done = run(
+        "evaluate",
+        *runs,
+        "--shift",
+        tmp_path / "shift",
+        "--device",
+        "cpu",
+        "--json",
+        "--out",
+        tmp_path,
+    )
     assert done.code == 0, done.err
     alone = run("evaluate", runs[0], "--device", "cpu", "--json", "--out", tmp_path).json["runs"][0]
     part = done.json["runs"][0]
@@ -359,16 +421,51 @@ def test_the_test_folder_is_no_shift_where_classes_share_a_name(
                 pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "d" / split / name / f"{number}.png")
     weights = write_teacher(tmp_path / "t.safetensors", "resnet8", 4)
-    done = run("precompute", "--dataset", f"imagefolder:{tmp_path / 'd'}", "--clip", "none",
-               "--image-size", 32, "--teacher", "resnet8", "--teacher-weights", weights,
-               "--views", 1, "--out", tmp_path / "d.zarr")  # fmt: skip
+    done = run(
+        "precompute",
+        "--dataset",
+        f"imagefolder:{tmp_path / 'd'}",
+        "--clip",
+        "none",
+        "--image-size",
+        32,
+        "--teacher",
+        "resnet8",
+        "--teacher-weights",
+        weights,
+        "--views",
+        1,
+        "--out",
+        tmp_path / "d.zarr",
+    )
     assert done.code == 0, done.err
-    done = run("distill", "--cache", tmp_path / "d.zarr", "--student", "resnet8", "--method", "kd",
-               "--epochs", 1, "--device", "cpu", "--out", tmp_path / "r")  # fmt: skip
+    done = run(
+        "distill",
+        "--cache",
+        tmp_path / "d.zarr",
+        "--student",
+        "resnet8",
+        "--method",
+        "kd",
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "r",
+    )
     assert done.code == 0, done.err
     (tmp_path / "d" / "val" / "@eaDir").mkdir()
-    evaluate = ("evaluate", tmp_path / "r", "--device", "cpu", "--out", tmp_path, "--shift",
-                tmp_path / "d" / "val")  # fmt: skip
+    evaluate = (
+        "evaluate",
+        tmp_path / "r",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path,
+        "--shift",
+        tmp_path / "d" / "val",
+    )
     said = run(*evaluate).err
     assert "left out 1 hidden or system file or folder: val/@eaDir" in said
     done = run(*evaluate, "--json")
@@ -394,7 +491,7 @@ SHIFTS = [
     (("a", "a"), None, "a", "0 (a) and 1 (a)"),
     (("a", "b"), None, "c", "no class of"),
     (("one", "two"), ("1", "0"), "0", 1),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("names", "folders", "found", "wanted"), SHIFTS)
@@ -419,9 +516,13 @@ def test_folders_are_matched_by_folder_then_by_name(
 
 
 def test_what_cannot_be_evaluated(
-    fails: Fails, run: Run, runs: list[Path], store: Path, tmp_path: Path,
+    fails: Fails,
+    run: Run,
+    runs: list[Path],
+    store: Path,
+    tmp_path: Path,
     make_store: Callable[..., Path],
-) -> None:  # fmt: skip
+) -> None:
     assert "is no run folder" in fails("evaluate", tmp_path)
     assert "threshold = 0.0" in fails("evaluate", runs[0], "--threshold", 0)
     assert "limit = 0" in fails("evaluate", runs[0], "--limit", 0)

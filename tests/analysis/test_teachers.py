@@ -100,8 +100,9 @@ def test_classes_that_change(store: Path, analysis: dict[str, Any], arrays: dict
     change = {
         name: np.mean(fused[labels == c].argmax(1) == c)
         - np.mean(arrays["cnn"][labels == c].argmax(1) == c)
-        for c, name in enumerate(names) if (labels == c).any()
-    }  # fmt: skip
+        for c, name in enumerate(names)
+        if (labels == c).any()
+    }
     found = analysis["class_changes"]
     assert {row["class"] for row in found["gain"]} <= {n for n, d in change.items() if d > 0}
     assert {row["class"] for row in found["lose"]} <= {n for n, d in change.items() if d < 0}
@@ -216,8 +217,14 @@ def test_stores_with_other_blends(
     run: Run, make_store: Callable[..., Path], tmp_path: Path, alpha: float, scale: Any
 ) -> None:
     """A name with a dot in it, too."""
-    store = make_store(alpha=alpha, scale=scale, views=1, limit=16, dtype="float32",
-                       out=str(tmp_path / f"shapes-a{alpha}.zarr"))  # fmt: skip
+    store = make_store(
+        alpha=alpha,
+        scale=scale,
+        views=1,
+        limit=16,
+        dtype="float32",
+        out=str(tmp_path / f"shapes-a{alpha}.zarr"),
+    )
     done = run("analyze", store, "--json")
     assert done.code == 0, done.err
     assert Path(done.json["files"]["html"]).name == f"shapes-a{alpha}-analysis.html"

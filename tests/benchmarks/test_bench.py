@@ -18,15 +18,34 @@ from richkd.losses import CRDLoss
 from richkd.progress import Report
 
 Run = Callable[..., Any]
-SMALL = Sizes(student="resnet8", teacher="resnet14", batch_size=16, num_samples=300, num_classes=5,
-              negatives=64, rounds=2, steps=1, stage_one=24, streamed=96)  # fmt: skip
+SMALL = Sizes(
+    student="resnet8",
+    teacher="resnet14",
+    batch_size=16,
+    num_samples=300,
+    num_classes=5,
+    negatives=64,
+    rounds=2,
+    steps=1,
+    stage_one=24,
+    streamed=96,
+)
 RATIOS = {
-    "logits_step_over_vanilla", "full_step_over_vanilla", "full_step_over_published",
-    "logits_step_over_in_loop", "crd_scores_over_vectors", "crd_shared_over_vectors",
-    "crd_bank_over_vectors", "precompute_over_forward", "streamed_over_memory", "slab_wait_share",
-    "store_over_raw", "fast_step_over_vanilla", "fast_full_step_over_published",
+    "logits_step_over_vanilla",
+    "full_step_over_vanilla",
+    "full_step_over_published",
+    "logits_step_over_in_loop",
+    "crd_scores_over_vectors",
+    "crd_shared_over_vectors",
+    "crd_bank_over_vectors",
+    "precompute_over_forward",
+    "streamed_over_memory",
+    "slab_wait_share",
+    "store_over_raw",
+    "fast_step_over_vanilla",
+    "fast_full_step_over_published",
     "together_over_apart",
-}  # fmt: skip
+}
 
 
 def test_vectors_and_scores_give_the_same_numbers(rng: np.random.Generator) -> None:
@@ -67,8 +86,10 @@ def test_measures_alternate_and_ratios_are_of_rounds() -> None:
     calls: list[str] = []
     times = paired(
         {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
-        3, torch.device("cpu"), Report(quiet=True),
-    )  # fmt: skip
+        3,
+        torch.device("cpu"),
+        Report(quiet=True),
+    )
     assert "".join(calls) == "abababab"  # a round to warm up, then three
     paired({"c": lambda: calls.append("c")}, 2, torch.device("cpu"), Report(quiet=True), warm=True)
     assert calls[8:] == ["c", "c"]

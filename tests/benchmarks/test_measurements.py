@@ -26,8 +26,21 @@ def script(name: str, *words: Any) -> str:
 @pytest.mark.slow
 def test_fewer_views_are_what_a_smaller_store_has(make_store: Make, tmp_path: Path) -> None:
     store, few = make_store(views=162), make_store(views=8)
-    words = (store, "--out", tmp_path / "v", "--epochs", 9, "--seeds", 1, "--methods", "ce,kd",
-             "--views", "8,162,online", "--device", "cpu")  # fmt: skip
+    words = (
+        store,
+        "--out",
+        tmp_path / "v",
+        "--epochs",
+        9,
+        "--seeds",
+        1,
+        "--methods",
+        "ce,kd",
+        "--views",
+        "8,162,online",
+        "--device",
+        "cpu",
+    )
     out = script("views.py", *words)
     runs = json.loads((tmp_path / "v" / "views.json").read_text())["runs"]
     top1 = {(run["method"], run["views"]): run["top1"] for run in runs}
@@ -35,8 +48,9 @@ def test_fewer_views_are_what_a_smaller_store_has(make_store: Make, tmp_path: Pa
 
     def trained(own: Path, method: str) -> float:
         settings = {"epochs": 9, "batch_size": 64, "lr": 0.05, "precision": "float32"}
-        accuracy: float = train(own, tmp_path / f"{own.parent.name}-{method}", method=method,
-                                **settings)["top1_last"]  # fmt: skip
+        accuracy: float = train(
+            own, tmp_path / f"{own.parent.name}-{method}", method=method, **settings
+        )["top1_last"]
         return accuracy
 
     assert trained(few, "kd") == top1["kd", "8"]
@@ -71,12 +85,24 @@ def test_the_seconds_to_start(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_steps_are_compared_by_seed(store: Path, tmp_path: Path) -> None:
-    words = (store, "--out", tmp_path / "p", "--epochs", 1, "--seeds", 2, "--device", "cpu",
-             "--modes", "eager/float32,eager/bfloat16")  # fmt: skip
+    words = (
+        store,
+        "--out",
+        tmp_path / "p",
+        "--epochs",
+        1,
+        "--seeds",
+        2,
+        "--device",
+        "cpu",
+        "--modes",
+        "eager/float32,eager/bfloat16",
+    )
     out = script("precision.py", *words)
     runs = json.loads((tmp_path / "p" / "precision.json").read_text())["runs"]
     assert {mode: [run["seed"] for run in each] for mode, each in runs.items()} == {
-        "eager/float32": [0, 1], "eager/bfloat16": [0, 1]
-    }  # fmt: skip
+        "eager/float32": [0, 1],
+        "eager/bfloat16": [0, 1],
+    }
     assert len([line for line in out.splitlines() if line.startswith("| eager/")]) == 2
     assert script("precision.py", *words).splitlines()[-4:] == out.splitlines()[-4:]

@@ -32,11 +32,18 @@ Run = Callable[..., Any]
 Fails = Callable[..., str]
 
 WORDS = {
-    "polar_bear": "polar bear", "PolarBear": "Polar Bear",
-    "aquarium-fish": "aquarium fish", "001.Black_footed_Albatross": "Black footed Albatross",
-    "n02123045": "tabby", "n99999999": "n99999999", "zebra": "zebra", "Käfer": "Käfer",
-    "HTMLPage": "HTML Page", "42": "42", "_": "_",
-}  # fmt: skip
+    "polar_bear": "polar bear",
+    "PolarBear": "Polar Bear",
+    "aquarium-fish": "aquarium fish",
+    "001.Black_footed_Albatross": "Black footed Albatross",
+    "n02123045": "tabby",
+    "n99999999": "n99999999",
+    "zebra": "zebra",
+    "Käfer": "Käfer",
+    "HTMLPage": "HTML Page",
+    "42": "42",
+    "_": "_",
+}
 
 
 @pytest.mark.parametrize(("folder", "words"), WORDS.items())
@@ -72,15 +79,22 @@ def test_names_that_collide_are_told_apart_and_it_is_said(
     assert named.names == names
     (note,) = named.notes
     assert "told apart" in note and "--class-names" in note
-    assert all(f"{f} → {n}" in note for f, n in zip(folders, names, strict=True)
-               if n != class_words(f))  # fmt: skip
+    assert all(
+        f"{f} → {n}" in note for f, n in zip(folders, names, strict=True) if n != class_words(f)
+    )
     check_distinct(named.names)
 
 
-@pytest.mark.parametrize("folders", [
-    ("cat", "Cat"), ("cat", "CAT", "dog"), ("Ka\u0308fer", "Käfer"), ("a  b", "a b"),
-    ("cat", "dog", "Dog", "Cat"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("cat", "Cat"),
+        ("cat", "CAT", "dog"),
+        ("Ka\u0308fer", "Käfer"),
+        ("a  b", "a b"),
+        ("cat", "dog", "Dog", "Cat"),
+    ],
+)
 def test_names_that_are_one_text_to_clip_are_named(folders: tuple[str, ...]) -> None:
     named = name_classes(folders)
     assert len(named.notes) == 1 and "share one text" in named.notes[0]
@@ -97,8 +111,11 @@ def test_all_of_imagenet_has_texts_that_differ(subset: str) -> None:
     told = [name for name in names if name.endswith(")")]
     assert all(re.fullmatch(r"[^()]+ \([^()\s][^()]+\)", name) for name in told)
     same = [class_words(synset) for synset in synsets]
-    collide = {key for key in map(text_key, same) if [*map(text_key, same)].count(key) > 1} \
-        if subset == "imagenet-1k" else None  # fmt: skip
+    collide = (
+        {key for key in map(text_key, same) if [*map(text_key, same)].count(key) > 1}
+        if subset == "imagenet-1k"
+        else None
+    )
     if collide is not None:
         kept = dict(zip(sorted(synsets), names, strict=True))
         for synset, name in kept.items():
@@ -108,9 +125,24 @@ def test_all_of_imagenet_has_texts_that_differ(subset: str) -> None:
 def test_texts_are_one_where_clips_tokenizer_says_so() -> None:
     """The key of a name against open_clip's tokens, on names that differ in small things."""
     names = [w for pair in APART for w in pair] + [
-        "cat", "Cat", "CAT", "a  b", "a b", "A B", "a_b", "a-b", "Käfer", "Ka\u0308fer", "käfer",
-        "r&amp;b", "R&B", "x", "X ", "straße", "STRAẞE",
-    ]  # fmt: skip
+        "cat",
+        "Cat",
+        "CAT",
+        "a  b",
+        "a b",
+        "A B",
+        "a_b",
+        "a-b",
+        "Käfer",
+        "Ka\u0308fer",
+        "käfer",
+        "r&amp;b",
+        "R&B",
+        "x",
+        "X ",
+        "straße",
+        "STRAẞE",
+    ]
     tokens = [tuple(row.tolist()) for row in open_clip.tokenize([f"a {name}" for name in names])]
     for one, first in zip(names, tokens, strict=True):
         for other, second in zip(names, tokens, strict=True):
@@ -122,8 +154,20 @@ FOLDERS = ("cat", "dog", "emu")
 SYNSETS = ("n01440764", "n01443537", "n02123045")
 TENCH = ("tench", "goldfish", "tabby cat")
 NUMBERS = tuple(sorted(map(str, range(12))))
-ENGLISH = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
-           "eleven"]  # fmt: skip
+ENGLISH = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+]
 BY_NUMBER = tuple(ENGLISH[int(folder)] for folder in NUMBERS)
 
 # A file, the folders, and the names that it gives them.
@@ -134,27 +178,45 @@ READ: dict[str, tuple[str | bytes, tuple[str, ...], tuple[str, ...]]] = {
     "old Mac": (b"Katze\rHund\rEmu\r", FOLDERS, ("Katze", "Hund", "Emu")),
     "mark": ("Kätze\nHund\nEmu".encode("utf-8-sig"), FOLDERS, ("Kätze", "Hund", "Emu")),
     "UTF-16": ("Kätze\r\nHund\r\nEmu".encode("utf-16"), FOLDERS, ("Kätze", "Hund", "Emu")),
-    "UTF-16 BE": (b"\xfe\xff" + "cat: Kätze\n".encode("utf-16-be"), FOLDERS,
-                  ("Kätze", "dog", "emu")),
+    "UTF-16 BE": (
+        b"\xfe\xff" + "cat: Kätze\n".encode("utf-16-be"),
+        FOLDERS,
+        ("Kätze", "dog", "emu"),
+    ),
     "quotes": ('"Katze"\n"Hund"\n"Emu"', FOLDERS, ("Katze", "Hund", "Emu")),
     "Python's commas": ('"Katze",\n"Hund",\n"Emu",', FOLDERS, ("Katze", "Hund", "Emu")),
     "heading": ("class_name\nKatze\nHund\nEmu", FOLDERS, ("Katze", "Hund", "Emu")),
     "synonyms": ("Katze, Mieze\nHund\nEmu, Vogel", FOLDERS, ("Katze", "Hund", "Emu")),
     "some folders": ("dog: Hund", FOLDERS, ("cat", "Hund", "emu")),
-    "folders in another order": ("emu: Emu\ncat: Katze\ndog: Hund", FOLDERS,
-                                 ("Katze", "Hund", "Emu")),
+    "folders in another order": (
+        "emu: Emu\ncat: Katze\ndog: Hund",
+        FOLDERS,
+        ("Katze", "Hund", "Emu"),
+    ),
     "own names in another order": ("emu\nCat\ndog", FOLDERS, ("Cat", "dog", "emu")),
     "more than there are": ("emu: E\ncat: K\ndog: H\nyak: Y", FOLDERS, ("K", "H", "E")),
     "CSV": ("cat,Katze\ndog,Hund\nemu,Emu", FOLDERS, ("Katze", "Hund", "Emu")),
-    "CSV with heading": ("folder,name\ndog,Hund\ncat,Katze\nemu,Emu", FOLDERS,
-                         ("Katze", "Hund", "Emu")),
-    "CSV with quotes": ('"cat","Katze, Mieze"\n"dog","Hund"\n"emu","Emu"', FOLDERS,
-                        ("Katze", "Hund", "Emu")),
-    "CSV reversed": ("name,folder\nHund,dog\nKatze,cat\nEmu,emu", FOLDERS,
-                     ("Katze", "Hund", "Emu")),
+    "CSV with heading": (
+        "folder,name\ndog,Hund\ncat,Katze\nemu,Emu",
+        FOLDERS,
+        ("Katze", "Hund", "Emu"),
+    ),
+    "CSV with quotes": (
+        '"cat","Katze, Mieze"\n"dog","Hund"\n"emu","Emu"',
+        FOLDERS,
+        ("Katze", "Hund", "Emu"),
+    ),
+    "CSV reversed": (
+        "name,folder\nHund,dog\nKatze,cat\nEmu,emu",
+        FOLDERS,
+        ("Katze", "Hund", "Emu"),
+    ),
     "CSV of Excel": ("cat;Katze\ndog;Hund\nemu;Emu", FOLDERS, ("Katze", "Hund", "Emu")),
-    "three columns": ("id,folder,name\n0,cat,Katze\n1,dog,Hund\n2,emu,Emu", FOLDERS,
-                      ("Katze", "Hund", "Emu")),
+    "three columns": (
+        "id,folder,name\n0,cat,Katze\n1,dog,Hund\n2,emu,Emu",
+        FOLDERS,
+        ("Katze", "Hund", "Emu"),
+    ),
     "tabs": ("dog\tHund\ncat\tKatze\nemu\tEmu", FOLDERS, ("Katze", "Hund", "Emu")),
     "bars": ("cat|Katze\ndog|Hund\nemu|Emu", FOLDERS, ("Katze", "Hund", "Emu")),
     "equals signs": ("cat = Katze\ndog = Hund\nemu=Emu", FOLDERS, ("Katze", "Hund", "Emu")),
@@ -166,38 +228,70 @@ READ: dict[str, tuple[str | bytes, tuple[str, ...], tuple[str, ...]]] = {
     "numbers and commas": ("0,Katze\n1,Hund\n2,Emu", FOLDERS, ("Katze", "Hund", "Emu")),
     "numbers and tabs": ("0\tKatze\n1\tHund\n2\tEmu", FOLDERS, ("Katze", "Hund", "Emu")),
     "numbers and dots": ("0. Katze\n1. Hund\n2. Emu", FOLDERS, ("Katze", "Hund", "Emu")),
-    "names that begin with numbers": ("10 euro\n20 euro\n5 euro", FOLDERS,
-                                      ("10 euro", "20 euro", "5 euro")),
-    "words.txt": ("n01440764\ttench, Tinca tinca\nn01443537\tgoldfish, Carassius auratus\n"
-                  "n00001740\tentity\nn02123045\ttabby cat", SYNSETS, TENCH),
-    "LOC_synset_mapping.txt": ("n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius\n"
-                               "n02123045 tabby cat", SYNSETS, TENCH),
+    "names that begin with numbers": (
+        "10 euro\n20 euro\n5 euro",
+        FOLDERS,
+        ("10 euro", "20 euro", "5 euro"),
+    ),
+    "words.txt": (
+        "n01440764\ttench, Tinca tinca\nn01443537\tgoldfish, Carassius auratus\n"
+        "n00001740\tentity\nn02123045\ttabby cat",
+        SYNSETS,
+        TENCH,
+    ),
+    "LOC_synset_mapping.txt": (
+        "n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius\nn02123045 tabby cat",
+        SYNSETS,
+        TENCH,
+    ),
     "synsets and colons": ("n02123045: tabby cat", SYNSETS, TENCH),
-    "numbers are folders": ("\n".join(f"{n} {name}" for n, name in enumerate(ENGLISH)), NUMBERS,
-                            BY_NUMBER),
-    "numbers are folders, tabs": ("\n".join(f"{n}\t{name}" for n, name in enumerate(ENGLISH)),
-                                  NUMBERS, BY_NUMBER),
-    "numbers in front of folders": ("1 Katze\n2 Hund\n10 Emu", ("001.a", "002.b", "010.c"),
-                                    ("Katze", "Hund", "Emu")),
-    "classes.txt of CUB": ("1 001.Big_cat\n2 002.Dog", ("001.Big_cat", "002.Dog"),
-                           ("Big cat", "Dog")),
+    "numbers are folders": (
+        "\n".join(f"{n} {name}" for n, name in enumerate(ENGLISH)),
+        NUMBERS,
+        BY_NUMBER,
+    ),
+    "numbers are folders, tabs": (
+        "\n".join(f"{n}\t{name}" for n, name in enumerate(ENGLISH)),
+        NUMBERS,
+        BY_NUMBER,
+    ),
+    "numbers in front of folders": (
+        "1 Katze\n2 Hund\n10 Emu",
+        ("001.a", "002.b", "010.c"),
+        ("Katze", "Hund", "Emu"),
+    ),
+    "classes.txt of CUB": (
+        "1 001.Big_cat\n2 002.Dog",
+        ("001.Big_cat", "002.Dog"),
+        ("Big cat", "Dog"),
+    ),
     "JSON list": ('["Katze", "Hund",\n "Emu"]', FOLDERS, ("Katze", "Hund", "Emu")),
     "JSON object": ('{"dog": "Hund", "cat": "Katze"}', FOLDERS, ("Katze", "Hund", "emu")),
-    "JSON numbers": ('{"0": "Katze", "2": "Emu", "1": "Hund"}', FOLDERS,
-                     ("Katze", "Hund", "Emu")),
-    "JSON names to numbers": ('{"Katze": 0, "Emu": 2, "Hund": 1}', FOLDERS,
-                              ("Katze", "Hund", "Emu")),
-    "imagenet_class_index.json": ('{"0": ["n01443537", "gold_fish"], "1": ["n01440764", "tench"],'
-                                  ' "2": ["n02123045", "tabby_cat"]}', SYNSETS,
-                                  ("tench", "gold fish", "tabby cat")),
+    "JSON numbers": ('{"0": "Katze", "2": "Emu", "1": "Hund"}', FOLDERS, ("Katze", "Hund", "Emu")),
+    "JSON names to numbers": (
+        '{"Katze": 0, "Emu": 2, "Hund": 1}',
+        FOLDERS,
+        ("Katze", "Hund", "Emu"),
+    ),
+    "imagenet_class_index.json": (
+        '{"0": ["n01443537", "gold_fish"], "1": ["n01440764", "tench"],'
+        ' "2": ["n02123045", "tabby_cat"]}',
+        SYNSETS,
+        ("tench", "gold fish", "tabby cat"),
+    ),
     "Python": ("{0: 'tench, Tinca tinca',\n 1: 'goldfish',\n 2: 'tabby cat'}", SYNSETS, TENCH),
-    "cranes": ("n02012849 crane\nn03126707 crane", ("n02012849", "n03126707"),
-               (BIRD, MACHINE)),
-    "synonyms that tell apart": ("a: maillot\nb: maillot, tank suit", ("a", "b"),
-                                 ("maillot", "maillot (tank suit)")),
-    "names with commas in brackets": ("cat (big, wild)\ndog\nyak", ("a", "b", "c"),
-                                      ("cat (big, wild)", "dog", "yak")),
-}  # fmt: skip
+    "cranes": ("n02012849 crane\nn03126707 crane", ("n02012849", "n03126707"), (BIRD, MACHINE)),
+    "synonyms that tell apart": (
+        "a: maillot\nb: maillot, tank suit",
+        ("a", "b"),
+        ("maillot", "maillot (tank suit)"),
+    ),
+    "names with commas in brackets": (
+        "cat (big, wild)\ndog\nyak",
+        ("a", "b", "c"),
+        ("cat (big, wild)", "dog", "yak"),
+    ),
+}
 
 
 @pytest.mark.parametrize("form", READ)
@@ -236,7 +330,7 @@ REFUSED: dict[str, tuple[str | bytes, tuple[str, ...], str]] = {
     "numbers in natural order": ("0 a\n1 b\n2 c", ("k1", "k10", "k2"), "order .* uncertain"),
     "numbers of others": ("3: a\n4: b\n5: c", FOLDERS, "numbers 3 to 5 for 3 classes"),
     "numbers off by one": ("0 a\n1 b\n2 c", ("1", "2", "3"), "'0', which is no folder"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("form", REFUSED)
@@ -268,8 +362,10 @@ def test_a_permuted_list_of_names_never_permutes_classes(
         except RichKDError as error:
             assert "would name the folder" in str(error)
             continue
-        assert all(name.removeprefix("new ") == folder or folder not in kept
-                   for name, folder in zip(found, folders, strict=True))  # fmt: skip
+        assert all(
+            name.removeprefix("new ") == folder or folder not in kept
+            for name, folder in zip(found, folders, strict=True)
+        )
 
 
 def test_notes_say_what_was_assumed(tmp_path: Path) -> None:
@@ -331,17 +427,37 @@ def test_the_preview_shows_which_folder_each_name_went_to(
     weights = write_teacher(tmp_path / "t.safetensors", "resnet8", 4)
     names = tmp_path / "names.json"
     names.write_text(json.dumps({"1": "one", "2": "two", "10": "ten"}))
-    stage_one = ("precompute", "--dataset", dataset, "--image-size", 32, "--teacher", "resnet8",
-                 "--teacher-weights", weights, "--views", 1,
-                 "--out", tmp_path / "d.zarr")  # fmt: skip
+    stage_one = (
+        "precompute",
+        "--dataset",
+        dataset,
+        "--image-size",
+        32,
+        "--teacher",
+        "resnet8",
+        "--teacher-weights",
+        weights,
+        "--views",
+        1,
+        "--out",
+        tmp_path / "d.zarr",
+    )
     done = run(*stage_one, "--clip", clip_dir, "--class-names", names)
     assert done.code == 0, done.err
     assert "classes: 1 → one, 10 → ten, 2 → two, zebra\n" in done.err
     manifest = richkd.open_cache(tmp_path / "d.zarr").manifest
     assert manifest["class_names"] == ["one", "ten", "two", "zebra"]
     names.write_text("one\ntwo\nten\nzebra")  # before the weights, and any image, are looked at
-    line = fails(*stage_one, "--overwrite", "--clip", clip_dir, "--class-names", names,
-                 "--teacher-weights", "none.safetensors")  # fmt: skip
+    line = fails(
+        *stage_one,
+        "--overwrite",
+        "--clip",
+        clip_dir,
+        "--class-names",
+        names,
+        "--teacher-weights",
+        "none.safetensors",
+    )
     assert "order of the folders is uncertain" in line
 
 
@@ -350,9 +466,21 @@ def test_classes_of_one_text_need_no_clip(
 ) -> None:
     dataset = pictures(tmp_path / "d", ["cat", "Cat"], rng)
     weights = write_teacher(tmp_path / "t.safetensors", "resnet8", 2)
-    stage_one = ("precompute", "--dataset", dataset, "--image-size", 32, "--teacher", "resnet8",
-                 "--teacher-weights", weights, "--views", 1,
-                 "--out", tmp_path / "d.zarr")  # fmt: skip
+    stage_one = (
+        "precompute",
+        "--dataset",
+        dataset,
+        "--image-size",
+        32,
+        "--teacher",
+        "resnet8",
+        "--teacher-weights",
+        weights,
+        "--views",
+        1,
+        "--out",
+        tmp_path / "d.zarr",
+    )
     assert "share one text" in fails(*stage_one, "--clip", clip_dir)
     done = run(*stage_one, "--clip", "none")
     assert done.code == 0 and "'Cat' and 'cat' share one text" in done.err, done.err

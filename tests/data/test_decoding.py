@@ -64,8 +64,18 @@ def tiff(path: Path, pixels: Array, sample_format: int = 1, photometric: int = 1
     """A baseline TIFF of one channel, written by hand."""
     height, width = pixels.shape
     begin = 8 + 2 + 12 * 10 + 4
-    tags = {256: width, 257: height, 258: 8 * pixels.itemsize, 259: 1, 262: photometric,
-            273: begin, 277: 1, 278: height, 279: pixels.nbytes, 339: sample_format}  # fmt: skip
+    tags = {
+        256: width,
+        257: height,
+        258: 8 * pixels.itemsize,
+        259: 1,
+        262: photometric,
+        273: begin,
+        277: 1,
+        278: height,
+        279: pixels.nbytes,
+        339: sample_format,
+    }
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
     path.write_bytes(head + pixels.tobytes())
@@ -203,10 +213,15 @@ def test_images_that_may_be_of_another_depth_are_counted(tmp_path: Path) -> None
 
 # How a viewer's picture lies in a file of each orientation (EXIF 2.32, 4.6.4, tag 274), in NumPy.
 STORED: dict[int, Callable[[Array], Array]] = {
-    1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1), 6: lambda a: a[::-1].swapaxes(0, 1)[::-1, ::-1],
-    7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: lambda a: a[::-1].swapaxes(0, 1),
-}  # fmt: skip
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a[::-1].swapaxes(0, 1)[::-1, ::-1],
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: a[::-1].swapaxes(0, 1),
+}
 
 
 @pytest.mark.parametrize("orientation", range(9))
@@ -306,9 +321,11 @@ def test_half_transparent_is_half_the_background(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB"])
 def test_other_modes_are_what_pillow_makes_of_them(mode: str, tmp_path: Path) -> None:
-    image = Image.radial_gradient("L").convert("RGB").convert(mode) if mode != "LAB" else (
-        Image.merge("LAB", [Image.radial_gradient("L")] * 3)
-    )  # fmt: skip
+    image = (
+        Image.radial_gradient("L").convert("RGB").convert(mode)
+        if mode != "LAB"
+        else (Image.merge("LAB", [Image.radial_gradient("L")] * 3))
+    )
     path = tmp_path / ("a.jpg" if mode in ("CMYK", "YCbCr") else "a.tif")
     image.save(path)
     with Image.open(path) as stored:
@@ -352,9 +369,21 @@ def test_a_file_in_disguise_is_named_by_its_format(
     content, named = DISGUISED[kind]
     folder(tmp_path, np.random.default_rng(0))
     (tmp_path / "D/train/cat/1.jpg").write_bytes(content)
-    line = fails("train-teacher", "--dataset", f"imagefolder:{tmp_path / 'D'}", "--image-size", 32,
-                 "--model", "resnet8", "--epochs", 1, "--device", "cpu", "--out",
-                 tmp_path / "t.safetensors")  # fmt: skip
+    line = fails(
+        "train-teacher",
+        "--dataset",
+        f"imagefolder:{tmp_path / 'D'}",
+        "--image-size",
+        32,
+        "--model",
+        "resnet8",
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "t.safetensors",
+    )
     assert named in line and "cat/1.jpg" in line and "--broken skip" in line
 
 
@@ -430,8 +459,20 @@ def test_what_was_assumed_is_said_and_recorded(
     teacher = tmp_path / "t.safetensors"
     common = ("--dataset", f"imagefolder:{root}", "--image-size", 32, "--device", "cpu")
     train = run("train-teacher", *common, "--model", "resnet8", "--epochs", 1, "--out", teacher)
-    made = run("precompute", *common, "--teacher", "resnet8", "--teacher-weights", teacher,
-               "--clip", "none", "--views", 2, "--out", store)  # fmt: skip
+    made = run(
+        "precompute",
+        *common,
+        "--teacher",
+        "resnet8",
+        "--teacher-weights",
+        teacher,
+        "--clip",
+        "none",
+        "--views",
+        2,
+        "--out",
+        store,
+    )
     for outcome in (train, made):
         assert outcome.code == 0, outcome.err
         assert "turned upright, by their EXIF orientation: 1" in outcome.err
@@ -440,8 +481,21 @@ def test_what_was_assumed_is_said_and_recorded(
         assert "of which the first is read: 1" in outcome.err
     entry = richkd.open_cache(store).manifest["dataset"]
     assert entry["decoding"] == {"background": "#ffffff", "ranges": {"16-bit TIFF": [0, 4095]}}
-    student = run("distill", "--cache", store, "--student", "resnet8", "--method", "kd",
-                  "--epochs", 1, "--device", "cpu", "--out", tmp_path / "r")  # fmt: skip
+    student = run(
+        "distill",
+        "--cache",
+        store,
+        "--student",
+        "resnet8",
+        "--method",
+        "kd",
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "r",
+    )
     assert student.code == 0, student.err
     shift = tmp_path / "shift"
     shutil.copytree(root / "val", shift)
@@ -503,21 +557,49 @@ def test_plain_files_keep_their_fingerprint(tmp_path: Path, rng: np.random.Gener
 
 
 def test_a_store_from_before_says_that_files_are_read_otherwise_now(
-    tmp_path: Path, rng: np.random.Generator, run: Run, fails: Fails,
+    tmp_path: Path,
+    rng: np.random.Generator,
+    run: Run,
+    fails: Fails,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     root = mixed(tmp_path, rng)
     store, teacher = tmp_path / "s.zarr", tmp_path / "t.safetensors"
     common = ("--dataset", f"imagefolder:{root}", "--image-size", 32, "--device", "cpu")
     run("train-teacher", *common, "--model", "resnet8", "--epochs", 1, "--out", teacher)
     with monkeypatch.context() as before:
         before.setattr("richkd.data.datasets.CHANGED", 0)
-        made = run("precompute", *common, "--teacher", "resnet8", "--teacher-weights", teacher,
-                   "--clip", "none", "--views", 1, "--out", store)  # fmt: skip
+        made = run(
+            "precompute",
+            *common,
+            "--teacher",
+            "resnet8",
+            "--teacher-weights",
+            teacher,
+            "--clip",
+            "none",
+            "--views",
+            1,
+            "--out",
+            store,
+        )
     assert made.code == 0, made.err
     assert "decoding" not in richkd.open_cache(store).manifest["dataset"]
-    line = fails("distill", "--cache", store, "--student", "resnet8", "--epochs", 1,
-                 "--method", "kd", "--device", "cpu", "--out", tmp_path / "r")  # fmt: skip
+    line = fails(
+        "distill",
+        "--cache",
+        store,
+        "--student",
+        "resnet8",
+        "--epochs",
+        1,
+        "--method",
+        "kd",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "r",
+    )
     assert "earlier version of richkd" in line and "EXIF orientation" in line
 
 

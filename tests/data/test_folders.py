@@ -237,10 +237,15 @@ def test_the_image_size_that_most_images_have() -> None:
 
 
 OWN = {
-    "polar_bear": "polar bear", "PolarFox": "Polar Fox", "n02123045": "tabby",
+    "polar_bear": "polar bear",
+    "PolarFox": "Polar Fox",
+    "n02123045": "tabby",
     "seeLöwe": "see Löwe",
-    "猫": "猫", "aquarium-fish": "aquarium fish", "01.Ære": "Ære", "zebra": "zebra",
-}  # fmt: skip
+    "猫": "猫",
+    "aquarium-fish": "aquarium fish",
+    "01.Ære": "Ære",
+    "zebra": "zebra",
+}
 BROKEN = {"train/zebra/cut.jpg", "train/猫/text.png", "val/zebra/empty.webp"}
 
 
@@ -255,9 +260,20 @@ def zoo(tmp_path: Path, rng: np.random.Generator) -> Path:
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         return Image.fromarray(pixels).convert(mode)
 
-    kinds = [("RGB", "jpg"), ("L", "jpeg"), ("P", "gif"), ("CMYK", "jpg"), ("RGBA", "png"),
-             ("P", "png"), ("1", "png"), ("LA", "png"), ("RGB", "webp"), ("RGB", "JPG"),
-             ("RGB", "bmp"), ("CMYK", "tif")]  # fmt: skip
+    kinds = [
+        ("RGB", "jpg"),
+        ("L", "jpeg"),
+        ("P", "gif"),
+        ("CMYK", "jpg"),
+        ("RGBA", "png"),
+        ("P", "png"),
+        ("1", "png"),
+        ("LA", "png"),
+        ("RGB", "webp"),
+        ("RGB", "JPG"),
+        ("RGB", "bmp"),
+        ("CMYK", "tif"),
+    ]
     for part, count in (("train", 12), ("val", 5)):
         for name in OWN:
             folder = tmp_path / "zoo" / part / name
@@ -277,13 +293,26 @@ def zoo(tmp_path: Path, rng: np.random.Generator) -> Path:
 
 @pytest.mark.slow
 def test_a_users_folder_through_both_stages(
-    zoo: Path, run: Run, fails: Fails, clip_dir: Path, tmp_path: Path,
+    zoo: Path,
+    run: Run,
+    fails: Fails,
+    clip_dir: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("one.toml").write_text("[train-teacher]\nepochs = 1\neval_every = 1\n")
-    stage_one = ("precompute", "--dataset", f"imagefolder:{zoo}", "--clip", clip_dir, "--views", 2,
-                 "--recipe", "one.toml")  # fmt: skip
+    stage_one = (
+        "precompute",
+        "--dataset",
+        f"imagefolder:{zoo}",
+        "--clip",
+        clip_dir,
+        "--views",
+        2,
+        "--recipe",
+        "one.toml",
+    )
     line = fails(*stage_one)
     assert re.search(r"no image that can be read .*remove such files, or .*--broken skip", line)
     assert not Path("cache").exists() and not Path("teachers").exists()
@@ -294,8 +323,13 @@ def test_a_users_folder_through_both_stages(
     for file in BROKEN:
         assert f"left out, for it is no whole image: {file}" in said
     assert "2 files that are not called images: train/notes.txt, train/zebra/readme.txt" in said
-    order = ("classes: Ære", "prompts a class: 12: a photo of a Ære", "CLIP zero-shot on 40",
-             "training the teacher, resnet32x4", "is complete")  # fmt: skip
+    order = (
+        "classes: Ære",
+        "prompts a class: 12: a photo of a Ære",
+        "CLIP zero-shot on 40",
+        "training the teacher, resnet32x4",
+        "is complete",
+    )
     places = [said.index(text) for text in order]
     assert places == sorted(places), said
     cache = richkd.open_cache("cache/zoo.zarr")
@@ -328,15 +362,36 @@ def test_a_users_folder_through_both_stages(
 
 
 def test_names_from_a_file_reach_the_prompts(
-    zoo: Path, run: Run, fails: Fails, clip_dir: Path, tmp_path: Path,
+    zoo: Path,
+    run: Run,
+    fails: Fails,
+    clip_dir: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_teacher(tmp_path / "t.safetensors", "resnet8", 8)
     Path("names.txt").write_text("猫: cat\nn02123045: tabby cat\n", encoding="utf-8")
-    done = run("precompute", "--dataset", f"imagefolder:{zoo}", "--clip", clip_dir, "--views", 1,
-               "--broken", "skip", "--class-names", "names.txt", "--image-size", 16, "--teacher",
-               "resnet8", "--teacher-weights", "t.safetensors", "--json")  # fmt: skip
+    done = run(
+        "precompute",
+        "--dataset",
+        f"imagefolder:{zoo}",
+        "--clip",
+        clip_dir,
+        "--views",
+        1,
+        "--broken",
+        "skip",
+        "--class-names",
+        "names.txt",
+        "--image-size",
+        16,
+        "--teacher",
+        "resnet8",
+        "--teacher-weights",
+        "t.safetensors",
+        "--json",
+    )
     assert done.code == 0, done.err
     names = richkd.open_cache("cache/zoo.zarr").manifest["class_names"]
     assert {"cat", "tabby cat", "polar bear"} < {*names} and "猫" not in names

@@ -142,9 +142,11 @@ def test_batches_shrink_where_they_would_take_too_much(
     for images in (0, 1, 5, 99):
         monkeypatch.setattr(inputs, "UNDER_WAY", 17 * image * images + 100)
         sizes[images] = {
-            len(index) for index, *_ in
-            FileInputs(files, CPU).decode_once([range(35)], views, 7, lambda _: pixels)
-        }  # fmt: skip
+            len(index)
+            for index, *_ in FileInputs(files, CPU).decode_once(
+                [range(35)], views, 7, lambda _: pixels
+            )
+        }
     assert sizes == {0: {1}, 1: {1}, 5: {5}, 99: {7}}
 
 

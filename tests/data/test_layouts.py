@@ -61,14 +61,16 @@ LAYOUTS = [
     (("train", "valid", "dev", "test"), ("train", "valid", "test")),
     (("train", "Train", "val"), ("train", None, "val")),
     (("train", "training", "test"), ("train", None, "test")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("there", "used"), LAYOUTS)
 def test_folders_are_taken_by_their_names_and_it_is_said(
-    there: tuple[str, ...], used: tuple[str, str | None, str], tmp_path: Path,
+    there: tuple[str, ...],
+    used: tuple[str, str | None, str],
+    tmp_path: Path,
     rng: np.random.Generator,
-) -> None:  # fmt: skip
+) -> None:
     for name in there:
         put(tmp_path / name, rng, "cat", "dog", count=1 + there.index(name))
     dataset = load(tmp_path)
@@ -80,9 +82,11 @@ def test_folders_are_taken_by_their_names_and_it_is_said(
     }
     said = dataset.notes[0]
     assert f"{tmp_path / train} to train on" in said and f"{tmp_path / test} to test on" in said
-    assert (f"{tmp_path / validation} to make choices on" in said) if validation else (
-        "choices" not in said
-    )  # fmt: skip
+    assert (
+        (f"{tmp_path / validation} to make choices on" in said)
+        if validation
+        else ("choices" not in said)
+    )
     assert ("no other test images" in said) == (validation is None and test.lower()[0] in "vd")
     several = len({*there} - {"extra"}) > len(wanted)
     assert any("is used; to use another" in note for note in dataset.notes) == several
@@ -127,25 +131,37 @@ REFUSED: dict[str, tuple[Callable[[Path, np.random.Generator], None], str]] = {
     "both flat": (of(train=(".",), val=(".",)), r"{}/train holds 2 images and no folders"),
     "flat val and test": (of(train=CD, val=(".",), test=(".",)), r"{}/test holds 2 images and no"),
     "one class": (of(train=("cat",), val=("cat",)), r"{}/train has one folder, cat; at least two"),
-    "a level too many": (of(train=("images/cat", "images/dog"), val=("images/cat", "images/dog")),
-                         r"one folder, images: the folders in it \(cat, dog\) are not told apart"),
-    "a level too many in val": (of(train=CD, val=("images/cat", "images/dog")),
-                                r"{}/val has one folder, images, which is no class of {}/train"),
+    "a level too many": (
+        of(train=("images/cat", "images/dog"), val=("images/cat", "images/dog")),
+        r"one folder, images: the folders in it \(cat, dog\) are not told apart",
+    ),
+    "a level too many in val": (
+        of(train=CD, val=("images/cat", "images/dog")),
+        r"{}/val has one folder, images, which is no class of {}/train",
+    ),
     "no held-out folder": (of(train=CD, holdout=CD), r"{}/val/CLASS/.*has holdout, train: rename"),
     "no training folder": (of(val=CD), r"needs the layout {}/train/CLASS.*it has val"),
     "classes at the top": (of(cat=(".",), dog=(".",)), r"{}/train/CLASS.*it has cat, dog: move"),
-    "a folder between": (of(**{"photos/train": CD, "photos/val": CD}),
-                         r"--dataset imagefolder:{}/photos$"),
+    "a folder between": (
+        of(**{"photos/train": CD, "photos/val": CD}),
+        r"--dataset imagefolder:{}/photos$",
+    ),
     "case only": (case_only, r"has TRAIN, Train, any of which .*rename"),
-    "other classes": (of(train=(*CD, "emu", "fox"), val=(*CD, "yak")),
-                      r"'emu' is a class of {}/train only \(as are 1 more\) and 'yak' is a class "
-                      r"of {}/val only; .*same folders of classes"),
-    "fewer classes": (of(train=(*CD, "emu"), val=(*CD, "emu"), test=CD),
-                      r"'emu' is a class of {}/train only; .*{}/train and {}/test need the same"),
+    "other classes": (
+        of(train=(*CD, "emu", "fox"), val=(*CD, "yak")),
+        r"'emu' is a class of {}/train only \(as are 1 more\) and 'yak' is a class "
+        r"of {}/val only; .*same folders of classes",
+    ),
+    "fewer classes": (
+        of(train=(*CD, "emu"), val=(*CD, "emu"), test=CD),
+        r"'emu' is a class of {}/train only; .*{}/train and {}/test need the same",
+    ),
     "other case": (of(train=CD, val=("Cat", "Dog")), r"'cat' is a class of {}/train only"),
-    "no images": (lambda root, _: [(root / n).mkdir() for n in ("train", "val")] and None,
-                  r"{}/train holds no folders of classes"),
-}  # fmt: skip
+    "no images": (
+        lambda root, _: [(root / n).mkdir() for n in ("train", "val")] and None,
+        r"{}/train holds no folders of classes",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -191,16 +207,20 @@ def test_a_limit_is_of_training_images(tmp_path: Path, rng: np.random.Generator)
     of(train=CD, valid=CD, test=CD)(tmp_path, rng)
     dataset = load(tmp_path, limit=2)
     assert {split: len(images) for split, images in dataset.splits.items()} == {
-        "train": 2, "validation": 4, "test": 4,
-    }  # fmt: skip
+        "train": 2,
+        "validation": 4,
+        "test": 4,
+    }
 
 
 def test_folders_that_are_in_two_splits_are_named(tmp_path: Path, rng: np.random.Generator) -> None:
     of(train=CD, val=("cat",))(tmp_path, rng)
     (tmp_path / "val" / "dog").symlink_to(tmp_path / "train" / "dog")
     notes = load(tmp_path).notes
-    assert any(f"{tmp_path}/train/dog and {tmp_path}/val/dog are one and the same folder: what is"
-               in note for note in notes)  # fmt: skip
+    assert any(
+        f"{tmp_path}/train/dog and {tmp_path}/val/dog are one and the same folder: what is" in note
+        for note in notes
+    )
     (tmp_path / "test").symlink_to("train")
     assert any(
         "train/cat and" in note and ", as are 1 more" in note for note in load(tmp_path).notes
@@ -221,16 +241,35 @@ def photos(tmp_path: Path, rng: np.random.Generator) -> Path:
 
 def stage_one(photos: Path, tmp_path: Path, clip_dir: Path) -> tuple[object, ...]:
     weights = write_teacher(tmp_path / "t.safetensors", "resnet8", 2)
-    return ("precompute", "--dataset", f"imagefolder:{photos}", "--image-size", 32, "--views", 2,
-            "--teacher", "resnet8", "--teacher-weights", weights, "--clip", clip_dir,
-            "--out", tmp_path / "p.zarr")  # fmt: skip
+    return (
+        "precompute",
+        "--dataset",
+        f"imagefolder:{photos}",
+        "--image-size",
+        32,
+        "--views",
+        2,
+        "--teacher",
+        "resnet8",
+        "--teacher-weights",
+        weights,
+        "--clip",
+        clip_dir,
+        "--out",
+        tmp_path / "p.zarr",
+    )
 
 
 @pytest.mark.slow
 def test_a_validation_folder_through_both_stages(
-    photos: Path, run: Run, fails: Fails, clip_dir: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator,
-) -> None:  # fmt: skip
+    photos: Path,
+    run: Run,
+    fails: Fails,
+    clip_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rng: np.random.Generator,
+) -> None:
     monkeypatch.chdir(tmp_path)
     done = run(*stage_one(photos, tmp_path, clip_dir))
     assert done.code == 0, done.err
@@ -241,21 +280,56 @@ def test_a_validation_folder_through_both_stages(
     assert entry["folders"] == {"train": "train", "validation": "valid", "test": "test"}
     assert entry["num_validation"] == 6 and "validation" not in entry
 
-    done = run("distill", "--cache", "p.zarr", "--student", "resnet8", "--epochs", 2, "--method",
-               "richkd-l", "--alpha", "auto", "--device", "cpu", "--out", "r",
-               "--json")  # fmt: skip
+    done = run(
+        "distill",
+        "--cache",
+        "p.zarr",
+        "--student",
+        "resnet8",
+        "--epochs",
+        2,
+        "--method",
+        "richkd-l",
+        "--alpha",
+        "auto",
+        "--device",
+        "cpu",
+        "--out",
+        "r",
+        "--json",
+    )
     assert done.code == 0, done.err
     lines = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
     assert all(line["validation_accuracy"] is not None for line in lines)
-    sweep = run("sweep", "--cache", "p.zarr", "--students", "resnet8", "--methods", "ce,kd",
-                "--seeds", 1, "--epochs", 4, "--halving", 2, "--out", "s", "--device", "cpu",
-                "--json")  # fmt: skip
+    sweep = run(
+        "sweep",
+        "--cache",
+        "p.zarr",
+        "--students",
+        "resnet8",
+        "--methods",
+        "ce,kd",
+        "--seeds",
+        1,
+        "--epochs",
+        4,
+        "--halving",
+        2,
+        "--out",
+        "s",
+        "--device",
+        "cpu",
+        "--json",
+    )
     assert sweep.code == 0, sweep.err
     kept, stopped = sorted(
-        ([json.loads(line) for line in file.read_text().splitlines()]
-         for file in Path("s").glob("*/metrics.jsonl")),
-        key=len, reverse=True,
-    )  # fmt: skip
+        (
+            [json.loads(line) for line in file.read_text().splitlines()]
+            for file in Path("s").glob("*/metrics.jsonl")
+        ),
+        key=len,
+        reverse=True,
+    )
     assert (len(kept), len(stopped)) == (4, 1)
     assert stopped[0]["validation_accuracy"] <= kept[0]["validation_accuracy"]
     assert run("verify", "p.zarr", "--teacher", "t.safetensors").code == 0
@@ -273,8 +347,19 @@ def test_a_validation_folder_through_both_stages(
     assert run("analyze", "p.zarr").code == 0
 
     photos.rename(tmp_path / "moved")
-    again = ("distill", "--cache", "p.zarr", "--student", "resnet8", "--epochs", 1, "--device",
-             "cpu", "--out", "r2")  # fmt: skip
+    again = (
+        "distill",
+        "--cache",
+        "p.zarr",
+        "--student",
+        "resnet8",
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+        "--out",
+        "r2",
+    )
     assert "no such folder" in fails(*again)
     assert run(*again, "--dataset", f"imagefolder:{tmp_path / 'moved'}").code == 0
     (tmp_path / "moved" / "valid").rename(tmp_path / "moved" / "val")
@@ -302,9 +387,12 @@ def fingerprint_before(root: Path) -> str:
 
 
 def test_a_store_of_before_is_read_as_it_was_made(
-    run: Run, clip_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    run: Run,
+    clip_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     rng: np.random.Generator,
-) -> None:  # fmt: skip
+) -> None:
     """Then val was tested on beside test, hidden folders were read, and fewer suffixes."""
     monkeypatch.chdir(tmp_path)
     photos = tmp_path / "photos"
@@ -319,8 +407,19 @@ def test_a_store_of_before_is_read_as_it_was_made(
     del manifest["dataset"]["folders"]
     manifest["dataset"]["fingerprint"] = fingerprint_before(photos)
     write_sealed(Folder(tmp_path / "p.zarr"), manifest)
-    train = ("distill", "--cache", "p.zarr", "--student", "resnet8", "--epochs", 1, "--device",
-             "cpu", "--out", "r")  # fmt: skip
+    train = (
+        "distill",
+        "--cache",
+        "p.zarr",
+        "--student",
+        "resnet8",
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+        "--out",
+        "r",
+    )
     done = run(*train)
     assert done.code == 0, done.err
     assert run("repair", "p.zarr").code == run("verify", "p.zarr").code == 0
@@ -332,11 +431,19 @@ def test_a_store_of_before_is_read_as_it_was_made(
     assert run(*train, "--out", "r2").code == 0
 
 
-@pytest.mark.parametrize("named", [
-    {"train": "train", "test": ".."}, {"train": "../../etc", "test": "val"},
-    {"train": "train", "test": "/etc"}, {"train": "train"}, {"train": "train", "test": ""},
-    {"train": "train", "test": "val", "other": "x"}, {"train": "train", "test": 3}, ["train"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"train": "train", "test": ".."},
+        {"train": "../../etc", "test": "val"},
+        {"train": "train", "test": "/etc"},
+        {"train": "train"},
+        {"train": "train", "test": ""},
+        {"train": "train", "test": "val", "other": "x"},
+        {"train": "train", "test": 3},
+        ["train"],
+    ],
+)
 def test_a_manifest_names_folders_of_the_data_set_only(named: Any, store: Path) -> None:
     manifest: Any = {**richkd.open_cache(store).manifest}
     manifest["dataset"] = {**manifest["dataset"], "folders": {"train": "Train", "test": "val"}}

@@ -63,8 +63,13 @@ def test_classes_and_paths_are_in_torchvisions_order(
     del tree  # each is another
     random_tree(tmp_path, rng)
     train = tmp_path / "train"
-    theirs = ImageFolder(str(train), is_valid_file=lambda path: os.path.splitext(path)[1].lower()  # noqa: PTH122
-                         in SUFFIXES)  # fmt: skip
+    theirs = ImageFolder(
+        str(train),
+        is_valid_file=lambda path: (
+            os.path.splitext(path)[1].lower()  # noqa: PTH122
+            in SUFFIXES
+        ),
+    )
     for earlier in (False, True):
         found = find_images(train, earlier=earlier)
         assert [*found.classes] == theirs.classes
@@ -76,11 +81,28 @@ def test_classes_and_paths_are_in_torchvisions_order(
 
 
 SYSTEM = [
-    ".DS_Store", "._0.jpg", ".hidden.png", ".ipynb_checkpoints", "@eaDir", "#recycle", "@Recycle",
-    "__MACOSX", "$RECYCLE.BIN", "$Recycle.Bin", "System Volume Information", "lost+found",
-    "__pycache__", "Thumbs.db", "thumbs.db", "desktop.ini", "Icon\r", ".Trash-1000", ".git",
-    "FOUND.000", ".@__thumb",
-]  # fmt: skip
+    ".DS_Store",
+    "._0.jpg",
+    ".hidden.png",
+    ".ipynb_checkpoints",
+    "@eaDir",
+    "#recycle",
+    "@Recycle",
+    "__MACOSX",
+    "$RECYCLE.BIN",
+    "$Recycle.Bin",
+    "System Volume Information",
+    "lost+found",
+    "__pycache__",
+    "Thumbs.db",
+    "thumbs.db",
+    "desktop.ini",
+    "Icon\r",
+    ".Trash-1000",
+    ".git",
+    "FOUND.000",
+    ".@__thumb",
+]
 DATA = [
     "cat",
     "recycle",
@@ -190,8 +212,15 @@ def test_links_that_lead_back_are_left_out_by_name(
 
 
 def test_links_to_folders_elsewhere_are_followed_once(tmp_path: Path) -> None:
-    put(tmp_path, "pool/x/0.png", "pool/x/1.png", "pool/2.png", "train/cat/0.png",
-        "train/dog/0.png", "train/.store/emu/0.png")  # fmt: skip
+    put(
+        tmp_path,
+        "pool/x/0.png",
+        "pool/x/1.png",
+        "pool/2.png",
+        "train/cat/0.png",
+        "train/dog/0.png",
+        "train/.store/emu/0.png",
+    )
     train = tmp_path / "train"
     (train / "emu").symlink_to(".store/emu")  # as data version control has them
     (train / "cat" / "x").symlink_to(tmp_path / "pool" / "x")
@@ -203,9 +232,7 @@ def test_links_to_folders_elsewhere_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "pool" / "x" / "back").symlink_to(train)
     found = find_images(train)
     assert len(found.paths) == 5
-    assert found.tally.paths[Kind.LINK] == [
-        "train/cat/x/back", "train/cat/x/up", "train/dog/again"
-    ]  # fmt: skip
+    assert found.tally.paths[Kind.LINK] == ["train/cat/x/back", "train/cat/x/up", "train/dog/again"]
     (train / "dog" / "pool").symlink_to(tmp_path / "pool")
     assert len(find_images(train).paths) == 6  # pool/2.png, and pool/x not again
 

@@ -40,9 +40,13 @@ STAGE_ONE = os.environ.get("RICHKD_STAGE_ONE", "--views 54").split()
 def main() -> int:
     """Run the parts that were asked for."""
     parts: dict[str, Callable[[Path], Any]] = {
-        "epoch": epoch, "bench": bench, "stage_one": stage_one, "sweep": sweep,
-        "accuracy": accuracy, "photographs": photographs,
-    }  # fmt: skip
+        "epoch": epoch,
+        "bench": bench,
+        "stage_one": stage_one,
+        "sweep": sweep,
+        "accuracy": accuracy,
+        "photographs": photographs,
+    }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder of the JSON")
     parser.add_argument("--only", default=",".join(parts), help="parts with commas")
@@ -82,10 +86,17 @@ def cifar_store(folder: Path, count: int = 50_000, views: int = 2) -> Path:
     if not store.exists():
         weights, clip = write_teachers(folder, "resnet8", 100)
         precompute(
-            Precompute(dataset="shapes", teacher="resnet8", teacher_weights=str(weights),
-                       clip=str(clip), prompts="single", views=views, out=str(store)),
+            Precompute(
+                dataset="shapes",
+                teacher="resnet8",
+                teacher_weights=str(weights),
+                clip=str(clip),
+                prompts="single",
+                views=views,
+                out=str(store),
+            ),
             dataset=random_dataset(count, 10_000, 100),
-        )  # fmt: skip
+        )
     return store
 
 
@@ -96,9 +107,14 @@ def epoch(folder: Path) -> dict[str, Any]:
     store, found = cifar_store(folder), {}
     for step in ("captured", "compiled"):
         settings = Distill(
-            cache=str(store), student=STUDENT, epochs=240, lr=0.05, step=step, device="cuda",
+            cache=str(store),
+            student=STUDENT,
+            epochs=240,
+            lr=0.05,
+            step=step,
+            device="cuda",
             out=str(folder / f"epochs-{step}"),
-        )  # fmt: skip
+        )
         source = Source(settings, Report())
         with StudentRun(source, settings) as run:
             whole, trained, idle, step_s = [], [], 0.0, 0.0
@@ -119,11 +135,13 @@ def epoch(folder: Path) -> dict[str, Any]:
                 whole.append(time.perf_counter() - start)
                 trained.append(record.seconds)
         found[step] = {
-            "first_epoch_s": whole[0], "epoch_s": statistics.median(whole[1:]),
-            "training_s": statistics.median(trained[1:]), "idle_between_steps": idle,
+            "first_epoch_s": whole[0],
+            "epoch_s": statistics.median(whole[1:]),
+            "training_s": statistics.median(trained[1:]),
+            "idle_between_steps": idle,
             "idle_in_epoch": 1 - step_s * 782 / statistics.median(whole[1:]),
             "minutes_for_240": (whole[0] + 239 * statistics.median(whole[1:])) / 60,
-        }  # fmt: skip
+        }
     return found
 
 
@@ -152,10 +170,27 @@ def sweep(folder: Path) -> dict[str, Any]:
     for name in ("1", "8", "auto"):
         start = time.perf_counter()
         command(
-            "sweep", "--cache", store, "--students", ",".join(SMALL_STUDENTS), "--methods", "kd",
-            "--seeds", 1, "--epochs", 10, "--eval-every", 10, "--device", "cuda",
-            "--concurrent", name, "--out", folder / f"sweep-{name}", "--json",
-        )  # fmt: skip
+            "sweep",
+            "--cache",
+            store,
+            "--students",
+            ",".join(SMALL_STUDENTS),
+            "--methods",
+            "kd",
+            "--seeds",
+            1,
+            "--epochs",
+            10,
+            "--eval-every",
+            10,
+            "--device",
+            "cuda",
+            "--concurrent",
+            name,
+            "--out",
+            folder / f"sweep-{name}",
+            "--json",
+        )
         seconds[name] = time.perf_counter() - start
     return {"seconds": seconds, "together_over_apart": seconds["8"] / seconds["1"]}
 
@@ -175,15 +210,45 @@ def accuracy(folder: Path) -> dict[str, Any]:
 
     Its files are in $RICHKD_DATA as torchvision stores them.
     """
-    data = ["--dataset", "fashion-mnist", "--limit", 5000, "--data-root",
-            os.environ.get("RICHKD_DATA", "data"), "--device", "cuda"]  # fmt: skip
+    data = [
+        "--dataset",
+        "fashion-mnist",
+        "--limit",
+        5000,
+        "--data-root",
+        os.environ.get("RICHKD_DATA", "data"),
+        "--device",
+        "cuda",
+    ]
     weights, store = folder / "fashion.safetensors", folder / "fashion.zarr"
     command("train-teacher", *data, "--model", "resnet20", "--epochs", 20, "--out", weights)
-    command("precompute", *data, "--teacher", "resnet20", "--teacher-weights", weights,
-            "--clip", "none", "--views", 20, "--out", store)  # fmt: skip
+    command(
+        "precompute",
+        *data,
+        "--teacher",
+        "resnet20",
+        "--teacher-weights",
+        weights,
+        "--clip",
+        "none",
+        "--views",
+        20,
+        "--out",
+        store,
+    )
     script = Path(__file__).parents[2] / "benchmarks" / "precision.py"
-    words = [script, store, "--out", folder / "precision", "--epochs", 10, "--seeds", 6, "--modes",
-             "eager/float32,captured/float32,captured/bfloat16"]  # fmt: skip
+    words = [
+        script,
+        store,
+        "--out",
+        folder / "precision",
+        "--epochs",
+        10,
+        "--seeds",
+        6,
+        "--modes",
+        "eager/float32,captured/float32,captured/bfloat16",
+    ]
     subprocess.run([sys.executable, *map(str, words)], check=True)
     found: dict[str, Any] = json.loads((folder / "precision" / "precision.json").read_text())
     return found
@@ -218,15 +283,29 @@ def photographs(folder: Path) -> dict[str, Any]:
     store = folder / "photographs.zarr"
     start = time.perf_counter()
     precompute(
-        Precompute(dataset=f"imagefolder:{folder / 'photographs'}", image_size=224, views=2,
-                   teacher="timm/resnet18", teacher_weights=str(weights), clip="none",
-                   out=str(store)),
-    )  # fmt: skip
+        Precompute(
+            dataset=f"imagefolder:{folder / 'photographs'}",
+            image_size=224,
+            views=2,
+            teacher="timm/resnet18",
+            teacher_weights=str(weights),
+            clip="none",
+            out=str(store),
+        ),
+    )
     found = {"precompute_s": time.perf_counter() - start}
     for step in ("eager", "captured"):
-        settings = Distill(cache=str(store), student="timm/resnet18", method="kd", epochs=3,
-                           lr=0.05, eval_every=3, step=step, device="cuda",
-                           out=str(folder / f"photos-{step}"))  # fmt: skip
+        settings = Distill(
+            cache=str(store),
+            student="timm/resnet18",
+            method="kd",
+            epochs=3,
+            lr=0.05,
+            eval_every=3,
+            step=step,
+            device="cuda",
+            out=str(folder / f"photos-{step}"),
+        )
         source = Source(settings, Report())
         with StudentRun(source, settings) as run:
             seconds = []

@@ -68,18 +68,26 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     dataset = bench.random_dataset(given.samples, max(64, given.samples // 5), CLASSES)
     weights, clip = bench.write_teachers(folder, TEACHER, CLASSES)
     settings = Precompute(
-        dataset="shapes", teacher=TEACHER, teacher_weights=str(weights), clip=str(clip),
-        views=given.views, prompts="single", batch_size=given.batch_size, device=str(device),
+        dataset="shapes",
+        teacher=TEACHER,
+        teacher_weights=str(weights),
+        clip=str(clip),
+        views=given.views,
+        prompts="single",
+        batch_size=given.batch_size,
+        device=str(device),
         out=str(folder / "store.zarr"),
-    )  # fmt: skip
+    )
     few = bench.random_dataset(64, 32, CLASSES)
     first, _, _ = timed(settings, few, device)  # what a process takes once: CUDA's context
     seconds, cache, waited = timed(settings, dataset, device)
     images = given.samples * given.views + len(dataset.test)
     memory = {}
     if device.type == "cuda":
-        memory = {"gpu_allocated_bytes": torch.cuda.max_memory_allocated(device),
-                  "gpu_reserved_bytes": torch.cuda.max_memory_reserved(device)}  # fmt: skip
+        memory = {
+            "gpu_allocated_bytes": torch.cuda.max_memory_allocated(device),
+            "gpu_reserved_bytes": torch.cuda.max_memory_reserved(device),
+        }
     forward = forward_alone(settings, dataset, device, seconds["all"] / given.views)
     result = {
         "hardware": hardware(device),
@@ -123,8 +131,12 @@ def timed(
             settings, dataset=dataset, overwrite=True, report=Report(quiet=True)
         )
     start, begun, written, end = *moments, time.perf_counter()
-    parts = {"all": end - start, "set-up": begun - start, "computing and writing": written - begun,
-             "finishing": end - written}  # fmt: skip
+    parts = {
+        "all": end - start,
+        "set-up": begun - start,
+        "computing and writing": written - begun,
+        "finishing": end - written,
+    }
     return parts, cache, sum(waits)
 
 
@@ -190,9 +202,16 @@ def forward_alone(
     ask("test", None, batch)  # warm
     each = [seconds(lambda view=v: ask("train", view, batch)) for v in range(count)]  # type: ignore[misc]
     small = seconds(lambda: ask("train", 0, 256))
-    once = sum(map(seconds, (
-        lambda: ask("test", None, batch), lambda: clean("test"), lambda: clean("train"),
-    )))  # fmt: skip
+    once = sum(
+        map(
+            seconds,
+            (
+                lambda: ask("test", None, batch),
+                lambda: clean("test"),
+                lambda: clean("train"),
+            ),
+        )
+    )
     return {
         "views_measured": count,
         "view_s": statistics.median(each),

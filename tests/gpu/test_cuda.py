@@ -41,8 +41,9 @@ def test_stage_two_descends_as_on_the_cpu(store: Path, tmp_path: Path, method: s
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_summary_is_what_f32_gives(store: Path, tmp_path: Path, precision: str) -> None:
-    summary = train(store, tmp_path / "a", method="kd", device="cuda", precision=precision,
-                    epochs=4, lr=0.1)  # fmt: skip
+    summary = train(
+        store, tmp_path / "a", method="kd", device="cuda", precision=precision, epochs=4, lr=0.1
+    )
     model = richkd.create_model("resnet8", 16)
     model.load_state_dict(weights(tmp_path / "a"))
     cache = richkd.open_cache(store)
@@ -110,11 +111,26 @@ def test_ce_sees_the_views_of_the_cpu(
 def test_one_student_at_a_time_or_several_together(
     store: Path, tmp_path: Path, run: Callable[..., Any]
 ) -> None:
-    common = ["--students", "resnet8", "--methods", "kd,dkd,ce", "--seeds", 1, "--epochs", 2,
-              "--batch-size", 16, "--device", "cuda", "--lr", 0.02]  # fmt: skip
+    common = [
+        "--students",
+        "resnet8",
+        "--methods",
+        "kd,dkd,ce",
+        "--seeds",
+        1,
+        "--epochs",
+        2,
+        "--batch-size",
+        16,
+        "--device",
+        "cuda",
+        "--lr",
+        0.02,
+    ]
     for out, number in (("one", 1), ("three", 3)):
-        done = run("sweep", "--cache", store, "--out", tmp_path / out, "--concurrent", number,
-                   *common)  # fmt: skip
+        done = run(
+            "sweep", "--cache", store, "--out", tmp_path / out, "--concurrent", number, *common
+        )
         assert done.code == 0, done.err
     for method in ("kd", "dkd", "ce"):
         a, b = (weights(tmp_path / out / f"shapes-resnet8-{method}-s0") for out in ("one", "three"))

@@ -96,10 +96,15 @@ def test_photographs(tmp_path: Path, make_store: Make) -> None:
     from helpers import write_teacher
 
     store = make_store(
-        dataset=f"imagefolder:{tmp_path / 'photos'}", image_size=32, limit=None, clip="none",
+        dataset=f"imagefolder:{tmp_path / 'photos'}",
+        image_size=32,
+        limit=None,
+        clip="none",
         teacher_weights=str(write_teacher(tmp_path / "t.safetensors", "resnet8", 2)),
-        teacher_size=32, teacher_mean=(0.5,) * 3, teacher_std=(0.25,) * 3,
-    )  # fmt: skip
+        teacher_size=32,
+        teacher_mean=(0.5,) * 3,
+        teacher_std=(0.25,) * 3,
+    )
     for step in ("eager", "captured"):
         on_gpu(store, tmp_path / step, step, method="kd", batch_size=8)
     assert distance(tmp_path / "captured", tmp_path / "eager") < 1e-3
@@ -124,12 +129,36 @@ def test_side_by_side_gives_what_each_gives_alone(
         return model
 
     monkeypatch.setattr("richkd.distill.create_model", dropping)
-    common = ["--students", "resnet8", "--methods", "kd,richkd,crd", "--seeds", 2, "--epochs", 3,
-              "--batch-size", 16, "--device", "cuda", "--lr", 0.02,
-              "--precision", "float32"]  # fmt: skip
+    common = [
+        "--students",
+        "resnet8",
+        "--methods",
+        "kd,richkd,crd",
+        "--seeds",
+        2,
+        "--epochs",
+        3,
+        "--batch-size",
+        16,
+        "--device",
+        "cuda",
+        "--lr",
+        0.02,
+        "--precision",
+        "float32",
+    ]
     for out, number in (("apart", 1), ("together", 6)):
-        done = run("sweep", "--cache", store, "--out", tmp_path / out, "--concurrent", number,
-                   *common, "--json")  # fmt: skip
+        done = run(
+            "sweep",
+            "--cache",
+            store,
+            "--out",
+            tmp_path / out,
+            "--concurrent",
+            number,
+            *common,
+            "--json",
+        )
         assert done.code == 0, done.err
         assert len(done.json["runs"]) == 6
         assert {each["step"] for each in done.json["runs"]} == {"captured"}
@@ -207,10 +236,18 @@ def test_too_little_memory_for_graphs(
 
     monkeypatch.setattr(Captured, "_step", full)
     done = distill(
-        Distill(cache=str(store), out=str(tmp_path / "a"), method="kd", student="resnet8", epochs=2,
-                batch_size=16, device="cuda", lr=0.02),
+        Distill(
+            cache=str(store),
+            out=str(tmp_path / "a"),
+            method="kd",
+            student="resnet8",
+            epochs=2,
+            batch_size=16,
+            device="cuda",
+            lr=0.02,
+        ),
         report=Report(),
-    )  # fmt: skip
+    )
     assert done["step"] == "eager" and "out of memory" in capfd.readouterr().err.lower()
 
 
@@ -236,8 +273,23 @@ def test_nothing_waits_for_the_device_in_an_epoch(
 
 
 def test_what_is_said_of_the_steps(store: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
-    done = run("distill", "--cache", store, "--student", "resnet8", "--method", "kd", "--epochs", 1,
-               "--batch-size", 16, "--out", tmp_path / "a", "--device", "cuda")  # fmt: skip
+    done = run(
+        "distill",
+        "--cache",
+        store,
+        "--student",
+        "resnet8",
+        "--method",
+        "kd",
+        "--epochs",
+        1,
+        "--batch-size",
+        16,
+        "--out",
+        tmp_path / "a",
+        "--device",
+        "cuda",
+    )
     assert done.code == 0 and "the step is captured" in done.err
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert summary["step"] == "captured"

@@ -21,8 +21,9 @@ class Direct:
         self.n, self.temperature, self.momentum = loss.num_samples, loss.temperature, loss.momentum
         self.z: dict[str, torch.Tensor] = {}
 
-    def side(self, name: str, embedding: torch.Tensor, bank: torch.Tensor,
-             columns: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    def side(
+        self, name: str, embedding: torch.Tensor, bank: torch.Tensor, columns: torch.Tensor
+    ) -> torch.Tensor:
         vectors = bank[columns]  # [B,K+1,D]
         scores = torch.exp(torch.einsum("bkd,bd->bk", vectors, embedding) / self.temperature)
         self.z.setdefault(name, scores.detach().mean() * self.n)
@@ -36,11 +37,13 @@ class Direct:
                 total = total - torch.log((k / self.n) / (p[b, j] + k / self.n + eps))
         return total / len(columns)
 
-    def __call__(self, s: torch.Tensor, t: torch.Tensor, index: torch.Tensor,
-                 negatives: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    def __call__(
+        self, s: torch.Tensor, t: torch.Tensor, index: torch.Tensor, negatives: torch.Tensor
+    ) -> torch.Tensor:
         columns = torch.cat([index[:, None], negatives], 1)
-        return (self.side("s", s, self.banks["t"], columns)
-                + self.side("t", t, self.banks["s"], columns))  # fmt: skip
+        return self.side("s", s, self.banks["t"], columns) + self.side(
+            "t", t, self.banks["s"], columns
+        )
 
     def update(self, s: torch.Tensor, t: torch.Tensor, index: torch.Tensor) -> None:
         for name, value in (("s", s), ("t", t)):

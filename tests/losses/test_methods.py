@@ -38,8 +38,11 @@ def batch(rng: np.random.Generator) -> Batch:
         return torch.from_numpy(rng.normal(size=shape)).float()
 
     index = torch.tensor([3, 17, 8, 5])
-    rows = {TARGET: normal(4, 4), "teacher_features": normal(4, 5),
-            "clip_features": F.normalize(normal(4, 7))}  # fmt: skip
+    rows = {
+        TARGET: normal(4, 4),
+        "teacher_features": normal(4, 5),
+        "clip_features": F.normalize(normal(4, 7)),
+    }
     return Batch(normal(4, 4), normal(4, 6), WIDTHS.labels[index], index, rows)
 
 
@@ -118,13 +121,27 @@ def test_features_may_have_a_blend_of_their_own(rng: np.random.Generator) -> Non
 
 # As published; tests/published/methods.toml says where.
 PUBLISHED = {
-    "richkd": {"ce_weight": 1.0, "logit_weight": 3.0, "feature_weight": 0.8, "temperature": 3.0,
-               "negatives": 16384, "crd_temperature": 0.07, "bank_momentum": 0.5,
-               "contrast": "exact", "standardize": False, "feature_alpha": None},
+    "richkd": {
+        "ce_weight": 1.0,
+        "logit_weight": 3.0,
+        "feature_weight": 0.8,
+        "temperature": 3.0,
+        "negatives": 16384,
+        "crd_temperature": 0.07,
+        "bank_momentum": 0.5,
+        "contrast": "exact",
+        "standardize": False,
+        "feature_alpha": None,
+    },
     "kd": {"ce_weight": 0.1, "logit_weight": 0.9, "temperature": 4.0},
     "kd-ls": {"ce_weight": 0.1, "logit_weight": 9.0, "temperature": 2.0, "standardize": True},
-    "dkd": {"ce_weight": 1.0, "tckd_weight": 1.0, "nckd_weight": 8.0, "temperature": 4.0,
-            "warmup": 20},
+    "dkd": {
+        "ce_weight": 1.0,
+        "tckd_weight": 1.0,
+        "nckd_weight": 8.0,
+        "temperature": 4.0,
+        "warmup": 20,
+    },
     "dkd-ls": {"tckd_weight": 9.0, "nckd_weight": 72.0, "temperature": 2.0, "standardize": True},
     "mlkd": {"ce_weight": 0.1, "logit_weight": 0.9, "temperature": 4.0},
     "mlkd-ls": {"ce_weight": 0.1, "logit_weight": 9.0, "temperature": 2.0, "standardize": True},
@@ -135,7 +152,7 @@ PUBLISHED = {
     "sp": {"ce_weight": 1.0, "feature_weight": 3000.0},
     "pkt": {"ce_weight": 1.0, "feature_weight": 30000.0},
     "vid": {"ce_weight": 1.0, "feature_weight": 1.0},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -148,8 +165,9 @@ def test_every_method_can_be_described() -> None:
     for name in METHODS:
         entry = describe_method(name)
         assert entry["about"].endswith(".") and len(entry["about"]) <= 120
-        assert entry["target"] == (None if TARGET not in READS[name]
-                                   else "fused" if "richkd" in name else "teacher")  # fmt: skip
+        assert entry["target"] == (
+            None if TARGET not in READS[name] else "fused" if "richkd" in name else "teacher"
+        )
 
 
 def test_what_is_not_on_the_features_of_the_published_code_says_so() -> None:

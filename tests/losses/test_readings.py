@@ -108,8 +108,9 @@ def read_mlkd(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
 
 
 def read_dist(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
-    s, t = (torch.stack([softmax(row, o.temperature) for row in z])
-            for z in (b.logits, rows[TARGET]))  # fmt: skip
+    s, t = (
+        torch.stack([softmax(row, o.temperature) for row in z]) for z in (b.logits, rows[TARGET])
+    )
     inter = torch.stack([1 - pearson(s[i], t[i]) for i in range(B)]).mean()
     intra = torch.stack([1 - pearson(s[:, c], t[:, c]) for c in range(C)]).mean()
     square = o.temperature**2
@@ -118,9 +119,19 @@ def read_dist(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
 
 def read_rkd(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
     def distances(f: Tensor) -> Tensor:
-        d = torch.stack([torch.stack([((f[i] - f[j]) ** 2).sum().clamp_min(1e-30).sqrt()
-                                      if i != j else f.new_zeros(()) for j in range(B)])
-                         for i in range(B)])  # fmt: skip
+        d = torch.stack(
+            [
+                torch.stack(
+                    [
+                        ((f[i] - f[j]) ** 2).sum().clamp_min(1e-30).sqrt()
+                        if i != j
+                        else f.new_zeros(())
+                        for j in range(B)
+                    ]
+                )
+                for i in range(B)
+            ]
+        )
         return d / (d.sum() / (B * B - B))
 
     def angles(f: Tensor) -> Tensor:
@@ -134,8 +145,10 @@ def read_rkd(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
         return out
 
     s, t = b.features, rows["teacher_features"]
-    return {"distance": o.distance_weight * smooth_l1(distances(s), distances(t)).mean(),
-            "angle": o.angle_weight * smooth_l1(angles(s), angles(t)).mean()}  # fmt: skip
+    return {
+        "distance": o.distance_weight * smooth_l1(distances(s), distances(t)).mean(),
+        "angle": o.angle_weight * smooth_l1(angles(s), angles(t)).mean(),
+    }
 
 
 def read_sp(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
@@ -175,8 +188,9 @@ def contrast(o: Any, s: Tensor, t: Tensor, b: Batch, state: Terms) -> Tensor:
         (s, state["contrast.teacher_bank"]),
         (t, state["contrast.student_bank"]),
     ):
-        scores = [[(embedding[i] @ bank[n] / o.crd_temperature).exp() for n in range(N)]
-                  for i in range(B)]  # fmt: skip
+        scores = [
+            [(embedding[i] @ bank[n] / o.crd_temperature).exp() for n in range(N)] for i in range(B)
+        ]
         others = [[n for n in range(N) if labels[n] != b.labels[i]] for i in range(B)]
         used = [scores[i][n] for i in range(B) for n in [int(b.index[i]), *others[i]]]
         z = N * float(torch.stack(used).detach().mean())
@@ -252,13 +266,21 @@ def test_terms_and_gradients(
     method = kind(options, WIDTHS)
     index = torch.from_numpy(rng.permutation(N)[:B])
     exact = {"logits": 3 * normal(B, C), "features": normal(B, FS)}
-    rows = {TARGET: 4 * normal(B, C), "teacher_features": normal(B, FT),
-            "clip_features": torch.nn.functional.normalize(normal(B, D))}  # fmt: skip
+    rows = {
+        TARGET: 4 * normal(B, C),
+        "teacher_features": normal(B, FT),
+        "clip_features": torch.nn.functional.normalize(normal(B, D)),
+    }
 
     def batch(dtype: torch.dtype) -> Batch:
         student = {k: v.to(dtype).requires_grad_() for k, v in exact.items()}
-        return Batch(labels=WIDTHS.labels[index], index=index, epoch=3,
-                     rows={k: v.to(dtype) for k, v in rows.items()}, **student)  # fmt: skip
+        return Batch(
+            labels=WIDTHS.labels[index],
+            index=index,
+            epoch=3,
+            rows={k: v.to(dtype) for k, v in rows.items()},
+            **student,
+        )
 
     got, expected = batch(torch.float32), batch(torch.float64)
     terms = method(got)
@@ -292,8 +314,13 @@ def test_the_published_masks_of_mlkd_halve_and_leave_nothing_out(rng: np.random.
 def test_identical_student_and_teacher_have_nothing_to_match(rng: np.random.Generator) -> None:
     logits = torch.from_numpy(rng.normal(size=(B, C))).float()
     features = torch.from_numpy(rng.normal(size=(B, FT))).float()
-    batch = Batch(logits, features, torch.arange(B), torch.arange(B),
-                  {TARGET: logits, "teacher_features": features})  # fmt: skip
+    batch = Batch(
+        logits,
+        features,
+        torch.arange(B),
+        torch.arange(B),
+        {TARGET: logits, "teacher_features": features},
+    )
     for name in ("kd", "kd-ls", "dkd", "mlkd", "dist", "rkd", "sp", "pkt"):
         kind, options = method_class(name, {})
         terms = kind(options, WIDTHS)(batch)

@@ -15,10 +15,19 @@ from richkd.models import check_fit, remedy
 
 # Twelve families, each by a small member.
 FAMILIES = [
-    "resnet18", "efficientnet_b0", "mobilenetv3_small_050", "convnext_atto", "vit_tiny_patch16_224",
-    "swin_tiny_patch4_window7_224", "regnetx_002", "ghostnet_050", "mixer_s32_224",
-    "edgenext_xx_small", "lcnet_035", "pit_ti_224",
-]  # fmt: skip
+    "resnet18",
+    "efficientnet_b0",
+    "mobilenetv3_small_050",
+    "convnext_atto",
+    "vit_tiny_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "regnetx_002",
+    "ghostnet_050",
+    "mixer_s32_224",
+    "edgenext_xx_small",
+    "lcnet_035",
+    "pit_ti_224",
+]
 # Heads that are not one linear layer on a vector: convolutions, or two whose logits are averaged.
 OTHER_HEADS = ["dla46x_c", "resnetv2_18", "deit_tiny_distilled_patch16_224", "levit_128s"]
 
@@ -113,6 +122,10 @@ def test_a_setting_that_a_model_does_not_take() -> None:
 
 @pytest.mark.slow
 def test_importing_the_zoo_warns_of_nothing() -> None:
-    done = subprocess.run([sys.executable, "-W", "error", "-c", "import richkd.models"],
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import richkd.models"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0 and done.stderr == ""

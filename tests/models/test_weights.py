@@ -61,120 +61,205 @@ def inside(part: str, state: State) -> State:
 def timm_checkpoint(state: State, ema: Any = None) -> dict[str, Any]:
     """As timm's CheckpointSaver writes it."""
     return {
-        "epoch": 3, "arch": "resnet8", "state_dict": state,
+        "epoch": 3,
+        "arch": "resnet8",
+        "state_dict": state,
         "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": []},
-        "version": 2, "args": argparse.Namespace(lr=0.1, amp=None, aa="rand-m9"),
-        "amp_scaler": {"scale": 65536.0}, "metric": 93.75,
+        "version": 2,
+        "args": argparse.Namespace(lr=0.1, amp=None, aa="rand-m9"),
+        "amp_scaler": {"scale": 65536.0},
+        "metric": 93.75,
         **({} if ema is None else {"state_dict_ema": ema}),
-    }  # fmt: skip
+    }
 
 
 def lightning_checkpoint(state: State) -> dict[str, Any]:
     return {
-        "epoch": 3, "global_step": 99, "pytorch-lightning_version": "2.6.0", "state_dict": state,
+        "epoch": 3,
+        "global_step": 99,
+        "pytorch-lightning_version": "2.6.0",
+        "state_dict": state,
         "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 3}}}},
         "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_score": torch.tensor(0.9)}},
         "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(3)}}}],
         "lr_schedulers": [{"milestones": collections.Counter([30])}],
-        "hparams_name": "kwargs", "hyper_parameters": {"lr": 0.1, "root": pathlib.Path("data")},
-    }  # fmt: skip
+        "hparams_name": "kwargs",
+        "hyper_parameters": {"lr": 0.1, "root": pathlib.Path("data")},
+    }
 
 
 Made = Callable[[State, State], Any]
 # name: what is in the file, and what the line about it says; "" where nothing is to be said
 WRAPPINGS: dict[str, tuple[Made, str]] = {
     "bare": (lambda good, _: good, ""),
-    "parameters": (lambda good, _: {k: nn.Parameter(v) if v.is_floating_point() else v
-                                    for k, v in good.items()}, ""),
+    "parameters": (
+        lambda good, _: {
+            k: nn.Parameter(v) if v.is_floating_point() else v for k, v in good.items()
+        },
+        "",
+    ),
     "state_dict": (lambda good, _: {"state_dict": good, "epoch": 3}, "read state_dict of"),
     "model": (lambda good, _: {"model": good, "best_acc": np.float64(79.4)}, "read model of"),
     "net": (lambda good, _: {"net": good, "acc": 93.0, "epoch": 3}, "read net of"),
     "network": (lambda good, _: {"network": good}, "read network of"),
-    "model_state_dict": (lambda good, _: {"model_state_dict": good, "loss": torch.tensor(0.1)},
-                         "read model_state_dict of"),
+    "model_state_dict": (
+        lambda good, _: {"model_state_dict": good, "loss": torch.tensor(0.1)},
+        "read model_state_dict of",
+    ),
     "module": (lambda good, _: {"module": good, "ds_version": "0.14"}, "read module of"),
     "weights": (lambda good, _: {"weights": good}, "read weights of"),
     "params": (lambda good, _: {"params": good}, "read params of"),
     "a key of their own": (lambda good, _: {"my_teacher": good}, "read my_teacher of"),
-    "keys in keys": (lambda good, _: {"checkpoint": {"model": {"state_dict": good}}},
-                     "read checkpoint.model.state_dict of"),
+    "keys in keys": (
+        lambda good, _: {"checkpoint": {"model": {"state_dict": good}}},
+        "read checkpoint.model.state_dict of",
+    ),
     "module.": (lambda good, _: under("module.", good), "read module.* of"),
     "_orig_mod.": (lambda good, _: under("_orig_mod.", good), "read _orig_mod.* of"),
     "module._orig_mod.": (lambda good, _: under("module._orig_mod.", good), "module._orig_mod.*"),
     "_orig_mod.module.": (lambda good, _: under("_orig_mod.module.", good), "_orig_mod.module.*"),
     "model._orig_mod.": (lambda good, _: under("model._orig_mod.", good), "model._orig_mod.*"),
     "net.": (lambda good, _: under("net.", good), "read net.* of"),
-    "backbone.": (lambda good, _: {"state_dict": under("backbone.", good)},
-                  "read backbone.* in state_dict of"),
+    "backbone.": (
+        lambda good, _: {"state_dict": under("backbone.", good)},
+        "read backbone.* in state_dict of",
+    ),
     "timm_model.": (lambda good, _: under("timm_model.", good), "read timm_model.* of"),
     "a part compiled": (lambda good, _: inside("_orig_mod", good), "wrappers such as module taken"),
-    "a part in parallel": (lambda good, _: under("module.", inside("module", good)),
-                           "wrappers such as module taken"),
-    "FSDP": (lambda good, _: under("_fsdp_wrapped_module.",
-                                   inside("_fsdp_wrapped_module._checkpoint_wrapped_module", good)),
-             "wrappers such as module taken"),
+    "a part in parallel": (
+        lambda good, _: under("module.", inside("module", good)),
+        "wrappers such as module taken",
+    ),
+    "FSDP": (
+        lambda good, _: under(
+            "_fsdp_wrapped_module.", inside("_fsdp_wrapped_module._checkpoint_wrapped_module", good)
+        ),
+        "wrappers such as module taken",
+    ),
     "timm": (lambda good, _: timm_checkpoint(good), "read state_dict of"),
-    "timm, EMA": (lambda good, raw: timm_checkpoint(raw, good),
-                  "read state_dict_ema of {} (its averaged weights; state_dict is beside it)"),
-    "timm, EMA of DDP": (lambda good, raw: timm_checkpoint(under("module.", raw),
-                                                           under("module.", good)),
-                         "read module.* in state_dict_ema of {} (its averaged weights; module.* in "
-                         "state_dict is beside it)"),
+    "timm, EMA": (
+        lambda good, raw: timm_checkpoint(raw, good),
+        "read state_dict_ema of {} (its averaged weights; state_dict is beside it)",
+    ),
+    "timm, EMA of DDP": (
+        lambda good, raw: timm_checkpoint(under("module.", raw), under("module.", good)),
+        "read module.* in state_dict_ema of {} (its averaged weights; module.* in "
+        "state_dict is beside it)",
+    ),
     "timm, EMA without weights": (lambda good, _: timm_checkpoint(good, {}), "read state_dict of"),
-    "deit": (lambda good, raw: {"model": raw, "model_ema": good, "epoch": 3, "scaler": {},
-                                "args": argparse.Namespace(output_dir=pathlib.Path("out"))},
-             "read model_ema of {} (its averaged weights; model is beside it)"),
+    "deit": (
+        lambda good, raw: {
+            "model": raw,
+            "model_ema": good,
+            "epoch": 3,
+            "scaler": {},
+            "args": argparse.Namespace(output_dir=pathlib.Path("out")),
+        },
+        "read model_ema of {} (its averaged weights; model is beside it)",
+    ),
     "deit without EMA": (lambda good, _: {"model": good, "model_ema": None}, "read model of"),
-    "torchvision": (lambda good, raw: {"model": raw, "epoch": 3,
-                                       "args": argparse.Namespace(lr=0.5),
-                                       "model_ema": {"n_averaged": torch.tensor(9),
-                                                     **under("module.", good)}},
-                    "read module.* in model_ema of {} (its averaged weights; model is beside it; "
-                    "left out n_averaged)"),
+    "torchvision": (
+        lambda good, raw: {
+            "model": raw,
+            "epoch": 3,
+            "args": argparse.Namespace(lr=0.5),
+            "model_ema": {"n_averaged": torch.tensor(9), **under("module.", good)},
+        },
+        "read module.* in model_ema of {} (its averaged weights; model is beside it; "
+        "left out n_averaged)",
+    ),
     "ema": (lambda good, raw: {"model": raw, "ema": good}, "read ema of"),
-    "ema_state_dict": (lambda good, raw: {"state_dict": raw, "ema_state_dict": good},
-                       "read ema_state_dict of"),
+    "ema_state_dict": (
+        lambda good, raw: {"state_dict": raw, "ema_state_dict": good},
+        "read ema_state_dict of",
+    ),
     "params_ema": (lambda good, raw: {"params": raw, "params_ema": good}, "read params_ema of"),
-    "EMA as a list": (lambda good, _: {"model": good, "ema": {"decay": 0.9, "shadow_params": [
-        torch.ones(3)]}}, "read model of"),
-    "EMA of parameters only": (lambda good, raw: {"model": good, "ema": {
-        k: v for k, v in raw.items() if "running" not in k and "tracked" not in k}},
-        "read model of"),
-    "AveragedModel": (lambda good, _: {"n_averaged": torch.tensor(9), **under("module.", good)},
-                      "read module.* of"),
-    "Lightning": (lambda good, _: lightning_checkpoint(under("model.", good)),
-                  "read model.* in state_dict of"),
+    "EMA as a list": (
+        lambda good, _: {"model": good, "ema": {"decay": 0.9, "shadow_params": [torch.ones(3)]}},
+        "read model of",
+    ),
+    "EMA of parameters only": (
+        lambda good, raw: {
+            "model": good,
+            "ema": {k: v for k, v in raw.items() if "running" not in k and "tracked" not in k},
+        },
+        "read model of",
+    ),
+    "AveragedModel": (
+        lambda good, _: {"n_averaged": torch.tensor(9), **under("module.", good)},
+        "read module.* of",
+    ),
+    "Lightning": (
+        lambda good, _: lightning_checkpoint(under("model.", good)),
+        "read model.* in state_dict of",
+    ),
     "Lightning, itself": (lambda good, _: lightning_checkpoint(good), "read state_dict of"),
-    "Lightning, a loss": (lambda good, _: lightning_checkpoint(
-        {**under("model.", good), "criterion.weight": torch.ones(3)}),
-        "left out criterion.weight"),
-    "Lightning, itself and a loss": (lambda good, _: lightning_checkpoint(
-        {**good, "criterion.weight": torch.ones(3), "train_acc.tp": torch.ones(3)}),
-        "left out criterion.weight, train_acc.tp"),
-    "Lightning, EMA": (lambda good, raw: lightning_checkpoint(
-        {**under("model.", raw), **under("ema_model.module.", good)}),
-        "read ema_model.module.* in state_dict of"),
-    "Lightning, compiled": (lambda good, _: lightning_checkpoint(under("model._orig_mod.", good)),
-                            "read model._orig_mod.* in state_dict of"),
-    "RepDistiller": (lambda good, _: {"opt": argparse.Namespace(lr=0.05), "model": good,
-                                      "accuracy": torch.tensor(79.4), "optimizer": {}},
-                     "read model of"),
-    "thop": (lambda good, _: {**good, "total_ops": torch.zeros(1), "layer1.0.total_params":
-                              torch.zeros(1)}, "left out layer1.0.total_params, total_ops"),
+    "Lightning, a loss": (
+        lambda good, _: lightning_checkpoint(
+            {**under("model.", good), "criterion.weight": torch.ones(3)}
+        ),
+        "left out criterion.weight",
+    ),
+    "Lightning, itself and a loss": (
+        lambda good, _: lightning_checkpoint(
+            {**good, "criterion.weight": torch.ones(3), "train_acc.tp": torch.ones(3)}
+        ),
+        "left out criterion.weight, train_acc.tp",
+    ),
+    "Lightning, EMA": (
+        lambda good, raw: lightning_checkpoint(
+            {**under("model.", raw), **under("ema_model.module.", good)}
+        ),
+        "read ema_model.module.* in state_dict of",
+    ),
+    "Lightning, compiled": (
+        lambda good, _: lightning_checkpoint(under("model._orig_mod.", good)),
+        "read model._orig_mod.* in state_dict of",
+    ),
+    "RepDistiller": (
+        lambda good, _: {
+            "opt": argparse.Namespace(lr=0.05),
+            "model": good,
+            "accuracy": torch.tensor(79.4),
+            "optimizer": {},
+        },
+        "read model of",
+    ),
+    "thop": (
+        lambda good, _: {
+            **good,
+            "total_ops": torch.zeros(1),
+            "layer1.0.total_params": torch.zeros(1),
+        },
+        "left out layer1.0.total_params, total_ops",
+    ),
     "old PyTorch": (lambda good, _: {k: v for k, v in good.items() if "tracked" not in k}, ""),
-    "f64": (lambda good, _: {k: v.double() if v.is_floating_point() else v
-                             for k, v in good.items()}, ""),
+    "f64": (
+        lambda good, _: {k: v.double() if v.is_floating_point() else v for k, v in good.items()},
+        "",
+    ),
     "the same twice": (lambda good, _: {"last": good, "best": good}, "read last of"),
-    "one of two": (lambda good, raw: {"state_dict": good, "first_state_dict": raw},
-                   "read state_dict of {} (first_state_dict is beside it)"),
-    "plain values": (lambda good, _: {
-        "model": good, "at": datetime.datetime(2024, 5, 17), "took": datetime.timedelta(1),
-        "torch": torch.__version__, "cfg": types.SimpleNamespace(a=1), "out": pathlib.Path("a"),
-        "log": collections.defaultdict(list, loss=[0.1]), "top1": np.float32(0.9),
-        "classes": np.uint16(3), "steps": collections.defaultdict(int, a=1),
-        "better": np.bool_(True),
-    }, "read model of"),
-}  # fmt: skip
+    "one of two": (
+        lambda good, raw: {"state_dict": good, "first_state_dict": raw},
+        "read state_dict of {} (first_state_dict is beside it)",
+    ),
+    "plain values": (
+        lambda good, _: {
+            "model": good,
+            "at": datetime.datetime(2024, 5, 17),
+            "took": datetime.timedelta(1),
+            "torch": torch.__version__,
+            "cfg": types.SimpleNamespace(a=1),
+            "out": pathlib.Path("a"),
+            "log": collections.defaultdict(list, loss=[0.1]),
+            "top1": np.float32(0.9),
+            "classes": np.uint16(3),
+            "steps": collections.defaultdict(int, a=1),
+            "better": np.bool_(True),
+        },
+        "read model of",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", WRAPPINGS)
@@ -245,32 +330,54 @@ def mmpretrain(good: State) -> Any:
 
 
 OTHERS: dict[str, tuple[Callable[[State, State], Any], str]] = {
-    "mmpretrain": (lambda good, _: mmpretrain(good),
-                   r"another architecture than resnet8: 2 entries missing, 0 unexpected in "
-                   r"backbone\.\* in state_dict, e\.g\. missing 'fc\.bias', unexpected 'head\.fc"),
-    "transformers": (lambda good, _: under("resnet.embedder.", {
-        k.replace("conv", "convolution").replace("fc", "classifier.1"): v
-        for k, v in good.items()}), "another architecture than resnet8"),
-    "a head more": (lambda good, _: {**good, "head_dist.weight": torch.ones(3, 64)},
-                    r"0 entries missing, 1 unexpected, e\.g\. unexpected 'head_dist\.weight'"),
-    "a part less": (lambda good, _: {k: v for k, v in good.items() if k != "fc.bias"},
-                    r"1 entries missing.*missing 'fc\.bias'"),
-    "teacher and student": (lambda good, raw: {"student": raw, "teacher": good},
-                            r"several networks that could be resnet8 \(student, teacher\)"),
-    "two averages": (lambda good, raw: {"ema_0.99": raw, "ema_0.999": good},
-                     r"several networks.*ema_0\.99, ema_0\.999"),
-    "other classes": (lambda good, _: {**good, "fc.weight": torch.ones(10, 64),
-                                       "fc.bias": torch.ones(10)},
-                      r"fc\.weight is \(10, 64\).*it has 10 classes and the data have 3"),
-    "another width": (lambda good, _: {**good, "conv1.weight": torch.ones(8, 3, 3, 3)},
-                      r"conv1\.weight is \(8, 3, 3, 3\).*number of classes, width or image size"),
-    "integers": (lambda good, _: {**good, "fc.weight": torch.ones(3, 64, dtype=torch.int8)},
-                 r"fc\.weight is int8, as in quantized"),
+    "mmpretrain": (
+        lambda good, _: mmpretrain(good),
+        r"another architecture than resnet8: 2 entries missing, 0 unexpected in "
+        r"backbone\.\* in state_dict, e\.g\. missing 'fc\.bias', unexpected 'head\.fc",
+    ),
+    "transformers": (
+        lambda good, _: under(
+            "resnet.embedder.",
+            {
+                k.replace("conv", "convolution").replace("fc", "classifier.1"): v
+                for k, v in good.items()
+            },
+        ),
+        "another architecture than resnet8",
+    ),
+    "a head more": (
+        lambda good, _: {**good, "head_dist.weight": torch.ones(3, 64)},
+        r"0 entries missing, 1 unexpected, e\.g\. unexpected 'head_dist\.weight'",
+    ),
+    "a part less": (
+        lambda good, _: {k: v for k, v in good.items() if k != "fc.bias"},
+        r"1 entries missing.*missing 'fc\.bias'",
+    ),
+    "teacher and student": (
+        lambda good, raw: {"student": raw, "teacher": good},
+        r"several networks that could be resnet8 \(student, teacher\)",
+    ),
+    "two averages": (
+        lambda good, raw: {"ema_0.99": raw, "ema_0.999": good},
+        r"several networks.*ema_0\.99, ema_0\.999",
+    ),
+    "other classes": (
+        lambda good, _: {**good, "fc.weight": torch.ones(10, 64), "fc.bias": torch.ones(10)},
+        r"fc\.weight is \(10, 64\).*it has 10 classes and the data have 3",
+    ),
+    "another width": (
+        lambda good, _: {**good, "conv1.weight": torch.ones(8, 3, 3, 3)},
+        r"conv1\.weight is \(8, 3, 3, 3\).*number of classes, width or image size",
+    ),
+    "integers": (
+        lambda good, _: {**good, "fc.weight": torch.ones(3, 64, dtype=torch.int8)},
+        r"fc\.weight is int8, as in quantized",
+    ),
     "no tensors": (lambda *_: {"epoch": 3, "lr": 0.1}, r"no tensors by names, at 'epoch', 'lr'"),
     "a list": (lambda good, _: list(good.values()), r"holds no state dict, but list"),
     "a tensor": (lambda good, _: good["fc.weight"], r"holds no state dict, but Tensor"),
     "nothing": (lambda *_: {}, r"holds no state dict"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OTHERS)

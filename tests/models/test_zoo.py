@@ -45,17 +45,27 @@ def test_the_zoo_is_the_published_list() -> None:
 
 
 @pytest.mark.parametrize("layout", ["mdistiller", "bare"])
-@pytest.mark.parametrize("name", [
-    "resnet20", "resnet32x4", "wrn_16_2", "vgg13", "MobileNetV2", "ShuffleV1", "ShuffleV2",
-    "ResNet18",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet20",
+        "resnet32x4",
+        "wrn_16_2",
+        "vgg13",
+        "MobileNetV2",
+        "ShuffleV1",
+        "ShuffleV2",
+        "ResNet18",
+    ],
+)
 def test_published_checkpoints_load_strictly(tmp_path: Path, name: str, layout: str) -> None:
     generator = torch.Generator().manual_seed(0)
     state = {
-        key: torch.zeros((), dtype=torch.int64) if key.endswith("tracked")
+        key: torch.zeros((), dtype=torch.int64)
+        if key.endswith("tracked")
         else torch.rand(shape, generator=generator)
         for key, shape in PUBLISHED[name]["state_dict"].items()
-    }  # fmt: skip
+    }
     path = tmp_path / "student_best"
     torch.save({"model": state, "epoch": 240} if layout == "mdistiller" else state, path)
     model = richkd.create_model(name, 100)
@@ -81,8 +91,10 @@ class Functional:
         return F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2, groups=groups)
 
     def bn(self, x: Tensor, name: str) -> Tensor:
-        s = {k: self.state[f"{name}.{k}"][:, None, None]
-             for k in ("weight", "bias", "running_mean", "running_var")}  # fmt: skip
+        s = {
+            k: self.state[f"{name}.{k}"][:, None, None]
+            for k in ("weight", "bias", "running_mean", "running_var")
+        }
         return (x - s["running_mean"]) / (s["running_var"] + 1e-5).sqrt() * s["weight"] + s["bias"]
 
     def linear(self, x: Tensor, name: str) -> Tensor:
@@ -211,12 +223,22 @@ def shuffle_v2(f: Functional, x: Tensor) -> tuple[Tensor, str]:
     return relu(f.bn(f.conv(x, "conv2"), "bn2")), "linear"
 
 
-@pytest.mark.parametrize(("name", "written_out"), [
-    ("resnet14", cifar_resnet), ("resnet8x4", cifar_resnet), ("ResNet18", deep_resnet),
-    ("ResNet50", deep_resnet), ("wrn_16_1", wide_resnet), ("wrn_16_2", wide_resnet), ("vgg8", vgg),
-    ("vgg16", vgg), ("MobileNetV2", mobilenet), ("ShuffleV1", shuffle_v1),
-    ("ShuffleV2", shuffle_v2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "written_out"),
+    [
+        ("resnet14", cifar_resnet),
+        ("resnet8x4", cifar_resnet),
+        ("ResNet18", deep_resnet),
+        ("ResNet50", deep_resnet),
+        ("wrn_16_1", wide_resnet),
+        ("wrn_16_2", wide_resnet),
+        ("vgg8", vgg),
+        ("vgg16", vgg),
+        ("MobileNetV2", mobilenet),
+        ("ShuffleV1", shuffle_v1),
+        ("ShuffleV2", shuffle_v2),
+    ],
+)
 def test_forward_passes_written_out(
     rng: Any, name: str, written_out: Callable[[Functional, Tensor], tuple[Tensor, str]]
 ) -> None:

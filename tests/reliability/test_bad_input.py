@@ -25,10 +25,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.fault]
 def examples(count: int) -> Any:
     """That many, drawn afresh; a failure is shrunk and shown with what reproduces it."""
     return settings(
-        max_examples=count, deadline=None, database=None, print_blob=True,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow,
-                               HealthCheck.filter_too_much],
-    )  # fmt: skip
+        max_examples=count,
+        deadline=None,
+        database=None,
+        print_blob=True,
+        suppress_health_check=[
+            HealthCheck.function_scoped_fixture,
+            HealthCheck.too_slow,
+            HealthCheck.filter_too_much,
+        ],
+    )
 
 
 # what a process can be given: no NUL, no lone surrogates
@@ -68,11 +74,14 @@ BAD_FLAGS: dict[str, st.SearchStrategy[str]] = {
     "momentum": outside(0, 1 - 1e-16),
     "weight-decay": outside(0, 1 - 1e-16),
     "schedule": other_than("step", "cosine"),
-    "milestones": st.one_of(st.sampled_from(["0", "5,5", "9,3", "240", "1.5", "1,", "30;60"]),
-                            not_integers.filter(lambda text: "," not in text)),
+    "milestones": st.one_of(
+        st.sampled_from(["0", "5,5", "9,3", "240", "1.5", "1,", "30;60"]),
+        not_integers.filter(lambda text: "," not in text),
+    ),
     "precision": other_than("auto", "float32", "bfloat16"),
-    "seed": st.one_of(not_integers, st.integers(max_value=-1).map(str),
-                      st.integers(min_value=2**32).map(str)),
+    "seed": st.one_of(
+        not_integers, st.integers(max_value=-1).map(str), st.integers(min_value=2**32).map(str)
+    ),
     "alpha": outside(0, 1).filter(lambda text: text != "auto"),
     "scale": outside(5e-324, 1.7e308).filter(lambda text: text not in ("native", "raw")),
     "holdout": outside(0, 0.9),
@@ -80,19 +89,24 @@ BAD_FLAGS: dict[str, st.SearchStrategy[str]] = {
     "clip-head": other_than("zero-shot", "probe"),
     "method": other_than(*METHODS),
     "set": words.filter(lambda text: "=" not in text),
-    "prompts": st.one_of(st.just("99"), st.just("0,0"),
-                         not_integers.filter(lambda text: "," not in text)),
+    "prompts": st.one_of(
+        st.just("99"), st.just("0,0"), not_integers.filter(lambda text: "," not in text)
+    ),
     "student-set": words.filter(lambda text: "=" not in text),
     "no-such-flag": words,
-}  # fmt: skip
+}
 
 
 @examples(400)
 @given(flag=st.sampled_from(sorted(BAD_FLAGS)), data=st.data())
 def test_flags(
-    fails: Fails, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    flag: str, data: st.DataObject,
-) -> None:  # fmt: skip
+    fails: Fails,
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flag: str,
+    data: st.DataObject,
+) -> None:
     value = data.draw(BAD_FLAGS[flag])
     monkeypatch.chdir(tmp_path)
     fails("distill", "--cache", store, "--student", "resnet8", f"--{flag}={value}")
@@ -106,8 +120,9 @@ json_values = st.recursive(
 )
 toml_values = st.recursive(
     st.one_of(st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(), words),
-    lambda inner: st.lists(inner, max_size=3), max_leaves=4,
-)  # fmt: skip
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=4,
+)
 NUMBERS = ("epochs", "batch_size", "eval_every", "lr", "momentum", "weight_decay", "seed")
 
 

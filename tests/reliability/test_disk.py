@@ -39,13 +39,32 @@ def fill(folder: Path) -> None:
 
 
 def test_stage_one_on_a_disk_that_fills_up(
-    run: Run, fails: Fails, small: Path, shapes_teacher: Path, clip_dir: Path, tmp_path: Path,
+    run: Run,
+    fails: Fails,
+    small: Path,
+    shapes_teacher: Path,
+    clip_dir: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(schema, "choose_block", lambda *_: 32)
-    words = ["precompute", "--dataset", "shapes", "--limit", 96, "--views", 4, "--teacher",
-             "resnet8", "--teacher-weights", shapes_teacher, "--clip", clip_dir,
-             "--device", "cpu"]  # fmt: skip
+    words = [
+        "precompute",
+        "--dataset",
+        "shapes",
+        "--limit",
+        96,
+        "--views",
+        4,
+        "--teacher",
+        "resnet8",
+        "--teacher-weights",
+        shapes_teacher,
+        "--clip",
+        clip_dir,
+        "--device",
+        "cpu",
+    ]
     original = StoreWriter.write
 
     def write(self: StoreWriter, block: schema.Block, rows: Any) -> None:
@@ -68,11 +87,26 @@ def test_stage_one_on_a_disk_that_fills_up(
 
 
 def test_stage_two_on_a_disk_that_fills_up(
-    run: Run, fails: Fails, small: Path, store: Path, tmp_path: Path,
+    run: Run,
+    fails: Fails,
+    small: Path,
+    store: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    words = ["distill", "--cache", store, "--student", "resnet8", "--epochs", 4, "--batch-size",
-             16, "--device", "cpu"]  # fmt: skip
+) -> None:
+    words = [
+        "distill",
+        "--cache",
+        store,
+        "--student",
+        "resnet8",
+        "--epochs",
+        4,
+        "--batch-size",
+        16,
+        "--device",
+        "cpu",
+    ]
 
     def save(path: Path, tensors: Any, note: Any = None) -> None:
         if note and note["epoch"] == "3":
@@ -93,9 +127,23 @@ def test_stage_two_on_a_disk_that_fills_up(
 def test_stage_one_does_not_start_without_room(
     fails: Fails, small: Path, shapes_teacher: Path, clip_dir: Path
 ) -> None:
-    line = fails("precompute", "--dataset", "shapes", "--limit", 3000, "--teacher", "resnet8",
-                 "--teacher-weights", shapes_teacher, "--clip", clip_dir, "--device", "cpu",
-                 "--out", small / "s.zarr")  # fmt: skip
+    line = fails(
+        "precompute",
+        "--dataset",
+        "shapes",
+        "--limit",
+        3000,
+        "--teacher",
+        "resnet8",
+        "--teacher-weights",
+        shapes_teacher,
+        "--clip",
+        clip_dir,
+        "--device",
+        "cpu",
+        "--out",
+        small / "s.zarr",
+    )
     assert "needs" in line and "free; make room, choose fewer --views" in line
     assert not list(small.iterdir())
 
@@ -103,8 +151,25 @@ def test_stage_one_does_not_start_without_room(
 def test_a_sweep_on_a_disk_that_is_full(
     run: Run, small: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["sweep", "--cache", store, "--students", "resnet8", "--methods", "ce,kd", "--seeds", 1,
-             "--epochs", 2, "--batch-size", 16, "--device", "cpu", "--out", small]  # fmt: skip
+    words = [
+        "sweep",
+        "--cache",
+        store,
+        "--students",
+        "resnet8",
+        "--methods",
+        "ce,kd",
+        "--seeds",
+        1,
+        "--epochs",
+        2,
+        "--batch-size",
+        16,
+        "--device",
+        "cpu",
+        "--out",
+        small,
+    ]
     fill(small)
     done = run(*words)
     assert done.code == 2 and "Traceback" not in done.err

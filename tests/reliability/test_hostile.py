@@ -54,9 +54,21 @@ def test_pickle_bombs_as_teacher_weights(
 ) -> None:
     *files, crater = bombs
     for file in files:
-        line = fails("precompute", "--dataset", "shapes", "--limit", 16, "--teacher", "resnet8",
-                     "--teacher-weights", file, "--clip", clip_dir,
-                     "--out", tmp_path / "s.zarr")  # fmt: skip
+        line = fails(
+            "precompute",
+            "--dataset",
+            "shapes",
+            "--limit",
+            16,
+            "--teacher",
+            "resnet8",
+            "--teacher-weights",
+            file,
+            "--clip",
+            clip_dir,
+            "--out",
+            tmp_path / "s.zarr",
+        )
         assert "refused to read" in line and "could run code" in line
         fails("verify", store, "--teacher", file)
     assert not crater.exists() and not (tmp_path / "s.zarr").exists()
@@ -64,28 +76,63 @@ def test_pickle_bombs_as_teacher_weights(
 
 @pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
 def test_pickle_bombs_as_clip_weights(
-    fails: Fails, bombs: tuple[Path, Path, Path], clip_dir: Path, shapes_teacher: Path,
-    tmp_path: Path, name: str,
-) -> None:  # fmt: skip
+    fails: Fails,
+    bombs: tuple[Path, Path, Path],
+    clip_dir: Path,
+    shapes_teacher: Path,
+    tmp_path: Path,
+    name: str,
+) -> None:
     *files, crater = bombs
     for number, file in enumerate(files):
         clip = tmp_path / f"clip-{number}"
         clip.mkdir()
         shutil.copy(clip_dir / "open_clip_config.json", clip)
         shutil.copy(file, clip / name)
-        fails("precompute", "--dataset", "shapes", "--limit", 16, "--teacher", "resnet8",
-              "--teacher-weights", shapes_teacher, "--clip", clip,
-              "--out", tmp_path / "s.zarr")  # fmt: skip
+        fails(
+            "precompute",
+            "--dataset",
+            "shapes",
+            "--limit",
+            16,
+            "--teacher",
+            "resnet8",
+            "--teacher-weights",
+            shapes_teacher,
+            "--clip",
+            clip,
+            "--out",
+            tmp_path / "s.zarr",
+        )
     assert not crater.exists() and not (tmp_path / "s.zarr").exists()
 
 
 def test_pickle_bombs_as_a_checkpoint_and_as_weights_of_a_run(
-    run: Run, fails: Fails, bombs: tuple[Path, Path, Path], store: Path, tmp_path: Path,
+    run: Run,
+    fails: Fails,
+    bombs: tuple[Path, Path, Path],
+    store: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     *files, crater = bombs
-    words = ["distill", "--cache", store, "--student", "resnet8", "--epochs", 2, "--batch-size", 16,
-             "--device", "cpu", "--method", "kd", "--out", tmp_path / "run"]  # fmt: skip
+    words = [
+        "distill",
+        "--cache",
+        store,
+        "--student",
+        "resnet8",
+        "--epochs",
+        2,
+        "--batch-size",
+        16,
+        "--device",
+        "cpu",
+        "--method",
+        "kd",
+        "--out",
+        tmp_path / "run",
+    ]
 
     def cut(*_: object) -> None:
         raise KeyboardInterrupt
@@ -102,8 +149,13 @@ def test_pickle_bombs_as_a_checkpoint_and_as_weights_of_a_run(
     assert not crater.exists()
 
 
-NASTY = ["a\x1b[31mred", "[bold]markup[/bold]", "<script>alert(1)</script>", "../../outside",
-         "</script><img src=x onerror=alert(1)>"]  # fmt: skip
+NASTY = [
+    "a\x1b[31mred",
+    "[bold]markup[/bold]",
+    "<script>alert(1)</script>",
+    "../../outside",
+    "</script><img src=x onerror=alert(1)>",
+]
 
 
 def test_names_with_markup_and_paths(run: Run, fails: Fails, store: Path, tmp_path: Path) -> None:
@@ -118,8 +170,23 @@ def test_names_with_markup_and_paths(run: Run, fails: Fails, store: Path, tmp_pa
     recipe.write_text('about = "<script>alert(2)</script>"\n[distill]\nbatch_size = 16\n')
     runs = tmp_path / "inside" / "runs"
     before = set(tmp_path.iterdir())
-    done = run("distill", "--cache", copy, "--recipe", recipe, "--student", "resnet8", "--method",
-               "kd", "--epochs", 1, "--device", "cpu", "--out", runs / "<b>run<")  # fmt: skip
+    done = run(
+        "distill",
+        "--cache",
+        copy,
+        "--recipe",
+        recipe,
+        "--student",
+        "resnet8",
+        "--method",
+        "kd",
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+        "--out",
+        runs / "<b>run<",
+    )
     assert done.code == 0, done.err
     shown = run("inspect", copy)
     assert shown.code == 0 and "\x1b" not in shown.out and "[bold]markup" in shown.out

@@ -26,10 +26,32 @@ from richkd.store.writer import StoreWriter, written
 Run = Callable[..., Any]
 Fails = Callable[..., str]
 
-STAGE_ONE = ["precompute", "--dataset", "shapes", "--limit", "128", "--views", "162",
-             "--teacher", "resnet8", "--device", "cpu"]  # fmt: skip
-STAGE_TWO = ["distill", "--student", "resnet8", "--epochs", "60", "--batch-size", "16",
-             "--device", "cpu", "--lr", "0.02"]  # fmt: skip
+STAGE_ONE = [
+    "precompute",
+    "--dataset",
+    "shapes",
+    "--limit",
+    "128",
+    "--views",
+    "162",
+    "--teacher",
+    "resnet8",
+    "--device",
+    "cpu",
+]
+STAGE_TWO = [
+    "distill",
+    "--student",
+    "resnet8",
+    "--epochs",
+    "60",
+    "--batch-size",
+    "16",
+    "--device",
+    "cpu",
+    "--lr",
+    "0.02",
+]
 
 
 @pytest.fixture
@@ -53,8 +75,9 @@ def finish(words: list[Any]) -> float:
     return time.perf_counter() - began
 
 
-def interrupted(words: list[Any], started: Callable[[], object], seconds: float,
-                by: int = signal.SIGKILL) -> tuple[int, str]:  # fmt: skip
+def interrupted(
+    words: list[Any], started: Callable[[], object], seconds: float, by: int = signal.SIGKILL
+) -> tuple[int, str]:
     """Start, wait until the work has begun and so much longer, and send a signal."""
     process = start(words)
     while process.poll() is None and not started():
@@ -289,9 +312,13 @@ def holder(tmp_path: Path) -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
 
 @pytest.mark.fault
 def test_the_second_writer_is_told_who_the_first_is(
-    run: Run, fails: Fails, store: Path, stage_one: list[Any], tmp_path: Path,
+    run: Run,
+    fails: Fails,
+    store: Path,
+    stage_one: list[Any],
+    tmp_path: Path,
     holder: Callable[[Path], subprocess.Popen[str]],
-) -> None:  # fmt: skip
+) -> None:
     commands = {
         tmp_path / "s.zarr": [*stage_one, "--limit", 16, "--views", 1],
         tmp_path / "run": [*STAGE_TWO, "--cache", store, "--epochs", 1],
@@ -314,8 +341,25 @@ def test_a_sweep_leaves_the_runs_of_another_alone(
     run: Run, store: Path, tmp_path: Path, holder: Callable[[Path], subprocess.Popen[str]]
 ) -> None:
     process = holder(tmp_path / "shapes-resnet8-kd-s0")
-    words = ["sweep", "--cache", store, "--students", "resnet8", "--methods", "ce,kd", "--seeds", 1,
-             "--epochs", 1, "--batch-size", 16, "--device", "cpu", "--out", tmp_path]  # fmt: skip
+    words = [
+        "sweep",
+        "--cache",
+        store,
+        "--students",
+        "resnet8",
+        "--methods",
+        "ce,kd",
+        "--seeds",
+        1,
+        "--epochs",
+        1,
+        "--batch-size",
+        16,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path,
+    ]
     done = run(*words, "--json")
     assert done.code == 2 and len(done.json["runs"]) == 1
     assert f"process {process.pid}" in done.json["failed"][0]["reason"]

@@ -50,8 +50,9 @@ def hold() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     processes: list[subprocess.Popen[str]] = []
 
     def start(path: Path, number: int) -> subprocess.Popen[str]:
-        process = subprocess.Popen([sys.executable, "-c", HOLD, str(path), str(number)],
-                                   stdout=subprocess.PIPE, text=True)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(path), str(number)], stdout=subprocess.PIPE, text=True
+        )
         processes.append(process)
         assert process.stdout is not None and process.stdout.readline() == "held\n"
         return process
@@ -129,8 +130,23 @@ def test_who_was_held_up_does_not_go_on(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.fault
 def test_commands_without_flock(run: Run, missing: int, store: Path, tmp_path: Path) -> None:
-    words = ("distill", "--cache", store, "--student", "resnet8", "--method", "kd", "--epochs", 1,
-             "--batch-size", 16, "--device", "cpu", "--out", tmp_path / "run")  # fmt: skip
+    words = (
+        "distill",
+        "--cache",
+        store,
+        "--student",
+        "resnet8",
+        "--method",
+        "kd",
+        "--epochs",
+        1,
+        "--batch-size",
+        16,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "run",
+    )
     for _ in range(2):
         done = run(*words)
         assert done.code == 0, done.err
@@ -145,24 +161,49 @@ def test_other_errors_of_a_disk_are_told(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("fcntl.flock", flock)
-    done = run("distill", "--cache", store, "--student", "resnet8", "--method", "kd", "--epochs", 1,
-               "--device", "cpu", "--out", tmp_path / "run")  # fmt: skip
+    done = run(
+        "distill",
+        "--cache",
+        store,
+        "--student",
+        "resnet8",
+        "--method",
+        "kd",
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "run",
+    )
     assert done.code == 2 and "Input/output error" in done.err
 
 
 @pytest.mark.fault
 def test_one_teacher_is_trained_by_one_process(
-    fails: Callable[..., str], tmp_path: Path, hold: Callable[..., subprocess.Popen[str]],
+    fails: Callable[..., str],
+    tmp_path: Path,
+    hold: Callable[..., subprocess.Popen[str]],
     missing: int,
-) -> None:  # fmt: skip
+) -> None:
     path = tmp_path / "t.safetensors"
     process = hold(path, missing)
     recipe = tmp_path / "r.toml"
     recipe.write_text(f'[train-teacher]\nout = "{path}"\nepochs = 1\n')
     data = ("--dataset", "shapes", "--limit", 16, "--device", "cpu", "--recipe", recipe)
-    for words in (("train-teacher", *data, "--model", "resnet8"),
-                  ("precompute", *data, "--teacher", "resnet8", "--clip", "none",
-                   "--out", tmp_path / "s.zarr")):  # fmt: skip
+    for words in (
+        ("train-teacher", *data, "--model", "resnet8"),
+        (
+            "precompute",
+            *data,
+            "--teacher",
+            "resnet8",
+            "--clip",
+            "none",
+            "--out",
+            tmp_path / "s.zarr",
+        ),
+    ):
         assert f"{path} is being written by process {process.pid}" in fails(*words)
     assert {file.name for file in tmp_path.iterdir()} == {".t.safetensors.lock", "r.toml"}
 

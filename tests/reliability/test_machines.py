@@ -50,19 +50,31 @@ V2, V1 = "0::{}\n", "4:cpu,cpuacct:{}\n3:cpuset:/x\n0::/\n"
         (V2.format("/docker/0123"), {"cpu.max": "400000 100000"}, 4),  # as the host names it
         (V2.format("/../.."), {"cpu.max": "400000 100000"}, 4),
         (V2.format("/"), {"cpu.max": "damaged"}, 64),
-        (V1.format("/"), {"cpu,cpuacct/cpu.cfs_quota_us": "-1",
-                          "cpu,cpuacct/cpu.cfs_period_us": "100000"}, 64),
-        (V1.format("/"), {"cpu,cpuacct/cpu.cfs_quota_us": "250000",
-                          "cpu,cpuacct/cpu.cfs_period_us": "100000"}, 3),
-        (V1.format("/job/7"), {"cpu/job/cpu.cfs_quota_us": "100000",
-                               "cpu/job/cpu.cfs_period_us": "50000"}, 2),
+        (
+            V1.format("/"),
+            {"cpu,cpuacct/cpu.cfs_quota_us": "-1", "cpu,cpuacct/cpu.cfs_period_us": "100000"},
+            64,
+        ),
+        (
+            V1.format("/"),
+            {"cpu,cpuacct/cpu.cfs_quota_us": "250000", "cpu,cpuacct/cpu.cfs_period_us": "100000"},
+            3,
+        ),
+        (
+            V1.format("/job/7"),
+            {"cpu/job/cpu.cfs_quota_us": "100000", "cpu/job/cpu.cfs_period_us": "50000"},
+            2,
+        ),
         (V1.format("/"), {"cpu,cpuacct/cpu.cfs_quota_us": "100000"}, 64),
     ],
-)  # fmt: skip
+)
 def test_cpus_of_a_control_group(
-    membership: str, files: dict[str, str], usable: int, tmp_path: Path,
+    membership: str,
+    files: dict[str, str],
+    usable: int,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     for name, content in files.items():
         path = tmp_path / "groups" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,8 +159,10 @@ class Squares(Samples):
 
 
 def loaded(samples: Samples, count: int = 2, bytes_: int = 100) -> list[tuple[list[int], Any]]:
-    return [(index.tolist(), squares.clone())
-            for index, squares in load(samples, iter(BATCHES), count, bytes_)]  # fmt: skip
+    return [
+        (index.tolist(), squares.clone())
+        for index, squares in load(samples, iter(BATCHES), count, bytes_)
+    ]
 
 
 def check_right(batches: list[tuple[list[int], Any]]) -> None:
@@ -334,8 +348,13 @@ def test_the_thread_that_pins_memory_ends_quietly(
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     monkeypatch.setattr(torch.accelerator, "set_device_index", lambda _: None)
     monkeypatch.setattr(pin_memory, "pin_memory", lambda data, _=None: data)
-    batches = load(Squares(ends(signal.SIGKILL) if killed else lambda: None), iter(BATCHES), 2,
-                   100, pin_memory=True)  # fmt: skip
+    batches = load(
+        Squares(ends(signal.SIGKILL) if killed else lambda: None),
+        iter(BATCHES),
+        2,
+        100,
+        pin_memory=True,
+    )
     if killed:
         with pytest.raises(RichKDError, match="was killed"):
             list(batches)
@@ -382,9 +401,14 @@ def test_other_ways_to_start_workers(method: str, tmp_path: Path) -> None:
     )
     (tmp_path / "script.py").write_text(script)
     done = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False,
-        start_new_session=True, env={**os.environ, "RICHKD_HOME": str(tmp_path)},
-    )  # fmt: skip
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,
+        env={**os.environ, "RICHKD_HOME": str(tmp_path)},
+    )
     assert done.returncode == 0 and done.stdout == "True 40\n" and done.stderr == "", done
 
 
@@ -398,17 +422,24 @@ SHARED = "unable to allocate shared memory(shm) for file </torch_71_2_0>: No spa
     [
         (MemoryError(), "out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"), "out of memory"),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate "
-                      "memory: you tried to allocate 9 bytes. Error code 12"), "out of memory"),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate "
+                "memory: you tried to allocate 9 bytes. Error code 12"
+            ),
+            "out of memory",
+        ),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x"), "out of memory"),
         (RuntimeError(SHARED), "shared memory ran out"),
-        (RuntimeError("unable to write to file </torch_9_1>: No space left on device (28)"),
-         "shared memory ran out"),
+        (
+            RuntimeError("unable to write to file </torch_9_1>: No space left on device (28)"),
+            "shared memory ran out",
+        ),
         (RuntimeError("received 0 items of ancdata"), "too many open files"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied (memory format)"), None),
         (ValueError("memory_format is not supported"), None),
     ],
-)  # fmt: skip
+)
 def test_a_fault_of_the_machine_is_told_from_a_bug(error: Exception, named: str | None) -> None:
     told = machine_fault(error)
     assert told is None if named is None else told is not None and told.startswith(named)
@@ -444,15 +475,26 @@ def test_a_small_shared_memory(tmp_path: Path) -> None:
                 path = tmp_path / "images" / split / name / f"{number}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.new("RGB", (130, 130), (number, 0, 0)).save(path)
-    command = ("train-teacher --dataset imagefolder:images --image-size 128 --device cpu --epochs 1"
-               " --model resnet8 --batch-size 16 --out t.safetensors")  # fmt: skip
+    command = (
+        "train-teacher --dataset imagefolder:images --image-size 128 --device cpu --epochs 1"
+        " --model resnet8 --batch-size 16 --out t.safetensors"
+    )
     for size, line in (("1m", "through pipes"), ("4k", None)):
         done = subprocess.run(
-            ["unshare", "-m", "sh", "-c", f"mount -t tmpfs -o size={size} t /dev/shm && exec "
-             f"{sys.executable} -m richkd {command} --overwrite"],
-            cwd=tmp_path, capture_output=True, text=True, check=False,
+            [
+                "unshare",
+                "-m",
+                "sh",
+                "-c",
+                f"mount -t tmpfs -o size={size} t /dev/shm && exec "
+                f"{sys.executable} -m richkd {command} --overwrite",
+            ],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
             env={**os.environ, "RICHKD_HOME": str(tmp_path / "home"), "RICHKD_WORKERS": "2"},
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr
         if line:
             assert done.stderr.count("/dev/shm") == 1 and line in done.stderr

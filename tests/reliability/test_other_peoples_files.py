@@ -18,8 +18,18 @@ from richkd.ours import is_export
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]
-STUDENT = ("--student", "resnet8", "--epochs", 1, "--batch-size", 16, "--device", "cpu", "--method",
-           "kd")  # fmt: skip
+STUDENT = (
+    "--student",
+    "resnet8",
+    "--epochs",
+    1,
+    "--batch-size",
+    16,
+    "--device",
+    "cpu",
+    "--method",
+    "kd",
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +38,17 @@ def trained(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from richkd.recipe import Distill
 
     out = tmp_path_factory.mktemp("runs") / "run"
-    distill(Distill(cache=str(store), student="resnet8", method="kd", epochs=1, batch_size=16,
-                    device="cpu", out=str(out)))  # fmt: skip
+    distill(
+        Distill(
+            cache=str(store),
+            student="resnet8",
+            method="kd",
+            epochs=1,
+            batch_size=16,
+            device="cpu",
+            out=str(out),
+        )
+    )
     return out
 
 
@@ -66,9 +85,14 @@ def test_a_folder_that_is_no_run_stays_as_it_is(
 
 def test_what_lies_in_a_run_that_is_begun_anew_stays(run: Run, store: Path, mine: Path) -> None:
     shutil.copytree(mine, mine / "another")
-    theirs = {"notes.txt": "precious", "student.onnx": "no export", "evaluation.html": "mine",
-              "report.html": "mine", "weights/last.safetensors": "theirs",
-              "another/.half.123.tmp": "being written"}  # fmt: skip
+    theirs = {
+        "notes.txt": "precious",
+        "student.onnx": "no export",
+        "evaluation.html": "mine",
+        "report.html": "mine",
+        "weights/last.safetensors": "theirs",
+        "another/.half.123.tmp": "being written",
+    }
     for name, text in theirs.items():
         (mine / name).parent.mkdir(exist_ok=True)
         (mine / name).write_text(text)
@@ -79,9 +103,13 @@ def test_what_lies_in_a_run_that_is_begun_anew_stays(run: Run, store: Path, mine
     assert done.code == 0, done.err
     now = tree(mine)
     assert set(changed(before, now)) <= {
-        "recipe.toml", "evaluation.json", "best.safetensors", "last.safetensors", "metrics.jsonl",
+        "recipe.toml",
+        "evaluation.json",
+        "best.safetensors",
+        "last.safetensors",
+        "metrics.jsonl",
         "summary.json",
-    }  # fmt: skip
+    }
     assert "evaluation.json" not in now  # it told of the run of before
     assert now["best.safetensors"] != b"to be replaced"
 
@@ -90,17 +118,28 @@ def test_refusals_come_before_anything_is_thrown_away(
     fails: Fails, store: Path, mine: Path
 ) -> None:
     before = tree(mine)
-    for words in (("--student", "resnet9"), ("--method", "kdd"), ("--target", "nobody"),
-                  ("--holdout", "0.001"), ("--resume",)):  # fmt: skip
+    for words in (
+        ("--student", "resnet9"),
+        ("--method", "kdd"),
+        ("--target", "nobody"),
+        ("--holdout", "0.001"),
+        ("--resume",),
+    ):
         fails("distill", "--cache", store, *STUDENT, "--out", mine, "--overwrite", *words)
         assert tree(mine) == before, words
 
 
 @pytest.mark.parametrize(
     "file",
-    ["notes.txt", "train/notes.txt", "train/labels/c/notes", "mine/zarr.json", "mine/c/0",
-     "train/labels/c/0.py"],
-)  # fmt: skip
+    [
+        "notes.txt",
+        "train/notes.txt",
+        "train/labels/c/notes",
+        "mine/zarr.json",
+        "mine/c/0",
+        "train/labels/c/0.py",
+    ],
+)
 def test_a_store_with_other_files_is_not_replaced(
     fails: Fails, run: Run, store: Path, shapes_teacher: Path, tmp_path: Path, file: str
 ) -> None:
@@ -109,9 +148,26 @@ def test_a_store_with_other_files_is_not_replaced(
     (copy / file).parent.mkdir(parents=True, exist_ok=True)
     (copy / file).write_text("precious")
     before = tree(copy)
-    words = ("precompute", "--dataset", "shapes", "--limit", 16, "--views", 1, "--teacher",
-             "resnet8", "--teacher-weights", shapes_teacher, "--clip", "none", "--device", "cpu",
-             "--out", copy, "--overwrite")  # fmt: skip
+    words = (
+        "precompute",
+        "--dataset",
+        "shapes",
+        "--limit",
+        16,
+        "--views",
+        1,
+        "--teacher",
+        "resnet8",
+        "--teacher-weights",
+        shapes_teacher,
+        "--clip",
+        "none",
+        "--device",
+        "cpu",
+        "--out",
+        copy,
+        "--overwrite",
+    )
     assert f"files that are not of the store ({file})" in fails(*words)
     assert tree(copy) == before
     (copy / file).unlink()
@@ -127,9 +183,26 @@ def test_a_store_behind_a_link_is_replaced_there(
     shutil.copytree(store, tmp_path / "scratch" / "real.zarr")
     link = tmp_path / "s.zarr"
     link.symlink_to(tmp_path / "scratch" / "real.zarr")
-    done = run("precompute", "--dataset", "shapes", "--limit", 16, "--views", 1, "--teacher",
-               "resnet8", "--teacher-weights", shapes_teacher, "--clip", "none", "--device", "cpu",
-               "--out", link, "--overwrite")  # fmt: skip
+    done = run(
+        "precompute",
+        "--dataset",
+        "shapes",
+        "--limit",
+        16,
+        "--views",
+        1,
+        "--teacher",
+        "resnet8",
+        "--teacher-weights",
+        shapes_teacher,
+        "--clip",
+        "none",
+        "--device",
+        "cpu",
+        "--out",
+        link,
+        "--overwrite",
+    )
     assert done.code == 0, done.err
     assert link.is_symlink() and (tmp_path / "scratch" / "real.zarr" / "zarr.json").is_file()
     assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["real.zarr"]
@@ -137,8 +210,20 @@ def test_a_store_behind_a_link_is_replaced_there(
 
 @pytest.mark.slow
 def test_weights_that_richkd_did_not_train_stay(fails: Fails, tmp_path: Path) -> None:
-    words = ("train-teacher", "--dataset", "shapes", "--limit", 16, "--model", "resnet8",
-             "--epochs", 1, "--device", "cpu", "--out")  # fmt: skip
+    words = (
+        "train-teacher",
+        "--dataset",
+        "shapes",
+        "--limit",
+        16,
+        "--model",
+        "resnet8",
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+        "--out",
+    )
     theirs = write_teacher(tmp_path / "theirs.safetensors", "resnet8", 16)
     save_file({"x": torch.ones(1)}, tmp_path / "bare.safetensors")
     (tmp_path / "text.safetensors").write_text("no weights at all")
@@ -147,8 +232,12 @@ def test_weights_that_richkd_did_not_train_stay(fails: Fails, tmp_path: Path) ->
     (tmp_path / "u.training").mkdir()
     (tmp_path / "u.training" / "recipe.toml").write_text("flour = 500")
     before = tree(tmp_path)
-    for path in (theirs, *(tmp_path / f"{name}.safetensors" for name in ("bare", "text", "folder")),
-                 tmp_path / "t.safetensors", tmp_path / "u.safetensors"):  # fmt: skip
+    for path in (
+        theirs,
+        *(tmp_path / f"{name}.safetensors" for name in ("bare", "text", "folder")),
+        tmp_path / "t.safetensors",
+        tmp_path / "u.safetensors",
+    ):
         for flag in ((), ("--overwrite",)):
             said = fails(*words, path, *flag)
             assert "was not written by richkd" in said or "is no training of a teacher" in said
@@ -219,26 +308,33 @@ def test_a_demo_among_other_files(fails: Fails, tmp_path: Path, flag: tuple[str,
 @pytest.mark.parametrize(
     "url",
     ["s3://b/x", "hf://me/x", "file:///x", "abfs+s3://b/x"],
-)  # fmt: skip
+)
 def test_a_url_is_no_path(fails: Fails, store: Path, mine: Path, url: str, tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
-    recipe.write_text("".join(
-        f'[{table}]\nout = "{url}{suffix}"\n'
-        for table, suffix in (("distill", ""), ("sweep", ""), ("train-teacher", ".safetensors"))
-    ))  # fmt: skip
+    recipe.write_text(
+        "".join(
+            f'[{table}]\nout = "{url}{suffix}"\n'
+            for table, suffix in (("distill", ""), ("sweep", ""), ("train-teacher", ".safetensors"))
+        )
+    )
     before = tree(tmp_path)
     stores = ("--cache", store)
     for words in (
-        ("distill", *stores, "--out", url), ("distill", *stores, "--recipe", recipe),
+        ("distill", *stores, "--out", url),
+        ("distill", *stores, "--recipe", recipe),
         ("sweep", *stores, "--students", "resnet8", "--out", url),
         ("sweep", *stores, "--students", "resnet8", "--recipe", recipe),
         ("train-teacher", "--dataset", "shapes", "--out", f"{url}.safetensors"),
         ("train-teacher", "--dataset", "shapes", "--recipe", recipe),
         ("train-teacher", "--dataset", "cifar100", "--data-root", url),
-        ("run", "shapes", "--out", url), ("demo", "--out", url), ("report", mine, "--out", url),
-        ("evaluate", mine, "--out", url), ("export", mine, "--out", url),
-        ("analyze", store, "--out", url), ("pull", "me/x", "--out", url),
-    ):  # fmt: skip
+        ("run", "shapes", "--out", url),
+        ("demo", "--out", url),
+        ("report", mine, "--out", url),
+        ("evaluate", mine, "--out", url),
+        ("export", mine, "--out", url),
+        ("analyze", store, "--out", url),
+        ("pull", "me/x", "--out", url),
+    ):
         assert "must be a path on this machine" in fails(*words), words
     assert tree(tmp_path) == before and not list(tmp_path.glob("*:"))
 
@@ -260,8 +356,20 @@ def test_teachers_of_earlier_versions_are_compared_by_what_they_say(
     from richkd.models.weights import read_safetensors, save_tensors
 
     path = tmp_path / "t.safetensors"
-    words = ("train-teacher", "--dataset", "shapes", "--limit", 16, "--model", "resnet8",
-             "--device", "cpu", "--out", path, "--epochs")  # fmt: skip
+    words = (
+        "train-teacher",
+        "--dataset",
+        "shapes",
+        "--limit",
+        16,
+        "--model",
+        "resnet8",
+        "--device",
+        "cpu",
+        "--out",
+        path,
+        "--epochs",
+    )
     assert run(*words, 1).code == 0
     tensors, note = read_safetensors(path)
     del note["training"]
@@ -290,8 +398,20 @@ def test_an_interrupted_teacher_of_other_settings_is_named(
         raise KeyboardInterrupt
 
     path = tmp_path / "t.safetensors"
-    words = ("train-teacher", "--dataset", "shapes", "--limit", 16, "--model", "resnet8",
-             "--device", "cpu", "--out", path, "--epochs")  # fmt: skip
+    words = (
+        "train-teacher",
+        "--dataset",
+        "shapes",
+        "--limit",
+        16,
+        "--model",
+        "resnet8",
+        "--device",
+        "cpu",
+        "--out",
+        path,
+        "--epochs",
+    )
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", cut)
         assert run(*words, 2).code == 130
@@ -316,13 +436,27 @@ def test_a_teacher_with_damaged_checkpoints(
             raise KeyboardInterrupt
 
     path = tmp_path / "t.safetensors"
-    words = ("train-teacher", "--dataset", "shapes", "--limit", 16, "--model", "resnet8",
-             "--device", "cpu", "--epochs", 3, "--out", path)  # fmt: skip
+    words = (
+        "train-teacher",
+        "--dataset",
+        "shapes",
+        "--limit",
+        16,
+        "--model",
+        "resnet8",
+        "--device",
+        "cpu",
+        "--epochs",
+        3,
+        "--out",
+        path,
+    )
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", cut)
         assert run(*words).code == 130
-    last, previous = (tmp_path / "t.training" / f"{name}.safetensors"
-                      for name in ("checkpoint", "previous"))  # fmt: skip
+    last, previous = (
+        tmp_path / "t.training" / f"{name}.safetensors" for name in ("checkpoint", "previous")
+    )
     whole = previous.read_bytes()
     for file in (last, previous):
         content = file.read_bytes()
@@ -339,8 +473,17 @@ def test_held_out_sets_that_come_out_empty_are_refused_for_all_runs_at_once(
 ) -> None:
     for holdout in ("0.001", "0.01"):
         for words in (("distill", "--student", "resnet8"), ("sweep", "--students", "resnet8")):
-            said = fails(*words, "--cache", store, "--holdout", holdout, "--device", "cpu",
-                         "--out", tmp_path / "out")  # fmt: skip
+            said = fails(
+                *words,
+                "--cache",
+                store,
+                "--holdout",
+                holdout,
+                "--device",
+                "cpu",
+                "--out",
+                tmp_path / "out",
+            )
             assert f"holdout = {holdout}: of 40 test images that leaves 0 to choose on" in said
     assert not list(tmp_path.iterdir())
 
@@ -350,9 +493,26 @@ def test_json_has_no_numbers_that_json_lacks(run: Run, store: Path, tmp_path: Pa
 
     odd = {"a": float("nan"), "b": [float("inf"), (1.5, float("-inf"))], "c": {"d": 2}}
     assert json.loads(to_json(odd)) == {"a": None, "b": [None, [1.5, None]], "c": {"d": 2}}
-    done = run("sweep", "--cache", store, "--students", "resnet8", "--methods", "kd,ce", "--seeds",
-               1, "--epochs", 1, "--batch-size", 16, "--device", "cpu", "--out", tmp_path,
-               "--json")  # fmt: skip
+    done = run(
+        "sweep",
+        "--cache",
+        store,
+        "--students",
+        "resnet8",
+        "--methods",
+        "kd,ce",
+        "--seeds",
+        1,
+        "--epochs",
+        1,
+        "--batch-size",
+        16,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path,
+        "--json",
+    )
     assert done.code == 0
     rows = json.loads(done.out, parse_constant=lambda name: pytest.fail(name))["leaderboard"]
     assert all(row["last"][1] is None for row in rows)  # no deviation of one run

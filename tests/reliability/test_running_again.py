@@ -17,13 +17,36 @@ from safetensors import safe_open
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 RUN = {"recipe.toml", "metrics.jsonl", "last.safetensors", "best.safetensors", "summary.json"}
-CUT = {"recipe.toml", "metrics.jsonl", "best.safetensors", "checkpoint.safetensors",
-       "previous.safetensors"}  # fmt: skip
+CUT = {
+    "recipe.toml",
+    "metrics.jsonl",
+    "best.safetensors",
+    "checkpoint.safetensors",
+    "previous.safetensors",
+}
 FEW = {"richkd.data.datasets:SHAPES_TEST": 40}
-DEMO = {**FEW, "richkd.demo:LABELLED": 48, "richkd.demo:TEACHER_EPOCHS": 3,
-        "richkd.demo:STUDENT_EPOCHS": 3, "richkd.teachers.demo_clip:DRAWINGS": 128}  # fmt: skip
-TEACHER = ("train-teacher", "--dataset", "shapes", "--limit", 48, "--model", "resnet8", "--epochs",
-           4, "--device", "cpu", "--out", "t.safetensors")  # fmt: skip
+DEMO = {
+    **FEW,
+    "richkd.demo:LABELLED": 48,
+    "richkd.demo:TEACHER_EPOCHS": 3,
+    "richkd.demo:STUDENT_EPOCHS": 3,
+    "richkd.teachers.demo_clip:DRAWINGS": 128,
+}
+TEACHER = (
+    "train-teacher",
+    "--dataset",
+    "shapes",
+    "--limit",
+    48,
+    "--model",
+    "resnet8",
+    "--epochs",
+    4,
+    "--device",
+    "cpu",
+    "--out",
+    "t.safetensors",
+)
 STUDENT = ("--student", "resnet8", "--epochs", 4, "--batch-size", 16, "--device", "cpu")
 
 
@@ -101,8 +124,10 @@ def test_train_teacher(again: Callable[..., Done], by: int) -> None:
 @pytest.mark.slow
 @pytest.mark.fault
 def test_a_teacher_killed_where_its_weights_are_written(again: Callable[..., Done]) -> None:
-    cut_off(again(*TEACHER, kill=Kill("richkd.training.checkpoint:TeacherFolder.remove",
-                                      before=True)), signal.SIGKILL)  # fmt: skip
+    cut_off(
+        again(*TEACHER, kill=Kill("richkd.training.checkpoint:TeacherFolder.remove", before=True)),
+        signal.SIGKILL,
+    )
     assert "t.safetensors" in left() and "t.training/recipe.toml" in left()
     again_ = again(*TEACHER)
     assert again_.code == 0 and "complete already" in again_.err
@@ -115,9 +140,25 @@ def test_a_teacher_killed_where_its_weights_are_written(again: Callable[..., Don
 def test_precompute(again: Callable[..., Done], clip_dir: Path, by: int, tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text('[train-teacher]\nepochs = 3\nout = "t.safetensors"\n')
-    words = ("precompute", "--dataset", "shapes", "--limit", 48, "--teacher", "resnet8", "--clip",
-             clip_dir, "--views", 3, "--device", "cpu", "--recipe", recipe,
-             "--out", "s.zarr")  # fmt: skip
+    words = (
+        "precompute",
+        "--dataset",
+        "shapes",
+        "--limit",
+        48,
+        "--teacher",
+        "resnet8",
+        "--clip",
+        clip_dir,
+        "--views",
+        3,
+        "--device",
+        "cpu",
+        "--recipe",
+        recipe,
+        "--out",
+        "s.zarr",
+    )
     assert again(*words[:-1], "whole.zarr").code == 0
     whole, teacher = tree(Path("whole.zarr")), tensors("t.safetensors")
     shutil.rmtree("whole.zarr")
@@ -156,8 +197,14 @@ def test_distill_and_what_is_made_of_a_run(
     at = "richkd.training.checkpoint:RunFolder.save_epoch"
     cut_off(again(*words, "run", kill=Kill(at, 2, by)), by)
     assert left("run") == CUT and ((by == signal.SIGKILL) == (".run.lock" in left()))
-    cut_off(again(*words, "run", kill=Kill("richkd.training.checkpoint:RunFolder.finish", 1, by,
-                                           before=True)), by)  # fmt: skip
+    cut_off(
+        again(
+            *words,
+            "run",
+            kill=Kill("richkd.training.checkpoint:RunFolder.finish", 1, by, before=True),
+        ),
+        by,
+    )
     done = again(*words, "run", "--json")
     assert done.code == 0 and left() == of("whole", RUN) | of("run", RUN)
     assert_same_run(Path("whole"), Path("run"))
@@ -207,8 +254,23 @@ def test_distill_and_what_is_made_of_a_run(
 @pytest.mark.fault
 @pytest.mark.parametrize("by", SIGNALS)
 def test_sweep(again: Callable[..., Done], store: Path, by: int) -> None:
-    words = ("sweep", "--cache", store, "--students", "resnet8", "--methods", "ce,kd", "--seeds", 1,
-             *STUDENT[2:], "--concurrent", 1, "--out", "runs", "--json")  # fmt: skip
+    words = (
+        "sweep",
+        "--cache",
+        store,
+        "--students",
+        "resnet8",
+        "--methods",
+        "ce,kd",
+        "--seeds",
+        1,
+        *STUDENT[2:],
+        "--concurrent",
+        1,
+        "--out",
+        "runs",
+        "--json",
+    )
     names = [f"runs/shapes-resnet8-{method}-s0" for method in ("ce", "kd")]
     done = again(*words, kill=Kill("richkd.training.checkpoint:RunFolder.save_epoch", 6, by))
     cut_off(done, by)
@@ -233,8 +295,11 @@ def test_run(
         f'[distill]\nstudent = "resnet8"\nmethod = "kd"\nepochs = 3\nbatch_size = 16\n'
     )
     words = ("run", recipe, "--device", "cpu", "--json")
-    kills = ("richkd.store.writer:StoreWriter.flush", "richkd.training.checkpoint:RunFolder.finish",
-             "richkd.report:write_csv")  # fmt: skip
+    kills = (
+        "richkd.store.writer:StoreWriter.flush",
+        "richkd.training.checkpoint:RunFolder.finish",
+        "richkd.report:write_csv",
+    )
     for at in kills:
         cut_off(again(*words, kill=Kill(at, 1, by)), by)
     first, second = again(*words), again(*words)
@@ -256,8 +321,9 @@ def test_demo(again: Callable[..., Done], tmp_path: Path) -> None:
     saved = "richkd.training.checkpoint:Checkpoints.save"
     cut_off(demo(kill=Kill(saved, 2)), signal.SIGKILL)
     assert {path.name for path in (tmp_path / "home").iterdir()} == {
-        "demo-clip-1.training", ".demo-clip-1.lock",
-    }  # fmt: skip
+        "demo-clip-1.training",
+        ".demo-clip-1.lock",
+    }
     done = demo(kill=Kill(saved, 2, signal.SIGTERM))  # one of CLIP was left, one is the teacher's
     cut_off(done, signal.SIGTERM)
     assert "training the demo CLIP" in done.err and "resuming after epoch 2 of 3" in done.err
@@ -267,10 +333,15 @@ def test_demo(again: Callable[..., Done], tmp_path: Path) -> None:
     assert first.code == 0 and "resuming after epoch 2 of 3" in first.err, first.err
     files = left("runs/demo")
     assert {name for name in files if not name.startswith("shapes.zarr/")} == {
-        "teacher.safetensors", "teacher.json", "report.html", "report.json", "leaderboard.csv",
-        "shapes-analysis.html", "shapes-analysis.json",
+        "teacher.safetensors",
+        "teacher.json",
+        "report.html",
+        "report.json",
+        "leaderboard.csv",
+        "shapes-analysis.html",
+        "shapes-analysis.json",
         *(f"resnet8-{method}-s0/{name}" for method in ("ce", "kd", "richkd") for name in RUN),
-    }  # fmt: skip
+    }
     second = demo()
     assert second.code == 0 and second.err.count("is complete already") == 4
     assert left("runs/demo") == files
@@ -292,9 +363,27 @@ def test_commands_on_a_store(again: Callable[..., Done], store: Path) -> None:
     pages = {"s-analysis.html", "s-analysis.json"}
     done = again("analyze", "s.zarr", kill=Kill("richkd.report.analysis:render", 1, by))
     cut_off(done, by)
-    for words in (("analyze", "s.zarr"), ("inspect", "s.zarr"), ("verify", "s.zarr"),
-                  ("repair", "s.zarr"), ("plan", "--dataset", "shapes", "--limit", 48, "--views", 2,
-                   "--teacher", "resnet8", "--clip", "none", "--device", "cpu")):  # fmt: skip
+    for words in (
+        ("analyze", "s.zarr"),
+        ("inspect", "s.zarr"),
+        ("verify", "s.zarr"),
+        ("repair", "s.zarr"),
+        (
+            "plan",
+            "--dataset",
+            "shapes",
+            "--limit",
+            48,
+            "--views",
+            2,
+            "--teacher",
+            "resnet8",
+            "--clip",
+            "none",
+            "--device",
+            "cpu",
+        ),
+    ):
         for _ in range(2):
             done = again(*words)
             assert done.code == 0, (words, done.err)
@@ -313,12 +402,17 @@ def test_commands_on_a_store(again: Callable[..., Done], store: Path) -> None:
 @pytest.mark.fault
 @pytest.mark.parametrize("by", SIGNALS)
 def test_push_and_pull(
-    again: Callable[..., Done], store: Path, monkeypatch: pytest.MonkeyPatch, by: int,
+    again: Callable[..., Done],
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    by: int,
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    constants = {"huggingface_hub.constants:HF_HUB_DISABLE_XET": True,
-                 "huggingface_hub.constants:HF_HOME": str(tmp_path / "hf")}  # fmt: skip
+    constants = {
+        "huggingface_hub.constants:HF_HUB_DISABLE_XET": True,
+        "huggingface_hub.constants:HF_HOME": str(tmp_path / "hf"),
+    }
 
     def call(*words: Any, kill: Kill | None = None) -> Done:
         return again(*words, kill=kill, values=constants)

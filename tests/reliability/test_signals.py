@@ -80,10 +80,16 @@ def environment(root: Path) -> dict[str, str]:
 def start(root: Path, words: list[Any], **given: Any) -> subprocess.Popen[str]:
     """A command in a session of its own, whose group is signalled."""
     return subprocess.Popen(
-        [sys.executable, "-m", "richkd", *map(str, words)], cwd=root, env=environment(root),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
-        start_new_session=True, **given,
-    )  # fmt: skip
+        [sys.executable, "-m", "richkd", *map(str, words)],
+        cwd=root,
+        env=environment(root),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+        **given,
+    )
 
 
 def finish(root: Path, words: list[Any]) -> float:
@@ -177,8 +183,10 @@ def content(file: Path) -> tuple[Any, bytes]:
 
 
 def weights(folder: Path) -> Any:
-    return {str(path.relative_to(folder)): content(path)
-            for path in sorted(folder.rglob("last.safetensors"))}  # fmt: skip
+    return {
+        str(path.relative_to(folder)): content(path)
+        for path in sorted(folder.rglob("last.safetensors"))
+    }
 
 
 def evaluation(folder: Path) -> Any:
@@ -188,44 +196,118 @@ def evaluation(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def jobs(photographs: Path) -> dict[str, Job]:
     images = ["--dataset", "imagefolder:images", "--image-size", 32, "--device", "cpu"]
-    stage_one = ["precompute", *images, "--teacher", "resnet8", "--teacher-weights",
-                 "teacher.safetensors", "--teacher-size", 32, "--clip", "none",
-                 "--batch-size", 8]  # fmt: skip
+    stage_one = [
+        "precompute",
+        *images,
+        "--teacher",
+        "resnet8",
+        "--teacher-weights",
+        "teacher.safetensors",
+        "--teacher-size",
+        32,
+        "--clip",
+        "none",
+        "--batch-size",
+        8,
+    ]
     student = ["--batch-size", 8, "--device", "cpu"]
     finish(photographs, [*stage_one, "--views", 2, "--out", "given.zarr"])
-    finish(photographs, ["distill", "--cache", "given.zarr", "--student", "resnet8", "--method",
-                         "kd", "--epochs", 1, *student, "--out", "given"])  # fmt: skip
+    finish(
+        photographs,
+        [
+            "distill",
+            "--cache",
+            "given.zarr",
+            "--student",
+            "resnet8",
+            "--method",
+            "kd",
+            "--epochs",
+            1,
+            *student,
+            "--out",
+            "given",
+        ],
+    )
 
     return {
         "train-teacher": Job(
-            lambda out: ["train-teacher", *images, "--model", "resnet8", "--epochs", 4,
-                         "--batch-size", 8, "--out", out / "w.safetensors"],
-            lambda out: content(out / "w.safetensors"), "w.safetensors",
+            lambda out: [
+                "train-teacher",
+                *images,
+                "--model",
+                "resnet8",
+                "--epochs",
+                4,
+                "--batch-size",
+                8,
+                "--out",
+                out / "w.safetensors",
+            ],
+            lambda out: content(out / "w.safetensors"),
+            "w.safetensors",
         ),
         "precompute": Job(
             lambda out: [*stage_one, "--views", 24, "--out", out / "s.zarr"],
-            lambda out: checksums(out / "s.zarr"), "s.zarr/zarr.json",
+            lambda out: checksums(out / "s.zarr"),
+            "s.zarr/zarr.json",
         ),
         "distill": Job(
-            lambda out: ["distill", "--cache", "given.zarr", "--student", "resnet8", "--method",
-                         "kd", "--epochs", 4, *student, "--out", out],
-            weights, "summary.json",
+            lambda out: [
+                "distill",
+                "--cache",
+                "given.zarr",
+                "--student",
+                "resnet8",
+                "--method",
+                "kd",
+                "--epochs",
+                4,
+                *student,
+                "--out",
+                out,
+            ],
+            weights,
+            "summary.json",
         ),
         "sweep": Job(
-            lambda out: ["sweep", "--cache", "given.zarr", "--students", "resnet8", "--methods",
-                         "ce,kd", "--seeds", 1, "--epochs", 2, *student, "--out", out],
+            lambda out: [
+                "sweep",
+                "--cache",
+                "given.zarr",
+                "--students",
+                "resnet8",
+                "--methods",
+                "ce,kd",
+                "--seeds",
+                1,
+                "--epochs",
+                2,
+                *student,
+                "--out",
+                out,
+            ],
             weights,
         ),
         "run": Job(
-            lambda out: ["run", "mine.toml", "--device", "cpu", "--cache", out / "s.zarr",
-                         "--out", out / "run"],
+            lambda out: [
+                "run",
+                "mine.toml",
+                "--device",
+                "cpu",
+                "--cache",
+                out / "s.zarr",
+                "--out",
+                out / "run",
+            ],
             lambda out: (checksums(out / "s.zarr"), weights(out)),
         ),
         "evaluate": Job(
             lambda out: ["evaluate", "given", "--corruptions", "--device", "cpu", "--out", out],
-            evaluation, goes_on=False,
+            evaluation,
+            goes_on=False,
         ),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.slow
@@ -303,8 +385,11 @@ def test_a_process_that_ignores_hangups_goes_on(
     jobs: dict[str, Job], photographs: Path, tmp_path: Path
 ) -> None:
     """As nohup starts it."""
-    process = start(photographs, jobs["precompute"].words(tmp_path),
-                    preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))  # fmt: skip
+    process = start(
+        photographs,
+        jobs["precompute"].words(tmp_path),
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
     while process.poll() is None and len(members(process.pid)) < 2:
         time.sleep(0.01)
     code, err = told(process, signal.SIGHUP)

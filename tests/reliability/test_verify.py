@@ -71,8 +71,17 @@ def test_two_hundred_flipped_bytes(copy: Path, tmp_path: Path, rng: np.random.Ge
 
     def train(out: str) -> dict[str, torch.Tensor]:
         path = tmp_path / out
-        distill(Distill(cache=str(copy), student="resnet8", method="richkd", epochs=1,
-                        batch_size=16, device="cpu", out=str(path)))  # fmt: skip
+        distill(
+            Distill(
+                cache=str(copy),
+                student="resnet8",
+                method="richkd",
+                epochs=1,
+                batch_size=16,
+                device="cpu",
+                out=str(path),
+            )
+        )
         return read_weights(path / "last.safetensors")
 
     right = train("right")
@@ -183,9 +192,12 @@ def test_repair_computes_only_what_is_damaged(
 
 
 def test_repair_needs_what_stage_one_had(
-    make_store: Callable[..., Path], fails: Fails, clip_dir: Path, tmp_path: Path,
+    make_store: Callable[..., Path],
+    fails: Fails,
+    clip_dir: Path,
+    tmp_path: Path,
     rng: np.random.Generator,
-) -> None:  # fmt: skip
+) -> None:
     weights = write_teacher(tmp_path / "w.safetensors", "resnet8", 16)
     path = make_store(teacher_weights=str(weights), out=str(tmp_path / "s.zarr"))
     flip(path / "train/teacher_logits/c/0/0/0", rng)

@@ -52,8 +52,10 @@ def drawn(dom: str, names: set[str], width: int) -> None:
 def cells(dom: str, table: str) -> list[list[str]]:
     part = dom[dom.index(f'<table id="{table}">') :]
     rows = re.findall(r"<tr>.*?</tr>", part[: part.index("</table>")], re.S)
-    return [[html.unescape(re.sub(r"<[^>]+>", "", cell)) for cell in re.findall(r"<td.*?</td>", r)]
-            for r in rows[1:]]  # fmt: skip
+    return [
+        [html.unescape(re.sub(r"<[^>]+>", "", cell)) for cell in re.findall(r"<td.*?</td>", r)]
+        for r in rows[1:]
+    ]
 
 
 @pytest.mark.slow
@@ -66,8 +68,19 @@ def test_the_analysis_in_a_browser(
     assert done.code == 0, done.err
     page = Path(done.json["files"]["html"])
     dom = opened(page, tmp_path, width, scheme)
-    drawn(dom, {"confidence", "reliability", "alpha-top1", "alpha-nll", "scale", "num-prompts",
-                "class-changes"}, width)  # fmt: skip
+    drawn(
+        dom,
+        {
+            "confidence",
+            "reliability",
+            "alpha-top1",
+            "alpha-nll",
+            "scale",
+            "num-prompts",
+            "class-changes",
+        },
+        width,
+    )
     shown = {row[0]: row[1:] for row in cells(dom, "scores")}
     assert shown["CNN teacher"][0] == f"{100 * done.json['teachers']['cnn']['top1']:.2f}"
     assert len(cells(dom, "prompts")) == len(done.json["blend"]["prompt"])
@@ -83,8 +96,18 @@ def test_the_evaluation_in_a_browser(
     run: Run, runs: Path, tmp_path: Path, width: int, scheme: str
 ) -> None:
     paths = sorted(path.parent for path in runs.rglob("summary.json"))
-    done = run("evaluate", *paths, "--corruptions", "--limit", 5, "--device", "cpu", "--out",
-               tmp_path, "--json")  # fmt: skip
+    done = run(
+        "evaluate",
+        *paths,
+        "--corruptions",
+        "--limit",
+        5,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path,
+        "--json",
+    )
     assert done.code == 0, done.err
     dom = opened(Path(done.json["files"]["html"]), tmp_path, width, scheme)
     drawn(dom, {"confidence", "reliability", "corruptions"}, width)
@@ -109,8 +132,10 @@ def test_the_report_shows_what_was_evaluated(run: Run, runs: Path, tmp_path: Pat
     page = page_of(run, folder)
     assert f"{100 * np.mean(errors):.2f} ± {100 * np.std(errors, ddof=1):.2f}" in page
     assert "<th>corrupted</th>" not in page
-    rows = {row["method"]: row for row in json.loads((folder / "report.json").read_text())
-            ["leaderboard"]}  # fmt: skip
+    rows = {
+        row["method"]: row
+        for row in json.loads((folder / "report.json").read_text())["leaderboard"]
+    }
     assert rows["kd"]["ece_mean"] == pytest.approx(np.mean(errors))
     assert rows["richkd"]["ece_mean"] is None
 

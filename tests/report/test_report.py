@@ -40,8 +40,9 @@ def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("report") / "runs"
     flags = {"cache": str(store), "epochs": 3, "batch_size": 16, "lr": 0.02, "device": "cpu"}
-    grid = Sweep(students=("resnet8", "wrn_16_1"), methods=("ce", "kd", "richkd"), seeds=2,
-                 out=str(folder))  # fmt: skip
+    grid = Sweep(
+        students=("resnet8", "wrn_16_1"), methods=("ce", "kd", "richkd"), seeds=2, out=str(folder)
+    )
     run_sweep(grid, None, flags, report=Report(quiet=True))
     cut = folder / "shapes-resnet14-kd-s0"
     shutil.copytree(folder / "shapes-resnet8-kd-s0", cut)
@@ -62,9 +63,10 @@ def test_the_page_in_a_browser(
     dom, console = chromium(page, tmp_path, f"--window-size={width},2000", *dark)
     assert console == ""
     table = dom[dom.index('<table id="leaderboard">') : dom.index("</table>")]
-    cells = [[html.unescape(re.sub(r"<[^>]+>", "", cell))
-              for cell in re.findall(r"<td.*?</td>", row)]
-             for row in re.findall(r"<tr>.*?</tr>", table, re.S)]  # fmt: skip
+    cells = [
+        [html.unescape(re.sub(r"<[^>]+>", "", cell)) for cell in re.findall(r"<td.*?</td>", row)]
+        for row in re.findall(r"<tr>.*?</tr>", table, re.S)
+    ]
     rows = [row for row in cells if row]
     assert {tuple(row[:2]) for row in rows} == {
         (student, method)
@@ -77,8 +79,14 @@ def test_the_page_in_a_browser(
         assert row[2] == f"{mean:.2f} ± {std:.2f}" and row[5] == "2"
     # three costs, the differences and a curve a student, each drawn
     assert len(re.findall(r'class="main-svg"[^>]*>', dom)) >= 6
-    for name in ("pareto-parameters", "pareto-multiply_adds", "pareto-latency_ms", "differences",
-                 "curve-0", "curve-1"):  # fmt: skip
+    for name in (
+        "pareto-parameters",
+        "pareto-multiply_adds",
+        "pareto-latency_ms",
+        "differences",
+        "curve-0",
+        "curve-1",
+    ):
         tag = re.search(rf'<div[^>]* id="{name}"[^>]*>', dom)
         assert tag and "js-plotly-plot" in tag[0], name
         drawn = re.compile(r'class="main-svg"[^>]* width="(\d+)').search(dom, tag.end())
@@ -94,14 +102,25 @@ def test_the_statistics_are_those_of_scipy(rng: np.random.Generator) -> None:
 
     def runs(method: str, accuracies: Any, seeds: range, **more: Any) -> list[Any]:
         return [
-            ({"student": "s", "method": method, "epochs": 9, "out": f"o{seed}", **more},
-             {"seed": seed, "top1_last": float(value), "top1_best": float(value) + 0.1,
-              "teacher": teacher, "run": f"{method}{seed}"})
+            (
+                {"student": "s", "method": method, "epochs": 9, "out": f"o{seed}", **more},
+                {
+                    "seed": seed,
+                    "top1_last": float(value),
+                    "top1_best": float(value) + 0.1,
+                    "teacher": teacher,
+                    "run": f"{method}{seed}",
+                },
+            )
             for seed, value in zip(seeds, accuracies, strict=True)
-        ]  # fmt: skip
+        ]
 
-    given = [*runs("kd", a, range(5)), *runs("crd", b, range(5)),
-             *runs("kd", a, range(5), target="fused"), *runs("ce", b[:1], range(7, 8))]  # fmt: skip
+    given = [
+        *runs("kd", a, range(5)),
+        *runs("crd", b, range(5)),
+        *runs("kd", a, range(5), target="fused"),
+        *runs("ce", b[:1], range(7, 8)),
+    ]
     rows = {(row.method, *row.settings.values()): row for row in leaderboard(given)}
     assert rows.keys() == {("kd",), ("kd", "fused"), ("crd",), ("ce",)}
     crd = rows["crd",]
@@ -130,8 +149,9 @@ def test_csv_and_json_say_the_same(run: Run, runs: Path, tmp_path: Path) -> None
     for line, row in zip(lines, saved["leaderboard"], strict=True):
         assert line["student"] == row["student"] and json.loads(line["seeds"]) == row["seeds"]
         assert float(line["top1_last_mean"]) == row["top1_last_mean"]
-        assert line["minus_kd_mean"] == ("" if row["minus_kd_mean"] is None
-                                         else str(row["minus_kd_mean"]))  # fmt: skip
+        assert line["minus_kd_mean"] == (
+            "" if row["minus_kd_mean"] is None else str(row["minus_kd_mean"])
+        )
     assert saved["incomplete"] == [
         {"run": str(runs / "shapes-resnet14-kd-s0"), "epochs_done": 3, "epochs": 3}
     ]
@@ -150,16 +170,42 @@ def test_the_command_repeats_the_run(run: Run, runs: Path, tmp_path: Path) -> No
     assert (tmp_path / "again" / "last.safetensors").read_bytes() == same
     loop = read.command([0, 1])
     assert loop.startswith("for seed in 0 1; do richkd distill") and loop.endswith("$seed; done")
-    odd = RunFolderRead(path=path, identity="i", metrics=[], summary=None, settings={
-        "cache": "my caches/$(x).zarr", "student": "resnet8", "method": "dkd", "prompts": [0, 3],
-        "options": {"dkd": {"beta": 2.0}, "kd": {"temperature": 9}},
-        "student_options": {"patch_size": 4}, "seed": 3, "alpha": 0.5,
-    })  # fmt: skip
+    odd = RunFolderRead(
+        path=path,
+        identity="i",
+        metrics=[],
+        summary=None,
+        settings={
+            "cache": "my caches/$(x).zarr",
+            "student": "resnet8",
+            "method": "dkd",
+            "prompts": [0, 3],
+            "options": {"dkd": {"beta": 2.0}, "kd": {"temperature": 9}},
+            "student_options": {"patch_size": 4},
+            "seed": 3,
+            "alpha": 0.5,
+        },
+    )
     assert shlex.split(odd.command([3])) == [
-        "richkd", "distill", "--cache", "my caches/$(x).zarr", "--student", "resnet8", "--method",
-        "dkd", "--prompts", "0,3", "--alpha", "0.5", "--set", "beta=2.0", "--student-set",
-        "patch_size=4", "--seed", "3",
-    ]  # fmt: skip
+        "richkd",
+        "distill",
+        "--cache",
+        "my caches/$(x).zarr",
+        "--student",
+        "resnet8",
+        "--method",
+        "dkd",
+        "--prompts",
+        "0,3",
+        "--alpha",
+        "0.5",
+        "--set",
+        "beta=2.0",
+        "--student-set",
+        "patch_size=4",
+        "--seed",
+        "3",
+    ]
 
 
 def test_costs_are_counted(runs: Path) -> None:
@@ -225,8 +271,18 @@ def test_mistakes(fails: Fails, runs: Path, make_store: Any, tmp_path: Path, run
     folder = tmp_path / "mixed"
     shutil.copytree(runs / "shapes-resnet8-ce-s0", folder / "mine")
     other = make_store(limit=40, out=str(tmp_path / "other.zarr"))
-    words = ["--cache", other, "--student", "resnet8", "--method", "kd", "--epochs", 1,
-             "--device", "cpu"]  # fmt: skip
+    words = [
+        "--cache",
+        other,
+        "--student",
+        "resnet8",
+        "--method",
+        "kd",
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+    ]
     assert run("distill", *words, "--out", folder / "other").code == 0
     line = fails("report", folder)
     assert "different stores" in line and str(other) in line and "--cache" in line

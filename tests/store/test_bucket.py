@@ -35,8 +35,18 @@ from richkd.store.writer import StoreWriter
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]
-STUDENT = ["--student", "resnet8", "--epochs", 2, "--batch-size", 16, "--lr", 0.02, "--device",
-           "cpu"]  # fmt: skip
+STUDENT = [
+    "--student",
+    "resnet8",
+    "--epochs",
+    2,
+    "--batch-size",
+    16,
+    "--lr",
+    0.02,
+    "--device",
+    "cpu",
+]
 names = (f"s3://{BUCKET}/{number}/shapes.zarr" for number in itertools.count())
 
 
@@ -64,15 +74,32 @@ def url(s3: FakeS3) -> str:
 
 @pytest.fixture
 def stage_one(shapes_teacher: Path, clip_dir: Path) -> list[Any]:
-    return ["precompute", "--dataset", "shapes", "--limit", 48, "--views", 3, "--teacher",
-            "resnet8", "--teacher-weights", shapes_teacher, "--clip", clip_dir, "--device",
-            "cpu"]  # fmt: skip
+    return [
+        "precompute",
+        "--dataset",
+        "shapes",
+        "--limit",
+        48,
+        "--views",
+        3,
+        "--teacher",
+        "resnet8",
+        "--teacher-weights",
+        shapes_teacher,
+        "--clip",
+        clip_dir,
+        "--device",
+        "cpu",
+    ]
 
 
 def remote_tree(url: str) -> dict[str, bytes]:
     store: Any = from_url(url, client_options={"allow_http": True})
-    return {entry["path"]: bytes(obstore.get(store, entry["path"]).bytes())
-            for entries in obstore.list(store) for entry in entries}  # fmt: skip
+    return {
+        entry["path"]: bytes(obstore.get(store, entry["path"]).bytes())
+        for entries in obstore.list(store)
+        for entry in entries
+    }
 
 
 def arrays(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -153,9 +180,15 @@ def test_a_store_made_anew_has_a_copy_of_its_own(
 
 @pytest.mark.fault
 def test_cut_off_it_goes_on(
-    run: Run, fails: Fails, s3: FakeS3, url: str, store: Path, stage_one: list[Any],
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    run: Run,
+    fails: Fails,
+    s3: FakeS3,
+    url: str,
+    store: Path,
+    stage_one: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     original = StoreWriter.write
 
     def write(self: StoreWriter, block: Block, rows: Any) -> None:
@@ -196,8 +229,10 @@ def test_killed_it_goes_on(
         process.send_signal(signal.SIGKILL)
         _, err = process.communicate()
         assert process.returncode == -signal.SIGKILL, err  # its lock stays, and stops nobody here
-    finished = [subprocess.run([*command[:-1], out], check=False, capture_output=True, text=True)
-                for out in (url, str(tmp_path / "whole.zarr"))]  # fmt: skip
+    finished = [
+        subprocess.run([*command[:-1], out], check=False, capture_output=True, text=True)
+        for out in (url, str(tmp_path / "whole.zarr"))
+    ]
     assert [done.returncode for done in finished] == [0, 0], finished
     assert "resuming: " in finished[0].stderr
     assert changed(arrays(remote_tree(url)), arrays(tree(tmp_path / "whole.zarr"))) == []
@@ -208,9 +243,16 @@ def test_killed_it_goes_on(
 @pytest.mark.fault
 @pytest.mark.parametrize("wrong", ["fail", "slow", "cut", "flip"])
 def test_a_bad_server_costs_time_and_nothing_else(
-    run: Run, s3: FakeS3, url: str, store: Path, stage_one: list[Any], tmp_path: Path, wrong: str,
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    run: Run,
+    s3: FakeS3,
+    url: str,
+    store: Path,
+    stage_one: list[Any],
+    tmp_path: Path,
+    wrong: str,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(buckets, "TIMEOUT_S", 0.5)
     monkeypatch.setattr(buckets, "HASTE_S", 20.0)
     dice = iter(rng.random(10**6).tolist())
@@ -244,9 +286,15 @@ def test_a_bad_server_costs_time_and_nothing_else(
 @pytest.mark.slow
 @pytest.mark.fault
 def test_a_server_that_is_gone_is_said_in_a_line(
-    run: Run, fails: Fails, s3: FakeS3, url: str, store: Path, stage_one: list[Any],
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    run: Run,
+    fails: Fails,
+    s3: FakeS3,
+    url: str,
+    store: Path,
+    stage_one: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for module in (buckets, patient):
         monkeypatch.setattr(module, "PATIENCE_S", 1.0)
     # all of a sudden, in view 1
@@ -257,8 +305,7 @@ def test_a_server_that_is_gone_is_said_in_a_line(
     )
     s3.fault = lambda method, path: "fail"
     distill = ["distill", "--cache", url, *STUDENT, "--out", tmp_path]
-    for words in (distill, [*stage_one, "--out", url],
-                  ["inspect", url], ["verify", url]):  # fmt: skip
+    for words in (distill, [*stage_one, "--out", url], ["inspect", url], ["verify", url]):
         line = fails(*words)
         assert f"cannot reach {url}" in line and "503" in line and len(line) < 400
     s3.fault = None
@@ -362,8 +409,9 @@ def test_a_writer_that_was_held_up_does_not_go_on(
 ) -> None:
     monkeypatch.setattr(lease, "BEAT_S", 0.2)
     remote: Any = from_url(url, client_options={"allow_http": True})
-    others = json.dumps({"holder": "process 1 on elsewhere", "token": "0", "pid": 1, "beat": "0",
-                         "system": None}).encode()  # fmt: skip
+    others = json.dumps(
+        {"holder": "process 1 on elsewhere", "token": "0", "pid": 1, "beat": "0", "system": None}
+    ).encode()
     place, of_the_job = open_place(url), open_place(url)
     with place.held():
         of_the_job.follow(place.token)
@@ -402,8 +450,13 @@ def test_patience_is_what_it_says(s3: FakeS3, url: str, monkeypatch: pytest.Monk
         monkeypatch.setattr(module, "PATIENCE_S", 1.0)
     s3.fault = lambda method, path: "fail"
     place = open_place(url)
-    for request in (lambda: place.read("x"), lambda: place.tail("x", 4), place.sizes,
-                    lambda: place.write("x", b""), lambda: place.zarr(read_only=True)):  # fmt: skip
+    for request in (
+        lambda: place.read("x"),
+        lambda: place.tail("x", 4),
+        place.sizes,
+        lambda: place.write("x", b""),
+        lambda: place.zarr(read_only=True),
+    ):
         began = time.perf_counter()
         with pytest.raises(RichKDError, match="503"):
             store = request()
@@ -413,12 +466,24 @@ def test_patience_is_what_it_says(s3: FakeS3, url: str, monkeypatch: pytest.Monk
 
 
 def test_mistakes(
-    fails: Fails, s3: FakeS3, url: str, stage_one: list[Any], monkeypatch: pytest.MonkeyPatch,
+    fails: Fails,
+    s3: FakeS3,
+    url: str,
+    stage_one: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     assert "unknown kind of URL" in fails(*stage_one, "--out", "http://x/y.zarr")
-    for bad in ("s3://bucket", "s3://bucket/", "s3:///x.zarr", "s3://bucket/..", "s3://bucket/a//b",
-                "s3://bucket/run#1.zarr", "s3://bucket/run?x", "s3://bucket/a%20b"):  # fmt: skip
+    for bad in (
+        "s3://bucket",
+        "s3://bucket/",
+        "s3:///x.zarr",
+        "s3://bucket/..",
+        "s3://bucket/a//b",
+        "s3://bucket/run#1.zarr",
+        "s3://bucket/run?x",
+        "s3://bucket/a%20b",
+    ):
         assert "give s3://BUCKET/PATH.zarr, of plain names" in fails(*stage_one, "--out", bad)
     assert "there is no such bucket" in fails(*stage_one, "--out", "s3://nobody/s.zarr")
     assert f"no store at {url}" in fails("distill", "--cache", url)
@@ -455,8 +520,13 @@ def test_many_threads_read_one_place(s3: FakeS3, url: str, store: Path) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert changed(tree(caches[0].path), {k: v for k, v in tree(store).items()
-                                         if k in tree(caches[0].path)}) == []  # fmt: skip
+    assert (
+        changed(
+            tree(caches[0].path),
+            {k: v for k, v in tree(store).items() if k in tree(caches[0].path)},
+        )
+        == []
+    )
 
 
 @pytest.mark.slow

@@ -43,12 +43,24 @@ def test_plain_zarr_reads_everything(store: Path) -> None:
 def test_documented_names(store: Path) -> None:
     group = zarr.open_group(store, mode="r")
     documented = {
-        "train/images", "test/images", "train/labels", "test/labels", "train/view_ids",
-        "train/teacher_logits", "train/fused_logits", "train/teacher_features",
-        "train/clip_features", "test/clip_features", "train/clip_similarity",
-        "test/clip_similarity", "test/teacher_logits", "test/teacher_features",
-        "test/fused_logits", "text/embeddings", "complete",
-    }  # fmt: skip
+        "train/images",
+        "test/images",
+        "train/labels",
+        "test/labels",
+        "train/view_ids",
+        "train/teacher_logits",
+        "train/fused_logits",
+        "train/teacher_features",
+        "train/clip_features",
+        "test/clip_features",
+        "train/clip_similarity",
+        "test/clip_similarity",
+        "test/teacher_logits",
+        "test/teacher_features",
+        "test/fused_logits",
+        "text/embeddings",
+        "complete",
+    }
     found = {
         path for path, member in group.members(max_depth=None) if isinstance(member, zarr.Array)
     }
@@ -239,9 +251,12 @@ def writer(store: Path, tmp_path: Path) -> StoreWriter:
 
 @pytest.mark.parametrize(
     ("value", "remedy"),
-    [(float("nan"), "check the teacher's weights"), (float("inf"), "check the teacher's weights"),
-     (1e6, "beyond float16; store wider rows with --dtype float32")],
-)  # fmt: skip
+    [
+        (float("nan"), "check the teacher's weights"),
+        (float("inf"), "check the teacher's weights"),
+        (1e6, "beyond float16; store wider rows with --dtype float32"),
+    ],
+)
 def test_rows_that_f16_cannot_hold_stop_stage_one(
     writer: StoreWriter, value: float, remedy: str
 ) -> None:
@@ -263,8 +278,9 @@ def test_rows_of_zeros_are_chunks_like_others(writer: StoreWriter, tmp_path: Pat
             for name in schema.block_arrays(writer._manifest, block):
                 array = writer._arrays[name]
                 shape = (block.stop - block.start, *array.shape[1 + (block.view is not None) :])
-                rows[name.partition("/")[2]] = torch.zeros(shape, dtype=torch.from_numpy(
-                    np.zeros(1, array.dtype)).dtype)  # fmt: skip
+                rows[name.partition("/")[2]] = torch.zeros(
+                    shape, dtype=torch.from_numpy(np.zeros(1, array.dtype)).dtype
+                )
             writer.write(block, rows)
         writer.put("train/view_ids", np.zeros((3, 48), np.uint16))
         writer.put("text/embeddings", np.zeros(writer._arrays["text/embeddings"].shape, np.float32))
@@ -295,8 +311,10 @@ def test_a_disk_that_fails_is_told_with_the_remedy(
 
 def test_blocks_cover_every_row_once() -> None:
     manifest: Any = {
-        "dataset": {"num_train": 100, "num_test": 33}, "views": {"count": 2}, "block": 32,
-    }  # fmt: skip
+        "dataset": {"num_train": 100, "num_test": 33},
+        "views": {"count": 2},
+        "block": 32,
+    }
     blocks = schema.blocks(manifest)
     seen = [(b.split, b.view, i) for b in blocks for i in range(b.start, b.stop)]
     wanted = {("test", None, i) for i in range(33)}
@@ -337,8 +355,13 @@ def test_fewer_bits_make_a_smaller_store_of_nearly_the_same_rows(
     coarse = make_store(keep_bits=6)
     exact, rounded = richkd.open_cache(store), richkd.open_cache(coarse)
     assert rounded.manifest["keep_bits"] == 6 and exact.manifest["keep_bits"] is None
-    for name in ("train/teacher_logits", "train/teacher_features", "train/fused_logits",
-                 "train/clip_features", "test/teacher_logits"):  # fmt: skip
+    for name in (
+        "train/teacher_logits",
+        "train/teacher_features",
+        "train/fused_logits",
+        "train/clip_features",
+        "test/teacher_logits",
+    ):
         a, b = exact.read(name).float(), rounded.read(name).float()
         assert not torch.equal(a, b)
         assert ((a - b).abs() <= 2.0**-7 * a.abs() * 1.01).all()

@@ -86,8 +86,9 @@ def test_logits_that_no_exponential_can_hold(rng: np.random.Generator) -> None:
     logits = torch.from_numpy(rng.normal(size=(5, 9)) * 3).float()
     for shift in (-1e4, 1e4):
         far = keep_top(logits + shift, 4, 1.0)
-        torch.testing.assert_close(far.float() - shift, keep_top(logits, 4, 1.0).float(),
-                                   rtol=0, atol=2e-3)  # fmt: skip
+        torch.testing.assert_close(
+            far.float() - shift, keep_top(logits, 4, 1.0).float(), rtol=0, atol=2e-3
+        )
 
 
 def test_of_equal_logits_the_lower_classes_stay() -> None:
@@ -166,8 +167,10 @@ def test_plain_zarr_reads_what_the_page_says(kept: Path, store: Path) -> None:
         assert (np.take_along_axis(true, classes.astype(int), -1) == top).all()
         assert (-np.sort(-true, axis=-1)[..., :5] == top).all()
         rows = np.stack([filled_up(group, name, view) for view in range(3)])
-        mass, was = (np.sort(softmax(z.astype(np.float64), 3.0), axis=-1)[..., :11].sum(-1)
-                     for z in (rows, true))  # fmt: skip
+        mass, was = (
+            np.sort(softmax(z.astype(np.float64), 3.0), axis=-1)[..., :11].sum(-1)
+            for z in (rows, true)
+        )
         np.testing.assert_allclose(mass, was, rtol=5e-3)
         assert (cache.read(name).numpy() == rows).all()
         for view in range(3):
@@ -189,8 +192,9 @@ def test_another_blend_starts_from_the_kept_logits(kept: Path) -> None:
     cache = richkd.open_cache(kept)
     teacher = cache.read("train/teacher_logits", 1).double()
     again = 0.25 * teacher + 0.75 * 4.0 * cache.read("train/clip_similarity").double()
-    torch.testing.assert_close(cache.fuse(1, alpha=0.25, scale=4.0).double(), again,
-                               rtol=1e-5, atol=1e-5)  # fmt: skip
+    torch.testing.assert_close(
+        cache.fuse(1, alpha=0.25, scale=4.0).double(), again, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -217,10 +221,29 @@ def test_with_every_other_setting(
 def test_the_error_is_told_and_kept(
     make_store: Make, run: Run, tmp_path: Path, shapes_teacher: Path, clip_dir: Path
 ) -> None:
-    done = run("precompute", "--dataset", "shapes", "--limit", 48, "--teacher", "resnet8",
-               "--teacher-weights", shapes_teacher, "--clip", clip_dir, "--views", 2,
-               "--keep", "top-4", "--keep-temperature", 2, "--device", "cpu",
-               "--out", tmp_path / "s.zarr")  # fmt: skip
+    done = run(
+        "precompute",
+        "--dataset",
+        "shapes",
+        "--limit",
+        48,
+        "--teacher",
+        "resnet8",
+        "--teacher-weights",
+        shapes_teacher,
+        "--clip",
+        clip_dir,
+        "--views",
+        2,
+        "--keep",
+        "top-4",
+        "--keep-temperature",
+        2,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "s.zarr",
+    )
     assert done.code == 0, done.err
     cache = richkd.open_cache(tmp_path / "s.zarr")
     errors = cache.manifest["keep_kl"]
@@ -245,8 +268,14 @@ def test_samples_and_analysis(kept: Path, run: Run) -> None:
 def test_bench_counts_what_is_stored(kept: Path) -> None:
     from richkd.bench import store_bytes
 
-    names = ("teacher_features", *(f"{name}_logits_{part}" for name in ("teacher", "fused")
-                                   for part in ("top", "classes", "rest")))  # fmt: skip
+    names = (
+        "teacher_features",
+        *(
+            f"{name}_logits_{part}"
+            for name in ("teacher", "fused")
+            for part in ("top", "classes", "rest")
+        ),
+    )
     files = [file for name in names for file in (kept / "train" / name).rglob("*")]
     stored = sum(file.stat().st_size for file in files if file.is_file())
     table = store_bytes(richkd.open_cache(kept), QUIET)
@@ -448,9 +477,12 @@ def test_an_image_folder(make_store: Make, tmp_path: Path, rng: np.random.Genera
                 pixels = rng.integers(0, 256, (40, 44, 3), np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "p" / part / name / f"{number}.png")
     path = make_store(
-        dataset=f"imagefolder:{tmp_path / 'p'}", image_size=32, limit=None, keep="top-1",
+        dataset=f"imagefolder:{tmp_path / 'p'}",
+        image_size=32,
+        limit=None,
+        keep="top-1",
         teacher_weights=str(write_teacher(tmp_path / "t.safetensors", "resnet8", 3)),
         out=str(tmp_path / "s.zarr"),
-    )  # fmt: skip
+    )
     assert not [fault for check in verify_store(path, None, QUIET) for fault in check.faults]
     assert richkd.open_cache(path).rows("train/fused_logits", 2).shape == (12, 3)

@@ -51,8 +51,9 @@ def opened(manifest: Any, tmp_path: Path) -> Open:
 
 def rows_of(manifest: Any, block: Block) -> dict[str, Tensor]:
     """Random rows of a block, the same each time."""
-    rng = np.random.default_rng([block.start, 99 if block.view is None else block.view,
-                                 len(block.split)])  # fmt: skip
+    rng = np.random.default_rng(
+        [block.start, 99 if block.view is None else block.view, len(block.split)]
+    )
     specs, rows = schema.array_specs(manifest), {}
     for name in schema.block_arrays(manifest, block):
         spec = specs[name]
@@ -77,9 +78,11 @@ def test_what_is_read_is_what_was_handed_over(opened: Open, manifest: Any, tmp_p
     for block in schema.blocks(manifest):
         for name, rows in rows_of(manifest, block).items():
             array: Any = group[f"{block.split}/{name}"]
-            found = array[block.start : block.stop] if block.view is None else (
-                array[block.view, block.start : block.stop]
-            )  # fmt: skip
+            found = (
+                array[block.start : block.stop]
+                if block.view is None
+                else (array[block.view, block.start : block.stop])
+            )
             assert np.array_equal(found, rows.numpy().astype(array.dtype)), (block.name, name)
 
 
@@ -130,9 +133,12 @@ def test_memory_is_bounded(opened: Open, manifest: Any, monkeypatch: pytest.Monk
 
 
 def test_a_flag_comes_after_its_rows(
-    opened: Open, manifest: Any, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator,
+    opened: Open,
+    manifest: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    rng: np.random.Generator,
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(writer, "usable_cpus", lambda: 8)
     place = open_place(tmp_path / "new.zarr")
     files = dict(zip(flag_files(manifest), schema.blocks(manifest), strict=True))
@@ -170,9 +176,13 @@ def failing_from(last: int, kind: BaseException) -> Callable[..., None]:
 @pytest.mark.fault
 @pytest.mark.parametrize("kind", [OSError(28, "No space left on device"), ValueError("x"), Fault()])
 def test_errors_of_threads_are_told_and_it_goes_on(
-    opened: Open, manifest: Any, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator,
-    kind: BaseException, tmp_path: Path,
-) -> None:  # fmt: skip
+    opened: Open,
+    manifest: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    rng: np.random.Generator,
+    kind: BaseException,
+    tmp_path: Path,
+) -> None:
     """Wherever an array or a flag cannot be written, no block is flagged that is not whole."""
     write_all(opened(), manifest)
     path = tmp_path / "new.zarr"
@@ -243,14 +253,20 @@ def test_rows_that_arrive_later_are_the_same(
 
 @pytest.mark.parametrize(
     ("value", "remedy"),
-    [(float("nan"), "holds NaN or infinity; check the teacher's weights"),
-     (-float("inf"), "holds NaN or infinity; check the teacher's weights"),
-     (1e6, "holds values beyond float16; store wider rows with --dtype float32")],
-)  # fmt: skip
+    [
+        (float("nan"), "holds NaN or infinity; check the teacher's weights"),
+        (-float("inf"), "holds NaN or infinity; check the teacher's weights"),
+        (1e6, "holds values beyond float16; store wider rows with --dtype float32"),
+    ],
+)
 def test_bad_rows_that_arrive_later_are_told_by_their_name(
-    opened: Open, manifest: Any, device: Callable[..., None], value: float, remedy: str,
+    opened: Open,
+    manifest: Any,
+    device: Callable[..., None],
+    value: float,
+    remedy: str,
     rng: np.random.Generator,
-) -> None:  # fmt: skip
+) -> None:
     device()
     begun = opened()
     bad = begun.blocks[int(rng.integers(len(begun.blocks)))]

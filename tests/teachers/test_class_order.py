@@ -46,8 +46,14 @@ Run = Callable[..., Any]
 Fails = Callable[..., str]
 CPU = torch.device("cpu")
 NAMES = ("Zebra", "apple", "class1", "class10", "class2", "class20")  # sorted, as richkd has them
-COLOURS = ((220, 30, 30), (30, 220, 30), (30, 30, 220), (220, 220, 30), (30, 220, 220),
-           (220, 30, 220))  # fmt: skip
+COLOURS = (
+    (220, 30, 30),
+    (30, 220, 30),
+    (30, 30, 220),
+    (220, 220, 30),
+    (30, 220, 220),
+    (220, 30, 220),
+)
 
 
 def write_images(root: Path, names: Sequence[str], train: int = 12, val: int = 8) -> str:
@@ -99,15 +105,40 @@ def own(folder: str) -> dict[str, torch.Tensor]:
 
 def settings(folder: str, weights: Path, out: Path, **other: Any) -> Precompute:
     return Precompute(
-        dataset=folder, image_size=32, teacher="resnet8", teacher_weights=str(weights),
-        clip="none", views=2, device="cpu", dtype="float32", out=str(out), **other,
-    )  # fmt: skip
+        dataset=folder,
+        image_size=32,
+        teacher="resnet8",
+        teacher_weights=str(weights),
+        clip="none",
+        views=2,
+        device="cpu",
+        dtype="float32",
+        out=str(out),
+        **other,
+    )
 
 
 def words(folder: str, weights: Path, out: Path, *other: object) -> list[object]:
-    return ["precompute", "--dataset", folder, "--image-size", 32, "--teacher", "resnet8",
-            "--teacher-weights", weights, "--clip", "none", "--views", 2, "--device", "cpu",
-            "--out", out, *other]  # fmt: skip
+    return [
+        "precompute",
+        "--dataset",
+        folder,
+        "--image-size",
+        32,
+        "--teacher",
+        "resnet8",
+        "--teacher-weights",
+        weights,
+        "--clip",
+        "none",
+        "--views",
+        2,
+        "--device",
+        "cpu",
+        "--out",
+        out,
+        *other,
+    ]
 
 
 def saved(path: Path, state: dict[str, torch.Tensor], **note: str) -> Path:
@@ -117,8 +148,11 @@ def saved(path: Path, state: dict[str, torch.Tensor], **note: str) -> Path:
 
 def rows_of(store: Path) -> list[torch.Tensor]:
     cache = open_cache(store)
-    return [cache.read("test/teacher_logits"), cache.read("train/teacher_logits"),
-            cache.read("train/teacher_features")]  # fmt: skip
+    return [
+        cache.read("test/teacher_logits"),
+        cache.read("train/teacher_logits"),
+        cache.read("train/teacher_features"),
+    ]
 
 
 def lines_with(err: str, text: str) -> list[str]:
@@ -128,10 +162,18 @@ def lines_with(err: str, text: str) -> list[str]:
 # --- the natural order ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", [
-    NAMES, ("1", "10", "2", "21", "3"), ("apple", "Banana", "cherry"), ("a", "B"), ("x1", "x01"),
-    ("²", "10", "2"), ("Ärger", "ähnlich", "zebra"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names",
+    [
+        NAMES,
+        ("1", "10", "2", "21", "3"),
+        ("apple", "Banana", "cherry"),
+        ("a", "B"),
+        ("x1", "x01"),
+        ("²", "10", "2"),
+        ("Ärger", "ähnlich", "zebra"),
+    ],
+)
 def test_the_natural_order_is_that_of_timms_reader(tmp_path: Path, names: tuple[str, ...]) -> None:
     write_images(tmp_path / "d", names, train=1, val=1)
     try:
@@ -173,9 +215,13 @@ def test_a_teacher_in_timms_order_is_put_in_the_data_sets(
 
 
 def test_a_store_in_another_order_is_verified_repaired_and_gone_on_with(
-    run: Run, fails: Fails, folder: str, own: dict[str, torch.Tensor], tmp_path: Path,
+    run: Run,
+    fails: Fails,
+    folder: str,
+    own: dict[str, torch.Tensor],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     order = natural(NAMES)
     weights = saved(tmp_path / "timm.safetensors", reordered(own, NAMES, order))
     whole = precompute(settings(folder, weights, tmp_path / "whole.zarr")).path
@@ -249,16 +295,22 @@ def test_a_useless_teacher_gets_no_order(
         state["fc.bias"] = torch.eye(len(NAMES))[said]
         weights = saved(tmp_path / f"{said}.safetensors", state)
         done = run(*words(folder, weights, tmp_path / f"{said}.zarr"))
-        assert "natural order" not in done.err and "outputs" not in read_manifest(
-            tmp_path / f"{said}.zarr"
-        )["teacher"]  # fmt: skip
+        assert (
+            "natural order" not in done.err
+            and "outputs" not in read_manifest(tmp_path / f"{said}.zarr")["teacher"]
+        )
 
 
-@pytest.mark.parametrize(("order", "told"), [
-    (sorted(NAMES, key=str.lower), "sorted ignoring case"),
-    (["Zebra", "apple", "class1", "class2", "class10", "class20"],
-     "sorted with numbers as numbers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("order", "told"),
+    [
+        (sorted(NAMES, key=str.lower), "sorted ignoring case"),
+        (
+            ["Zebra", "apple", "class1", "class2", "class10", "class20"],
+            "sorted with numbers as numbers",
+        ),
+    ],
+)
 def test_the_orders_of_other_loaders(
     run: Run, folder: str, own: dict[str, torch.Tensor], tmp_path: Path, order: list[str], told: str
 ) -> None:
@@ -284,8 +336,16 @@ def test_another_order_is_named_before_the_blocks(
     for flag in ("--teacher-classes FILE", "--teacher-size", "--teacher-mean", "--teacher-std"):
         assert flag in line
     (tmp_path / "order.txt").write_text("\n".join(shuffled))
-    done = run(*words(folder, weights, tmp_path / "s.zarr", "--overwrite", "--teacher-classes",
-                      tmp_path / "order.txt"))  # fmt: skip
+    done = run(
+        *words(
+            folder,
+            weights,
+            tmp_path / "s.zarr",
+            "--overwrite",
+            "--teacher-classes",
+            tmp_path / "order.txt",
+        )
+    )
     assert "so little" not in done.err
     assert read_manifest(tmp_path / "s.zarr")["teacher"]["accuracy"] == 1
 
@@ -298,8 +358,9 @@ def test_a_teacher_far_below_its_record_is_named(
     dataset = load_dataset(Images(dataset=folder, image_size=32))
     note = {**dataset.network_input.note, "fingerprint": dataset.fingerprint}
     for recorded, alarm in ((1.0, True), (0.55, False)):
-        weights = saved(tmp_path / f"{recorded}.safetensors", state, test_accuracy=repr(recorded),
-                        **note)  # fmt: skip
+        weights = saved(
+            tmp_path / f"{recorded}.safetensors", state, test_accuracy=repr(recorded), **note
+        )
         done = run(*words(folder, weights, tmp_path / f"{recorded}.zarr"))
         found = lines_with(done.err, "far below the 100.00 % that")
         assert len(found) == alarm, done.err
@@ -368,7 +429,7 @@ def test_the_order_as_the_user_says_it(
         "windows": b"\xef\xbb\xbf" + "\r\n".join(order).encode() + b"\r\n",
         "blank lines": ("\n\n".join(order) + "\n  \n").encode(),
         "names": "\n".join(name.replace("class", "kind ") for name in order).encode(),
-    }  # fmt: skip
+    }
     if form in content:
         file.write_bytes(content[form])
     given = file if form in content else form
@@ -392,19 +453,26 @@ def test_sorted_keeps_the_data_sets_order(
     assert line not in done.err
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ("apple\nclass1\nclass2\nclass10\nclass20\nZebra\nclass30\n", r"'class30' is no class of"),
-    ("apple\nclass1\nclass2\nclass10\nclass20\nzebra\n", r"'zebra' is no class.*Zebra"),
-    ("apple\nclass1\nclass2\nclass10\nclass20\napple\n", r"'apple' is there twice"),
-    ("apple\nclass1\nclass2\nclass10\nZebra\n", r"5 of 6 classes: 'class20' is missing"),
-    ("", r"0 of 6 classes: 'Zebra' is missing"),
-    (b"caf\xe9", r"cannot read --teacher-classes .*order\.txt.*sorted or natural"),
-    (None, r"cannot read --teacher-classes .*order\.txt.*a class folder a line"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("apple\nclass1\nclass2\nclass10\nclass20\nZebra\nclass30\n", r"'class30' is no class of"),
+        ("apple\nclass1\nclass2\nclass10\nclass20\nzebra\n", r"'zebra' is no class.*Zebra"),
+        ("apple\nclass1\nclass2\nclass10\nclass20\napple\n", r"'apple' is there twice"),
+        ("apple\nclass1\nclass2\nclass10\nZebra\n", r"5 of 6 classes: 'class20' is missing"),
+        ("", r"0 of 6 classes: 'Zebra' is missing"),
+        (b"caf\xe9", r"cannot read --teacher-classes .*order\.txt.*sorted or natural"),
+        (None, r"cannot read --teacher-classes .*order\.txt.*a class folder a line"),
+    ],
+)
 def test_orders_that_are_none(
-    fails: Fails, folder: str, own: dict[str, torch.Tensor], tmp_path: Path,
-    content: str | bytes | None, message: str,
-) -> None:  # fmt: skip
+    fails: Fails,
+    folder: str,
+    own: dict[str, torch.Tensor],
+    tmp_path: Path,
+    content: str | bytes | None,
+    message: str,
+) -> None:
     weights = saved(tmp_path / "w.safetensors", own)
     if content is not None:
         data = content.encode() if isinstance(content, str) else content
@@ -417,15 +485,27 @@ def test_orders_that_are_none(
 
 
 def test_an_order_is_for_weights_from_elsewhere(fails: Fails, folder: str, tmp_path: Path) -> None:
-    line = fails("precompute", "--dataset", folder, "--teacher-classes", "natural", "--clip",
-                 "none", "--out", tmp_path / "s.zarr")  # fmt: skip
+    line = fails(
+        "precompute",
+        "--dataset",
+        folder,
+        "--teacher-classes",
+        "natural",
+        "--clip",
+        "none",
+        "--out",
+        tmp_path / "s.zarr",
+    )
     assert "--teacher-classes is for weights from elsewhere" in line
 
 
 def test_a_recipe_has_the_order_too(
-    run: Run, folder: str, own: dict[str, torch.Tensor], tmp_path: Path,
+    run: Run,
+    folder: str,
+    own: dict[str, torch.Tensor],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     weights = saved(tmp_path / "w.safetensors", reordered(own, NAMES, natural(NAMES)))
     (tmp_path / "r.toml").write_text(f"""
@@ -456,8 +536,10 @@ def test_an_order_that_little_speaks_for_is_said(
     run: Run, folder: str, own: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     """A network that knows nothing: sorted is taken; one that knows the classes needs no word."""
-    blind = {key: torch.zeros_like(value) if key.startswith("fc.") else value
-             for key, value in own.items()}  # fmt: skip
+    blind = {
+        key: torch.zeros_like(value) if key.startswith("fc.") else value
+        for key, value in own.items()
+    }
     for name, state, said in (("blind", blind, 1), ("good", own, 0)):
         weights = saved(tmp_path / f"{name}.safetensors", state)
         done = run(*words(folder, weights, tmp_path / f"{name}.zarr"))
@@ -469,8 +551,21 @@ def test_an_order_that_little_speaks_for_is_said(
 
 def test_other_class_names_are_no_other_training(run: Run, folder: str, tmp_path: Path) -> None:
     out, names = tmp_path / "t.safetensors", tmp_path / "names.txt"
-    command = ("train-teacher", "--dataset", folder, "--image-size", 32, "--model", "resnet8",
-               "--epochs", 1, "--device", "cpu", "--out", out)  # fmt: skip
+    command = (
+        "train-teacher",
+        "--dataset",
+        folder,
+        "--image-size",
+        32,
+        "--model",
+        "resnet8",
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+        "--out",
+        out,
+    )
     assert run(*command).code == 0
     names.write_text("".join(f"{name}: {name} of another kind\n" for name in NAMES))
     again = run(*command, "--class-names", names)
@@ -479,8 +574,21 @@ def test_other_class_names_are_no_other_training(run: Run, folder: str, tmp_path
 
 def test_train_teacher_records_folders_and_names(run: Run, folder: str, tmp_path: Path) -> None:
     out = tmp_path / "w.safetensors"
-    done = run("train-teacher", "--dataset", folder, "--image-size", 32, "--model", "resnet8",
-               "--epochs", 1, "--device", "cpu", "--out", out)  # fmt: skip
+    done = run(
+        "train-teacher",
+        "--dataset",
+        folder,
+        "--image-size",
+        32,
+        "--model",
+        "resnet8",
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+        "--out",
+        out,
+    )
     assert done.code == 0, done.err
     note = read_note(out)
     assert json.loads(note["class_folders"]) == list(NAMES)
@@ -495,8 +603,13 @@ def test_weights_that_say_their_order(
     theirs = ["class2", "Zebra", "class10", "apple", "class20", "class1"]
     note = {**dataset.network_input.note, "fingerprint": "of other images"}
     lists = {"class_folders": json.dumps(["another"] * 6)} if kind == "class_names" else {}
-    weights = saved(tmp_path / "w.safetensors", reordered(own, NAMES, theirs),
-                    **note, **lists, **{kind: json.dumps(theirs)})  # fmt: skip
+    weights = saved(
+        tmp_path / "w.safetensors",
+        reordered(own, NAMES, theirs),
+        **note,
+        **lists,
+        **{kind: json.dumps(theirs)},
+    )
     done = run(*words(folder, weights, tmp_path / "s.zarr"))
     assert done.code == 0, done.err
     (line,) = lines_with(done.err, "the teacher's outputs are ")
@@ -532,8 +645,21 @@ def test_a_student_as_a_teacher_says_its_classes(
     store = precompute(
         settings(folder, saved(tmp_path / "w.safetensors", own), tmp_path / "s.zarr")
     ).path
-    done = run("distill", "--cache", store, "--method", "kd", "--student", "resnet8", "--epochs", 1,
-               "--device", "cpu", "--out", tmp_path / "run")  # fmt: skip
+    done = run(
+        "distill",
+        "--cache",
+        store,
+        "--method",
+        "kd",
+        "--student",
+        "resnet8",
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "run",
+    )
     assert done.code == 0, done.err
     summary = tmp_path / "run" / "summary.json"
     about = json.loads(summary.read_text())
@@ -598,27 +724,38 @@ def test_ranks_take_the_order_of_the_first(
     given = [str(word) for word in words(folder, weights, tmp_path / "two.zarr")]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "richkd", *given], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300, check=False,
-    )  # fmt: skip
+        [sys.executable, *launcher, "-m", "richkd", *given],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("natural order") == done.stderr.count("CNN teacher on 48") == 1
     one = precompute(settings(folder, weights, tmp_path / "one.zarr"))
     two = open_cache(tmp_path / "two.zarr")
     assert two.manifest["teacher"]["outputs"] == one.manifest["teacher"]["outputs"]
     torch.testing.assert_close(
-        two.read("train/teacher_logits").float(), one.read("train/teacher_logits"), rtol=1e-2,
+        two.read("train/teacher_logits").float(),
+        one.read("train/teacher_logits"),
+        rtol=1e-2,
         atol=1e-2,
-    )  # fmt: skip
+    )
 
 
 # --- tags of pretrained weights ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "plain"), [
-    ("resnet18.a1_in1k", "resnet18"), ("timm/resnet18.a1_in1k", "timm/resnet18"),
-    ("vgg13.tv_in1k", "timm/vgg13"), ("test_resnet.r160_in1k", "test_resnet"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("resnet18.a1_in1k", "resnet18"),
+        ("timm/resnet18.a1_in1k", "timm/resnet18"),
+        ("vgg13.tv_in1k", "timm/vgg13"),
+        ("test_resnet.r160_in1k", "test_resnet"),
+    ],
+)
 def test_a_tag_without_weights_is_refused_wherever_a_network_is_trained(
     fails: Fails,
     store: Path,

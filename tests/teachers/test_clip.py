@@ -208,10 +208,12 @@ def test_tokenizers_are_named_before_anything_is_fetched(monkeypatch: pytest.Mon
     without("transformers", monkeypatch)
     for name, needed in (
         ("ViT-B-16-SigLIP2:webli", r"the tokenizer timm/ViT-B-16-SigLIP2 of"),
-        ("xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k",
-         r"the text model xlm-roberta-base of.*pip install transformers sentencepiece protobuf"),
+        (
+            "xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k",
+            r"the text model xlm-roberta-base of.*pip install transformers sentencepiece protobuf",
+        ),
         ("roberta-ViT-B-32:laion2b_s12b_b32k", r"the text model roberta-base of.*transformers$"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(RichKDError, match=needed) as refused:
             check_clip(name)
         assert "download" not in str(refused.value) and "cannot load" not in str(refused.value)
@@ -252,8 +254,9 @@ def test_a_directory_called_siglip_needs_nothing(tmp_path: Path) -> None:
     check_clip(str(write_clip(tmp_path / "ViT-SigLIP")))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model_cfg": {}}',
-                                     '{"model_cfg": {"text_cfg": 3}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"model_cfg": {}}', '{"model_cfg": {"text_cfg": 3}}']
+)
 def test_a_configuration_that_is_none(tmp_path: Path, content: str) -> None:
     folder = write_clip(tmp_path / "clip")
     (folder / "open_clip_config.json").write_text(content)
@@ -329,8 +332,9 @@ def test_a_clip_that_is_not_in_the_cache(hub: Path) -> None:
     assert blank_clip("hf-hub:us/tiny-clip", CPU).sha256 == ""
 
 
-@pytest.mark.parametrize("name", ["hf-hub:", "hf-hub:tiny-clip", "hf-hub:a/b/c", "hf-hub:../x",
-                                  "HF-HUB:a b/c"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["hf-hub:", "hf-hub:tiny-clip", "hf-hub:a/b/c", "hf-hub:../x", "HF-HUB:a b/c"]
+)
 def test_names_of_the_hub_that_are_none(name: str) -> None:
     with pytest.raises(RichKDError, match="name a repository as hf-hub:OWNER/NAME"):
         check_clip(name)
@@ -380,15 +384,21 @@ class ProxyError(Exception):
 DNS = ConnectError("[Errno -2] Name or service not known")
 
 
-@pytest.mark.parametrize(("ends", "message"), [
-    ([None], None),
-    ([ReadTimeout()], None),  # slow, but there
-    ([DNS, None], None),
-    ([DNS, DNS], r"huggingface\.co cannot be reached \(\[Errno -2\] Name or service not known\)"),
-    ([ConnectTimeout("timed out")], r"cannot be reached \(timed out\)"),
-    ([ProxyError("403 Forbidden")] * 2, r"cannot be reached .*\(403 Forbidden\)"),
-    ([ConnectError("")] * 2, r"\(ConnectError\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        ([None], None),
+        ([ReadTimeout()], None),  # slow, but there
+        ([DNS, None], None),
+        (
+            [DNS, DNS],
+            r"huggingface\.co cannot be reached \(\[Errno -2\] Name or service not known\)",
+        ),
+        ([ConnectTimeout("timed out")], r"cannot be reached \(timed out\)"),
+        ([ProxyError("403 Forbidden")] * 2, r"cannot be reached .*\(403 Forbidden\)"),
+        ([ConnectError("")] * 2, r"\(ConnectError\)"),
+    ],
+)
 def test_whether_the_hub_can_be_reached(
     ends: list[Exception | None], message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -422,12 +432,35 @@ def test_a_proxy_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) 
 def test_no_network_is_one_line_and_soon(tmp_path: Path) -> None:
     """As a user sees it: a name server that knows nothing, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "richkd", "precompute", "--dataset", "shapes", "--limit", "32",
-         "--teacher", "resnet8", "--clip", "ViT-B-32:laion2b_s34b_b79k", "--out", "s.zarr"],
-        capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300,
-        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"),
-             "HF_HUB_OFFLINE": "0", "no_proxy": "127.0.0.1"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "richkd",
+            "precompute",
+            "--dataset",
+            "shapes",
+            "--limit",
+            "32",
+            "--teacher",
+            "resnet8",
+            "--clip",
+            "ViT-B-32:laion2b_s34b_b79k",
+            "--out",
+            "s.zarr",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        timeout=300,
+        env={
+            **os.environ,
+            "HF_ENDPOINT": "http://127.0.0.1:9",
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": "0",
+            "no_proxy": "127.0.0.1",
+        },
+    )
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(lines) == 2, done.stderr  # the data set, and this
     assert "127.0.0.1 cannot be reached" in lines[1] and "--clip DIRECTORY" in lines[1]

@@ -98,13 +98,21 @@ def plain(model: nn.Module, image: Image.Image, **other: Any) -> Tensor:
 
 def stage_one(out: Path, dataset: str, teacher: str, weights: Path, **settings: Any) -> Any:
     given: dict[str, Any] = {
-        "clip": "none", "views": 2, "device": "cpu", "dtype": "float32",
+        "clip": "none",
+        "views": 2,
+        "device": "cpu",
+        "dtype": "float32",
         **({} if dataset == "shapes" else {"image_size": SIDE}),
-    }  # fmt: skip
-    return precompute(Precompute(
-        dataset=dataset, teacher=teacher, teacher_weights=str(weights), out=str(out),
-        **{**given, **settings},
-    ))  # fmt: skip
+    }
+    return precompute(
+        Precompute(
+            dataset=dataset,
+            teacher=teacher,
+            teacher_weights=str(weights),
+            out=str(out),
+            **{**given, **settings},
+        )
+    )
 
 
 def close(a: Tensor, b: Tensor) -> None:
@@ -154,8 +162,10 @@ def test_clip_and_the_teacher_each_see_their_own(
     """One decode gives both; CLIP's rows are those of a store by another teacher."""
     _, weights = from_elsewhere("test_vit", tmp_path / "vit.safetensors")
     _, other = from_elsewhere("resnet8", tmp_path / "resnet8.safetensors")
-    caches = [stage_one(tmp_path / f"{name}.zarr", photos, name, file, clip=str(clip_dir))
-              for name, file in (("test_vit", weights), ("resnet8", other))]  # fmt: skip
+    caches = [
+        stage_one(tmp_path / f"{name}.zarr", photos, name, file, clip=str(clip_dir))
+        for name, file in (("test_vit", weights), ("resnet8", other))
+    ]
     for name in ("train/clip_features", "test/clip_features", "train/view_params"):
         assert torch.equal(*(cache.read(name) for cache in caches))
     alone = stage_one(tmp_path / "alone.zarr", photos, "test_vit", weights)
@@ -173,9 +183,13 @@ def test_the_evaluation_view_is_timms_to_the_bit(
     image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
     framing = Framing(size=57, crop=crop, interpolation=interpolation, crop_mode=mode)
     transform: Any = create_transform(
-        (3, 57, 57), crop_pct=crop, crop_mode=mode, interpolation=interpolation,
-        mean=(0, 0, 0), std=(1, 1, 1),
-    )  # fmt: skip
+        (3, 57, 57),
+        crop_pct=crop,
+        crop_mode=mode,
+        interpolation=interpolation,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+    )
     assert torch.equal(framing.clean(image)[0].permute(2, 0, 1) / 255, transform(image))
     if interpolation == "nearest":
         return  # which of two pixels is nearer is decided by the last bit
@@ -224,8 +238,24 @@ def test_a_teacher_of_arrays_keeps_its_accuracy_on_the_same_images_in_a_folder(
 ) -> None:
     """Whether its file says how it was trained, earlier versions wrote it, or the flags say it."""
     own = tmp_path / "own.safetensors"
-    assert run("train-teacher", "--dataset", "shapes", "--limit", 48, "--model", "resnet8",
-               "--epochs", 2, "--device", "cpu", "--out", own).code == 0  # fmt: skip
+    assert (
+        run(
+            "train-teacher",
+            "--dataset",
+            "shapes",
+            "--limit",
+            48,
+            "--model",
+            "resnet8",
+            "--epochs",
+            2,
+            "--device",
+            "cpu",
+            "--out",
+            own,
+        ).code
+        == 0
+    )
     note, tensors = read_note(own), read_weights(own)
     assert json.loads(note["class_names"])[0] == "solid circle"
     shapes = load_dataset(Images(dataset="shapes", limit=48))
@@ -242,8 +272,9 @@ def test_a_teacher_of_arrays_keeps_its_accuracy_on_the_same_images_in_a_folder(
     flags = {"teacher_mean": shapes.mean, "teacher_std": shapes.std, "teacher_crop": 1}
     for name, weights, given in (
         ("own", own, {"teacher_classes": "sorted"}),  # whose classes have other names
-        ("earlier", earlier, {}), ("elsewhere", elsewhere, flags),
-    ):  # fmt: skip
+        ("earlier", earlier, {}),
+        ("elsewhere", elsewhere, flags),
+    ):
         cache = stage_one(tmp_path / f"{name}.zarr", shapes_folder, "resnet8", weights, **given)
         torch.testing.assert_close(cache.read("test/teacher_logits"), true)
         accuracies = [each.manifest["teacher"]["accuracy"] for each in (cache, on_arrays)]
@@ -281,10 +312,20 @@ def test_who_is_asked_first(photos: str, tmp_path: Path, capfd: pytest.CaptureFi
     for dataset in (photographs, arrays):
         found, said = asked(dataset, "test_resnet.r160_in1k")
         assert found == timms and "otherwise" not in said
-    given: dict[str, Any] = {"teacher_size": 48, "teacher_mean": 0, "teacher_std": (1,),
-                             "teacher_crop": 0.5, "teacher_interpolation": "nearest"}  # fmt: skip
-    wanted = {"size": 48, "mean": (0.0,) * 3, "std": (1.0,) * 3, "crop": 0.5,
-              "interpolation": "nearest"}  # fmt: skip
+    given: dict[str, Any] = {
+        "teacher_size": 48,
+        "teacher_mean": 0,
+        "teacher_std": (1,),
+        "teacher_crop": 0.5,
+        "teacher_interpolation": "nearest",
+    }
+    wanted = {
+        "size": 48,
+        "mean": (0.0,) * 3,
+        "std": (1.0,) * 3,
+        "crop": 0.5,
+        "interpolation": "nearest",
+    }
     found, said = asked(photographs, "test_resnet", **given)
     assert found == replace(timms, **wanted)  # type: ignore[arg-type]
     assert "and as given" in said
@@ -305,8 +346,11 @@ def test_a_student_of_a_run_is_a_teacher_that_says_itself_what_it_takes(
 ) -> None:
     """And runs of stores that differ in what the teacher sees are not compared."""
     run = tmp_path / "run"
-    distill(Distill(cache=str(store), student="resnet8", method="kd", epochs=1, device="cpu",
-                    out=str(run)))  # fmt: skip
+    distill(
+        Distill(
+            cache=str(store), student="resnet8", method="kd", epochs=1, device="cpu", out=str(run)
+        )
+    )
     shapes = load_dataset(Images(dataset="shapes", limit=4))
     settings = Precompute(dataset=photos, teacher="resnet8")
     for name in ("last", "best"):
@@ -333,15 +377,38 @@ def test_bad_input(photos: str, run: Run, fails: Fails, tmp_path: Path) -> None:
     save_tensors(own, read_weights(weights), {"fingerprint": "0", **note})
     damaged = tmp_path / "damaged.safetensors"
     save_tensors(damaged, read_weights(weights), {"fingerprint": "0", **note, "std": "[0, 1]"})
-    common = ("precompute", "--dataset", photos, "--image-size", SIDE, "--clip", "none",
-              "--device", "cpu", "--out", tmp_path / "s.zarr")  # fmt: skip
+    common = (
+        "precompute",
+        "--dataset",
+        photos,
+        "--image-size",
+        SIDE,
+        "--clip",
+        "none",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "s.zarr",
+    )
     named = (*common, "--teacher", "test_resnet")
     given = (*named, "--teacher-weights", weights)
     for arguments, line in (
-        ((*named, "--teacher-weights", own, "--teacher-mean", "0.5"),
-         "--teacher-mean: .*own.safetensors says itself what its teacher was trained with"),
-        ((*common, "--teacher", "test_resnet.r160_in1k", "--teacher-weights", weights,
-          "--teacher-crop", "1"), "--teacher-crop: timm's configuration of test_resnet.r160_in1k"),
+        (
+            (*named, "--teacher-weights", own, "--teacher-mean", "0.5"),
+            "--teacher-mean: .*own.safetensors says itself what its teacher was trained with",
+        ),
+        (
+            (
+                *common,
+                "--teacher",
+                "test_resnet.r160_in1k",
+                "--teacher-weights",
+                weights,
+                "--teacher-crop",
+                "1",
+            ),
+            "--teacher-crop: timm's configuration of test_resnet.r160_in1k",
+        ),
         ((*named, "--teacher-size", "64"), "--teacher-size is for weights from elsewhere"),
         ((*named, "--teacher-weights", damaged), "damaged.safetensors is damaged: of its metadata"),
         ((*given, "--teacher-mean", "123.7,116.3,103.5"), "teacher_mean = .*pixels in 0..1"),
@@ -353,9 +420,11 @@ def test_bad_input(photos: str, run: Run, fails: Fails, tmp_path: Path) -> None:
         ((*given, "--teacher-size", "4"), "teacher_size = 4: must be at least 8"),
         ((*given, "--teacher-interpolation", "cubic"), "unknown interpolation 'cubic'.*bicubic"),
         ((*common, "--teacher", "test_resnet.r161", "--teacher-weights", weights), "r161"),
-        ((*common, "--teacher", "vit_5b_patch16_sapiens2", "--teacher-weights", weights),
-         "images of 1024×768 px"),
-    ):  # fmt: skip
+        (
+            (*common, "--teacher", "vit_5b_patch16_sapiens2", "--teacher-weights", weights),
+            "images of 1024×768 px",
+        ),
+    ):
         said = fails(*arguments)
         assert re.search(line, said), said
         assert not (tmp_path / "s.zarr").exists()
@@ -372,10 +441,32 @@ def test_settings_of_a_recipe_are_those_of_flags(tmp_path: Path, run: Run, photo
     )
     by_recipe, by_flags = tmp_path / "recipe.zarr", tmp_path / "flags.zarr"
     assert run("precompute", "--recipe", recipe, "--out", by_recipe).code == 0
-    assert run("precompute", "--dataset", photos, "--image-size", SIDE, "--teacher", "resnet8",
-               "--teacher-weights", weights, "--teacher-mean", "0.1,0.2,0.3", "--teacher-std", "1",
-               "--clip", "none", "--views", 1, "--device", "cpu",
-               "--out", by_flags).code == 0  # fmt: skip
+    assert (
+        run(
+            "precompute",
+            "--dataset",
+            photos,
+            "--image-size",
+            SIDE,
+            "--teacher",
+            "resnet8",
+            "--teacher-weights",
+            weights,
+            "--teacher-mean",
+            "0.1,0.2,0.3",
+            "--teacher-std",
+            "1",
+            "--clip",
+            "none",
+            "--views",
+            1,
+            "--device",
+            "cpu",
+            "--out",
+            by_flags,
+        ).code
+        == 0
+    )
     assert changed(tree(by_recipe / "train"), tree(by_flags / "train")) == []
     manifests = [read_manifest(path) for path in (by_recipe, by_flags)]
     assert manifests[0]["teacher"] == manifests[1]["teacher"]
@@ -409,10 +500,16 @@ def test_a_store_of_before_is_verified_and_repaired_by_what_it_meant(
     weights = tmp_path / "w.safetensors"
     save_tensors(weights, model.state_dict())
     settings = Precompute(
-        dataset=name, teacher="test_resnet", teacher_weights=str(weights), clip="none", views=2,
-        device="cpu", out=str(tmp_path / "s.zarr"), limit=None if files else 24,
+        dataset=name,
+        teacher="test_resnet",
+        teacher_weights=str(weights),
+        clip="none",
+        views=2,
+        device="cpu",
+        out=str(tmp_path / "s.zarr"),
+        limit=None if files else 24,
         image_size=SIDE if files else None,
-    )  # fmt: skip
+    )
     cache = precompute(settings, recorded={"input": dataset.network_input.entry})  # type: ignore[typeddict-item]
     path = as_before(cache.path)
     was = read_manifest(path)
@@ -448,12 +545,20 @@ def test_rows_of_another_input_are_another_store(photos: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "change",
     [
-        {"size": 0}, {"size": "32"}, {"mean": [0.5]}, {"std": [0.2, 0.0, 0.2]}, {"crop": 0.0},
-        {"crop": 1.01}, {"crop": float("nan")}, {"mean": [0.5, 0.5, float("inf")]},
-        {"interpolation": "cubic"}, {"crop_mode": "border"}, {"std": None},
+        {"size": 0},
+        {"size": "32"},
+        {"mean": [0.5]},
+        {"std": [0.2, 0.0, 0.2]},
+        {"crop": 0.0},
+        {"crop": 1.01},
+        {"crop": float("nan")},
+        {"mean": [0.5, 0.5, float("inf")]},
+        {"interpolation": "cubic"},
+        {"crop_mode": "border"},
+        {"std": None},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_entries_out_of_range_are_found(store: Path, change: dict[str, Any]) -> None:
     manifest: Any = {**read_manifest(store)}
     assert schema.manifest_fault(manifest) is None
@@ -468,9 +573,24 @@ def test_entries_out_of_range_are_found(store: Path, change: dict[str, Any]) -> 
 
 def test_plan_tries_the_teacher_at_its_own_size(photos: str, run: Run, tmp_path: Path) -> None:
     _, weights = from_elsewhere("test_resnet", tmp_path / "w.safetensors")
-    common = ("plan", "--dataset", photos, "--image-size", SIDE, "--clip", "none", "--views", 1,
-              "--device", "cpu", "--teacher", "test_resnet", "--teacher-weights", weights,
-              "--json")  # fmt: skip
+    common = (
+        "plan",
+        "--dataset",
+        photos,
+        "--image-size",
+        SIDE,
+        "--clip",
+        "none",
+        "--views",
+        1,
+        "--device",
+        "cpu",
+        "--teacher",
+        "test_resnet",
+        "--teacher-weights",
+        weights,
+        "--json",
+    )
     done = run(*common)
     assert done.code == 0, done.err
     assert done.json["pace"]["teacher_size"] == 160 and done.json["image_size"] == SIDE

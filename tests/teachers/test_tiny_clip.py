@@ -92,8 +92,9 @@ def test_an_interrupted_training_ends_in_the_same_bytes(
             raise CutOff
 
     with pytest.raises(CutOff):
-        train_tiny_clip(images, captions, tmp_path / "cut", progress=cut, checkpoints=checkpoints,
-                        **settings)  # fmt: skip
+        train_tiny_clip(
+            images, captions, tmp_path / "cut", progress=cut, checkpoints=checkpoints, **settings
+        )
     done = (steps - 1) // 3
     assert checkpoints.progress().epoch == done and not (tmp_path / "cut").exists()
     if damaged and len(checkpoints.files) == 2:
@@ -101,8 +102,14 @@ def test_an_interrupted_training_ends_in_the_same_bytes(
         checkpoints.files[0].write_bytes(content[:-1] + bytes([content[-1] ^ 4]))
         done -= 1
     seen: list[int] = []
-    train_tiny_clip(images, captions, tmp_path / "cut", checkpoints=checkpoints,
-                    progress=lambda step, total: seen.append(step), **settings)  # fmt: skip
+    train_tiny_clip(
+        images,
+        captions,
+        tmp_path / "cut",
+        checkpoints=checkpoints,
+        progress=lambda step, total: seen.append(step),
+        **settings,
+    )
     assert seen == list(range(3 * done + 1, 10))
     for name in FILES:
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -73,8 +73,19 @@ def test_distill_sweep_and_doctor_tell(
     )
     assert done.code == 0 and told in done.err
     assert same(weights(tmp_path / "a"), weights(tmp_path / "plain")), plain
-    done = run("sweep", *common, "--students", "resnet8", "--methods", "kd", "--seeds", 2,
-               "--out", tmp_path / "runs", "--dry-run")  # fmt: skip
+    done = run(
+        "sweep",
+        *common,
+        "--students",
+        "resnet8",
+        "--methods",
+        "kd",
+        "--seeds",
+        2,
+        "--out",
+        tmp_path / "runs",
+        "--dry-run",
+    )
     assert done.code == 0 and done.err.count(told) == 1
     done = run("doctor", "--json")
     assert "a step of resnet20 takes 0.25 of one in float32" in done.out

@@ -122,9 +122,27 @@ def test_a_network_that_cannot_be_compiled(
 
     train(store, tmp_path / "plain", method="kd")
     monkeypatch.setattr("richkd.distill.create_model", branching)
-    done = run("distill", "--cache", store, "--student", "resnet8", "--method", "kd", "--epochs", 2,
-               "--batch-size", 16, "--lr", 0.02, "--out", tmp_path / "a", "--step", "compiled",
-               "--device", "cpu")  # fmt: skip
+    done = run(
+        "distill",
+        "--cache",
+        store,
+        "--student",
+        "resnet8",
+        "--method",
+        "kd",
+        "--epochs",
+        2,
+        "--batch-size",
+        16,
+        "--lr",
+        0.02,
+        "--out",
+        tmp_path / "a",
+        "--step",
+        "compiled",
+        "--device",
+        "cpu",
+    )
     assert done.code == 0 and summary(tmp_path / "a")["step"] == "eager"
     assert "a: the step cannot be compiled (" in done.err and "); going on eager" in done.err
     assert same(weights(tmp_path / "a"), weights(tmp_path / "plain"))
@@ -135,9 +153,27 @@ def test_no_compiler(
 ) -> None:
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    done = run("distill", "--cache", store, "--student", "resnet8", "--method", "kd", "--epochs", 1,
-               "--batch-size", 16, "--lr", 0.02, "--out", tmp_path / "a", "--step", "compiled",
-               "--device", "cpu")  # fmt: skip
+    done = run(
+        "distill",
+        "--cache",
+        store,
+        "--student",
+        "resnet8",
+        "--method",
+        "kd",
+        "--epochs",
+        1,
+        "--batch-size",
+        16,
+        "--lr",
+        0.02,
+        "--out",
+        tmp_path / "a",
+        "--step",
+        "compiled",
+        "--device",
+        "cpu",
+    )
     assert done.code == 0 and summary(tmp_path / "a")["step"] == "eager", done.err
     assert "the step cannot be compiled" in done.err and "Traceback" not in done.err
 
@@ -148,9 +184,21 @@ def test_what_cannot_be_asked_for(store: Path, tmp_path: Path, fails: Fails) -> 
     assert "step = 'captured' makes CUDA graphs, and the device is cpu; leave --step out" in line
     assert not (tmp_path / "a").exists()
     assert "auto, captured, compiled, eager" in fails("distill", *common, "--step", "graphs")
-    line = fails("train-teacher", "--dataset", "shapes", "--limit", 40, "--model", "resnet8",
-                 "--step", "captured", "--device", "cpu",
-                 "--out", tmp_path / "t.safetensors")  # fmt: skip
+    line = fails(
+        "train-teacher",
+        "--dataset",
+        "shapes",
+        "--limit",
+        40,
+        "--model",
+        "resnet8",
+        "--step",
+        "captured",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "t.safetensors",
+    )
     assert "captured" in line
 
 
@@ -212,8 +260,16 @@ def test_a_step_that_fails_on_the_way_leaves_no_trace(
 
 def test_runs_that_are_over_are_freed(store: Path, tmp_path: Path) -> None:
     """Without a collection of cycles: a GPU's memory would not wait for one."""
-    settings = Distill(cache=str(store), student="resnet8", method="kd", epochs=1, batch_size=16,
-                       lr=0.02, device="cpu", out=str(tmp_path / "a"))  # fmt: skip
+    settings = Distill(
+        cache=str(store),
+        student="resnet8",
+        method="kd",
+        epochs=1,
+        batch_size=16,
+        lr=0.02,
+        device="cpu",
+        out=str(tmp_path / "a"),
+    )
     source = Source(settings, Report(quiet=True))
     gc.collect()
     gc.disable()

@@ -97,8 +97,18 @@ def test_a_step_stays_on_the_gpu(method: str) -> None:
         assert graph.position.device == GPU
 
 
-@pytest.mark.parametrize("student", ["resnet8x4", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1",
-                                     "ShuffleV2", "timm/mobilenetv3_small_050"])  # fmt: skip
+@pytest.mark.parametrize(
+    "student",
+    [
+        "resnet8x4",
+        "wrn_16_1",
+        "vgg8",
+        "MobileNetV2",
+        "ShuffleV1",
+        "ShuffleV2",
+        "timm/mobilenetv3_small_050",
+    ],
+)
 def test_students_stay_on_the_gpu(student: str) -> None:
     graph = captured("kd", student)
     with graph.order.fake_mode:  # type: ignore[attr-defined]
