@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from richkd import recipe
+from richkd.config import recipes
+from richkd.config.settings import Images, Precompute, resolve
+from richkd.core.progress import Report
 from richkd.data.datasets import load_dataset
 from richkd.precompute import precompute
-from richkd.progress import Report
-from richkd.recipe import Images, Precompute
 from richkd.teachers.tiny_clip import train_tiny_clip
 
 CAPTIONS = (
@@ -59,8 +59,8 @@ def main() -> None:
     os.chdir(folder)  # the teacher's weights go to teachers/ below it
     if not Path("clip").is_dir():
         train_clip(Path("clip"))
-    content = recipe.load("fashion-mnist")
-    settings = recipe.resolve(
+    content = recipes.load("fashion-mnist")
+    settings = resolve(
         Precompute,
         content.table("precompute"),
         {"clip": "clip", "views": 162, "out": "all-views.zarr"},

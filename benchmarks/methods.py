@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from richkd.analysis.results import mean_and_std, mean_std, minus_kd, paired_difference
+from richkd.config.settings import Distill
+from richkd.core.files import write
+from richkd.core.progress import percent
+from richkd.core.versions import versions
 from richkd.distill import distill
-from richkd.files import write
-from richkd.progress import percent
-from richkd.recipe import Distill
-from richkd.results import mean_and_std, mean_std, minus_kd, paired_difference
-from richkd.training.device import versions
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "CE": {"method": "ce"},

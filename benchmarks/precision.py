@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from richkd.files import write
-from richkd.results import mean_and_std, mean_std, minus_kd, paired_difference
-from richkd.training.device import choose_device, hardware, versions
+from richkd.analysis.results import mean_and_std, mean_std, minus_kd, paired_difference
+from richkd.core.files import write
+from richkd.core.versions import versions
+from richkd.training.device import choose_device, hardware
 
 MODES = "eager/float32,compiled/float32,eager/bfloat16,compiled/bfloat16"
 

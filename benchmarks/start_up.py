@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from richkd.training.device import choose_device, hardware, versions
+from richkd.core.versions import versions
+from richkd.training.device import choose_device, hardware
 
 # Ends where a network is called to train for the first time.
 TO_THE_FIRST_STEP = """

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from richkd.results import mean_and_std, mean_std, minus_kd, paired_difference
+from richkd.analysis.results import mean_and_std, mean_std, minus_kd, paired_difference
 
 SCORES: dict[str, Callable[[dict[str, Any]], float]] = {
     "top-1": lambda run: run["top1"],

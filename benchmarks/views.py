@@ -20,14 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from richkd.distill import Source, build_student, method_of, with_defaults
-from richkd.files import write
+from richkd.analysis.results import mean_and_std, mean_std, minus_kd, paired_difference
+from richkd.config.settings import Distill
+from richkd.core.files import write
+from richkd.core.progress import Report
+from richkd.core.versions import versions
 from richkd.losses.method import TARGET
-from richkd.progress import Report
-from richkd.recipe import Distill
-from richkd.results import mean_and_std, mean_std, minus_kd, paired_difference
-from richkd.training.device import hardware, versions
-from richkd.training.loop import EpochRows, Trainer
+from richkd.training.data import EpochRows
+from richkd.training.device import hardware
+from richkd.training.loop import Trainer
+from richkd.training.source import Source, build_student, method_of
+from richkd.training.student import with_defaults
 
 METHODS = ("ce", "crd", "pkt", "kd", "richkd-l", "richkd-f", "richkd")
 VIEWS = ("8", "16", "32", "64", "162", "online")

@@ -12,10 +12,11 @@ from typing import Any
 
 import typer
 
-from richkd import recipe as recipes
 from richkd.cli import app
+from richkd.config import recipes
+from richkd.config.settings import SECTIONS, describe
+from richkd.core.checks import hints
 from richkd.losses import METHODS, describe_method
-from richkd.typecheck import hints
 
 
 def write_all(folder: Path) -> None:
@@ -37,11 +38,11 @@ def write_all(folder: Path) -> None:
 def settings() -> Iterator[str]:
     """Every key of a recipe."""
     for section in ("train-teacher", "precompute", "distill", "sweep"):
-        kind = recipes.SECTIONS[section]
+        kind = SECTIONS[section]
         yield f"### `[{section}]`\n\n| key | type | default | what |\n|---|---|---|---|"
         for field in dataclasses.fields(kind):
             default = _default(field)
-            what = _cell(recipes.describe(kind, field.name))
+            what = _cell(describe(kind, field.name))
             yield f"| `{field.name}` | {_type(hints(kind)[field.name])} | {default} | {what} |"
         yield ""
 

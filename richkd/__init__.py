@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from richkd import losses as losses
+    from richkd.core.errors import RichKDError as RichKDError
     from richkd.data.views import apply_views as apply_views
-    from richkd.errors import RichKDError as RichKDError
     from richkd.models import create_model as create_model
     from richkd.models import forward as forward
-    from richkd.samples import torch_dataset as torch_dataset
     from richkd.store.reader import TeacherCache as TeacherCache
     from richkd.store.reader import open_cache as open_cache
+    from richkd.tools.samples import torch_dataset as torch_dataset
 
 _HOME = {
-    "RichKDError": "richkd.errors",
+    "RichKDError": "richkd.core.errors",
     "TeacherCache": "richkd.store.reader",
     "apply_views": "richkd.data.views",
     "create_model": "richkd.models",
     "forward": "richkd.models",
     "open_cache": "richkd.store.reader",
-    "torch_dataset": "richkd.samples",
+    "torch_dataset": "richkd.tools.samples",
 }
 
 __all__ = [
@@ -45,21 +45,14 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return _version()
+        from richkd.core.versions import richkd_version
+
+        return richkd_version()
     if name == "losses":
         return importlib.import_module("richkd.losses")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'richkd' has no attribute {name!r}")
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("richkd")
-    except PackageNotFoundError:  # a source tree that was never installed
-        return "0+unknown"
 
 
 def __dir__() -> list[str]:

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from richkd import cpus, interrupt, streams
+from richkd.core import cpus, streams
+from richkd.core import interrupts as interrupt
 
 # Commands that go on where they were interrupted, when they are given again.
 RESUMED = {"demo", "train-teacher", "precompute", "distill", "sweep", "run"}

@@ -10,17 +10,29 @@ import tomllib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import HAS_RICH
 
-from richkd import recipe as recipes
-from richkd.data.catalog import at_home
-from richkd.errors import RichKDError, local_path, machine_fault
-from richkd.interrupt import Interrupted, stopped_at_once
-from richkd.recipe import Distill, Precompute, Sweep, TrainTeacher, describe
-from richkd.streams import fail
+from richkd.config import recipes
+from richkd.config.catalog import at_home
+from richkd.config.settings import (
+    Distill,
+    Precompute,
+    Sweep,
+    TrainTeacher,
+    check_resume,
+    describe,
+    parse_alpha,
+    parse_epochs,
+    parse_numbers,
+    parse_scale,
+    resolve,
+)
+from richkd.core.errors import RichKDError, local_path, machine_fault
+from richkd.core.interrupts import Interrupted, stopped_at_once
+from richkd.core.streams import fail
 
 app = typer.Typer(
     name="richkd",
@@ -212,9 +224,9 @@ def train_teacher(
 
     Interrupted, the same command resumes it.
     """
-    recipes.check_resume(resume, overwrite)
+    check_resume(resume, overwrite)
     given = _given(locals())
-    settings = recipes.resolve(TrainTeacher, _table(recipe, "train-teacher"), given)
+    settings = resolve(TrainTeacher, _table(recipe, "train-teacher"), given)
     from pathlib import Path
 
     from richkd.data.datasets import introduce, load_dataset
@@ -278,14 +290,14 @@ def precompute(
 
     Interrupted, the same command resumes it. Without teacher weights it trains the teacher first.
     """
-    recipes.check_resume(resume, overwrite)
+    check_resume(resume, overwrite)
     given = _given(locals())
     if given["alpha"] == "auto":
         raise RichKDError("alpha 'auto' is chosen in stage two; pass it to richkd distill")
-    settings = recipes.resolve(Precompute, _table(recipe, "precompute"), given)
+    settings = resolve(Precompute, _table(recipe, "precompute"), given)
     from richkd import precompute as stage_one
-    from richkd.inspect import summarize
-    from richkd.ranks import is_first
+    from richkd.core.ranks import is_first
+    from richkd.tools.inspect import summarize
 
     cache = stage_one.precompute(
         settings,
@@ -296,9 +308,9 @@ def precompute(
     if not is_first():  # of the processes of a job, one speaks
         return
     if as_json:
-        _print(summarize(cache.place.name), as_json)
+        _print(summarize(cache.location.name), as_json)
     else:
-        typer.echo(f"next: richkd distill --cache {cache.place}")
+        typer.echo(f"next: richkd distill --cache {cache.location}")
 
 
 @_command(
@@ -351,8 +363,8 @@ def plan(
     known = given["dataset"] == "imagenet"
     if known:
         given["dataset"] = "imagefolder:imagenet"
-    settings = recipes.resolve(Precompute, _table(recipe, "precompute"), given)
-    from richkd import plan as plans
+    settings = resolve(Precompute, _table(recipe, "precompute"), given)
+    from richkd.tools import plan as plans
 
     report = _report(as_json)
     price = plans.USD_A_GB_MONTH if price is None else price
@@ -367,7 +379,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Say what is in a store: data, teachers, accuracies, arrays and sizes."""
-    from richkd.inspect import show, summarize
+    from richkd.tools.inspect import show, summarize
 
     summary = summarize(cache)
     if as_json:
@@ -389,7 +401,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every byte of a store, and that its rows are what they should be."""
-    from richkd.verify import raise_faults, show_checks, verify_store
+    from richkd.tools.verify import raise_faults, show_checks, verify_store
 
     report = _report(as_json)
     checks = verify_store(cache, teacher, report)
@@ -433,7 +445,7 @@ def repair(
     as_json: Json = False,
 ) -> None:
     """Compute the damaged blocks of a store again, and no others."""
-    from richkd.verify import repair_store
+    from richkd.tools.verify import repair_store
 
     blocks = repair_store(cache, _report(as_json))
     if as_json:
@@ -487,11 +499,11 @@ def distill(
 
     Interrupted, the same command resumes it.
     """
-    recipes.check_resume(resume, overwrite)
+    check_resume(resume, overwrite)
     given = {**_given(locals()), "prompts": None if prompts is None else _indices(prompts)}
-    settings = recipes.resolve(Distill, _table(recipe, "distill"), given)
+    settings = resolve(Distill, _table(recipe, "distill"), given)
+    from richkd.analysis.results import results_table
     from richkd.distill import distill as stage_two
-    from richkd.results import results_table
 
     report = _report(as_json)
     summary = stage_two(settings, resume=resume, overwrite=overwrite, report=report)
@@ -551,8 +563,8 @@ def sweep(
     arguments = locals()
     grid = {field.name: arguments.pop(field.name) for field in fields(Sweep)}
     read = recipes.load(recipe) if recipe else None
-    settings = recipes.resolve(Sweep, read.table("sweep") if read else {}, _grid(grid))
-    from richkd.sweep import run_sweep
+    settings = resolve(Sweep, read.table("sweep") if read else {}, _grid(grid))
+    from richkd.sweep.run import run_sweep
 
     report = _report(as_json)
     result = run_sweep(settings, read, _given(arguments), dry_run=dry_run, report=report)
@@ -601,7 +613,7 @@ def run(
     --target, --set or --seed ask for that one run instead.
     """
     given = _given(locals())
-    from richkd.results import results_table
+    from richkd.analysis.results import results_table
     from richkd.run import run_recipe
 
     report = _report(as_json)
@@ -738,7 +750,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a run's student as ONNX or as an exported program, checked against PyTorch."""
-    from richkd.export import export
+    from richkd.tools.export import export
 
     result = export(run, kind, weights=weights, out=out)
     _print(result, as_json)
@@ -761,7 +773,7 @@ def push(
 
     Images that a store embeds go with it, and so do the paths that its recipe names.
     """
-    from richkd.hub import push
+    from richkd.tools.hub import push
 
     result = push(path, repo_id, _report(as_json), private=private)
     _print(result, as_json)
@@ -786,7 +798,7 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Fetch a store or a student from the Hugging Face hub; every byte of it is checked."""
-    from richkd.hub import pull
+    from richkd.tools.hub import pull
 
     result = pull(repo_id, _report(as_json), out=out, revision=revision)
     _print(result, as_json)
@@ -804,7 +816,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure what steps, stage one, slabs, CRD and the store cost on this machine."""
-    from richkd.bench import FULL, QUICK, run_bench
+    from richkd.tools.bench import FULL, QUICK, run_bench
 
     result = run_bench(
         QUICK if quick else FULL, _report(as_json), device=device or "auto", cache=cache
@@ -815,7 +827,7 @@ def bench(
 @_command(START, "richkd doctor")
 def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
     """Say what this machine has, and what is missing for which command."""
-    from richkd import doctor as doctors
+    from richkd.tools import doctor as doctors
 
     report = _report(as_json)
     findings = doctors.examine(data_root or "data", report)
@@ -827,7 +839,7 @@ def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
 @_command(LISTS, "richkd recipes", name="recipes")
 def list_recipes(as_json: Json = False) -> None:
     """List the recipes that richkd brings along."""
-    from richkd.listing import show_recipes
+    from richkd.tools.listing import show_recipes
 
     _print(show_recipes(_report(as_json)), as_json)
 
@@ -838,7 +850,7 @@ def list_methods(
     as_json: Json = False,
 ) -> None:
     """List the distillation methods, or the options of one."""
-    from richkd.listing import show_methods
+    from richkd.tools.listing import show_methods
 
     _print(show_methods(name, _report(as_json)), as_json)
 
@@ -851,20 +863,20 @@ def list_models(
     as_json: Json = False,
 ) -> None:
     """List the networks of the zoo, or all that match a pattern."""
-    from richkd.listing import show_models
+    from richkd.tools.listing import show_models
 
     _print(show_models(pattern, _report(as_json)), as_json)
 
 
 def _report(as_json: bool) -> Any:
-    from richkd.progress import Report
+    from richkd.core.progress import Report
 
     return Report(quiet=as_json)
 
 
 def _print(result: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
-        from richkd.files import to_json
+        from richkd.core.files import to_json
 
         typer.echo(to_json(result, indent=2))
 
@@ -887,12 +899,12 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The settings among a command's arguments."""
     given = {name: value for name, value in arguments.items() if name not in _NOT_SETTINGS}
     readers: dict[str, Callable[[Any], Any]] = {
-        "scale": recipes.parse_scale,
-        "pixel_range": recipes.parse_numbers,
-        "teacher_mean": recipes.parse_numbers,
-        "teacher_std": recipes.parse_numbers,
-        "alpha": recipes.parse_alpha,
-        "milestones": recipes.parse_epochs,
+        "scale": parse_scale,
+        "pixel_range": parse_numbers,
+        "teacher_mean": parse_numbers,
+        "teacher_std": parse_numbers,
+        "alpha": parse_alpha,
+        "milestones": parse_epochs,
         "options": lambda texts: _assignments("--set", texts),
         "student_options": lambda texts: _assignments("--student-set", texts),
     }
@@ -915,7 +927,7 @@ def _grid(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "students": names,
         "methods": names,
         "concurrent": number,
-        "alpha": lambda text: tuple(recipes.parse_alpha(part) for part in names(text)),
+        "alpha": lambda text: tuple(parse_alpha(part) for part in names(text)),
     }
     return {
         name: readers[name](value) if value is not None and name in readers else value
@@ -954,7 +966,7 @@ def execute(arguments: Sequence[str]) -> int:
         with stopped_at_once():
             code = app([*map(_at_home, arguments)] or ["--help"], standalone_mode=False)
     except RichKDError as error:
-        code = fail(str(error), 2)
+        code = fail(f"{error} [{error.code}]", 2)
     except Interrupted as interrupted:
         warnings.simplefilter("ignore")  # of coroutines that nobody awaits any more
         code = fail(str(interrupted), interrupted.exit_code)
@@ -983,10 +995,3 @@ def _at_home(argument: str) -> str:
     if equals and flag.startswith("--"):
         return f"{flag}={at_home(value)}"
     return at_home(argument)
-
-
-def main() -> NoReturn:
-    """The process behind `richkd`."""
-    from richkd.__main__ import main
-
-    main()

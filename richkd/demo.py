@@ -6,18 +6,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+from richkd.analysis.results import results_table
+from richkd.config.settings import Distill, Precompute
+from richkd.core.errors import RichKDError, local_path
+from richkd.core.files import check_replaceable, check_writable
+from richkd.core.ownership import is_page
+from richkd.core.progress import Report, duration
 from richkd.distill import distill
-from richkd.errors import RichKDError, local_path
-from richkd.files import check_replaceable, check_writable
 from richkd.models.weights import read_note
-from richkd.ours import is_page
 from richkd.precompute import precompute
-from richkd.progress import Report, duration
-from richkd.recipe import Distill, Precompute
 from richkd.report import check_files, write_report
 from richkd.report.analysis import show_scores, write_analysis
-from richkd.results import results_table
-from richkd.store.place import open_place
+from richkd.store.locations import open_location
 from richkd.store.writer import check_target
 from richkd.teachers.cnn import check_output, remove_trained
 from richkd.training.checkpoint import RunFolder
@@ -61,7 +61,7 @@ def run_demo(out: str, seed: int, report: Report, *, overwrite: bool = False) ->
     for method in METHODS:
         report.say(f"\nStage two: a student by {method}, from the store alone")
         settings = Distill(
-            cache=cache.place.name,
+            cache=cache.location.name,
             method=method,
             epochs=STUDENT_EPOCHS,
             schedule="cosine",
@@ -71,7 +71,7 @@ def run_demo(out: str, seed: int, report: Report, *, overwrite: bool = False) ->
         )
         summaries.append(distill(settings, overwrite=overwrite, report=report))
     report.say("\nWhat students made of it, and what fusion did")
-    analysis = write_analysis(cache.place.name, report, threshold=0.8, split="test", out=None)
+    analysis = write_analysis(cache.location.name, report, threshold=0.8, split="test", out=None)
     runs = [Path(summary["run"]) for summary in summaries]  # others of before may be beside them
     page = write_report(runs, report, out=folder)
     results_table(report, "Students of the demo", summaries)
@@ -82,11 +82,11 @@ def run_demo(out: str, seed: int, report: Report, *, overwrite: bool = False) ->
     report.say(f"the teachers' page: {pages['analysis']}\nthe students' page: {pages['report']}")
     report.say(
         f"\nTry next:\n"
-        f"  richkd distill --cache {cache.place} --student resnet14 --alpha 0.5 --epochs 30\n"
+        f"  richkd distill --cache {cache.location} --student resnet14 --alpha 0.5 --epochs 30\n"
         f"  richkd run shapes\n"
         f"  richkd precompute --dataset imagefolder:PATH"
     )
-    return {"seconds": seconds, "cache": cache.place.name, "students": summaries, "pages": pages}
+    return {"seconds": seconds, "cache": cache.location.name, "students": summaries, "pages": pages}
 
 
 def check_folder(folder: Path, seed: int, *, overwrite: bool) -> None:
@@ -108,7 +108,7 @@ def check_folder(folder: Path, seed: int, *, overwrite: bool) -> None:
     teacher = folder / TEACHER
     check_output(teacher, overwrite)
     if overwrite:
-        check_target(open_place(folder / STORE), overwrite)
+        check_target(open_location(folder / STORE), overwrite)
         for method in METHODS:
             RunFolder(folder / f"resnet8-{method}-s{seed}").check({}, "", overwrite=True)
         remove_trained(teacher)

@@ -23,24 +23,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from richkd import fusion
+from richkd.config.settings import Precompute, TrainTeacher, check_resume, resolve, to_table
+from richkd.core import fusion
+from richkd.core.accuracy import accuracy
+from richkd.core.errors import RichKDError
+from richkd.core.fusion import class_embeddings
+from richkd.core.interrupts import held_back, not_in_between
+from richkd.core.progress import Report, duration, percent, size
+from richkd.core.ranks import Ranks, joined
+from richkd.core.versions import versions
 from richkd.data.class_names import check_distinct, class_words
 from richkd.data.datasets import Dataset, check_class_names, introduce, load_dataset
 from richkd.data.framing import NetworkInput
 from richkd.data.inputs import make_inputs
 from richkd.data.prompts import load_prompts
 from richkd.data.views import PadCropFlip, check_num_views, views_tensor
-from richkd.errors import RichKDError
-from richkd.fusion import class_embeddings
-from richkd.interrupt import held_back, not_in_between
 from richkd.models import check_fit, check_trainable, create_model
 from richkd.models.weights import check_weights, file_sha256, read_note
-from richkd.progress import Report, duration, percent, size
-from richkd.ranks import Ranks, joined
-from richkd.recipe import Precompute, TrainTeacher, check_resume, resolve, to_table
 from richkd.store import schema
+from richkd.store.folder import Folder
+from richkd.store.location import Location
+from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
-from richkd.store.place import Folder, Place, open_place
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.store.schema import Block, Manifest, PrecisionError, TeacherEntry, say_errors
 from richkd.store.topk import check_keep, kl_errors
@@ -71,8 +75,7 @@ from richkd.teachers.cnn import (
 from richkd.teachers.framing import check_from_elsewhere, check_unsaid, resolve_input
 from richkd.teachers.rows import BlockRows, Preview, Teachers, batch_size
 from richkd.training.checkpoint import TeacherFolder
-from richkd.training.device import choose_device, versions
-from richkd.training.loop import accuracy
+from richkd.training.device import choose_device
 
 # Settings that do not change what is in the store; weights and images are compared by content.
 NOT_IN_STORE = {"device", "batch_size", "data_root", "out", "teacher_weights", "dataset"}
@@ -111,7 +114,7 @@ def precompute(
     check_resume(resume, overwrite)
     with joined() as ranks:
         report = report if report and ranks.first else Report(quiet=True)
-        out = open_place(settings.out)
+        out = open_location(settings.out)
         device = choose_device(settings.device)
         autocast(device, settings.clip_precision)  # which the device may not have
         dataset, begun = ranks.from_first(
@@ -165,7 +168,7 @@ def precompute(
 
 def look_ahead(
     settings: Precompute,
-    out: Place,
+    out: Location,
     overwrite: bool,
     repairing: bool,
     dataset: Dataset | None,
@@ -218,7 +221,7 @@ def training_settings(settings: Precompute, recipe: Mapping[str, Any]) -> TrainT
 
 
 def is_complete(
-    settings: Precompute, out: Place, dataset: Dataset, training: TrainTeacher, report: Report
+    settings: Precompute, out: Location, dataset: Dataset, training: TrainTeacher, report: Report
 ) -> bool:
     """Whether the store is there already, from these very images and teachers.
 
@@ -263,7 +266,9 @@ def is_complete(
     return True
 
 
-def check_same_settings(manifest: Manifest, settings: Precompute, out: Place, remedy: str) -> None:
+def check_same_settings(
+    manifest: Manifest, settings: Precompute, out: Location, remedy: str
+) -> None:
     """Refuse a complete store that was made with other settings; the data set's name may be."""
     was = to_table(resolve(Precompute, manifest["recipe"], {}))  # with newer settings, too
     now = to_table(settings)
@@ -272,7 +277,7 @@ def check_same_settings(manifest: Manifest, settings: Precompute, out: Place, re
             raise made_otherwise(out, name, was.get(name), now.get(name), remedy)
 
 
-def made_otherwise(out: Place, name: str, was: object, now: object, remedy: str) -> RichKDError:
+def made_otherwise(out: Location, name: str, was: object, now: object, remedy: str) -> RichKDError:
     """The error for a complete store that is not what was asked for."""
     return RichKDError(
         f"{out} is complete and of other settings: {name} was {schema.shown(was)} and is now "
@@ -387,7 +392,7 @@ def check_same_teachers(first: Manifest, own: Manifest, ranks: Ranks) -> None:
 
 
 def open_writer(
-    begin: Callable[[], StoreWriter], out: Place, manifest: Manifest, ranks: Ranks
+    begin: Callable[[], StoreWriter], out: Location, manifest: Manifest, ranks: Ranks
 ) -> StoreWriter:
     """A writer of the store that the first process begins, and what is done in it already."""
     begun: list[StoreWriter] = []
@@ -409,7 +414,7 @@ def open_writer(
 
 
 def begin_store(
-    out: Place,
+    out: Location,
     manifest: Manifest,
     views: NDArray[Any],
     text: Tensor | None,
@@ -453,8 +458,8 @@ def write_blocks(
                 f"stopped with {count - len(todo) + written} of {count} blocks written; the "
                 f"{again} goes on"
                 if ranks.world == 1
-                else f"rank {ranks.rank} stopped with {written} of its {len(own)} blocks written; the "
-                f"same job goes on"
+                else f"rank {ranks.rank} stopped with {written} of its {len(own)} blocks written; "
+                f"the same job goes on"
             )
 
         for units in phases:
@@ -695,7 +700,7 @@ def recorded_recipe(settings: Precompute, teacher: CNNTeacher) -> dict[str, Any]
     return recipe
 
 
-def check_room(out: Place, manifest: Manifest, report: Report) -> None:
+def check_room(out: Location, manifest: Manifest, report: Report) -> None:
     """Say how big the store will be, and refuse to start on a disk without room for it.
 
     Raises:
@@ -740,7 +745,7 @@ def closing(cache: TeacherCache, seconds: float) -> str:
     """The last line of stage one; before it, what it cost to keep the largest logits only."""
     manifest = cache.manifest
     clip = manifest["clip"]
-    stored = sum(cache.place.sizes().values())
+    stored = sum(cache.location.sizes().values())
     blend = (
         f", CLIP {percent(clip['accuracy'])} %, fused {percent(manifest['fused_accuracy'])} %"
         if clip
@@ -753,6 +758,6 @@ def closing(cache: TeacherCache, seconds: float) -> str:
         else ""
     )
     return (
-        f"{kept}{cache.place} is complete: {size(stored)} in {duration(seconds)}; test accuracy: "
-        f"CNN teacher {percent(manifest['teacher']['accuracy'])} %{blend}"
+        f"{kept}{cache.location} is complete: {size(stored)} in {duration(seconds)}; "
+        f"test accuracy: CNN teacher {percent(manifest['teacher']['accuracy'])} %{blend}"
     )

@@ -12,19 +12,26 @@ from typing import Any
 
 import torch
 
-from richkd.distill import distill, with_defaults
-from richkd.errors import RichKDError
+from richkd.config.recipes import Figure, Recipe
+from richkd.config.settings import (
+    Distill,
+    Precompute,
+    Sweep,
+    resolve,
+)
+from richkd.core.errors import RichKDError
+from richkd.core.progress import Report
+from richkd.distill import distill
 from richkd.losses import method_class, method_options
 from richkd.models import check_trainable, create_model
 from richkd.models.weights import file_sha256
 from richkd.precompute import check_same_settings, made_otherwise, precompute
-from richkd.progress import Report
-from richkd.recipe import Distill, Figure, Precompute, Recipe, Sweep, resolve
 from richkd.report import FILES, check_files, write_report
+from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
-from richkd.store.place import open_place
 from richkd.store.reader import TeacherCache, open_cache
-from richkd.sweep import run_sweep
+from richkd.sweep.run import run_sweep
+from richkd.training.student import with_defaults
 
 # Flags that name one run where the recipe has a grid.
 ONE_RUN = ("student", "method", "target", "seed", "options")
@@ -141,7 +148,7 @@ def make_store(settings: Precompute, recipe: Recipe, report: Report) -> TeacherC
     Raises:
         RichKDError: a complete store of other settings or teacher weights is in its place.
     """
-    out = open_place(settings.out)
+    out = open_location(settings.out)
     if not out.exists or not read_manifest(out.name)["complete"]:
         return precompute(settings, teacher_recipe=recipe.table("train-teacher"), report=report)
     cache = open_cache(out.name)
@@ -164,7 +171,7 @@ def write_page(folder: Path, cache: TeacherCache, report: Report) -> str:
     whole = all(file.is_file() for file in files)
     written = min(file.stat().st_mtime for file in files) if whole else 0.0
     if any(run.stat().st_mtime > written for run in folder.rglob("summary.json")):
-        write_report([folder], report, cache=cache.place.name)
+        write_report([folder], report, cache=cache.location.name)
     else:
         report.say(f"{page} is there already")
     return str(page)

@@ -16,11 +16,11 @@ prepare_threads()  # as every command does, before PyTorch is loaded
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from helpers import write_clip, write_teacher  # noqa: E402
+from helpers import Refusal, refusal, write_clip, write_teacher  # noqa: E402
 
 from richkd.cli import execute  # noqa: E402
+from richkd.config.settings import Precompute  # noqa: E402
 from richkd.precompute import precompute  # noqa: E402
-from richkd.recipe import Precompute  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -111,16 +111,14 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 
 
 @pytest.fixture
-def fails(run: Callable[..., Outcome]) -> Callable[..., str]:
+def fails(run: Callable[..., Outcome]) -> Callable[..., Refusal]:
     """Run a command that must fail as the user's mistake; its one line on standard error."""
 
-    def fails(*arguments: object) -> str:
+    def fails(*arguments: object) -> Refusal:
         outcome = run(*arguments)
-        lines = outcome.err.strip().splitlines()
         assert outcome.code == 2, outcome
-        assert lines and lines[-1].startswith("richkd: "), outcome.err
         assert "Traceback" not in outcome.err
-        return lines[-1]
+        return refusal(outcome.err)
 
     return fails
 

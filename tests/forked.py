@@ -21,16 +21,16 @@ PRELOADED = (
     "richkd.cli",
     "richkd.distill",
     "richkd.precompute",
-    "richkd.sweep",
+    "richkd.sweep.run",
     "richkd.demo",
     "richkd.run",
-    "richkd.verify",
-    "richkd.export",
+    "richkd.tools.verify",
+    "richkd.tools.export",
     "richkd.report",
-    "richkd.hub",
+    "richkd.tools.hub",
     "richkd.report.evaluation",
     "richkd.report.analysis",
-    "richkd.inspect",
+    "richkd.tools.inspect",
     "richkd.teachers.demo_clip",
     "open_clip",
     "torch.export",
@@ -124,7 +124,7 @@ def work(wanted: dict[str, Any]) -> None:
         setattr(importlib.import_module(module), name, value)
     if wanted["kill"]:
         arm(Kill(**wanted["kill"]))
-    from richkd.cli import main
+    from richkd.__main__ import main
 
     sys.argv = ["richkd", *wanted["words"]]
     code = 1

@@ -6,9 +6,12 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,40 @@ import torchvision
 from safetensors.torch import load_file
 
 import richkd
+from richkd.core.errors import RichKDError
 from richkd.data.datasets import Dataset
 from richkd.data.views import PadCropFlip
 from richkd.models.weights import save_tensors
 from richkd.store import schema
-from richkd.store.place import open_place
+from richkd.store.locations import open_location
 from richkd.store.writer import StoreWriter
+
+
+class Refusal(str):
+    """The line of an error that the user can fix, and its `code`; "" where it has none."""
+
+    code: str
+
+
+def refusal(err: str) -> Refusal:
+    """The error that a command ended with, from its standard error."""
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("richkd: "), err
+    found = re.search(r" \[([a-z0-9-]+)\]$", line)
+    told = Refusal(line)
+    told.code = found[1] if found else ""
+    return told
+
+
+@contextmanager
+def refuses(code: str, *values: object) -> Iterator[None]:
+    """The block must raise the RichKDError of this code, whose message has these values."""
+    with pytest.raises(RichKDError) as caught:
+        yield
+    error = caught.value
+    assert error.code == code, (error.code, str(error))
+    assert all(str(value) in str(error) for value in values), str(error)
+
 
 TINY_CLIP = {
     "embed_dim": 24,
@@ -120,7 +151,7 @@ def write_random_store(
             "num_test": len(dataset.test),
         }
     views = f"train/{space.array}"
-    with StoreWriter.open(open_place(path), manifest, overwrite=False) as writer:
+    with StoreWriter.open(open_location(path), manifest, overwrite=False) as writer:
         writer.put(views, space.draw(0, num_samples, manifest["views"]["count"]))
         writer.put("text/embeddings", np.ones((num_classes, 12, 24), np.float32))
         for block in writer.blocks:

@@ -390,15 +390,15 @@ def test_interrupts_leave_with_the_usual_code(run: Run, monkeypatch: pytest.Monk
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("richkd.inspect.summarize", interrupt)
+    monkeypatch.setattr("richkd.tools.inspect.summarize", interrupt)
     assert run("inspect", "x").code == 130
 
 
 def test_a_bug_is_a_traceback_and_one(tmp_path: Path) -> None:
     script = (
-        "import richkd.inspect, richkd.cli, sys\n"
-        "richkd.inspect.summarize = lambda path: 1 / 0\n"
-        "sys.argv = ['richkd', 'inspect', 'x']; richkd.cli.main()"
+        "import richkd.tools.inspect, richkd.__main__, sys\n"
+        "richkd.tools.inspect.summarize = lambda path: 1 / 0\n"
+        "sys.argv = ['richkd', 'inspect', 'x']; richkd.__main__.main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False

@@ -19,20 +19,21 @@ from safetensors.torch import load_file
 from test_distill import metrics, same, train, weights
 
 import richkd
+from richkd.analysis.results import leaderboard, paired_difference
+from richkd.config.settings import Distill, Images, Precompute, TrainTeacher
+from richkd.core.errors import RichKDError
+from richkd.core.progress import Report
+from richkd.core.seeds import derive_seed
 from richkd.data.datasets import hold_out, load_dataset
-from richkd.distill import Source
-from richkd.errors import RichKDError
 from richkd.losses import METHODS
 from richkd.models import forward
 from richkd.precompute import precompute
-from richkd.probe import fit_probe, stratified_folds
-from richkd.progress import Report
-from richkd.recipe import Distill, Images, Precompute, TrainTeacher
-from richkd.results import leaderboard, paired_difference
 from richkd.store.schema import split_sizes
 from richkd.teachers.cnn import train_teacher
 from richkd.training.checkpoint import RunFolder
-from richkd.training.loop import derive_seed, epoch_order
+from richkd.training.loop import epoch_order
+from richkd.training.probe import fit_probe, stratified_folds
+from richkd.training.source import Source
 
 Make = Callable[..., Path]
 Run = Callable[..., Any]

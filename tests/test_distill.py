@@ -19,16 +19,17 @@ from helpers import assert_same_run, tree, write_random_store
 from safetensors.torch import load_file
 
 import richkd
-from richkd import fusion
+from richkd.config.settings import Distill
+from richkd.core import fusion
+from richkd.core.errors import RichKDError
+from richkd.core.progress import Report
 from richkd.data.inputs import Normalize
-from richkd.distill import Placement, Source, distill
-from richkd.errors import RichKDError
+from richkd.distill import distill
 from richkd.losses import METHODS, Batch, Widths, method_class
 from richkd.models.weights import load_into, read_weights
-from richkd.progress import Report
-from richkd.recipe import Distill
 from richkd.store import pages, schema
 from richkd.training import loop
+from richkd.training.source import Placement, Source
 
 Make = Callable[..., Path]
 
@@ -468,8 +469,8 @@ FRESH = """
 import json, sys
 from richkd.data.inputs import Normalize
 from richkd.distill import Placement, Source, distill
-from richkd.progress import Report
-from richkd.recipe import Distill
+from richkd.core.progress import Report
+from richkd.config.settings import Distill
 from richkd.store import pages, schema
 distill(Distill(**json.loads(sys.argv[1])))
 # not ru_maxrss, which a process inherits from the one that started it
@@ -567,7 +568,7 @@ def test_rows_on_the_disk_or_on_the_host_change_nothing(
         assert mapped == []
         with monkeypatch.context() as patch:
             patch.setattr(pages, "available_memory", lambda: 0)
-            patch.setattr("richkd.memory.ROWS_AT_ONCE", 7)
+            patch.setattr("richkd.core.memory.ROWS_AT_ONCE", 7)
             assert_same_run(run("disk"), memory)
         slab = 48 * 64 * 2 if method == "richkd" else 0  # resnet8's features
         assert slab in mapped or not slab

@@ -24,8 +24,9 @@ import pytest
 import typer
 
 import richkd
-from richkd import recipe as recipes
 from richkd.cli import app
+from richkd.config import recipes
+from richkd.config.settings import SECTIONS
 from richkd.losses import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -145,7 +146,7 @@ def test_the_site_has_every_key_method_command_and_public_name(site: Path) -> No
         return re.sub(r"<[^>]+>", "", (site / f"{page}.html").read_text(encoding="utf-8"))
 
     settings = text("methods-and-recipes")
-    for kind in recipes.SECTIONS.values():
+    for kind in SECTIONS.values():
         for field in fields(kind):
             assert re.search(rf"\b{field.name}\b", settings), field.name
     assert all(re.search(rf"^{re.escape(name)}$", settings, re.MULTILINE) for name in METHODS)

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from helpers import tree, write_clip, write_teacher
 
 import richkd
-from richkd import fusion
+from richkd.config.settings import Images
+from richkd.core import fusion
+from richkd.core.errors import RichKDError
 from richkd.data.datasets import load_dataset
 from richkd.data.prompts import load_prompts
 from richkd.data.shapes import CLASS_NAMES
-from richkd.errors import RichKDError
 from richkd.models.weights import file_sha256, load_into, read_weights
-from richkd.recipe import Images
 from richkd.store import schema
 from richkd.store.writer import StoreWriter
 from richkd.teachers.clip import load_clip
@@ -235,8 +235,8 @@ def test_what_is_there_is_not_replaced_unasked(
     mine = tmp_path / "photos"
     mine.mkdir()
     (mine / "a.jpg").write_text("precious")
+    from richkd.config.settings import Precompute
     from richkd.precompute import precompute
-    from richkd.recipe import Precompute
 
     for overwrite in (False, True):
         with pytest.raises(RichKDError, match="no richkd store"):

@@ -15,12 +15,12 @@ from helpers import tree, write_teacher
 from PIL import Image
 
 import richkd
-from richkd import recipe
+from richkd.config import recipes
 from richkd.run import published_lines
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]
-NAMES = sorted(path.stem for path in recipe.packaged().glob("*.toml"))
+NAMES = sorted(path.stem for path in recipes.packaged().glob("*.toml"))
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def tiny(
     monkeypatch.setattr("richkd.data.datasets.SHAPES_TEST", 32)
 
     def flags(name: str) -> list[Any]:
-        content = recipe.load(name)
+        content = recipes.load(name)
         teacher = content.table("precompute")["teacher"]
         weights = tmp_path / f"{teacher.replace('/', '-')}.safetensors"
         if not weights.exists():
@@ -82,7 +82,7 @@ def write_folder(folder: Path, num_classes: int) -> Path:
 def test_every_recipe_runs(run: Run, tiny: Callable[..., list[Any]], name: str) -> None:
     done = run(*tiny(name), "--json")
     assert done.code == 0, done.err
-    content = recipe.load(name)
+    content = recipes.load(name)
     # of a recipe with a sweep all runs are listed
     summary = {**done.json, **done.json.get("runs", [{}])[-1]}
     assert Path(summary["page"]).is_file()
@@ -102,18 +102,18 @@ def test_every_recipe_runs(run: Run, tiny: Callable[..., list[Any]], name: str) 
 def test_the_published_pairs_are_all_there() -> None:
     pairs = {
         (load.table("precompute")["teacher"], load.table("distill")["student"])
-        for load in map(recipe.load, NAMES)
+        for load in map(recipes.load, NAMES)
         if load.published
     }
     assert len(pairs) == 13
     for name in NAMES:
-        for method, figure in recipe.load(name).published.items():
+        for method, figure in recipes.load(name).published.items():
             assert 60 < figure.top1 < 80, (name, method)
-            assert figure.epoch in recipe.EPOCHS and figure.source.count("/") == 1, (name, method)
+            assert figure.epoch in recipes.EPOCHS and figure.source.count("/") == 1, (name, method)
 
 
 def test_figures_are_said_by_kind_of_epoch() -> None:
-    lines = list(published_lines(recipe.load("resnet32x4-resnet8x4").published))
+    lines = list(published_lines(recipes.load("resnet32x4-resnet8x4").published))
     assert [line.partition(": ")[2] for line in lines] == [
         "teacher 79.42, ce 72.50, kd 73.33, crd 75.51",
         "dkd 76.32, mlkd 77.08, kd-ls 76.62, dkd-ls 77.01, mlkd-ls 78.28",

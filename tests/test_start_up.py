@@ -17,8 +17,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from richkd.config.settings import Distill
 from richkd.distill import distill
-from richkd.recipe import Distill
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 # Of what the project depends on, these are a few milliseconds each.

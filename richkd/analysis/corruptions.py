@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
+from richkd.core.errors import RichKDError
+from richkd.core.seeds import derive_seed
 from richkd.data.datasets import ImageFiles
 from richkd.data.framing import Framing
 from richkd.data.inputs import ArrayInputs, Batches
 from richkd.data.views import CLEAN_VIEW_ID
 from richkd.data.workers import load, num_workers
-from richkd.errors import RichKDError
-from richkd.training.loop import EVAL_BATCH, derive_seed
+from richkd.training.loop import EVAL_BATCH
 
 NAMES = (
     "gaussian_noise",

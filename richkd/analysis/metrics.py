@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from richkd.errors import RichKDError
-from richkd.training.loop import accuracy
+from richkd.core.accuracy import accuracy
+from richkd.core.errors import RichKDError
 
 BINS = 15
 CELLS = ("confident_correct", "unsure_correct", "unsure_wrong", "confident_wrong")

@@ -29,26 +29,26 @@ from richkd.analysis.corruptions import (
     PublishedCorruptions,
     relative_errors,
 )
+from richkd.analysis.results import Difference, paired_difference
+from richkd.config.settings import Distill, recorded_holdout, resolve
+from richkd.core.checks import misfit
+from richkd.core.errors import RichKDError, nearest
+from richkd.core.files import check_replaceable, read_json, write_json
+from richkd.core.ownership import ABOUT_RUN
+from richkd.core.progress import Report
+from richkd.data.boxes import CLEAN_SHARE
 from richkd.data.class_names import class_words, text_key
 from richkd.data.datasets import ImageFiles, Split, files_split
 from richkd.data.decoding import Decoding, say_reading
 from richkd.data.folders import Listing, find_images, list_images
-from richkd.data.framing import CLEAN_SHARE
 from richkd.data.inputs import Batches, Normalize, make_inputs
 from richkd.data.views import ResizedCropFlip, views_tensor
-from richkd.distill import load_images
-from richkd.errors import RichKDError, nearest
-from richkd.files import check_replaceable, read_json, write_json
-from richkd.ours import ABOUT_RUN
-from richkd.progress import Report
-from richkd.recipe import Distill, recorded_holdout, resolve
-from richkd.results import Difference, paired_difference
-from richkd.run_folders import Run, complete_run, load_student
 from richkd.store.reader import TeacherCache, open_cache
-from richkd.targets import held_out
 from richkd.training.device import choose_device
+from richkd.training.images import load_images
 from richkd.training.loop import EVAL_BATCH, predict
-from richkd.typecheck import misfit
+from richkd.training.run_folders import Run, complete_run, load_student
+from richkd.training.targets import held_out
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,7 @@ def evaluate(
     settings = [resolve(Distill, dict(run.settings), {}) for run in runs]
     store = open_store_of(runs, cache)
     root = data_root or settings[0].data_root
-    place = replace(settings[0], data_root=root, dataset=dataset or settings[0].dataset)
-    test = load_images(store, place)["test"]
+    test = load_images(store, dataset or settings[0].dataset, root)["test"]
     share = max(recorded_holdout(run.settings) for run in runs)
     tested = held_out(len(test), share)[1][:limit]  # the sets of several shares are nested
     chosen = choose_device(device)

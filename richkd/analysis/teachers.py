@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from richkd import fusion
 from richkd.analysis import metrics
-from richkd.errors import RichKDError, unknown
-from richkd.progress import Report
-from richkd.recipe import Scale
+from richkd.core import fusion
+from richkd.core.accuracy import accuracy
+from richkd.core.choices import Scale
+from richkd.core.errors import RichKDError, unknown
+from richkd.core.progress import Report
 from richkd.store.reader import TeacherCache
-from richkd.training.loop import accuracy
 
 ALPHAS = tuple(round(0.05 * step, 2) for step in range(21))
 SCALES = tuple(2.0**step for step in range(-4, 5))  # times CLIP's own
@@ -85,7 +85,7 @@ def analyze(
     has_clip = rows.similarity is not None
     with report.track("analyze", 4, "parts") as tick:
         result: dict[str, Any] = {
-            "store": cache.place.name,
+            "store": cache.location.name,
             "dataset": cache.manifest["dataset"]["name"],
             "split": split,
             "samples": len(rows.labels),
@@ -153,8 +153,8 @@ def teacher_logits(cache: TeacherCache, rows: Rows) -> dict[str, Tensor]:
     for name, own in logits.items():
         if not torch.isfinite(own).all():
             raise RichKDError(
-                f"{cache.place}: logits of {NAMES[name]} hold NaN or infinity; richkd verify says "
-                f"where"
+                f"{cache.location}: logits of {NAMES[name]} hold NaN or infinity; richkd verify "
+                f"says where"
             )
     return logits
 

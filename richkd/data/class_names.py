@@ -19,8 +19,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from richkd.errors import RichKDError, nearest
-from richkd.text_files import read_text
+from richkd.core.errors import RichKDError, nearest
+from richkd.core.text_files import read_text
 
 _SYNSET = re.compile(r"n\d{8}")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")

@@ -21,17 +21,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from richkd.data import catalog, class_names, folders, layouts
-from richkd.data.catalog import DEBIAN_FASHION_MNIST
+from richkd.config import catalog
+from richkd.config.catalog import DEBIAN_FASHION_MNIST
+from richkd.config.settings import Images
+from richkd.core.errors import RichKDError
+from richkd.core.progress import Report
+from richkd.data import class_names, folders, layouts
+from richkd.data.boxes import CLEAN_SHARE
 from richkd.data.decoding import CHANGED, Decoding, say_reading
+from richkd.data.entries import say_splits
 from richkd.data.folders import Paths
-from richkd.data.framing import CLEAN_SHARE, NetworkInput
+from richkd.data.framing import NetworkInput
 from richkd.data.views import PadCropFlip, ResizedCropFlip, ViewSpace
 from richkd.data.walk import Walk
-from richkd.errors import RichKDError
-from richkd.progress import Report
-from richkd.recipe import Images
-from richkd.store.schema import Manifest, say_splits
 
 SMALL_SIDE = 32  # of the images of every data set but folders
 SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000
@@ -271,47 +273,6 @@ def check_class_names(settings: Images) -> None:
     if settings.class_names and path is not None and path.is_dir():
         train = path / layouts.find_layout(path).folders["train"]
         class_names.read_class_names(Path(settings.class_names), Walk(train, ()).classes)
-
-
-def load_again(
-    manifest: Manifest, dataset: str = "", data_root: str = "data", report: Report | None = None
-) -> Dataset:
-    """Read the data set that a store was made from, as it was read then.
-
-    Args:
-        manifest: of the store.
-        dataset: where it is now, if it moved.
-        data_root: the folder where data sets lie.
-        report: where progress goes.
-
-    Raises:
-        RichKDError: as `load_dataset`, or files that are decoded otherwise now. That they are the
-            same is for the fingerprint to say.
-    """
-    entry = manifest["dataset"]
-    settings = Images(
-        dataset=dataset or entry["name"],
-        limit=entry["num_train"] + (entry.get("num_validation", 0) if "validation" in entry else 0),
-        validation=entry.get("validation", 0.0),
-        data_root=data_root,
-        image_size=manifest["image_size"],
-    )
-    _, path = catalog.split_name(settings.dataset)
-    layout = None
-    if path is not None:
-        layout = (
-            layouts.Layout(entry["folders"]) if "folders" in entry else layouts.earlier_layout(path)
-        )
-    skipped = entry.get("skipped", [])
-    decoding = Decoding.from_entry(entry["decoding"]) if "decoding" in entry else None
-    found = load_dataset(settings, skipped, report, layout, decoding)
-    if found.read_otherwise_in(entry["fingerprint"]):
-        raise RichKDError(
-            f"{found.name}: an earlier version of richkd made the store, and read some of these "
-            f"files otherwise (those with an EXIF orientation, transparency or more than 8 bits); "
-            f"make it again with richkd precompute --overwrite"
-        )
-    return replace(found, skipped=tuple(skipped))
 
 
 def hold_out(train: Split, share: float, class_names: Sequence[str]) -> tuple[Split, Split | None]:

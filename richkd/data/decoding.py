@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from richkd.errors import RichKDError
-from richkd.store.schema import DecodingEntry
+from richkd.core.colours import read_colour
+from richkd.core.errors import RichKDError
+from richkd.data.entries import DecodingEntry
 
 # What is read: Pillow's name of a format, and what its files are called. No other decoder ever
 # runs, whatever a file's name and content say.
@@ -333,21 +334,6 @@ def true_format(path: Path) -> str:
     if named in FORMATS:
         return f"it is {named} of a kind that Pillow does not decode"
     return f"it is {named}" if named else "it is in no format that is known"
-
-
-def read_colour(text: str) -> tuple[int, int, int]:
-    """A colour by a name of CSS (white, black, …) or as #RRGGBB: three bytes.
-
-    Raises:
-        RichKDError: the text is neither.
-    """
-    try:
-        red, green, blue = ImageColor.getrgb(text)[:3]
-    except ValueError:
-        raise RichKDError(
-            f"background = {text!r}: must be a colour by its name, as white or black, or #RRGGBB"
-        ) from None
-    return red, green, blue
 
 
 def _opened(path: Path) -> Image.Image:

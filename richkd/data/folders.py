@@ -18,13 +18,13 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from richkd.cpus import threads, usable_cpus
+from richkd.core.cpus import threads, usable_cpus
+from richkd.core.errors import RichKDError
+from richkd.core.files import home, replacing
+from richkd.core.progress import Report
 from richkd.data import decoding
 from richkd.data.decoding import SUFFIXES, Values
 from richkd.data.walk import Kind, Tally, Walk
-from richkd.errors import RichKDError
-from richkd.files import home, replacing
-from richkd.progress import Report
 
 # Those that were read before stores said which folders they are of.
 EARLIER_SUFFIXES = {

@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, TypedDict, cast
 
-from richkd.recipe import INTERPOLATIONS
-from richkd.typecheck import misfit
+from richkd.core.checks import misfit
+from richkd.core.choices import INTERPOLATIONS
+from richkd.data.boxes import CLEAN_SHARE
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-CLEAN_SHARE = 7 / 8  # of a photograph's shorter side
 HERE = "box"  # the crop mode of what is trained here
 CROP_MODES = (HERE, "center", "squash")
 
@@ -91,7 +91,7 @@ class Framing:
         """The evaluation view of a photograph: [1,S,S,3] uint8."""
         import torch
 
-        from richkd.data.views import central_box
+        from richkd.data.boxes import central_box
 
         if self.crop_mode == HERE:
             box = map(int, central_box(image.height, image.width, self.crop))
@@ -120,7 +120,8 @@ class Framing:
             images: uint8.
             clean: give the evaluation view; else the whole image.
         """
-        from richkd.data.views import central_box, resize_bytes
+        from richkd.data.boxes import central_box
+        from richkd.data.views import resize_bytes
 
         pixels = images.permute(0, 3, 1, 2)
         whole = self.size

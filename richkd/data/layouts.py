@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from richkd.core.errors import RichKDError
 from richkd.data.folders import Found, find_images
 from richkd.data.walk import Tally, is_hidden
-from richkd.errors import RichKDError
 
 # What the folder of a split is called, in any case; the first that there is counts.
 NAMES = {

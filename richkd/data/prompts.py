@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from richkd.errors import RichKDError, unknown
-from richkd.text_files import read_text
+from richkd.core.errors import RichKDError, unknown
+from richkd.core.text_files import read_text
 
 PROMPT_SETS: dict[str, tuple[str, ...]] = {
     # the twelve of the RichKD release

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from richkd.cpus import threads, usable_cpus
-from richkd.data.framing import CLEAN_SHARE
-from richkd.errors import RichKDError
-from richkd.memory import spans
+from richkd.core.cpus import threads, usable_cpus
+from richkd.core.errors import RichKDError
+from richkd.core.memory import spans
+from richkd.data.boxes import CLEAN_SHARE, central_box
 
 PAD = 4
 OFFSETS = 2 * PAD + 1
@@ -191,13 +191,6 @@ def check_num_views(num_views: int, limit: int | None) -> None:
             f"views = {num_views}: pad-crop-flip has {limit} views of an image; "
             f"use --views {limit} for all of them"
         )
-
-
-def central_box(height: ArrayLike, width: ArrayLike, share: float) -> tuple[NDArray[np.int64], ...]:
-    """Top, left, height and width of the central square of a share of the shorter side."""
-    height, width = np.asarray(height, np.int64), np.asarray(width, np.int64)
-    side = np.maximum(1, (np.minimum(height, width) * share).astype(np.int64))
-    return (height - side) // 2, (width - side) // 2, side, side
 
 
 def photo_pixels(image: Image.Image) -> Tensor:

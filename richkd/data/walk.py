@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from richkd.errors import RichKDError
+from richkd.core.errors import RichKDError
 
 # What NAS, Windows, macOS and Python make; any other name that begins with a dot is hidden, too.
 _SYSTEM = {

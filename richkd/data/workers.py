@@ -29,10 +29,10 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data._utils import signal_handling as _signal_handling
 
-from richkd.cpus import usable_cpus
-from richkd.errors import RichKDError
-from richkd.interrupt import STOPPING, children_left_alone, not_in_between, work_begins
-from richkd.progress import Report, size
+from richkd.core.cpus import usable_cpus
+from richkd.core.errors import RichKDError
+from richkd.core.interrupts import STOPPING, children_left_alone, not_in_between, work_begins
+from richkd.core.progress import Report, size
 
 MOST_WORKERS = 8
 PREFETCHED = 2  # batches that a worker makes ahead

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from richkd.errors import RichKDError
+from richkd.core.errors import RichKDError
 from richkd.losses import method
 from richkd.losses.kd import LogitMethod, LogitOptions, kd_loss
 from richkd.losses.method import Batch, Widths, register

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from richkd.errors import RichKDError, nearest, unknown
+from richkd.core.errors import RichKDError, nearest, unknown
 
 TARGET = "target_logits"  # the logits of whichever teacher the user chose
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from richkd.fusion import fuse_features
+from richkd.core.fusion import fuse_features
 from richkd.losses.crd import CRD, Embed, contrast_of
 from richkd.losses.kd import LogitMethod, LogitOptions, kd_loss
 from richkd.losses.method import TARGET, Batch, Widths, register

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from richkd.core.errors import RichKDError, nearest
 from richkd.data.framing import CROP_MODES, NetworkInput
-from richkd.errors import RichKDError, nearest
 
 # importing a family registers its models
 from richkd.models import mobilenetv2_cifar as mobilenetv2_cifar

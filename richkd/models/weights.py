@@ -29,8 +29,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from richkd.errors import RichKDError
-from richkd.files import replacing
+from richkd.core.errors import RichKDError
+from richkd.core.files import replacing
 
 _SHA256 = "richkd-sha256"
 Content = Mapping[str, Any]
@@ -88,8 +88,8 @@ _NO_WEIGHTS = (
     # the first two fields of its protocol buffer: a small version, and the producer's name
     (
         re.compile(rb"\x08[\x01-\x1f]\x12[\x01-\x7f][\x20-\x7e]"),
-        "is an ONNX file, whose weights have no names of PyTorch's: save the network's state_dict() "
-        "instead",
+        "is an ONNX file, whose weights have no names of PyTorch's: save the network's "
+        "state_dict() instead",
     ),
 )
 # Members of ZIP files that are no weights. torch.save writes a ZIP file, too.

@@ -7,15 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from richkd.files import check_replaceable, replacing, write, write_json
-from richkd.ours import Ours, has_keys, is_leaderboard, is_page
-from richkd.progress import Report
+from richkd.analysis.results import Standing, leaderboard
+from richkd.core.files import check_replaceable, replacing, write, write_json
+from richkd.core.ownership import Ours, has_keys, is_leaderboard, is_page
+from richkd.core.progress import Report
 from richkd.report.cost import Cost, student_cost
 from richkd.report.evaluation import Evaluated, evaluated
 from richkd.report.sweep import render
 from richkd.report.tensorboard import write_tensorboard
-from richkd.results import Standing, leaderboard
-from richkd.run_folders import load_runs
+from richkd.training.run_folders import load_runs
 
 FILES: dict[str, Ours] = {
     "report.html": is_page,

@@ -8,13 +8,14 @@ from typing import Any
 
 from richkd.analysis.metrics import CELLS
 from richkd.analysis.teachers import NAMES, analyze, pictures
-from richkd.errors import local_path
-from richkd.files import check_replaceable, write, write_json
-from richkd.ours import has_keys, is_page
-from richkd.progress import Report, percent
+from richkd.core.errors import local_path
+from richkd.core.files import check_replaceable, write, write_json
+from richkd.core.ownership import has_keys, is_page
+from richkd.core.progress import Report, percent
 from richkd.report import lens_plots
 from richkd.report.page import as_json, fill
-from richkd.store.place import Folder, open_place
+from richkd.store.folder import Folder
+from richkd.store.locations import open_location
 from richkd.store.reader import TeacherCache, open_cache
 
 SCORES = ("top-1, %", "top-5, %", "NLL", "Brier", "ECE, %")
@@ -33,7 +34,7 @@ def write_analysis(
     Returns:
         The analysis, and the paths of the two files.
     """
-    place = open_place(cache)
+    place = open_location(cache)
     beside = place.path.parent if isinstance(place, Folder) else Path()
     folder = beside if out is None else local_path(out)
     files = {kind: folder / f"{place.stem}-analysis.{kind}" for kind in ("html", "json")}

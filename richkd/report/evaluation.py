@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from richkd.analysis.results import Difference, Standing, mean_and_std, minus_kd
 from richkd.analysis.students import evaluate, read_evaluation
-from richkd.errors import local_path
-from richkd.files import check_replaceable, write, write_json
-from richkd.ours import ABOUT_RUN
-from richkd.progress import Report, percent
+from richkd.core.errors import local_path
+from richkd.core.files import check_replaceable, write, write_json
+from richkd.core.ownership import ABOUT_RUN
+from richkd.core.progress import Report, percent
 from richkd.report import lens_plots
 from richkd.report.analysis import CELL_HEADS, SCORES, cell_row, score_row
 from richkd.report.page import as_json, fill
-from richkd.results import Difference, Standing, mean_and_std, minus_kd
 
 WORST = 10  # classes in a terminal
 CORRUPTION_HEAD = ("under corruptions", "top-1, %", "− the first [95 %]", "mCE", "relative")

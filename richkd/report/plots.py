@@ -10,10 +10,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from richkd.analysis.results import Standing, mean_std, minus_kd
 from richkd.report.cost import Cost
-from richkd.results import Standing, mean_std, minus_kd
-from richkd.run_folders import Run
 from richkd.training.loop import score_of
+from richkd.training.run_folders import Run
 
 # Okabe and Ito's palette, which colour-blind people tell apart, without black and yellow
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

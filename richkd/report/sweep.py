@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from richkd.progress import duration, percent
+from richkd.analysis.results import Standing, about_best, by_images, mean_std, minus_kd
+from richkd.core.progress import duration, percent
 from richkd.report import plots
 from richkd.report.cost import Cost
 from richkd.report.evaluation import Evaluated
 from richkd.report.page import as_json, fill
-from richkd.results import Standing, about_best, by_images, mean_std, minus_kd
-from richkd.run_folders import Run
 from richkd.training.device import hardware
+from richkd.training.run_folders import Run
 
 
 def render(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from richkd.errors import RichKDError
-from richkd.ours import EVENTS
-from richkd.run_folders import Run
+from richkd.core.errors import RichKDError
+from richkd.core.ownership import EVENTS
+from richkd.training.run_folders import Run
 
 
 def write_tensorboard(runs: Sequence[Run], folder: Path) -> None:

@@ -16,10 +16,15 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import from_url
 
-from richkd.errors import RichKDError
+from richkd.core.errors import RichKDError, first_line
 from richkd.store.lease import LOCK, Lease
+from richkd.store.location import (
+    AT_ONCE,
+    METADATA,
+    PATIENCE_S,
+    Location,
+)
 from richkd.store.patient import PatientStore, again
-from richkd.store.place import AT_ONCE, METADATA, PATIENCE_S, Place, first_line
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
@@ -30,7 +35,7 @@ HASTE_S = 3.0  # for the first request of all, when nothing is lost yet
 _ASKED_FOR_CREDENTIALS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
 
 
-class Bucket(Place):
+class Bucket(Location):
     """A store in object storage, by obstore."""
 
     durable = True

@@ -18,7 +18,8 @@ from typing import Any
 
 import google_crc32c
 
-from richkd.store.place import ATTEMPTS, METADATA, Folder, Place
+from richkd.store.folder import Folder
+from richkd.store.location import ATTEMPTS, METADATA, Location
 from richkd.store.schema import (
     ArraySpec,
     Block,
@@ -86,7 +87,7 @@ def whole(chunk: bytes) -> bool:
     return len(crc) == _CRC and google_crc32c.value(body) == int.from_bytes(crc, "little")
 
 
-def read_chunk(place: Place, file: str) -> bytes:
+def read_chunk(place: Location, file: str) -> bytes:
     """A chunk's bytes, whole or not; FileNotFoundError where there is none.
 
     What arrives damaged from elsewhere is asked for again: it may lie there whole.
@@ -99,7 +100,7 @@ def read_chunk(place: Place, file: str) -> bytes:
     return content
 
 
-def lies_whole(place: Place, file: str) -> bool:
+def lies_whole(place: Location, file: str) -> bool:
     """Whether a chunk is there, and whole."""
     try:
         return whole(read_chunk(place, file))
@@ -107,7 +108,7 @@ def lies_whole(place: Place, file: str) -> bool:
         return False
 
 
-def chunks_digest(place: Place, name: str, spec: ArraySpec, view: int | None = None) -> str:
+def chunks_digest(place: Location, name: str, spec: ArraySpec, view: int | None = None) -> str:
     """A digest of the CRCs of an array's chunks, or of one view's, as they lie in their places.
 
     Raises:
@@ -117,12 +118,12 @@ def chunks_digest(place: Place, name: str, spec: ArraySpec, view: int | None = N
     return _digest(b"".join(place.map(lambda file: place.tail(file, _CRC), files)))
 
 
-def metadata_digest(place: Place, file: str) -> str:
+def metadata_digest(place: Location, file: str) -> str:
     """A digest of a metadata file's bytes; OSError where it is missing."""
     return _digest(place.read(file))
 
 
-def take_checksums(place: Place, specs: Mapping[str, ArraySpec]) -> Checksums:
+def take_checksums(place: Location, specs: Mapping[str, ArraySpec]) -> Checksums:
     """The digests of a store as it lies there; reads 4 bytes a chunk."""
     return {
         "metadata": {file: metadata_digest(place, file) for file in metadata_files(specs)},
@@ -133,7 +134,7 @@ def take_checksums(place: Place, specs: Mapping[str, ArraySpec]) -> Checksums:
     }
 
 
-def write_sealed(place: Place, manifest: Manifest) -> None:
+def write_sealed(place: Location, manifest: Manifest) -> None:
     """Put the manifest, with the seal, where the group's attributes are; whole or not at all."""
     group: dict[str, Any] = json.loads(place.read(METADATA))
     group["attributes"] = {**manifest, "seal": "0" * 64}
@@ -141,7 +142,7 @@ def write_sealed(place: Place, manifest: Manifest) -> None:
     place.write(METADATA, _SEAL.sub(rb"\g<1>" + _seal_of(unsealed).encode(), unsealed))
 
 
-def sealed(place: Place) -> bool:
+def sealed(place: Location) -> bool:
     """Whether the manifest's file is, to the byte, what was sealed."""
     content = place.read(METADATA)
     seals = _SEAL.findall(content)

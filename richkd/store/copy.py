@@ -14,10 +14,11 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from richkd.errors import RichKDError
-from richkd.files import home, replacing
+from richkd.core.errors import RichKDError
+from richkd.core.files import home, replacing
 from richkd.store.checksums import read_chunk, whole
-from richkd.store.place import METADATA, Folder, Place
+from richkd.store.folder import Folder
+from richkd.store.location import METADATA, Location
 
 UNUSED_S = 7 * 86_400.0
 
@@ -25,8 +26,8 @@ UNUSED_S = 7 * 86_400.0
 class LocalCopy:
     """The files of a store that were read so far. `path` is a folder that zarr can open."""
 
-    def __init__(self, place: Place, path: Path) -> None:
-        self.place = place
+    def __init__(self, place: Location, path: Path) -> None:
+        self.location = place
         self.path = path
 
     def fetch(self, names: Iterable[str]) -> None:
@@ -36,14 +37,14 @@ class LocalCopy:
             RichKDError: the place cannot be read, a chunk arrives damaged again and again, or
                 this disk is full.
         """
-        if not isinstance(self.place, Folder):
+        if not isinstance(self.location, Folder):
             missing = [name for name in names if not (self.path / name).exists()]
-            for _ in self.place.map(self._fetch_one, missing):
+            for _ in self.location.map(self._fetch_one, missing):
                 pass
 
     def drop(self, names: Iterable[str]) -> bool:
         """Forget files whose copies were damaged here; whether there is a place to ask again."""
-        if isinstance(self.place, Folder):
+        if isinstance(self.location, Folder):
             return False
         for name in names:
             (self.path / name).unlink(missing_ok=True)
@@ -52,18 +53,18 @@ class LocalCopy:
     def _fetch_one(self, name: str) -> None:
         chunk = "/c/" in name
         try:
-            content = read_chunk(self.place, name) if chunk else self.place.read(name)
+            content = read_chunk(self.location, name) if chunk else self.location.read(name)
         except FileNotFoundError:
             return
         if chunk and not whole(content):
             raise RichKDError(
-                f"{self.place}: {name} is damaged; richkd verify says what else is, and richkd "
+                f"{self.location}: {name} is damaged; richkd verify says what else is, and richkd "
                 f"repair mends it"
             )
         keep(self.path / name, content)
 
 
-def open_copy(place: Place) -> LocalCopy:
+def open_copy(place: Location) -> LocalCopy:
     """The folder itself, or the copy of a store elsewhere, its manifest newly read.
 
     Raises:

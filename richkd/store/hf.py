@@ -8,14 +8,14 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from richkd.errors import RichKDError
-from richkd.store.place import AT_ONCE, Place, first_line
+from richkd.core.errors import RichKDError, first_line
+from richkd.store.location import AT_ONCE, Location
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
 
-class Hub(Place):
+class Hub(Location):
     """A store in a repository of the Hugging Face hub: hf://datasets/OWNER/NAME[/PATH]."""
 
     durable = True

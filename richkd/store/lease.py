@@ -22,9 +22,9 @@ from typing import Any
 import obstore
 from obstore.exceptions import AlreadyExistsError, GenericError, PreconditionError
 
-from richkd.errors import RichKDError
+from richkd.core.errors import RichKDError
+from richkd.store.location import ATTEMPTS
 from richkd.store.patient import again
-from richkd.store.place import ATTEMPTS
 
 LOCK = ".lock"
 BEAT_S = 10.0  # how often the holder renews it

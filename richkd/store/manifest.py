@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from richkd.errors import RichKDError
+from richkd.core.errors import RichKDError
 from richkd.store import schema
 from richkd.store.checksums import metadata_digest, metadata_files, num_digests, sealed
 from richkd.store.copy import LocalCopy, open_copy
-from richkd.store.place import Folder, Place, open_place
+from richkd.store.folder import Folder
+from richkd.store.location import Location
+from richkd.store.locations import open_location
 from richkd.store.schema import Manifest
 
 if TYPE_CHECKING:
@@ -28,11 +30,11 @@ def read_manifest(path: str | Path) -> Manifest:
     Raises:
         RichKDError: nothing there, not a richkd store, or of another schema.
     """
-    copy = copy_of(open_place(path))
-    return check_manifest(copy.place, dict(_open_group(copy).attrs))
+    copy = copy_of(open_location(path))
+    return check_manifest(copy.location, dict(_open_group(copy).attrs))
 
 
-def copy_of(place: Place) -> LocalCopy:
+def copy_of(place: Location) -> LocalCopy:
     """What `open_copy` gives; RichKDError where nothing is there."""
     try:
         if place.exists:
@@ -47,10 +49,10 @@ def copy_of(place: Place) -> LocalCopy:
 def open_store(copy: LocalCopy) -> tuple[zarr.Group, Manifest]:
     """The group and the manifest of a complete store; errors as of `open_cache`."""
     group = _open_group(copy)
-    manifest = check_manifest(copy.place, dict(group.attrs))
+    manifest = check_manifest(copy.location, dict(group.attrs))
     if not manifest["complete"]:
         raise RichKDError(
-            f"{copy.place} is incomplete: stage one was cut off; run the same richkd precompute "
+            f"{copy.location} is incomplete: stage one was cut off; run the same richkd precompute "
             f"command again, it goes on where it stopped"
         )
     return group, manifest
@@ -67,8 +69,8 @@ def check_sealed(copy: LocalCopy, manifest: Manifest) -> None:
         or {name: len(each) for name, each in checksums["chunks"].items()} != digests
     ):
         raise RichKDError(
-            f"{copy.place}: the manifest is not what was sealed (zarr.json was changed); make the "
-            f"store again with richkd precompute --overwrite"
+            f"{copy.location}: the manifest is not what was sealed (zarr.json was changed); make "
+            f"the store again with richkd precompute --overwrite"
         )
     files = metadata_files(specs)
     copy.fetch(files)
@@ -85,7 +87,7 @@ def check_sealed(copy: LocalCopy, manifest: Manifest) -> None:
         if copy.drop([file]):
             copy.fetch([file])  # once more: what was kept here may have been damaged here
         if not right(file):
-            raise RichKDError(f"{copy.place}: {file} is missing or was changed; {REMEDY}")
+            raise RichKDError(f"{copy.location}: {file} is missing or was changed; {REMEDY}")
 
 
 def _open_group(copy: LocalCopy) -> zarr.Group:
@@ -95,10 +97,12 @@ def _open_group(copy: LocalCopy) -> zarr.Group:
         return zarr.open_group(copy.path, mode="r", use_consolidated=False)
     except Exception as error:  # not a group, damaged JSON, no permission, …
         reason = f"{type(error).__name__}: {error}"
-        raise RichKDError(f"{copy.place} is no richkd store that can be read ({reason})") from None
+        raise RichKDError(
+            f"{copy.location} is no richkd store that can be read ({reason})"
+        ) from None
 
 
-def check_manifest(place: Place, attributes: Mapping[str, Any]) -> Manifest:
+def check_manifest(place: Location, attributes: Mapping[str, Any]) -> Manifest:
     """The attributes of a group as a manifest; RichKDError where they are none that is sound."""
     if attributes.get("format") != schema.FORMAT:
         raise RichKDError(

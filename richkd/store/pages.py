@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from richkd.errors import RichKDError
-from richkd.files import home
-from richkd.memory import available_memory
-from richkd.progress import size
+from richkd.core.errors import RichKDError
+from richkd.core.files import home
+from richkd.core.memory import available_memory
+from richkd.core.progress import size
 
 
 def beyond_memory(count: int) -> bool:

@@ -10,7 +10,7 @@ from obstore.exceptions import GenericError
 from zarr.storage import ObjectStore
 
 from richkd.store.checksums import whole
-from richkd.store.place import ATTEMPTS, PATIENCE_S
+from richkd.store.location import ATTEMPTS, PATIENCE_S
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest

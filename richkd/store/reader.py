@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from richkd import fusion
+from richkd.core import fusion
+from richkd.core.choices import Scale, check_blend
+from richkd.core.errors import RichKDError
+from richkd.core.memory import spans
 from richkd.data.views import views_tensor
-from richkd.errors import RichKDError
-from richkd.memory import spans
-from richkd.recipe import Scale, check_blend
 from richkd.store import pages, schema
 from richkd.store.checksums import (
     chunk_files,
@@ -27,8 +27,10 @@ from richkd.store.checksums import (
     views_of,
 )
 from richkd.store.copy import LocalCopy
+from richkd.store.folder import Folder
+from richkd.store.location import METADATA, Location
+from richkd.store.locations import open_location
 from richkd.store.manifest import REMEDY, check_sealed, copy_of, open_store
-from richkd.store.place import METADATA, Folder, Place, open_place
 from richkd.store.schema import ArraySpec, Manifest
 from richkd.store.topk import Rows, TopKRows
 
@@ -68,7 +70,7 @@ class TeacherCache:
     """
 
     def __init__(self, copy: LocalCopy, group: zarr.Group, manifest: Manifest) -> None:
-        self.place = copy.place
+        self.location = copy.location
         self.path = copy.path
         self.manifest = manifest
         self.specs = schema.array_specs(manifest)
@@ -79,8 +81,8 @@ class TeacherCache:
     def __repr__(self) -> str:
         dataset = self.manifest["dataset"]
         return (
-            f"TeacherCache({self.place.name!r}: {dataset['name']}, {dataset['num_train']} samples, "
-            f"{self.num_views} views, {self.num_classes} classes)"
+            f"TeacherCache({self.location.name!r}: {dataset['name']}, {dataset['num_train']} "
+            f"samples, {self.num_views} views, {self.num_classes} classes)"
         )
 
     @property
@@ -131,15 +133,15 @@ class TeacherCache:
         top, classes, rest = (self._values(part, view, on_disk) for part in schema.part_names(name))
         if int(classes.max()) >= self.num_classes:
             raise RichKDError(
-                f"{self.place}: {name} has classes that are not in 0..{self.num_classes - 1}; make "
-                f"the store again with richkd precompute --overwrite"
+                f"{self.location}: {name} has classes that are not in 0..{self.num_classes - 1}; "
+                f"make the store again with richkd precompute --overwrite"
             )
         return TopKRows.from_numpy(top, classes, rest, self.num_classes)
 
     def _values(self, name: str, view: int | None, on_disk: bool | None) -> NDArray[Any]:
         """The numbers of an array, or of one view of it, checked."""
         if view is not None and not 0 <= view < self.num_views:
-            raise RichKDError(f"view {view}: {self.place} has views 0..{self.num_views - 1}")
+            raise RichKDError(f"view {view}: {self.location} has views 0..{self.num_views - 1}")
         files = [f"{name}/{METADATA}", *chunk_files(name, self.specs[name], view)]
         self._copy.fetch(files)
         try:
@@ -163,7 +165,7 @@ class TeacherCache:
                 values[start : start + step] = array[(*at, slice(start, start + step))]
         except Exception as error:  # codecs raise errors of many kinds
             raise RichKDError(
-                f"{self.place}: {name} is damaged ({type(error).__name__}: {error}); {REMEDY}"
+                f"{self.location}: {name} is damaged ({type(error).__name__}: {error}); {REMEDY}"
             ) from error
         self._check_chunks(name, view)
         return values
@@ -182,7 +184,7 @@ class TeacherCache:
                 found = "a chunk is missing"
             if found != checksums["chunks"][name][number]:
                 where = name if one is None else f"{name}, view {one}"
-                raise RichKDError(f"{self.place}: {where} is not what was written; {REMEDY}")
+                raise RichKDError(f"{self.location}: {where} is not what was written; {REMEDY}")
 
     def has(self, name: str) -> bool:
         """Whether the store has an array of this name, whole or by its K largest."""
@@ -191,7 +193,7 @@ class TeacherCache:
     def require(self, name: str) -> None:
         """Raise RichKDError where the store has no array of this name."""
         if not self.has(name):
-            raise RichKDError(f"{self.place} has no array {name!r}" + self._why_absent(name))
+            raise RichKDError(f"{self.location} has no array {name!r}" + self._why_absent(name))
 
     def nbytes(self, names: Collection[str]) -> int:
         """Bytes of one view of some arrays, as they are stored."""
@@ -278,7 +280,7 @@ class TeacherCache:
         clip = self.manifest["clip"]
         if clip is None:
             raise RichKDError(
-                f"{self.place} was made with --clip none, so there is nothing to blend with the "
+                f"{self.location} was made with --clip none, so there is nothing to blend with the "
                 f"CNN teacher; use --method kd, or precompute with a CLIP"
             )
         return clip
@@ -297,7 +299,7 @@ def open_cache(path: str | Path) -> TeacherCache:
             arrays or chunks missing or of another shape than the manifest says; or the place
             cannot be reached.
     """
-    place = open_place(path)
+    place = open_location(path)
     copy = copy_of(place)
     group, manifest = open_store(copy)
     check_sealed(copy, manifest)
@@ -312,7 +314,7 @@ def open_cache(path: str | Path) -> TeacherCache:
     return TeacherCache(copy, group, manifest)
 
 
-def _check_array(place: Place, group: zarr.Group, name: str, spec: ArraySpec) -> None:
+def _check_array(place: Location, group: zarr.Group, name: str, spec: ArraySpec) -> None:
     import zarr
 
     try:

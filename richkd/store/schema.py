@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
-from richkd.data.framing import CLEAN_SHARE, InputEntry, NetworkInput, input_fault
-from richkd.progress import percent
-from richkd.recipe import CLIP_PRECISIONS
-from richkd.typecheck import misfit
+from richkd.core.checks import misfit
+from richkd.core.choices import CLIP_PRECISIONS
+from richkd.core.progress import percent
+from richkd.data.boxes import CLEAN_SHARE
+from richkd.data.entries import DecodingEntry
+from richkd.data.framing import InputEntry, NetworkInput, input_fault
 
 SCHEMA = 2
 FORMAT = "richkd-cache"
@@ -24,13 +26,6 @@ CHUNK_BYTES = 4 * 2**20
 MAX_BLOCK = 8192
 MOST = 2**40  # of anything that a manifest counts
 LOGITS = ("teacher_logits", "fused_logits")
-
-
-class DecodingEntry(TypedDict):
-    """How image files became RGB (data/decoding.py)."""
-
-    background: str  # #RRGGBB
-    ranges: dict[str, list[float]]  # by kind of file: the values that are black and white
 
 
 class DatasetEntry(TypedDict):
@@ -181,13 +176,6 @@ def split_sizes(manifest: Manifest) -> dict[str, int]:
     if "num_validation" in dataset:
         sizes["validation"] = dataset["num_validation"]
     return sizes
-
-
-def say_splits(counts: Mapping[str, int]) -> str:
-    """The sizes of the splits in words, such as `500 training and 10,000 test`."""
-    words = {"train": "training", "validation": "validation", "test": "test"}
-    *first, last = (f"{counts[split]:,} {word}" for split, word in words.items() if split in counts)
-    return f"{', '.join(first)} and {last}"
 
 
 def say_errors(errors: Mapping[str, float]) -> str:
@@ -435,3 +423,13 @@ def shown(value: object) -> str:
     """A setting in a message."""
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "…"
+
+
+def teacher_accuracies(manifest: Manifest) -> dict[str, float | None]:
+    """Top-1 of the CNN teacher, CLIP and their blend on the test split, in 0..1."""
+    clip = manifest["clip"]
+    return {
+        "cnn": manifest["teacher"]["accuracy"],
+        "clip": clip["accuracy"] if clip else None,
+        "fused": manifest["fused_accuracy"],
+    }

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from richkd.errors import RichKDError
-from richkd.memory import spans
+from richkd.core.errors import RichKDError
+from richkd.core.memory import spans
 from richkd.store.schema import LOGITS, part_names
 
 MOST_CLASSES = 2**16  # that u16 can name

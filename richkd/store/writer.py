@@ -28,9 +28,9 @@ from torch import Tensor
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from richkd.cpus import usable_cpus
-from richkd.errors import RichKDError, machine_fault
-from richkd.files import is_temporary
+from richkd.core.cpus import usable_cpus
+from richkd.core.errors import RichKDError, first_line, machine_fault
+from richkd.core.files import is_temporary
 from richkd.store import schema
 from richkd.store.checksums import (
     block_files,
@@ -39,7 +39,7 @@ from richkd.store.checksums import (
     take_checksums,
     write_sealed,
 )
-from richkd.store.place import METADATA, Place, first_line
+from richkd.store.location import METADATA, Location
 from richkd.store.schema import Block, Manifest
 
 # No chunk may be absent: an absent chunk reads as zeros, which would pass for data.
@@ -124,7 +124,7 @@ def to_host(tensor: Tensor) -> Tensor:
 class StoreWriter:
     """One process's hand on a store. Use as a context manager; `write` returns at once."""
 
-    def __init__(self, place: Place, manifest: Manifest, done: Sequence[bool]) -> None:
+    def __init__(self, place: Location, manifest: Manifest, done: Sequence[bool]) -> None:
         self._place = place
         with place.explained("write to"):
             self._arrays = _open_arrays(place, schema.array_specs(manifest))
@@ -142,7 +142,7 @@ class StoreWriter:
     @classmethod
     def open(
         cls,
-        place: Place,
+        place: Location,
         manifest: Manifest,
         overwrite: bool,
         redo: Collection[Block] | None = None,
@@ -339,7 +339,7 @@ def blank_files(manifest: Manifest) -> dict[str, bytes]:
     return {file: files[file].to_bytes() for file in [METADATA, *sorted({*files} - {METADATA})]}
 
 
-def unseal(place: Place, manifest: Manifest, redo: Collection[Block]) -> None:
+def unseal(place: Location, manifest: Manifest, redo: Collection[Block]) -> None:
     """Mark a store incomplete but for what `redo` leaves; metadata files are as they were new."""
     for file, content in blank_files(manifest).items():  # incomplete, from the first on
         place.write(file, content)
@@ -348,7 +348,7 @@ def unseal(place: Place, manifest: Manifest, redo: Collection[Block]) -> None:
             place.delete(flag)
 
 
-def complete_metadata(place: Place, manifest: Manifest) -> None:
+def complete_metadata(place: Location, manifest: Manifest) -> None:
     """Write what a store lacks that was cut off while it was made."""
     there = place.sizes()
     for file, content in blank_files(manifest).items():
@@ -356,7 +356,7 @@ def complete_metadata(place: Place, manifest: Manifest) -> None:
             place.write(file, content)
 
 
-def written(place: Place, manifest: Manifest) -> list[bool]:
+def written(place: Location, manifest: Manifest) -> list[bool]:
     """Which blocks have their flag and all their rows.
 
     On a disk either may be lost or torn where the machine went down, so every byte is read.
@@ -377,7 +377,7 @@ def flag_files(manifest: Manifest) -> list[str]:
     return list(chunk_files("complete", schema.array_specs(manifest)["complete"]))
 
 
-def check_target(place: Place, overwrite: bool) -> Mapping[str, Any] | None:
+def check_target(place: Location, overwrite: bool) -> Mapping[str, Any] | None:
     """The manifest of a store that is there; None where a new one may be made.
 
     Raises:
@@ -465,7 +465,7 @@ def round_bits(values: np.ndarray[Any, Any], bits: int | None) -> np.ndarray[Any
     return rounded
 
 
-def _open_arrays(place: Place, names: Iterable[str]) -> dict[str, zarr.Array[Any]]:
+def _open_arrays(place: Location, names: Iterable[str]) -> dict[str, zarr.Array[Any]]:
     """Arrays of a store by name, to be written to."""
     group = zarr.open_group(place.zarr(read_only=False), mode="r+", use_consolidated=False)
     return {name: cast("zarr.Array[Any]", group[name]).with_config(_CONFIG) for name in names}

@@ -16,14 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from richkd.config.settings import Precompute
+from richkd.core.choices import ORDERS
+from richkd.core.errors import RichKDError, nearest
+from richkd.core.progress import Report, percent
+from richkd.core.text_files import read_text
 from richkd.data.datasets import Dataset, Split
 from richkd.data.inputs import make_inputs
-from richkd.errors import RichKDError, nearest
-from richkd.progress import Report, percent
-from richkd.recipe import ORDERS, Precompute
 from richkd.teachers.cnn import CNNTeacher, Outputs
 from richkd.teachers.framing import note_of
-from richkd.text_files import read_text
 
 LOOKED_AT = 256  # images, of the training split for a choice and of the test split for a preview
 CLEARLY = 3.0  # standard deviations

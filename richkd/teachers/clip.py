@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from richkd import fusion
+from richkd.core import fusion
+from richkd.core.choices import CLIP_PRECISIONS
+from richkd.core.errors import RichKDError, nearest, unknown
 from richkd.data.inputs import ArrayInputs, Inputs
 from richkd.data.prompts import fill
 from richkd.data.views import resize_bytes
-from richkd.errors import RichKDError, nearest, unknown
 from richkd.models.weights import state_sha256
-from richkd.recipe import CLIP_PRECISIONS
 from richkd.store.schema import PrecisionError
 
 LOCAL = "local-dir:"

@@ -14,12 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from richkd.data.datasets import Dataset
-from richkd.data.framing import NetworkInput
-from richkd.data.inputs import Normalize, make_inputs
-from richkd.data.views import views_tensor
-from richkd.errors import RichKDError
-from richkd.files import (
+from richkd.config.settings import Training, TrainTeacher, check_resume, to_table
+from richkd.core.errors import RichKDError
+from richkd.core.files import (
     check_not_held,
     check_replaceable,
     check_still_held,
@@ -28,15 +25,20 @@ from richkd.files import (
     to_json,
     write_json,
 )
+from richkd.core.ownership import has_keys
+from richkd.core.progress import Report, percent
+from richkd.core.seeds import derive_seed
+from richkd.data.datasets import Dataset
+from richkd.data.framing import NetworkInput
+from richkd.data.inputs import Normalize, make_inputs
+from richkd.data.views import views_tensor
 from richkd.losses import Widths, method_class
 from richkd.models import check_fit, check_trainable, create_model, forward
 from richkd.models.weights import file_sha256, load_into, read_note, read_weights, save_tensors
-from richkd.ours import has_keys
-from richkd.progress import Report, percent
-from richkd.recipe import Training, TrainTeacher, check_resume, to_table
 from richkd.training.checkpoint import PLACES, Progress, TeacherFolder
+from richkd.training.data import Data, EpochRows, EvalSet
 from richkd.training.device import choose_device
-from richkd.training.loop import Data, EpochRows, EvalSet, Trainer, derive_seed
+from richkd.training.loop import Trainer
 
 Outputs = tuple[int, ...]  # the teacher's output of each class, where its order is another
 
@@ -330,8 +332,8 @@ def completed(settings: TrainTeacher, dataset: Dataset, report: Report) -> dict[
         ""
         if "training" in note
         else (
-            "; an earlier version trained it, which did not record the other settings of the training, "
-            "so these were not compared"
+            "; an earlier version trained it, which did not record the other settings of the "
+            "training, so these were not compared"
         )
     )
     report.say(f"{out} is complete already; --overwrite trains it anew{unknown}")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
+from richkd.core.errors import RichKDError
+from richkd.core.files import held, home
+from richkd.core.progress import Report
 from richkd.data import shapes
-from richkd.errors import RichKDError
-from richkd.files import held, home
-from richkd.progress import Report
 from richkd.teachers.tiny_clip import train_tiny_clip
 from richkd.training.checkpoint import Checkpoints
 

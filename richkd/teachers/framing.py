@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from richkd.data import catalog
+from richkd.config import catalog
+from richkd.config.settings import Precompute
+from richkd.core.errors import RichKDError
+from richkd.core.progress import Report
+from richkd.data.boxes import CLEAN_SHARE
 from richkd.data.datasets import SMALL_SIDE, Dataset, statistics
-from richkd.data.framing import CLEAN_SHARE, NetworkInput
-from richkd.errors import RichKDError
+from richkd.data.framing import NetworkInput
 from richkd.models import create_model, has_tag, pretrained_input
 from richkd.models.weights import find_state, read_note, read_weights
-from richkd.progress import Report
-from richkd.recipe import Precompute
 
 
 def resolve_input(

@@ -9,17 +9,17 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from richkd import fusion
+from richkd.config.settings import Precompute
+from richkd.core import fusion
+from richkd.core.accuracy import accuracy
+from richkd.core.progress import Advance, Report, percent
 from richkd.data.datasets import Dataset, Split
 from richkd.data.inputs import ArrayInputs, FileInputs, make_inputs, sent
-from richkd.progress import Advance, Report, percent
-from richkd.recipe import Precompute
 from richkd.store.schema import Block, PrecisionError
 from richkd.store.topk import compact
 from richkd.store.writer import StoreWriter
 from richkd.teachers.clip import ClipTeacher
 from richkd.teachers.cnn import CNNTeacher
-from richkd.training.loop import accuracy
 
 FORWARD_BATCH = 256  # images
 FORWARD_PIXELS = 2**21  # that a GPU sees at once where images are small

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from richkd.interrupt import work_begins
+from richkd.core.interrupts import work_begins
 from richkd.training.checkpoint import Checkpoints, Progress
 
 IMAGE_SIZE: Final = 32

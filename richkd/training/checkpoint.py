@@ -28,8 +28,9 @@ import tomli_w
 import torch
 from torch import Tensor
 
-from richkd.errors import RichKDError
-from richkd.files import (
+from richkd.config.settings import recorded_holdout
+from richkd.core.errors import RichKDError
+from richkd.core.files import (
     check_not_held,
     check_still_held,
     check_writable,
@@ -42,9 +43,8 @@ from richkd.files import (
     write,
     write_json,
 )
+from richkd.core.ownership import remove_about_run
 from richkd.models.weights import read_note, read_safetensors, save_tensors
-from richkd.ours import remove_about_run
-from richkd.recipe import recorded_holdout
 from richkd.training.device import wait_for
 
 # Settings that may be others when a training is resumed.

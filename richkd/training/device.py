@@ -8,9 +8,9 @@ import sys
 
 import torch
 
-from richkd.cpus import usable_cpus
-from richkd.errors import RichKDError
-from richkd.memory import available_memory
+from richkd.core.cpus import usable_cpus
+from richkd.core.errors import RichKDError
+from richkd.core.memory import available_memory
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 
@@ -95,11 +95,3 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {platform.machine()}, {usable_cpus()} cores"
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    from importlib.metadata import version
-
-    packages = ("richkd", "torch", "torchvision", "timm", "open_clip_torch", "zarr", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -15,100 +15,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.backends import cudnn
 
-from richkd.data.datasets import Split
-from richkd.data.inputs import Batches, Inputs, Normalize, make_inputs
-from richkd.data.views import views_tensor
-from richkd.errors import RichKDError
+from richkd.config.settings import Training
+from richkd.core.accuracy import accuracy
+from richkd.core.errors import RichKDError
+from richkd.core.seeds import derive_seed
+from richkd.data.inputs import Batches, Normalize
 from richkd.losses.method import Batch, Method
 from richkd.models import forward
-from richkd.recipe import Training
-from richkd.store.topk import Rows
+from richkd.training.data import Data, EpochRows, EvalSet, StepBatch
 from richkd.training.device import cuda, default_generator, half_precision
-from richkd.training.runners import Runner, check_step, make_runner
+from richkd.training.runners import Objective, Runner, check_step, make_runner
 
 EVAL_BATCH = 256
 EVAL_PIXELS = 2**21  # of a batch on a GPU, where small images would be bound by launching kernels
-StepBatch = tuple[Tensor, Tensor, dict[str, Tensor]]  # index, images, rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalSet:
-    """Images of a split that a network is evaluated on, and their labels, on the device."""
-
-    images: Inputs  # of the whole split
-    labels: Tensor  # [M], likewise
-    views: Tensor  # the clean views, likewise
-    ids: Tensor  # of the samples that count, ascending
-
-    @classmethod
-    def of(cls, split: Split, device: torch.device) -> EvalSet:
-        """All samples of a split."""
-        return cls(
-            images=make_inputs(split.images, device),
-            labels=split.labels.to(device),
-            views=views_tensor(split.view_space.clean(len(split))),
-            ids=torch.arange(len(split), device=device),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """Everything that runs may share: images and labels of all splits, on the device."""
-
-    train: Inputs
-    train_labels: Tensor  # [N]
-    test: EvalSet
-    choice: EvalSet | None = None  # images that choices are made on, apart from those of `test`
-    normalize: Normalize
-    num_classes: int
-
-
-@dataclass(frozen=True)
-class EpochRows:
-    """What one epoch trains on: a view of every sample and the cached rows of those views."""
-
-    views: Tensor  # [N] or [N,5]
-    rows: Mapping[str, Rows]  # name -> [N,…]
-    on_host: bool = False  # the rows stay there, and every batch of them goes to the device
-
-    def to(self, device: torch.device, buffers: dict[str, Rows] | None = None) -> EpochRows:
-        """The same on a device, for several runs; the views stay where samples are gathered.
-
-        Args:
-            device: where to.
-            buffers: of earlier epochs by name, into which rows are copied.
-        """
-        if self.on_host:
-            return self
-        rows: dict[str, Rows] = {}
-        for name, row in self.rows.items():
-            buffer = None if buffers is None else buffers.get(name)
-            if buffer is None:
-                rows[name] = row.to(device, non_blocking=True)
-            else:
-                rows[name] = buffer if buffer is row else buffer.copy_(row, non_blocking=True)  # type: ignore[arg-type]
-        if buffers is not None:
-            buffers.update(rows)
-        return EpochRows(self.views, rows)
-
-    def pinned(self) -> EpochRows:
-        """The same in memory that a GPU copies from by itself."""
-        rows = {name: row.pin_memory() for name, row in self.rows.items()}
-        return EpochRows(self.views.pin_memory(), rows)
-
-    def batch(self, index: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        """The rows [B,…] f32 of the samples `index` on the device, the same `ids` on the host."""
-        if not self.on_host:
-            return {name: row[index].float() for name, row in self.rows.items()}
-        batch = {name: row[ids].float() for name, row in self.rows.items()}
-        if index.is_cuda:
-            batch = {name: row.pin_memory() for name, row in batch.items()}
-        return {name: row.to(index.device, non_blocking=True) for name, row in batch.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,24 +335,6 @@ def predict(model: nn.Module, batches: Batches, normalize: Normalize) -> Tensor:
     return torch.cat([model(normalize(images)) for _, images in batches])
 
 
-def accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
-    """Top-k accuracy in 0..1 of logits [N,C] (k at most C)."""
-    from torchmetrics.functional.classification import multiclass_accuracy
-
-    value: Tensor = multiclass_accuracy(
-        logits.float(),
-        labels,
-        num_classes=logits.shape[1],
-        top_k=min(k, logits.shape[1]),
-        average="micro",
-        validate_args=False,
-    )
-    return float(value)
-
-
-Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
-
-
 def make_objective(model: nn.Module, method: Method, normalize: Normalize, half: bool) -> Objective:
     """Forward pass and losses as one function, which may be compiled.
 
@@ -488,11 +393,6 @@ def learning_rate(settings: Training, epoch: int) -> float:
     return settings.lr * 0.1 ** sum(milestone < epoch for milestone in milestones)
 
 
-def derive_seed(*numbers: int) -> int:
-    """An independent seed for every tuple of numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
 def epoch_order(seed: int, epoch: int, num_samples: int) -> Tensor:
     """The order [N] of the samples in an epoch: the same for every student and method."""
     generator = torch.Generator().manual_seed(derive_seed(seed, epoch, 0))
@@ -503,26 +403,3 @@ def drop_lone_last(order: Tensor, batch_size: int) -> Tensor:
     """Without a last batch of one sample, over which batch norm has no variance."""
     lone = len(order) % batch_size == 1 and len(order) > 1 and batch_size > 1
     return order[:-1] if lone else order
-
-
-def timed(slabs: Iterator[EpochRows]) -> Iterator[tuple[EpochRows, float]]:
-    """Each slab with the seconds that were spent waiting for it."""
-    start = time.perf_counter()
-    for slab in slabs:
-        yield slab, time.perf_counter() - start
-        start = time.perf_counter()
-
-
-def all_rows(rows: Callable[[int], EpochRows], first: int, last: int) -> Iterator[EpochRows]:
-    """`rows(epoch)` for epochs first..last, each read by a thread while the one before trains."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    if first > last:
-        return
-    with ThreadPoolExecutor(1, thread_name_prefix="slab") as pool:
-        coming = pool.submit(rows, first)
-        for epoch in range(first, last + 1):
-            current = coming.result()
-            if epoch < last:
-                coming = pool.submit(rows, epoch + 1)
-            yield current

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from richkd.config.settings import Training
 from richkd.models import forward
-from richkd.recipe import Training
 from richkd.training.device import has_bfloat16, wait_for
 
 LONG = 500  # steps; before that, measuring a few of them is not worth it

@@ -14,25 +14,46 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from richkd.config.settings import Training
+from richkd.core.errors import RichKDError
+from richkd.core.progress import duration
 from richkd.data.inputs import ArrayInputs
-from richkd.errors import RichKDError
-from richkd.progress import duration
+from richkd.training.data import Data, EpochRows, StepBatch
 from richkd.training.device import cuda, wait_for
-
-if TYPE_CHECKING:
-    from richkd.training.loop import EpochRows, StepBatch, Trainer
 
 WARM_UP = 3  # steps before a capture, in which libraries allocate and choose their kernels
 # Compiling a network of the zoo takes half a minute and saves a fifth of a step or more
 # (docs/performance.md), so from five minutes of steps on it gives back twice what it takes.
 COMPILING_PAYS_S = 300.0
 MANY = 1000  # programs that the compiler keeps for students and methods, instead of eight
+
+
+Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+
+class Trainer(Protocol):
+    """What a runner needs of a trainer (loop.py)."""
+
+    device: torch.device
+    data: Data
+    settings: Training
+    objective: Objective
+    half: bool
+    say: Callable[[str], None]
+
+    def step(self, index: Tensor, images: Tensor, rows: Mapping[str, Tensor]) -> None: ...
+    def batches(self, order: Tensor, source: EpochRows) -> Iterator[StepBatch]: ...
+    def noise(self, order: Tensor, source: EpochRows) -> StepBatch: ...
+    def snapshot(self) -> dict[str, Tensor]: ...
+    def restore(self, saved: Mapping[str, Tensor]) -> None: ...
+    def on_gpu(self) -> AbstractContextManager[None]: ...
 
 
 class Eager:

@@ -22,11 +22,11 @@ import richkd
 from richkd.analysis import corruptions
 from richkd.analysis.corruptions import NAMES, MadeCorruptions, PublishedCorruptions, corrupt
 from richkd.analysis.students import find_corruptions, read_evaluation, shift_classes
+from richkd.config.settings import Distill
 from richkd.data.datasets import ImageFiles, Split
 from richkd.data.decoding import Decoding
 from richkd.data.folders import Paths
 from richkd.distill import distill
-from richkd.recipe import Distill
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]

@@ -17,6 +17,8 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 import richkd
+from richkd.config.recipes import load
+from richkd.core.errors import RichKDError
 from richkd.data.class_names import (
     check_distinct,
     class_words,
@@ -25,8 +27,6 @@ from richkd.data.class_names import (
     text_key,
 )
 from richkd.data.prompts import load_prompts
-from richkd.errors import RichKDError
-from richkd.recipe import load
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]

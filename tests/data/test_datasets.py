@@ -12,12 +12,12 @@ import torch
 from helpers import write_cifar100
 from PIL import Image
 
+from richkd.config.settings import Images
+from richkd.core.errors import RichKDError
 from richkd.data import datasets
 from richkd.data.datasets import ImageFiles, load_dataset
 from richkd.data.inputs import make_inputs
 from richkd.data.views import views_tensor
-from richkd.errors import RichKDError
-from richkd.recipe import Images
 
 
 def test_cifar100_from_its_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 import richkd
+from richkd.config.settings import Images
+from richkd.core.errors import RichKDError
 from richkd.data import decoding
 from richkd.data.datasets import ImageFiles, load_dataset
 from richkd.data.decoding import FRAMES, TRANSPARENT, TURNED, Decoding, Values
 from richkd.data.folders import list_images
-from richkd.errors import RichKDError
-from richkd.recipe import Images
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]

@@ -16,6 +16,8 @@ from helpers import write_teacher
 from PIL import Image
 
 import richkd
+from richkd.config.settings import Images
+from richkd.core.errors import RichKDError
 from richkd.data.datasets import load_dataset
 from richkd.data.folders import (
     Listing,
@@ -23,8 +25,6 @@ from richkd.data.folders import (
     list_images,
     suggest_image_size,
 )
-from richkd.errors import RichKDError
-from richkd.recipe import Images
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]

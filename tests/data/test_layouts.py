@@ -16,13 +16,13 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import richkd
+from richkd.config.settings import Images
+from richkd.core.errors import RichKDError
 from richkd.data import folders
 from richkd.data.datasets import Dataset, load_dataset
-from richkd.errors import RichKDError
-from richkd.recipe import Images
 from richkd.store import schema
 from richkd.store.checksums import write_sealed
-from richkd.store.place import Folder
+from richkd.store.folder import Folder
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from richkd.core.errors import RichKDError
 from richkd.data.prompts import fill, load_prompts
-from richkd.errors import RichKDError
 
 
 def test_released_set_has_twelve() -> None:

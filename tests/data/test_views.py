@@ -9,8 +9,8 @@ import torch
 from torchvision.transforms.v2 import functional
 
 import richkd
+from richkd.core.errors import RichKDError
 from richkd.data.views import NUM_VIEW_IDS, PadCropFlip, ResizedCropFlip, resized_crop
-from richkd.errors import RichKDError
 
 
 def test_every_view_equals_pad_crop_flip(rng: np.random.Generator) -> None:
@@ -103,7 +103,7 @@ def test_resized_crops_drawn_in_spans_are_those_of_one_stream(
     seed = int(rng.integers(2**32))
     wanted = [[one_view(seed, v, i, tuple(size)) for i, size in enumerate(sizes)] for v in range(2)]
     assert np.array_equal(ResizedCropFlip(sizes, 32).draw(seed, 100, 2), wanted)
-    monkeypatch.setattr("richkd.memory.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("richkd.core.memory.ROWS_AT_ONCE", 7)
     assert np.array_equal(ResizedCropFlip(sizes, 32).draw(seed, 100, 2), wanted)
     ids = PadCropFlip().draw(seed, 100, 3)
     monkeypatch.undo()
@@ -144,7 +144,7 @@ def test_resized_crop_is_torchvisions(rng: np.random.Generator) -> None:
 def test_threads_draw_the_views_of_one_stream(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr("richkd.memory.ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr("richkd.core.memory.ROWS_AT_ONCE", at_once)
     monkeypatch.setattr("richkd.data.views.usable_cpus", lambda: 5)
     seed, count = int(rng.integers(2**32)), int(rng.integers(1, 9000))
     keys = np.random.Philox(seed).random_raw(count * 162).reshape(count, 162)

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from richkd.config.settings import Images
+from richkd.core.errors import RichKDError
 from richkd.data.datasets import load_dataset
 from richkd.data.folders import EARLIER_SUFFIXES, SUFFIXES, Found, find_images
 from richkd.data.walk import Kind, Walk, is_hidden
-from richkd.errors import RichKDError
-from richkd.recipe import Images
 
 
 def put(root: Path, *paths: str) -> None:

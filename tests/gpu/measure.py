@@ -25,12 +25,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from richkd.bench import QUICK, SMALL_STUDENTS, random_dataset, run_bench, write_teachers
-from richkd.distill import Source, StudentRun
+from richkd.config.settings import Distill, Precompute
+from richkd.core.progress import Report
+from richkd.core.versions import versions
 from richkd.precompute import precompute
-from richkd.progress import Report
-from richkd.recipe import Distill, Precompute
-from richkd.training.device import hardware, versions
+from richkd.tools.bench import QUICK, SMALL_STUDENTS, random_dataset, run_bench, write_teachers
+from richkd.training.device import hardware
+from richkd.training.source import Source
+from richkd.training.student import StudentRun
 
 STUDENT = "resnet8x4"
 PROFILED = 60  # steps

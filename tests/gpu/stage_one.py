@@ -22,22 +22,23 @@ from typing import Any
 import torch
 
 import richkd
-from richkd import bench
 from richkd import precompute as stage_one
-from richkd.cpus import usable_cpus
+from richkd.config.settings import Precompute
+from richkd.core.cpus import usable_cpus
+from richkd.core.progress import Report
+from richkd.core.versions import versions
 from richkd.data.datasets import Dataset
 from richkd.data.inputs import ArrayInputs
 from richkd.data.views import views_tensor
 from richkd.models.weights import load_into, read_weights
-from richkd.progress import Report
-from richkd.recipe import Precompute
 from richkd.store.reader import TeacherCache
 from richkd.store.writer import StoreWriter
 from richkd.teachers.clip import load_clip
 from richkd.teachers.cnn import CNNTeacher, load_teacher
 from richkd.teachers.framing import resolve_input
 from richkd.teachers.rows import Teachers
-from richkd.training.device import choose_device, hardware, versions, wait_for
+from richkd.tools import bench
+from richkd.training.device import choose_device, hardware, wait_for
 
 CLASSES = 100
 TEACHER = "resnet32x4"
@@ -106,7 +107,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "over_forward": seconds["all"] / forward["all_views_s"],
         "teacher_images": images,
         "images_a_second": images / seconds["all"],
-        "stored_bytes": sum(cache.place.sizes().values()),
+        "stored_bytes": sum(cache.location.sizes().values()),
         "host_peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         **memory,
         "rows": check_rows(cache, dataset, weights, device),

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from test_distill import metrics, train, weights
 
-from richkd.distill import Placement, Source
 from richkd.losses import METHODS
 from richkd.models import create_model
 from richkd.training.checkpoint import RunFolder
+from richkd.training.source import Placement, Source
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 Make = Callable[..., Path]
@@ -193,7 +193,7 @@ def test_a_network_that_cannot_be_captured_trains_eagerly(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     """It waits for the device in the middle of its forward pass."""
-    from richkd.progress import Report
+    from richkd.core.progress import Report
 
     plain = create_model
 
@@ -209,8 +209,8 @@ def test_a_network_that_cannot_be_captured_trains_eagerly(
         return model
 
     monkeypatch.setattr("richkd.distill.create_model", waits)
+    from richkd.config.settings import Distill
     from richkd.distill import distill
-    from richkd.recipe import Distill
 
     settings = {"student": "resnet8", "epochs": 2, "batch_size": 16, "device": "cuda", "lr": 0.02}
     for step in ("captured", "compiled"):
@@ -226,9 +226,9 @@ def test_a_network_that_cannot_be_captured_trains_eagerly(
 def test_too_little_memory_for_graphs(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
+    from richkd.config.settings import Distill
+    from richkd.core.progress import Report
     from richkd.distill import distill
-    from richkd.progress import Report
-    from richkd.recipe import Distill
     from richkd.training.runners import Captured
 
     def full(self: Any, size: int) -> None:

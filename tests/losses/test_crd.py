@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from richkd.errors import RichKDError
+from richkd.core.errors import RichKDError
 from richkd.losses import CRDLoss
 
 

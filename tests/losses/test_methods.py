@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from richkd.errors import RichKDError
+from richkd.core.errors import RichKDError
 from richkd.losses import (
     METHODS,
     Batch,

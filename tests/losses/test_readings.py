@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from richkd.errors import RichKDError
+from richkd.core.errors import RichKDError
 from richkd.losses import Batch, Widths, method_class
 from richkd.losses.method import TARGET
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import richkd
-from richkd.errors import RichKDError
-from richkd.files import FRESH_S, is_temporary, replacing
+from richkd.core.errors import RichKDError
+from richkd.core.files import FRESH_S, is_temporary, replacing
 from richkd.models import check_fit
 from richkd.models.weights import (
     file_sha256,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import richkd
-from richkd.errors import RichKDError
+from richkd.core.errors import RichKDError
 from richkd.models import check_fit, remedy
 
 # Twelve families, each by a small member.

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import richkd
-from richkd.errors import RichKDError
+from richkd.core.errors import RichKDError
 from richkd.models.weights import load_into, read_note, read_weights, save_tensors, state_sha256
 
 State = dict[str, Tensor]

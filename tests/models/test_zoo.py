@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import richkd
-from richkd.errors import RichKDError
+from richkd.core.errors import RichKDError
 from richkd.models import ZOO
 from richkd.models.weights import load_into, read_weights, state_sha256
 

@@ -15,8 +15,8 @@ from helpers import changed, tree
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from richkd.config.settings import SECTIONS
 from richkd.losses.method import METHODS
-from richkd.recipe import SECTIONS
 
 Fails = Callable[..., str]
 pytestmark = [pytest.mark.slow, pytest.mark.fault]

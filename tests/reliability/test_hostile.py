@@ -18,8 +18,8 @@ from helpers import tree
 
 from richkd.models.weights import save_tensors
 from richkd.store.checksums import metadata_digest, write_sealed
+from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
-from richkd.store.place import open_place
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]
@@ -165,7 +165,7 @@ def test_names_with_markup_and_paths(run: Run, fails: Fails, store: Path, tmp_pa
     manifest: Any = read_manifest(copy)
     manifest["class_names"][: len(NASTY)] = NASTY
     manifest["dataset"]["name"] = "<script>alert(1)</script>/../x"
-    write_sealed(open_place(copy), manifest)
+    write_sealed(open_location(copy), manifest)
     recipe = tmp_path / "inside" / "r.toml"
     recipe.write_text('about = "<script>alert(2)</script>"\n[distill]\nbatch_size = 16\n')
     runs = tmp_path / "inside" / "runs"
@@ -201,7 +201,7 @@ def test_names_with_markup_and_paths(run: Run, fails: Fails, store: Path, tmp_pa
 
 def test_archive_members_do_not_leave_their_folder(store: Path, tmp_path: Path) -> None:
     """Names of tensors are no paths: a file of weights with such names is only another network."""
-    from richkd.errors import RichKDError
+    from richkd.core.errors import RichKDError
     from richkd.models import create_model
     from richkd.models.weights import load_into, read_weights
 
@@ -214,8 +214,8 @@ def test_archive_members_do_not_leave_their_folder(store: Path, tmp_path: Path) 
 
 LIMITED = """
 import resource, sys
-import richkd.distill, richkd.inspect, richkd.results, richkd.verify
-from richkd.cli import main
+import richkd.distill, richkd.tools.inspect, richkd.analysis.results, richkd.tools.verify
+from richkd.__main__ import main
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 2 * 2**30
 resource.setrlimit(resource.RLIMIT_AS, (used, used))
 store, out = sys.argv[1:]
@@ -247,8 +247,8 @@ def test_absurd_sizes_take_no_memory(store: Path, tmp_path: Path, what: str) -> 
             document["shape"] = [10**12 if size == 48 else size for size in document["shape"]]
             path.write_text(json.dumps(document))
             file = str(path.relative_to(copy))
-            manifest["checksums"]["metadata"][file] = metadata_digest(open_place(copy), file)
-    write_sealed(open_place(copy), manifest)
+            manifest["checksums"]["metadata"][file] = metadata_digest(open_location(copy), file)
+    write_sealed(open_location(copy), manifest)
     words = [sys.executable, "-c", LIMITED, str(copy), str(tmp_path / "run")]
     done = subprocess.run(words, check=True, capture_output=True, text=True, timeout=60)
     assert "distill 2\nverify 2\n" in done.stdout and "inspect 1" not in done.stdout

@@ -17,10 +17,10 @@ import pytest
 from helpers import assert_same_run, changed, tree
 from safetensors import safe_open
 
-from richkd.files import held
+from richkd.core.files import held
 from richkd.store import schema
+from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
-from richkd.store.place import open_place
 from richkd.store.writer import StoreWriter, written
 
 Run = Callable[..., Any]
@@ -178,7 +178,7 @@ def test_a_signal_lets_stage_one_finish_its_block(
     code, err = interrupted([*stage_one, "--out", path], newest(path, "complete/c/3"), 0.0, by)
     assert code == 128 + by and "Traceback" not in err
     said = err.strip().splitlines()[-1]
-    flags = np.asarray(written(open_place(path), read_manifest(path)))
+    flags = np.asarray(written(open_location(path), read_manifest(path)))
     assert said == (
         f"richkd: stopped with {flags.sum()} of {len(flags)} blocks written; the same command goes "
         f"on"
@@ -293,7 +293,7 @@ def holder(tmp_path: Path) -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
 
     def hold(path: Path) -> subprocess.Popen[str]:
         code = (
-            "import sys, pathlib, time\nfrom richkd.files import held\n"
+            "import sys, pathlib, time\nfrom richkd.core.files import held\n"
             "with held(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n"
             "    time.sleep(600)\n"
         )

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from richkd import files
-from richkd.errors import RichKDError
-from richkd.files import check_not_held, check_still_held, held
+from richkd.core import files
+from richkd.core.errors import RichKDError
+from richkd.core.files import check_not_held, check_still_held, held
 
 Run = Callable[..., Any]
 HOLD = """
@@ -24,7 +24,7 @@ import errno, fcntl, pathlib, sys, time
 def missing(*_):
     raise OSError(int(sys.argv[2]), "no locks here")
 fcntl.flock = missing
-from richkd import files
+from richkd.core import files
 files.LEASE_S = 2.0
 with files.held(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
@@ -216,7 +216,7 @@ def test_threads_that_write_one_file_leave_each_other_alone(tmp_path: Path) -> N
     """None takes another's temporary file for one whose process is gone."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from richkd.files import replacing
+    from richkd.core.files import replacing
 
     def write(number: int) -> None:
         for _ in range(200):

@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 
 from richkd import __main__ as process
-from richkd import cpus
+from richkd.config.settings import Distill
+from richkd.core import cpus
+from richkd.core.errors import RichKDError, machine_fault
 from richkd.data import workers
 from richkd.data.workers import Sample, Samples, load, num_workers
-from richkd.errors import RichKDError, machine_fault
-from richkd.recipe import Distill
-from richkd.sweep import describe_failure
+from richkd.sweep.entries import describe_failure
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]
@@ -462,7 +462,7 @@ def test_memory_that_runs_out_is_no_traceback(
     def summarize(_: str) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
 
-    monkeypatch.setattr("richkd.inspect.summarize", summarize)
+    monkeypatch.setattr("richkd.tools.inspect.summarize", summarize)
     assert "out of memory" in fails("inspect", "x")
 
 

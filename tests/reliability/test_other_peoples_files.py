@@ -13,8 +13,8 @@ import torch
 from helpers import changed, tree, write_teacher
 from safetensors.torch import save_file
 
-from richkd.errors import RichKDError, local_path
-from richkd.ours import is_export
+from richkd.core.errors import RichKDError, local_path
+from richkd.core.ownership import is_export
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]
@@ -34,8 +34,8 @@ STUDENT = (
 
 @pytest.fixture(scope="module")
 def trained(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from richkd.config.settings import Distill
     from richkd.distill import distill
-    from richkd.recipe import Distill
 
     out = tmp_path_factory.mktemp("runs") / "run"
     distill(
@@ -489,7 +489,7 @@ def test_held_out_sets_that_come_out_empty_are_refused_for_all_runs_at_once(
 
 
 def test_json_has_no_numbers_that_json_lacks(run: Run, store: Path, tmp_path: Path) -> None:
-    from richkd.files import to_json
+    from richkd.core.files import to_json
 
     odd = {"a": float("nan"), "b": [float("inf"), (1.5, float("-inf"))], "c": {"d": 2}}
     assert json.loads(to_json(odd)) == {"a": None, "b": [None, [1.5, None]], "c": {"d": 2}}

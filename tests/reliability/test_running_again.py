@@ -233,7 +233,7 @@ def test_distill_and_what_is_made_of_a_run(
             {"evaluation.json", "evaluation.html", "comparison.json"},
         ),
         ("export", "run", "--format", "torch"): (
-            Kill("richkd.export:write_program", 1, by),
+            Kill("richkd.tools.export:write_program", 1, by),
             {"student.pt2"},
         ),
     }
@@ -425,7 +425,7 @@ def test_push_and_pull(
             done = call(*push)
             assert done.code == 0, done.err
         pull = ("pull", "me/shapes", "--json")
-        done = call(*pull, kill=Kill("richkd.hub:_check_came", 2, by))
+        done = call(*pull, kill=Kill("richkd.tools.hub:_check_came", 2, by))
         cut_off(done, by)
         asked = len(hub.asked)
         first = call(*pull)

@@ -25,9 +25,9 @@ import pytest
 from helpers import write_teacher
 from PIL import Image
 
-from richkd import interrupt
-from richkd.files import is_temporary
-from richkd.interrupt import (
+from richkd.core import interrupts as interrupt
+from richkd.core.files import is_temporary
+from richkd.core.interrupts import (
     Interrupted,
     held_back,
     not_in_between,

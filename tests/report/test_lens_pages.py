@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from helpers import chromium
 
-from richkd.progress import Report
-from richkd.recipe import Sweep
-from richkd.sweep import run_sweep
+from richkd.config.settings import Sweep
+from richkd.core.progress import Report
+from richkd.sweep.run import run_sweep
 
 Run = Callable[..., Any]
 VIEWS = [(1280, "light"), (500, "dark")]  # Chromium's least

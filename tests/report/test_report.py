@@ -21,11 +21,11 @@ import torch
 from helpers import chromium
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from richkd.analysis.results import leaderboard, paired_difference
 from richkd.models import create_model
 from richkd.report.cost import student_cost
-from richkd.results import leaderboard, paired_difference
-from richkd.run_folders import Run as RunFolderRead
-from richkd.run_folders import load_run
+from richkd.training.run_folders import Run as RunFolderRead
+from richkd.training.run_folders import load_run
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]
@@ -34,9 +34,9 @@ Fails = Callable[..., str]
 @pytest.fixture(scope="module")
 def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two students by three methods with two seeds, and a run that was cut off."""
-    from richkd.progress import Report
-    from richkd.recipe import Sweep
-    from richkd.sweep import run_sweep
+    from richkd.config.settings import Sweep
+    from richkd.core.progress import Report
+    from richkd.sweep.run import run_sweep
 
     folder = tmp_path_factory.mktemp("report") / "runs"
     flags = {"cache": str(store), "epochs": 3, "batch_size": 16, "lr": 0.02, "device": "cpu"}

@@ -26,10 +26,10 @@ from obstore.store import from_url
 from zarr.storage import ObjectStore
 
 import richkd
-from richkd.errors import RichKDError
+from richkd.core.errors import RichKDError
 from richkd.store import bucket as buckets
-from richkd.store import lease, patient, place
-from richkd.store.place import open_place
+from richkd.store import lease, locations, patient
+from richkd.store.locations import open_location
 from richkd.store.schema import Block
 from richkd.store.writer import StoreWriter
 
@@ -349,7 +349,7 @@ def test_two_writers_at_once(
     fails: Fails, s3: FakeS3, url: str, stage_one: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "BEAT_S", 0.3)
-    with open_place(url).held():
+    with open_location(url).held():
         line = fails(*stage_one, "--out", url)
         assert f"{url} is being written by process {os.getpid()} on " in line
     assert not remote_tree(url)
@@ -362,7 +362,7 @@ def test_two_writers_at_once(
         left = content or json.dumps({**note, "system": system}).encode()
         obstore.put(remote, ".lock", left)
         began = time.perf_counter()
-        with open_place(url).held():
+        with open_location(url).held():
             waited = time.perf_counter() - began
         assert (waited > 0.7) == (system != lease._system())
         assert not remote_tree(url)
@@ -412,7 +412,7 @@ def test_a_writer_that_was_held_up_does_not_go_on(
     others = json.dumps(
         {"holder": "process 1 on elsewhere", "token": "0", "pid": 1, "beat": "0", "system": None}
     ).encode()
-    place, of_the_job = open_place(url), open_place(url)
+    place, of_the_job = open_location(url), open_location(url)
     with place.held():
         of_the_job.follow(place.token)
         time.sleep(0.9)  # it renews the lock, and is seen to
@@ -449,7 +449,7 @@ def test_patience_is_what_it_says(s3: FakeS3, url: str, monkeypatch: pytest.Monk
     for module in (buckets, patient):
         monkeypatch.setattr(module, "PATIENCE_S", 1.0)
     s3.fault = lambda method, path: "fail"
-    place = open_place(url)
+    place = open_location(url)
     for request in (
         lambda: place.read("x"),
         lambda: place.tail("x", 4),
@@ -498,7 +498,7 @@ def test_mistakes(
     assert "name another folder by RICHKD_HOME" in fails("distill", "--cache", url)
 
     with monkeypatch.context() as patch:
-        patch.setattr(place, "find_spec", lambda name: None)
+        patch.setattr(locations, "find_spec", lambda name: None)
         assert "pip install 'richkd[cloud]'" in fails("distill", "--cache", url)
 
 

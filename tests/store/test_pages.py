@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import richkd
-from richkd.errors import RichKDError
-from richkd.memory import _free_in_container, available_memory
+from richkd.core.errors import RichKDError
+from richkd.core.memory import _free_in_container, available_memory
 from richkd.store import pages
 
 Usage = namedtuple("Usage", "total used free")
@@ -120,7 +120,7 @@ def test_cosines_of_some_prompts_may_lie_on_disk(
     plain = pages._mapped_file
     monkeypatch.setattr(pages, "_mapped_file", lambda n: lengths.append(n) or plain(n))
     monkeypatch.setattr(pages, "available_memory", lambda: 0)
-    monkeypatch.setattr("richkd.memory.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("richkd.core.memory.ROWS_AT_ONCE", 7)
     cosines = cache.similarity("train", [0, 2])
     assert 4 * cache.num_samples * cache.num_classes in lengths
     text = cache.text_embeddings[:, [0, 2]].double()

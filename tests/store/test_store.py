@@ -15,11 +15,11 @@ import torch
 import zarr
 
 import richkd
-from richkd.errors import RichKDError
+from richkd.core.errors import RichKDError
 from richkd.store import schema
 from richkd.store.checksums import metadata_digest, write_sealed
+from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
-from richkd.store.place import open_place
 from richkd.store.schema import Block
 from richkd.store.writer import StoreWriter, round_bits
 
@@ -125,8 +125,10 @@ def forged(damage: Callable[[Path], object]) -> Callable[[Path], None]:
         manifest = json.loads((store / "zarr.json").read_text())["attributes"]
         for file in manifest["checksums"]["metadata"]:
             if (store / file).is_file():
-                manifest["checksums"]["metadata"][file] = metadata_digest(open_place(store), file)
-        write_sealed(open_place(store), manifest)
+                manifest["checksums"]["metadata"][file] = metadata_digest(
+                    open_location(store), file
+                )
+        write_sealed(open_location(store), manifest)
 
     return forge
 
@@ -199,7 +201,7 @@ def test_no_entry_of_a_manifest_can_be_missing_or_of_another_type(
             inner = functools.reduce(operator.getitem, above, manifest)
             del inner[name]
             inner |= {} if value is GONE else {name: value}
-            write_sealed(open_place(target), manifest)
+            write_sealed(open_location(target), manifest)
             tried += 1
             try:
                 cache = richkd.open_cache(target)
@@ -246,7 +248,7 @@ def test_chunks_in_the_place_of_others_are_found(
 @pytest.fixture
 def writer(store: Path, tmp_path: Path) -> StoreWriter:
     manifest = {**richkd.open_cache(store).manifest, "complete": False}
-    return StoreWriter.open(open_place(tmp_path / "new.zarr"), manifest, overwrite=False)  # type: ignore[arg-type]
+    return StoreWriter.open(open_location(tmp_path / "new.zarr"), manifest, overwrite=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -350,7 +352,7 @@ def test_rounded_bits_are_the_nearest_values(rng: np.random.Generator) -> None:
 def test_fewer_bits_make_a_smaller_store_of_nearly_the_same_rows(
     store: Path, make_store: Callable[..., Path]
 ) -> None:
-    from richkd.inspect import summarize
+    from richkd.tools.inspect import summarize
 
     coarse = make_store(keep_bits=6)
     exact, rounded = richkd.open_cache(store), richkd.open_cache(coarse)

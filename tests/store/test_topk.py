@@ -17,20 +17,21 @@ from helpers import changed, tree
 from safetensors.torch import load_file
 
 import richkd
+from richkd.config.settings import Distill, Precompute
+from richkd.core.errors import RichKDError
+from richkd.core.progress import Report
 from richkd.data.inputs import Normalize
-from richkd.distill import Source, distill
-from richkd.errors import RichKDError
+from richkd.distill import distill
 from richkd.losses.method import TARGET
 from richkd.models import forward
-from richkd.progress import Report
-from richkd.recipe import Distill, Precompute
 from richkd.store import schema
 from richkd.store.checksums import take_checksums, write_sealed
+from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
-from richkd.store.place import open_place
 from richkd.store.topk import TopKRows, check_keep, keep_top, kl_errors
+from richkd.tools.verify import verify_store
 from richkd.training import loop
-from richkd.verify import verify_store
+from richkd.training.source import Source
 
 Make = Callable[..., Path]
 Run = Callable[..., Any]
@@ -115,7 +116,7 @@ def test_rows_are_chosen_moved_and_filled_up_as_whole_ones(
     rows = keep_top(torch.from_numpy(rng.normal(size=(3, 25, 12))).half(), 4, 3.0)
     dense = rows.dense()
     assert dense.dtype == torch.float16 and dense.shape == rows.shape == (3, 25, 12)
-    monkeypatch.setattr("richkd.memory.ROWS_AT_ONCE", 8)
+    monkeypatch.setattr("richkd.core.memory.ROWS_AT_ONCE", 8)
     assert torch.equal(rows.dense(), dense)
     one = keep_top(dense[1], 4, 3.0)
     index = torch.from_numpy(rng.permutation(25)[:9])
@@ -130,7 +131,7 @@ def test_kl_errors_are_those_of_another_reading(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits = (rng.normal(size=(50, 30)) * 4).astype(np.float16)
-    monkeypatch.setattr("richkd.memory.ROWS_AT_ONCE", 16)
+    monkeypatch.setattr("richkd.core.memory.ROWS_AT_ONCE", 16)
     errors = kl_errors(torch.from_numpy(logits), 6, 2.5)
     assert list(errors) == ["1", "2.5"]
     whole = logits.astype(np.float64)
@@ -266,7 +267,7 @@ def test_samples_and_analysis(kept: Path, run: Run) -> None:
 
 
 def test_bench_counts_what_is_stored(kept: Path) -> None:
-    from richkd.bench import store_bytes
+    from richkd.tools.bench import store_bytes
 
     names = (
         "teacher_features",
@@ -389,8 +390,8 @@ def test_a_store_begun_with_another_keep_is_refused(
 def resealed(path: Path) -> None:
     """Whatever is wrong with the store, every checksum is right."""
     manifest: Any = read_manifest(path)
-    manifest["checksums"] = take_checksums(open_place(path), schema.array_specs(manifest))
-    write_sealed(open_place(path), manifest)
+    manifest["checksums"] = take_checksums(open_location(path), schema.array_specs(manifest))
+    write_sealed(open_location(path), manifest)
 
 
 def swap(rows: Array) -> None:
@@ -436,10 +437,10 @@ def test_classes_and_manifests_that_cannot_be(kept: Path, tmp_path: Path) -> Non
         ({"keep_temperature": 0.0}, "keep_temperature 0.0"),
         ({"keep_kl": {"1": "little"}}, "keep_kl.1 is 'little'"),
     ):
-        write_sealed(open_place(path), {**manifest, **entries})
+        write_sealed(open_location(path), {**manifest, **entries})
         with pytest.raises(RichKDError, match=message):
             richkd.open_cache(path)
-    write_sealed(open_place(path), {**manifest, "keep_kl": {"1": 0.5, "3": 0.5}})
+    write_sealed(open_location(path), {**manifest, "keep_kl": {"1": 0.5, "3": 0.5}})
     faults = [fault for check in verify_store(path, None, QUIET) for fault in check.faults]
     assert len(faults) == 2 and "KL error at τ 3 is 0.5, the test rows have" in faults[1]
     array: Any = zarr.open_group(path, mode="r+")["train/fused_logits_classes"]

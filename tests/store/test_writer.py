@@ -17,10 +17,10 @@ from helpers import changed, tree
 from torch import Tensor
 
 import richkd
-from richkd.errors import RichKDError
+from richkd.core.errors import RichKDError
 from richkd.store import schema, writer
 from richkd.store.checksums import block_files, lies_whole
-from richkd.store.place import open_place
+from richkd.store.locations import open_location
 from richkd.store.schema import Block
 from richkd.store.writer import OnTheWay, StoreWriter, flag_files, written
 
@@ -38,7 +38,7 @@ def manifest(store: Path) -> Any:
 @pytest.fixture
 def opened(manifest: Any, tmp_path: Path) -> Open:
     """A function that begins a store, or goes on with it."""
-    place = open_place(tmp_path / "new.zarr")
+    place = open_location(tmp_path / "new.zarr")
 
     def begin() -> StoreWriter:
         made = StoreWriter.open(place, manifest, overwrite=False)
@@ -140,7 +140,7 @@ def test_a_flag_comes_after_its_rows(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(writer, "usable_cpus", lambda: 8)
-    place = open_place(tmp_path / "new.zarr")
+    place = open_location(tmp_path / "new.zarr")
     files = dict(zip(flag_files(manifest), schema.blocks(manifest), strict=True))
     put, late = zarr.Array.__setitem__, []
 
@@ -195,7 +195,7 @@ def test_errors_of_threads_are_told_and_it_goes_on(
             patch.setattr(zarr.Array, "__setitem__", failing_from(int(failing), kind))
             with pytest.raises(RichKDError, match="cannot write to .*run the same command"):
                 write_all(begun, manifest)
-        place = open_place(path)
+        place = open_location(path)
         flags = [file in place.sizes() for file in flag_files(manifest)]
         assert flags == written(place, manifest) == begun.done  # flagged means whole
         assert not all(flags)
@@ -282,7 +282,7 @@ def test_bad_rows_that_arrive_later_are_told_by_their_name(
 
     with pytest.raises(RichKDError, match=f"of {bad.name} {remedy}"):
         write()
-    place = open_place(begun._place.name)
+    place = open_location(begun._place.name)
     assert not begun.done[begun.blocks.index(bad)]
     assert begun.done == written(place, manifest)
 

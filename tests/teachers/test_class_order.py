@@ -21,13 +21,13 @@ from scipy.stats import binom
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 import richkd
+from richkd.config.settings import Images, Precompute
+from richkd.core.errors import RichKDError
 from richkd.data.datasets import Dataset, Split, load_dataset
 from richkd.data.inputs import make_inputs
-from richkd.errors import RichKDError
 from richkd.models import check_trainable
 from richkd.models.weights import read_note, save_tensors
 from richkd.precompute import precompute
-from richkd.recipe import Images, Precompute
 from richkd.store.manifest import read_manifest
 from richkd.store.reader import open_cache
 from richkd.store.schema import manifest_fault

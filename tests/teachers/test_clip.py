@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from helpers import write_clip
 from PIL import Image
 
+from richkd.core.errors import RichKDError
+from richkd.core.fusion import class_embeddings
 from richkd.data.inputs import ArrayInputs
 from richkd.data.prompts import load_prompts
-from richkd.errors import RichKDError
-from richkd.fusion import class_embeddings
 from richkd.teachers.clip import check_clip, hub_fault, load_clip, local_folder
 
 CPU = torch.device("cpu")

@@ -21,22 +21,23 @@ from torch import Tensor, nn
 from torchvision.transforms import functional as pil
 
 import richkd
+from richkd.config.settings import Distill, Images, Precompute
+from richkd.core.errors import RichKDError
+from richkd.core.progress import Report
 from richkd.data import inputs
 from richkd.data.datasets import Dataset, load_dataset
 from richkd.data.framing import Framing, NetworkInput, input_fault
 from richkd.data.inputs import make_inputs
-from richkd.distill import distill, identity
-from richkd.errors import RichKDError
+from richkd.distill import distill
 from richkd.models import pretrained_input
 from richkd.models.weights import read_note, read_weights, save_tensors
 from richkd.precompute import precompute
-from richkd.progress import Report
-from richkd.recipe import Distill, Images, Precompute
 from richkd.store import schema
 from richkd.store.checksums import write_sealed
+from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
-from richkd.store.place import open_place
 from richkd.teachers.framing import resolve_input
+from richkd.training.student import identity
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]
@@ -485,7 +486,7 @@ def as_before(path: Path) -> Path:
     """A store whose manifest says nothing of what the teacher takes."""
     manifest: Any = {**read_manifest(path)}
     del manifest["teacher"]["input"]
-    write_sealed(open_place(path), manifest)
+    write_sealed(open_location(path), manifest)
     return path
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from test_distill import same, train, weights
 
+from richkd.config.settings import Distill
 from richkd.models import create_model
-from richkd.recipe import Distill
 from richkd.training import precision
 from richkd.training.device import has_bfloat16
 from richkd.training.precision import StepTimes, advice, is_open, time_precisions

@@ -16,13 +16,14 @@ from helpers import assert_same_run, tree
 from safetensors import safe_open
 from test_distill import metrics, same, train, weights
 
-from richkd.distill import Source, StudentRun, with_defaults
+from richkd.config.settings import Distill
+from richkd.core.progress import Report
 from richkd.models import create_model
-from richkd.progress import Report
-from richkd.recipe import Distill
 from richkd.training import runners
 from richkd.training.checkpoint import RunFolder
 from richkd.training.loop import Trainer, epoch_order, learning_rate
+from richkd.training.source import Source
+from richkd.training.student import StudentRun, with_defaults
 
 Fails = Callable[..., str]
 Make = Callable[..., Path]

@@ -12,14 +12,15 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from richkd.config.settings import Distill
 from richkd.data.inputs import ArrayInputs, Normalize
 from richkd.losses import METHODS, Widths, method_class
 from richkd.losses.method import TARGET, Method
 from richkd.models import create_model
-from richkd.recipe import Distill
 from richkd.store.topk import keep_top
 from richkd.training import loop
-from richkd.training.loop import Data, EpochRows, EvalSet, Trainer, predict
+from richkd.training.data import Data, EpochRows, EvalSet
+from richkd.training.loop import Trainer, predict
 from richkd.training.runners import Captured
 
 GPU = torch.device("cuda", 0)

@@ -1,0 +1,233 @@
+"""Results as people compare them: teachers and students in one table."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from richkd.config.settings import recorded_holdout
+from richkd.core.progress import Report, duration, percent
+
+# Settings that say where a run is, not what it is.
+PLACES = ("seed", "out", "cache", "device", "step", "dataset", "data_root")
+# Settings of what a student is taught; the others are of how it is trained.
+TEACHING = ("method", "options", "target", "alpha", "scale", "prompts", "clip_head")
+# What is said of best epochs, by the images that they were chosen on.
+CHOSEN_ON = {
+    "test": "these very test images, which flatters it",
+    "held-out test": "test images that were held out",
+    "validation": "validation images",
+}
+
+
+def results_table(report: Report, title: str, summaries: Sequence[Mapping[str, Any]]) -> None:
+    """Teachers, then students, with their test accuracies in percent."""
+    teachers = summaries[0]["teacher"]
+    names = {"cnn": "CNN teacher", "clip": "CLIP zero-shot", "fused": "fused teacher"}
+    rows: list[tuple[str, ...]] = [
+        (names[kind], percent(value), "", "", "", "")
+        for kind, value in teachers.items()
+        if value is not None
+    ]
+    rows += [row for summary in summaries for row in _own_target(summary)]
+    for summary in summaries:
+        rate = summary["images_per_second"]
+        rows.append(
+            (
+                f"{summary['student']} by {summary['method']}",
+                percent(summary["top1_last"]),
+                f"{percent(summary['top1_best'])} @{summary['epoch_best']}",
+                percent(summary["top5_last"]),
+                f"{rate:,.0f}" if rate else "–",
+                duration(summary["seconds"]),
+            )
+        )
+    header = ("test accuracy, %", "top-1 last", "best @epoch", "top-5", "images/s", "time")
+    report.table(title, header, rows)
+    report.say(about_best(summaries))
+
+
+def about_best(summaries: Iterable[Mapping[str, Any]]) -> str:
+    """Which images the best epochs were chosen on; earlier versions chose on the test images."""
+    kinds = {summary.get("best_chosen_on", "test") for summary in summaries}
+    images = ", or on ".join(text for kind, text in CHOSEN_ON.items() if kind in kinds)
+    return f"“Best” is the best epoch on {images}."
+
+
+def _own_target(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row for logits that are not the store's own: another blend, CLIP head, or test images."""
+    target = summary.get("target")
+    if target is None or target["top1"] in summary["teacher"].values():
+        return []
+    blend = [f"{key} {target[key]:.3g}" for key in ("alpha", "scale") if key in target]
+    head = ["probe"] if target.get("head") == "probe" else []
+    return [(", ".join([target["kind"], *head, *blend]), percent(target["top1"]), "", "", "", "")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A paired difference of top-1 accuracies, by seed, with its 95 % interval (Student's t)."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """A row of the leaderboard: the runs of one configuration, which differ in their seed only."""
+
+    student: str
+    method: str
+    settings: Mapping[str, Any]  # those in which configurations of one student and method differ
+    runs: Mapping[int, Mapping[str, Any]]  # summaries by seed
+    last: tuple[float, float]  # mean and standard deviation (NaN for one run) of top-1 in 0..1
+    best: tuple[float, float]
+    minus_kd: Difference | None  # of top-1 last, to KD of the same student, training and images
+    holdout: float  # share of the test images that the runs were not tested on
+
+    @property
+    def configuration(self) -> str:
+        """Method, and what else sets the row apart from others of its student."""
+        return ", ".join(
+            [self.method, *(f"{name} {value}" for name, value in self.settings.items())]
+        )
+
+    @property
+    def label(self) -> str:
+        """Student and configuration."""
+        return f"{self.student} by {self.configuration}"
+
+
+def leaderboard(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[Standing]:
+    """Configurations, the best mean of top-1 after the last epoch first.
+
+    Those that were tested on the same images stand together: their accuracies compare.
+
+    Args:
+        runs: the resolved settings of each run (as in its recipe.toml), and its summary.
+    """
+    groups: dict[str, tuple[dict[str, Any], dict[int, Mapping[str, Any]]]] = {}
+    for settings, summary in runs:
+        own = {name: value for name, value in settings.items() if name not in PLACES}
+        own["holdout"] = recorded_holdout(settings)
+        if "tested" not in summary:  # which trained some methods otherwise
+            own["version"] = "an earlier one"
+        group = groups.setdefault(repr(sorted(own.items())), (own, {}))
+        group[1][summary["seed"]] = summary
+    rivals = [own for own, _ in groups.values()]
+    standings = []
+    for own, by_seed in groups.values():
+        peers = [r for r in rivals if all(r[k] == own[k] for k in ("student", "method"))]
+        differing = {
+            name
+            for peer in peers
+            for name in peer.keys() | own.keys()
+            if peer.get(name) != own.get(name)
+        }
+        standings.append(
+            Standing(
+                student=own["student"],
+                method=own["method"],
+                settings={name: own[name] for name in sorted(differing) if name in own},
+                runs=dict(sorted(by_seed.items())),
+                last=mean_and_std([run["top1_last"] for run in by_seed.values()]),
+                best=mean_and_std([run["top1_best"] for run in by_seed.values()]),
+                minus_kd=_minus_kd(own, by_seed, groups.values()),
+                holdout=own["holdout"],
+            )
+        )
+    return sorted(standings, key=lambda standing: (standing.holdout, -standing.last[0]))
+
+
+def by_images(standings: Sequence[Standing]) -> dict[str, list[Standing]]:
+    """The leaderboard in parts that were tested on the same images, and what these are."""
+    parts: dict[str, list[Standing]] = {}
+    for standing in standings:
+        share = standing.holdout
+        name = f"without the {percent(share)} % held out" if share else "all test images"
+        parts.setdefault(name, []).append(standing)
+    return parts
+
+
+def _minus_kd(
+    own: Mapping[str, Any],
+    by_seed: Mapping[int, Mapping[str, Any]],
+    groups: Iterable[tuple[Mapping[str, Any], Mapping[int, Mapping[str, Any]]]],
+) -> Difference | None:
+    """To KD from the CNN teacher, of the same student trained alike; None where there is none."""
+
+    def training(settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in settings.items() if name not in TEACHING}
+
+    if own["method"] == "kd":
+        return None
+    for other, kd in groups:
+        plain = other["method"] == "kd" and other.get("target", "teacher") == "teacher"
+        if plain and training(other) == training(own):
+            pairs = [(by_seed[seed], kd[seed]) for seed in by_seed if seed in kd]
+            return paired_difference([a["top1_last"] - b["top1_last"] for a, b in pairs])
+    return None
+
+
+def paired_difference(differences: Sequence[float]) -> Difference | None:
+    """Mean and 95 % interval; the interval is infinite for one pair, None without any."""
+    if not differences:
+        return None
+    mean, std = mean_and_std(differences)
+    n = len(differences)
+    if n == 1:
+        return Difference(mean=mean, low=-math.inf, high=math.inf, n=1)
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n)
+    return Difference(mean=mean, low=mean - half, high=mean + half, n=n)
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation of a sample; of one value, NaN."""
+    std = statistics.stdev(values) if len(values) > 1 else math.nan
+    return statistics.fmean(values), std
+
+
+def leaderboard_table(report: Report, title: str, standings: Sequence[Standing]) -> None:
+    """The leaderboard in a terminal: last and best top-1, and the paired difference to KD."""
+    header = ("student", "method", "n", "last, %", "best, %", "− KD [95 %]")
+    parts = by_images(standings)
+    for images, members in parts.items():
+        rows = [
+            (
+                standing.student,
+                standing.configuration,
+                f"{len(standing.runs)}",
+                mean_std(standing.last),
+                mean_std(standing.best),
+                minus_kd(standing.minus_kd),
+            )
+            for standing in members
+        ]
+        report.table(title if len(parts) == 1 else f"{title} ({images})", header, rows, left=2)
+    if len(parts) > 1:
+        report.say("These tables are of different test images: do not compare one with another.")
+    if standings:
+        report.say(about_best(run for standing in standings for run in standing.runs.values()))
+
+
+def mean_std(pair: tuple[float, float]) -> str:
+    """Mean ± standard deviation in percent."""
+    mean, std = pair
+    return percent(mean) if math.isnan(std) else f"{percent(mean)} ± {percent(std)}"
+
+
+def minus_kd(difference: Difference | None) -> str:
+    """A difference with its interval, in points."""
+    if difference is None:
+        return ""
+    text = f"{100 * difference.mean:+.2f}"
+    if math.isfinite(difference.high):
+        text += f" [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
+    return text.replace("-", "−")

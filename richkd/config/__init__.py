@@ -1,0 +1,1 @@
+"""Settings, recipes and the catalog of data sets. No torch in here."""

@@ -1,0 +1,103 @@
+"""Recipes: TOML files with the settings of every stage."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from richkd.config.settings import SECTIONS, check_key
+from richkd.core.errors import RichKDError, nearest, require, unknown
+from richkd.core.text_files import read_text
+
+EPOCHS = ("last", "best", "unknown")  # that a published figure is of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """What others published."""
+
+    top1: float  # in %
+    epoch: str = "unknown"  # last; best, which was chosen on the test split; or unknown
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe file: its tables by command, and what it says about itself."""
+
+    name: str
+    about: str
+    published: dict[str, Figure]  # by others: of the teacher, and by the name of a method
+    tables: dict[str, dict[str, Any]]
+
+    def table(self, command: str) -> dict[str, Any]:
+        """The settings of a command; empty where the recipe has none."""
+        return self.tables.get(command, {})
+
+
+def load(path_or_name: str) -> Recipe:
+    """Read a recipe file, or one that richkd brings along by its name, and check every key.
+
+    Raises:
+        RichKDError: no such recipe, not TOML, or a table, key or type that does not exist.
+    """
+    path = _find(path_or_name)
+    try:
+        content = tomllib.loads(read_text(path))
+    except (OSError, ValueError) as error:  # of which TOML's errors are some
+        raise RichKDError(f"cannot read recipe {path}: {error}") from None
+    about, published = content.pop("about", ""), content.pop("published", {})
+    if not isinstance(about, str):
+        raise RichKDError(f"recipe {path}: about = {about!r} should be text")
+    if not isinstance(published, dict):
+        raise RichKDError(f"recipe {path}: [published] should be a table of figures")
+    figures = {
+        name: _read_figure(value, f"recipe {path} [published]: {name}")
+        for name, value in published.items()
+    }
+    for section, values in content.items():
+        if section not in SECTIONS or not isinstance(values, dict):
+            raise unknown(f"table in recipe {path}:", section, ["about", "published", *SECTIONS])
+        for name, value in values.items():
+            check_key(SECTIONS[section], name, value, f"recipe {path} [{section}]")
+    return Recipe(path.stem, about, figures, content)
+
+
+def packaged() -> Path:
+    """The folder of the recipes that richkd brings along."""
+    installed = Path(__file__).parents[1] / "pipelines"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "pipelines"
+
+
+def _read_figure(value: object, where: str) -> Figure:
+    """A figure as a recipe has it: a table, or a number of which no more is known.
+
+    Raises:
+        RichKDError: neither, or an entry that is missing, unknown or out of range.
+    """
+    table: dict[str, Any] = value if isinstance(value, dict) else {"top1": value}
+    for name, entry in table.items():
+        check_key(Figure, name, entry, where)
+    if "top1" not in table:
+        raise RichKDError(f"{where}: top1 is missing")
+    require(0 <= table["top1"] <= 100, f"{where}: top1", table["top1"], "in 0..100 (%)")
+    figure = Figure(**table)
+    if figure.epoch not in EPOCHS:
+        raise unknown(f"epoch in {where}:", figure.epoch, EPOCHS)
+    return figure
+
+
+def _find(path_or_name: str) -> Path:
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    own = {recipe.stem: recipe for recipe in packaged().glob("*.toml")}
+    if os.sep not in path_or_name and path.stem in own:
+        return own[path.stem]
+    raise RichKDError(
+        f"no recipe {path_or_name!r}: neither a file nor one that richkd brings along "
+        f"({nearest(path.stem, own)})"
+    )

@@ -1,0 +1,99 @@
+"""The one error that users see: it names the value, the place and the remedy, on one line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+_NO_MEMORY = re.compile(
+    "out of memory|can't allocate memory|cannot allocate memory|not enough memory|ALLOC_FAILED",
+    re.IGNORECASE,
+)
+
+
+class RichKDError(Exception):
+    """An error that the user can fix. The command line prints it on one line and exits with 2.
+
+    Attributes:
+        code: a stable name of the error, in kebab case; the wording of the message may change.
+    """
+
+    def __init__(self, message: str, code: str = "unspecified") -> None:
+        message = " ".join(message.split())
+        super().__init__(message, code)
+        self.message = message
+        self.code = code
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def nearest(name: str, choices: Iterable[str], limit: int = 8, fallback: Iterable[str] = ()) -> str:
+    """The choices nearest to a mistyped name (all of them, when there are few), for a message.
+
+    Where none is near, some of them are named: those of `fallback`, where it is given.
+    """
+    known = sorted(choices)
+    if len(known) <= limit:
+        return "choose from " + ", ".join(known)
+    lower = {choice.lower(): choice for choice in known}
+    close = [lower[c] for c in difflib.get_close_matches(name.lower(), lower, limit, cutoff=0.5)]
+    if close:
+        return "nearest: " + ", ".join(close)
+    named = list(fallback) or known[:limit]
+    return f"{len(known)} are known, among them " + ", ".join(named)
+
+
+def unknown(kind: str, name: str, choices: Iterable[str]) -> RichKDError:
+    """The error for a name that does not exist, with the names that do."""
+    return RichKDError(f"unknown {kind} {name!r}; {nearest(name, choices)}", code="unknown-name")
+
+
+def machine_fault(error: Exception) -> str | None:
+    """What the machine lacks, in one line with the remedy; None where an error says something else.
+
+    PyTorch tells of memory in RuntimeErrors of many texts.
+    """
+    reason = " ".join(str(error).split())
+    if "received 0 items of ancdata" in reason or "Too many open files" in reason:
+        return "too many open files; allow more (ulimit -n 4096), or set RICHKD_WORKERS=0"
+    if "can't start new thread" in reason:
+        return (
+            "no more threads can be started; allow more (ulimit -u, or the container's pids limit)"
+        )
+    if re.search(r"shared memory|/torch_\d+_", reason):
+        return (
+            f"shared memory ran out ({reason[:120]}); enlarge /dev/shm (docker run --shm-size=1g) "
+            f"or do without data-loader workers (RICHKD_WORKERS=0)"
+        )
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(reason) is not None:
+        return (
+            f"out of memory ({reason[:120] or type(error).__name__}); lower --batch-size or choose "
+            f"smaller networks, then run it again"
+        )
+    return None
+
+
+def local_path(name: str | Path, setting: str = "--out") -> Path:
+    """A path on this machine; RichKDError for a URL, which would become a folder called `s3:`."""
+    if _URL.match(str(name)):
+        raise RichKDError(
+            f"{setting} {name}: must be a path on this machine; only a store can be at a URL "
+            f"(precompute --out, or --cache)"
+        )
+    return Path(name)
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says, without what a server adds to it as XML."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0].partition("<?xml")[0].strip().rstrip(":")
+
+
+def require(condition: bool, name: str, value: object, must: str) -> None:
+    if not condition:
+        raise RichKDError(f"{name} = {value!r}: must be {must}")

@@ -1,0 +1,170 @@
+"""What a sweep shows while it runs: a row a run in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from richkd.core.progress import LINE_EVERY_S, Report, duration, percent, size
+from richkd.sweep.cost import total_left
+from richkd.training.precision import advice
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from richkd.sweep.entries import Entry
+
+STYLES = {"training": "bold", "done": "green", "failed": "red", "stopped": "dim", "waiting": "dim"}
+
+
+class Board:
+    """The state of all runs, for people. A context manager; without a terminal it prints lines."""
+
+    def __init__(self, entries: Sequence[Entry], report: Report, lanes: int = 1) -> None:
+        """Of `entries`, so many train side by side without slowing each other."""
+        self.entries = entries
+        self.report = report
+        self.lanes = lanes
+        self._live: Any = None
+        self._last_line = time.perf_counter()
+
+    def __enter__(self) -> Board:
+        if not self.report.quiet and self.report.console.is_terminal:
+            from rich.live import Live
+
+            self._live = Live(
+                get_renderable=self.render,
+                console=self.report.console,
+                refresh_per_second=2,
+                transient=True,
+            )
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, message: str) -> None:
+        """A line that stays, above the rows."""
+        if self._live is not None:
+            self._live.console.print(message, markup=False, highlight=False, emoji=False)
+        else:
+            self.report.say(message)
+
+    def say_over(self, entry: Entry) -> None:
+        """What has become of a run."""
+        if entry.state == "failed":
+            self.say(f"{entry.label} failed: {entry.reason}")
+        else:
+            self.say(
+                f"{entry.label}: {entry.scored_on} {percent(entry.accuracy)} %, {self.summary()}"
+            )
+
+    def tick(self, entry: Entry, images: int) -> None:
+        """Some images of a run's epoch have been trained on."""
+        entry.images += images
+        now = time.perf_counter()
+        if self._live is None and now - self._last_line >= LINE_EVERY_S:
+            self._last_line = now
+            self.report.say(f"sweep: {self.summary()}; {entry.label} at {entry.progress}")
+
+    def summary(self) -> str:
+        """All runs in a line."""
+        count = {state: sum(entry.state == state for entry in self.entries) for state in STYLES}
+        done = f"{count['done']} of {len(self.entries)} runs done"
+        other = [f"{count[state]} {state}" for state in ("failed", "stopped") if count[state]]
+        left = self.seconds_left()
+        return ", ".join([done, *other, *([f"about {duration(left)} left"] if left else [])])
+
+    def seconds_left(self) -> float | None:
+        """Until all runs are over; None while that is not known."""
+        left = [entry.seconds_left for entry in self.entries]
+        known = [seconds for seconds in left if seconds is not None]
+        return max(*known, sum(known) / self.lanes) if len(known) == len(left) else None
+
+    def render(self) -> RenderableType:
+        """A row a run: those that train, then as many of the others as there is room for."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), min_width=78)
+        table.add_column("run", no_wrap=True)
+        kinds = {entry.scored_on for entry in self.entries}
+        score = f"{kinds.pop()} top-1" if len(kinds) == 1 else "top-1"
+        for name in ("epoch", score, "best", "left"):
+            table.add_column(name, justify="right", no_wrap=True)
+        room = max(4, self.report.console.height - 6)
+        for entry in self._shown(room):
+            left = duration(entry.seconds_left) if entry.seconds_left else entry.state
+            style = STYLES[entry.state]
+            cells = (
+                entry.label,
+                entry.progress,
+                percent(entry.accuracy),
+                percent(entry.best),
+                left,
+            )
+            table.add_row(*(Text(cell) for cell in cells), style=style)
+        hidden = len(self.entries) - min(room, len(self.entries))
+        table.caption = self.summary() + (f"; {hidden} more rows" if hidden else "")
+        table.caption_justify = "left"
+        return table
+
+    def _shown(self, room: int) -> list[Entry]:
+        """Those that train come first into the choice; the order is that of the grid."""
+        urgency = {"training": 0, "failed": 1, "done": 2, "waiting": 3, "stopped": 4}
+        numbered = sorted(enumerate(self.entries), key=lambda pair: urgency[pair[1].state])
+        return [entry for _, entry in sorted(numbered[:room], key=lambda pair: pair[0])]
+
+
+def show_plan(entries: Sequence[Entry], title: str, engine: Engine, report: Report) -> None:
+    """The grid, a row a configuration, with what is left to do and what of its cost is known."""
+    rows: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries:
+        settings = entry.settings
+        alpha = "" if settings.alpha is None else f"{settings.alpha}"
+        row = (settings.student, f"{settings.lr:g}", settings.method, alpha)
+        rows.setdefault(row, []).append(entry)
+    alphas = any(alpha for *_, alpha in rows)
+    costs = any(entry.cost for entry in entries)
+    cells = []
+    for (student, lr, method, alpha), runs in rows.items():
+        to_do = [entry for entry in runs if entry.state == "waiting"]
+        left = duration(total_left(to_do)) if to_do else "–"
+        memory = size(to_do[0].memory) if to_do else "–"
+        counts = (f"{len(runs)}", f"{len(to_do)}" if to_do else "–")
+        known = (left, memory) if costs else ()
+        cells.append((student, lr, method, *([alpha] if alphas else []), *counts, *known))
+    header = [
+        "student",
+        "lr",
+        "method",
+        *(["α"] if alphas else []),
+        "runs",
+        "to do",
+        *(["about", "memory"] if costs else []),
+    ]
+    report.table(title, header, cells, left=2)
+    waiting = sum(entry.state == "waiting" for entry in entries)
+    report.say(
+        f"{len(entries)} runs of {entries[0].settings.epochs} epochs, {waiting} to do, "
+        f"{engine.describe(entries)}"
+    )
+    precisions = {entry.settings.student: entry.cost.precisions for entry in entries if entry.cost}
+    if line := advice({name: each for name, each in precisions.items() if each is not None}):
+        report.say(line)
+
+
+class Engine(Protocol):
+    """What trains the runs of a sweep."""
+
+    lanes: int  # runs that train side by side without slowing each other
+
+    def describe(self, entries: Sequence[Entry]) -> str:
+        """How many runs it trains at once, and where; what is known of how long that takes."""
+
+    def train(self, entries: Sequence[Entry], last: int, board: Board) -> None:
+        """Train runs up to epoch `last`, each in its folder; a failure is a run's own."""

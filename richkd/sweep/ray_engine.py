@@ -1,0 +1,442 @@
+"""Sweeps on Ray: a task a run, on a cluster or on this machine.
+
+The driver is the process that the user started: it hands out the runs and shows how far they are. A
+worker trains one run in the run's own folder and streams what happens to the driver. A run whose
+worker is lost is handed out again and goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import lru_cache
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError, RaySystemError, RayTaskError
+
+from richkd.config.settings import Distill, Sweep, to_table
+from richkd.core.cpus import usable_cpus
+from richkd.core.errors import RichKDError
+from richkd.core.files import check_not_held, held
+from richkd.core.interrupts import GOES_ON, Interrupted, handlers_kept, held_back
+from richkd.core.progress import Report
+from richkd.store.reader import TeacherCache
+from richkd.sweep.board import Board
+from richkd.sweep.entries import FAILURES, Entry, describe_failure
+from richkd.sweep.grid import scores_until
+from richkd.training.checkpoint import RunFolder
+from richkd.training.source import Source, build_student
+from richkd.training.student import StudentRun, identity
+
+ATTEMPTS = 4  # of a run whose worker is lost each time
+CONNECT_S = 10.0
+LOCK_S = 60.0  # how long the lock of a lost worker may outlive it
+CHECK_EVERY_S = 0.5  # whether to stop: inside Ray, signals wait
+CANCEL_S = 10.0
+STOPPED = "interrupted; the same command goes on, each run from its last epoch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a worker is with its run: before the first epoch, and after each."""
+
+    done: int
+    scores: Mapping[int, float]
+    epoch_s: float | None
+    said: Sequence[str]  # lines for people
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """A worker has done its part. After that of a complete run, it sends the run's files."""
+
+    summary: dict[str, Any] | None = None  # of a run that is complete
+    reason: str = ""  # of one that failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What of a cluster one run has to itself."""
+
+    cpus: int
+    gpus: float
+    device: str  # of the settings; the CPU where there are no GPUs
+
+    def __str__(self) -> str:
+        return f"{_count(self.cpus, 'CPU')} and {_count(self.gpus, 'GPU')}"
+
+
+# --- the driver ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_ray(sweep: Sweep, entries: Sequence[Entry], cache: TeacherCache) -> Iterator[RayEngine]:
+    """A cluster that trains runs: that of the settings, or one of this machine for the time being.
+
+    Raises:
+        RichKDError: a student does not fit the images, the device is none that Ray hands out, the
+            cluster cannot be reached, or it has no room for a run.
+    """
+    for settings in {entry.settings.student: entry.settings for entry in entries}.values():
+        build_student(settings, cache)
+    device = entries[0].settings.device
+    if device not in ("auto", "cpu", "cuda"):
+        raise RichKDError(
+            f"device = {device!r}: must be auto, cpu or cuda with --engine ray, which chooses GPUs"
+        )
+    with connected(sweep.address) as where, held_back() as check:
+        known: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        nodes = [node["Resources"] for node in known if node["Alive"]]
+        share = choose_share(sweep, device, nodes)
+        lanes = sum(room(node, share) for node in nodes)
+        if lanes == 0:
+            largest = "; ".join(sorted({_resources([node]) for node in nodes}))
+            raise RichKDError(
+                f"no node of {where} can hold a run of {share} (they have {largest}); lower "
+                f"--cpus-per-run or --gpus-per-run"
+            )
+        in_all = f"{_count(len(nodes), 'node')}, {_resources(nodes)}"
+        yield RayEngine(share, lanes, f"{where}: {in_all}", check)
+
+
+@contextmanager
+def connected(address: str) -> Iterator[str]:
+    """Be a driver of the cluster at an address, of which this gives a name for people.
+
+    Raises:
+        RichKDError: it cannot be reached.
+    """
+    if ray.is_initialized():  # by whoever called run_sweep, and stays so
+        yield "the Ray cluster of this process"
+        return
+    address = address or os.environ.get("RAY_ADDRESS", "") or "local"
+    check_address(address)
+    try:
+        with handlers_kept():
+            start(address)
+        yield "this machine" if address == "local" else f"the Ray cluster at {address}"
+    finally:
+        with handlers_kept(), quiet():
+            ray.shutdown()
+
+
+def start(address: str) -> None:
+    """Join the cluster at an address, or start one for `local`; errors of `connected`."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # a cluster of ours reports nothing to anyone
+    try:
+        cpus = usable_cpus() if address == "local" else None
+        ray.init(
+            address,
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
+        raise _unreachable(address, str(error).splitlines()[0]) from None
+    except SystemExit:  # Ray's answer to SIGTERM
+        raise Interrupted(signal.SIGTERM, GOES_ON) from None
+
+
+def check_address(address: str) -> None:
+    """Refuse what Ray would take minutes to refuse.
+
+    Raises:
+        RichKDError: the address of a Ray client, or nobody listens there.
+    """
+    if "://" in address:
+        raise RichKDError(
+            f"address = {address!r}: give HOST:PORT or auto, and start the sweep on a node of the "
+            f"cluster"
+        )
+    host, _, port = address.rpartition(":")
+    if not host:
+        return
+    if host in ("localhost", "127.0.0.1"):
+        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # as Ray does
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        raise _unreachable(address, str(error)) from None
+
+
+def _unreachable(address: str, reason: str) -> RichKDError:
+    return RichKDError(
+        f"no Ray cluster at {address} ({reason}); see --address, and start the sweep on a node of "
+        f"the cluster"
+    )
+
+
+def choose_share(sweep: Sweep, device: str, nodes: Sequence[Mapping[str, float]]) -> Share:
+    """What a run gets, as asked or by what the cluster has.
+
+    Raises:
+        RichKDError: the device is a GPU, and a run gets none.
+    """
+    gpus = sweep.gpus_per_run
+    if gpus is None:
+        any_gpu = any(node.get("GPU") for node in nodes)
+        gpus = 1.0 if device == "cuda" or (device == "auto" and any_gpu) else 0.0
+    if device == "cuda" and gpus == 0:
+        raise RichKDError("device = 'cuda': a run has no GPU; set --gpus-per-run above 0")
+    return Share(cpus=sweep.cpus_per_run or 1, gpus=gpus, device=device if gpus else "cpu")
+
+
+def room(node: Mapping[str, float], share: Share) -> int:
+    """How many runs a node holds at once; a run with a part of a GPU has it on one GPU."""
+    gpus = int(node.get("GPU", 0))
+    if share.gpus == 0:
+        by_gpu = inf
+    elif share.gpus < 1:
+        by_gpu = gpus * int(1 / share.gpus)
+    else:
+        by_gpu = gpus // share.gpus
+    return int(min(node.get("CPU", 0) // share.cpus, by_gpu))
+
+
+def _resources(nodes: Sequence[Mapping[str, float]]) -> str:
+    return ", ".join(
+        _count(sum(node.get(kind, 0) for node in nodes), kind) for kind in ("CPU", "GPU")
+    )
+
+
+def _count(number: float, noun: str) -> str:
+    return f"{number:g} {noun}" + ("" if number == 1 else "s")
+
+
+class RayEngine:
+    """Trains runs as tasks of the cluster that this process is connected to."""
+
+    def __init__(
+        self, share: Share, lanes: int, cluster: str, check: Callable[[str], None]
+    ) -> None:
+        """`check` raises Interrupted where a signal came; inside Ray, signals have to wait."""
+        self.share = share
+        self.lanes = lanes
+        self.cluster = cluster
+        self.check = check
+        self.folder = str(Path.cwd())
+        self.task = ray.remote(
+            num_cpus=share.cpus, num_gpus=share.gpus, num_returns="streaming", max_retries=0
+        )(train)
+        self.losses = Counter[str]()  # workers, by the label of the run
+        self.said: set[str] = set()
+
+    def describe(self, entries: Sequence[Entry]) -> str:
+        """How many at once, and what the cluster has; how long that takes is not known."""
+        return f"{self.lanes} at once, each with {self.share}, on {self.cluster}"
+
+    def train(self, entries: Sequence[Entry], last: int, board: Board) -> None:
+        """All are handed out; Ray starts as many as there is room for."""
+        streams = {self.hand_out(entry, last): entry for entry in entries}
+        with quiet(), cancelled_at_the_end(streams):
+            while streams:
+                ready, _ = ray.wait(list(streams), timeout=CHECK_EVERY_S, fetch_local=False)
+                self.check(STOPPED)
+                for stream in ready:
+                    entry = streams[stream]
+                    try:
+                        if self.follow(stream, entry, board):
+                            continue
+                    except RayTaskError as error:
+                        if isinstance(error, RaySystemError):  # its arguments could not be read
+                            raise _foreign(str(error.cause)) from None
+                        raise  # a bug
+                    except RayError as error:
+                        self.lose(entry, error, board)
+                        if entry.state != "failed":
+                            streams[self.hand_out(entry, last)] = entry
+                    del streams[stream]
+
+    def hand_out(self, entry: Entry, last: int) -> Any:
+        """The stream of what the run's worker tells, once it has one."""
+        again = self.losses[entry.label] > 0
+        return self.task.remote(entry.settings, last, self.folder, self.share, again)
+
+    def follow(self, stream: Any, entry: Entry, board: Board) -> bool:
+        """Take in the next thing that a run's worker tells; whether it goes on."""
+        told: Progress | Ended = ray.get(next(stream))
+        if isinstance(told, Progress):
+            self.note(told, entry, board)
+        elif told.reason:
+            entry.fail(told.reason)
+            board.say_over(entry)
+        elif told.summary is None:
+            entry.state = "waiting"
+        else:
+            folder = RunFolder(Path(entry.settings.out))
+            if not folder.complete:  # the worker's disk is another
+                with held(folder.path):
+                    folder.receive(ray.get(next(stream)))
+            entry.finish(told.summary)
+            board.say_over(entry)
+        return isinstance(told, Progress)
+
+    def note(self, progress: Progress, entry: Entry, board: Board) -> None:
+        """A run is that far; a worker's lines are said once, whichever worker says them."""
+        if progress.epoch_s is None and self.losses[entry.label]:
+            goes_on = f"goes on after epoch {progress.done}" if progress.done else "begins anew"
+            board.say(f"{entry.label} {goes_on}")
+        entry.state, entry.done, entry.scores = "training", progress.done, {**progress.scores}
+        entry.epoch_s = progress.epoch_s or entry.epoch_s
+        for line in progress.said:
+            if line not in self.said:
+                self.said.add(line)
+                board.say(line)
+        board.tick(entry, 0)
+
+    def lose(self, entry: Entry, error: RayError, board: Board) -> None:
+        """A run's worker is gone; after too many of them the run has failed."""
+        self.losses[entry.label] += 1
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        if self.losses[entry.label] < ATTEMPTS:
+            entry.state = "waiting"
+            board.say(f"{entry.label}: its worker was lost ({reason}); another one takes over")
+        else:
+            entry.fail(f"{ATTEMPTS} workers were lost, the last because: {reason}")
+            board.say_over(entry)
+
+
+def _foreign(reason: str) -> RichKDError:
+    return RichKDError(
+        f"a worker cannot take a run ({reason.splitlines()[0]}); every node needs the richkd, Ray "
+        f"and Python of this one"
+    )
+
+
+@contextmanager
+def cancelled_at_the_end(streams: Mapping[Any, Entry]) -> Iterator[None]:
+    """Tasks that are left when this is left are stopped, and given the time to do so."""
+    try:
+        yield
+    finally:
+        for stream in streams:
+            ray.cancel(stream)
+        if streams:
+            ends = [stream.completed() for stream in streams]
+            ray.wait(ends, num_returns=len(ends), timeout=CANCEL_S)
+
+
+def quiet() -> AbstractContextManager[Any]:
+    """Ray prints on standard output, which is for results, what has befallen its workers."""
+    return redirect_stdout(io.StringIO())
+
+
+# --- a worker ------------------------------------------------------------------------------------
+
+
+def train(
+    settings: Distill, last: int, folder: str, share: Share, again: bool
+) -> Iterator[Progress | Ended | dict[str, bytes]]:
+    """Train one run up to an epoch, from its checkpoint where there is one.
+
+    Args:
+        settings: the run's own, as the user gave them.
+        last: the epoch.
+        folder: the driver's working directory, from which paths start.
+        share: what the run has to itself.
+        again: whether another worker had the run before and was lost.
+
+    Yields:
+        Progress, then Ended; of a complete run also its files, which travel only if they are asked
+        for.
+    """
+    run = RunFolder(Path(settings.out))
+    try:
+        work_in(folder)
+        torch.set_num_threads(share.cpus)
+        if again:
+            wait_until_free(run.path)
+        source = shared_source(settings.cache, settings.dataset, settings.data_root, share.device)
+        if run.complete:  # and the driver was not told
+            run.check_same(to_table(settings), identity(source.cache))
+        else:
+            yield from train_run(source, settings, last)
+        summary = run.summary()
+    except (*FAILURES, OSError) as error:
+        yield Ended(reason=describe_failure(error, settings, "raise --gpus-per-run"))
+        return
+    yield Ended(summary=summary)
+    if summary:
+        yield run.contents()
+
+
+def train_run(source: Source, settings: Distill, last: int) -> Iterator[Progress]:
+    """The epochs of a run, and its end where that is due; how far it is before and after each."""
+    with StudentRun(source, settings) as run:
+        scores = scores_until(run.done, run.folder)
+        yield Progress(done=run.done, scores=scores, epoch_s=None, said=LINES.take())
+        for rows, waited in source.epochs(run.rows.values(), run.done + 1, last):
+            record = run.train_epoch(rows, waited)
+            if record.score is not None:
+                scores[record.epoch] = record.score
+            yield Progress(done=run.done, scores=scores, epoch_s=run.epoch_s, said=LINES.take())
+        if run.done == settings.epochs:
+            run.finish()
+
+
+class Lines(Report):
+    """What a worker has to say to people, until the driver hears of it."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        """The driver will say it."""
+        self.lines.append(message)
+
+    def take(self) -> list[str]:
+        """The lines since the last time."""
+        lines, self.lines = self.lines, []
+        return lines
+
+
+LINES = Lines()
+
+
+@lru_cache(maxsize=1)
+def shared_source(cache: str, dataset: str, data_root: str, device: str) -> Source:
+    """The store, images and slabs, kept for this worker's next run: see `Source`."""
+    settings = Distill(cache=cache, dataset=dataset, data_root=data_root, device=device)
+    return Source(settings, LINES)
+
+
+def work_in(folder: str) -> None:
+    """Make relative paths mean what they mean to the driver.
+
+    Raises:
+        RichKDError: this node has no such folder, and it cannot be made.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        os.chdir(folder)
+    except OSError as error:
+        raise RichKDError(
+            f"{socket.gethostname()} cannot work in {folder} ({error.strerror}); start the sweep "
+            f"in a folder that every node has"
+        ) from None
+
+
+def wait_until_free(path: Path) -> None:
+    """A worker that was lost may still be ending; errors of `check_not_held`, if it does not."""
+    patience = time.monotonic() + LOCK_S
+    while True:
+        try:
+            return check_not_held(path)
+        except RichKDError:
+            if time.monotonic() > patience:
+                raise
+        time.sleep(0.2)

@@ -1,0 +1,538 @@
+"""What stage one would take, before it starts: bytes, forward passes, hours, and the store's rent.
+
+Nothing is estimated from tables. Stage one itself runs on some of the images, in a temporary
+folder, until its pace is known; its rows are encoded as the store would encode them. Where the data
+are not at hand, images are drawn; where weights are not, they are random, which cost the same.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import linear_regression
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from richkd.config import catalog
+from richkd.config.settings import Precompute, TrainTeacher, resolve
+from richkd.core import fusion
+from richkd.core.checks import fits, hints
+from richkd.core.errors import RichKDError
+from richkd.core.interrupts import work_begins
+from richkd.core.progress import Report, duration, size
+from richkd.core.ranks import Ranks
+from richkd.core.versions import versions
+from richkd.data.datasets import Dataset, ImageFiles, Split, introduce, load_dataset
+from richkd.data.decoding import Decoding
+from richkd.data.folders import Paths
+from richkd.data.prompts import load_prompts
+from richkd.data.views import views_tensor
+from richkd.precompute import (
+    begin_store,
+    check_given,
+    finish,
+    make_manifest,
+    teacher_weights,
+    write_blocks,
+)
+from richkd.store import schema
+from richkd.store.checksums import num_chunks
+from richkd.store.folder import Folder
+from richkd.store.reader import TeacherCache, open_cache
+from richkd.store.schema import ArraySpec, Manifest
+from richkd.store.topk import keep_top
+from richkd.store.writer import ROUNDED, blank_files, encoded_bytes, round_bits
+from richkd.teachers.class_order import check_teacher_classes, given_outputs
+from richkd.teachers.clip import (
+    ClipTeacher,
+    autocast,
+    blank_clip,
+    check_clip,
+    load_clip,
+    local_folder,
+)
+from richkd.teachers.cnn import CNNTeacher, load_teacher
+from richkd.teachers.demo_clip import demo_clip
+from richkd.teachers.framing import resolve_input
+from richkd.teachers.rows import BlockRows, Teachers
+from richkd.training.device import choose_device, hardware, wait_for
+
+ENOUGH_S = 5.0  # of stage one, to know its pace
+FIRST, MOST = 16, 16_384  # images that it is tried on
+VIEWS, KEPT = (1, 2, 4, 8, 16, 32, 64, 162), 50  # what the table has besides what was asked for
+USD_A_GB_MONTH = 0.023  # S3 Standard's list price in us-east-1
+DRAWN_FILES, DRAWN_SIZE = 64, (500, 375)  # JPEGs like ImageNet's, in width and height
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How fast a machine is with a pair of teachers: seconds an image, and what they are of."""
+
+    hardware: str
+    teacher: str
+    clip: str
+    image_size: int
+    teacher_size: int  # side of the images that the CNN teacher takes
+    files: bool  # images are files, decoded on the way
+    clean_s: float  # CLIP, and what does not depend on views; of files, decoding too
+    view_s: float  # the CNN teacher, a view
+    text_s: float  # CLIP, a text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One way to make the store, and what it takes."""
+
+    views: int
+    dtype: str
+    keep: str
+    keep_bits: int | None
+    raw_bytes: int
+    stored_bytes: int
+    seconds: float
+    usd_a_month: float
+    chosen: bool
+
+
+def plan(
+    settings: Precompute,
+    report: Report,
+    *,
+    known: bool = False,
+    measured: str | None = None,
+    price: float = USD_A_GB_MONTH,
+) -> dict[str, Any]:
+    """What `precompute` would take with these settings, and with some others.
+
+    Args:
+        settings: of stage one.
+        report: where progress goes.
+        known: the data set is ImageNet, wherever it may be: its counts are known.
+        measured: JSON of a plan that was made on another machine, whose pace counts then.
+        price: of keeping it, in USD a GB (10⁹ bytes) and month.
+
+    Returns:
+        The data set's counts, the passes, the pace, the bytes of each array, and the options.
+
+    Raises:
+        RichKDError: anything the user can mend.
+    """
+    device = choose_device(settings.device)
+    work_begins()
+    with tempfile.TemporaryDirectory(prefix="richkd-plan-") as folder:
+        dataset, counts = sample_of(settings, known, Path(folder), report)
+        settings = settings.for_size(dataset.image_size)
+        tried = Trial(settings, dataset, device, Path(folder), report)
+        report.say(f"{tried.about}; trying stage one on ever more images, for some seconds each")
+        pace = tried.pace(report)
+        if measured is not None:
+            pace = read_pace(Path(measured), pace)
+        blank = blank_manifest(tried, counts)
+        ratios = Ratios(tried.cache())
+        options = [
+            weigh(asked, blank, ratios, pace, price, chosen=asked == settings)
+            for asked in alternatives(settings, dataset)
+        ]
+        chosen = next(each for each in options if each.chosen)
+        arrays = ratios.of(variant(blank, settings))
+    train, test = counts
+    texts = len(dataset.class_names) * len(blank["prompts"])
+    return {
+        "dataset": catalog.IMAGENET if known else settings.dataset,
+        "num_train": train,
+        "num_test": test,
+        "num_classes": len(dataset.class_names),
+        "image_size": dataset.image_size,
+        "about": tried.about,
+        "passes": {
+            "cnn": train * chosen.views + test,
+            "clip": train + test if texts else 0,
+            "texts": texts,
+        },
+        "pace": asdict(pace),
+        "arrays": {name: round(count) for name, count in arrays.items()},
+        **{key: value for key, value in asdict(chosen).items() if key != "chosen"},
+        "usd_a_gb_month": price,
+        "options": [asdict(each) for each in options],
+        "versions": versions(),
+    }
+
+
+# --- the data ------------------------------------------------------------------------------------
+
+
+def sample_of(
+    settings: Precompute, known: bool, folder: Path, report: Report
+) -> tuple[Dataset, tuple[int, int]]:
+    """Images to try stage one on, and how many there are of each split."""
+    kind, path = catalog.split_name(settings.dataset)
+    here = kind == "shapes" or catalog.found(settings.dataset, Path(settings.data_root))
+    if here and not known:
+        dataset = load_dataset(settings, skipped=(), report=report)
+        introduce(dataset, report)
+        validation = len(dataset.validation or ())
+        # a validation image costs what a test image does
+        return replace(dataset, validation=None), (
+            len(dataset.train),
+            len(dataset.test) + validation,
+        )
+    if not known and kind == catalog.IMAGE_FOLDER:
+        raise RichKDError(
+            f"imagefolder:{path}: there is no such folder; plan for ImageNet by --dataset imagenet"
+        )
+    counts = catalog.COUNTS[catalog.IMAGENET if known else kind]
+    train = min(counts.train, settings.limit or counts.train)
+    validation = round(train * settings.validation)
+    side = settings.image_size or counts.image_size
+    names = tuple(f"class {number}" for number in range(counts.classes))
+    statistics = ((0.5,) * 3, (0.25,) * 3)
+    if known:
+        files = drawn_files(folder / "images", side)
+        splits = [Split(files, torch.arange(len(files)) % counts.classes) for _ in range(2)]
+        report.say(f"drawn JPEGs of {DRAWN_SIZE[0]}×{DRAWN_SIZE[1]} stand for ImageNet's")
+    else:
+        rng = np.random.default_rng(0)
+        images = torch.from_numpy(rng.integers(0, 256, (MOST, side, side, 3), np.uint8))
+        splits = [Split(images, torch.arange(MOST) % counts.classes) for _ in range(2)]
+        report.say(f"{kind} is not in {settings.data_root}; random pixels stand for it")
+    dataset = Dataset(settings.dataset, names, splits[0], splits[1], *statistics, side)
+    return dataset, (train - validation, counts.test + validation)
+
+
+def drawn_files(folder: Path, side: int) -> ImageFiles:
+    """JPEGs of some 110 kB, as ImageNet's are in the mean; the same few again and again."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(DRAWN_FILES):
+        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
+        pixels = np.asarray(coarse.resize(DRAWN_SIZE, Image.Resampling.BICUBIC), np.int16)
+        grain = rng.normal(0, 18, pixels.shape)
+        drawn = Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8))
+        drawn.save(folder / f"{number}.jpg", quality=80)
+    paths = Paths.of(f"{number % DRAWN_FILES}.jpg" for number in range(MOST))
+    sizes = np.tile(np.array(DRAWN_SIZE[::-1], np.int64), (MOST, 1))
+    return ImageFiles(folder, paths, sizes, np.zeros(MOST, np.uint8), side, Decoding())
+
+
+# --- the trial -----------------------------------------------------------------------------------
+
+
+class Trial:
+    """Stage one on some images, in f32 and with nothing left out."""
+
+    def __init__(
+        self,
+        settings: Precompute,
+        dataset: Dataset,
+        device: torch.device,
+        folder: Path,
+        report: Report,
+    ) -> None:
+        self.settings = replace(settings, dtype="float32", keep="all", keep_bits=None)
+        self.dataset, self.device, self.folder = dataset, device, folder
+        self.cnn, trained = planned_teacher(settings, dataset, device)
+        autocast(device, settings.clip_precision)  # which the device may not have
+        self.clip = planned_clip(settings.clip, device, report)
+        if self.clip is not None:
+            self.clip = replace(self.clip, precision=settings.clip_precision)
+        self.text: Tensor | None = None
+        side, random = self.cnn.input.size, "" if trained else ", random weights"
+        self.about = f"{settings.teacher} ({side}×{side}{random})"
+        self.store: Folder | None = None  # the last one written
+        if self.clip is None:
+            self.about += ", no CLIP"
+        else:
+            prompts = len(load_prompts(settings.prompts))
+            random = "" if self.clip.sha256 else " (random weights)"
+            self.about += f", CLIP {settings.clip}{random}, {prompts} prompts a class"
+            width = self.clip.encode(self._pixels(self.clip)).shape[-1]
+            shape = len(dataset.class_names), prompts, width
+            self.text = F.normalize(torch.randn(shape, device=device), dim=-1)
+
+    def _pixels(self, clip: ClipTeacher) -> Tensor:
+        blank = torch.zeros(1, 32, 32, 3, dtype=torch.uint8, device=self.device)
+        return clip.preprocess(blank)
+
+    def pace(self, report: Report) -> Pace:
+        """By stage one on ever more images, with one view and with more."""
+        most = min(max(self.settings.views, 3), 8)
+        self.run(FIRST, 1)  # warm
+        one = self.seconds_an_image(1)
+        report.say(f"an image with 1 view takes {1000 * one:.3g} ms")
+        many = self.seconds_an_image(most)
+        report.say(f"an image with {most} views takes {1000 * many:.3g} ms")
+        view_s = max((many - one) / (most - 1), 0.0)
+        return Pace(
+            hardware=hardware(self.device),
+            teacher=self.cnn.name,
+            clip=self.settings.clip,
+            image_size=self.dataset.image_size,
+            teacher_size=self.cnn.input.size,
+            files=isinstance(self.dataset.train.images, ImageFiles),
+            clean_s=max(one - view_s, 0.0),
+            view_s=view_s,
+            text_s=self.seconds_a_text(),
+        )
+
+    def seconds_an_image(self, views: int) -> float:
+        """What one more image takes; what any number of images takes is not in it."""
+        most = min(MOST, len(self.dataset.train))
+        counts = [min(FIRST, most)]
+        seconds = [self.run(counts[0], views)]
+        while counts[-1] < most and seconds[-1] < ENOUGH_S:
+            counts.append(min(2 * counts[-1], most))
+            seconds.append(self.run(counts[-1], views))
+        if len(counts) == 1:
+            return seconds[0] / counts[0]
+        return max(linear_regression(counts, seconds).slope, 0.0)
+
+    def seconds_a_text(self) -> float:
+        """What CLIP takes for one prompt of one class."""
+        if self.clip is None:
+            return 0.0
+        model = self.clip.model
+        length = int(getattr(model, "context_length", 77))
+        tokens = torch.randint(1, 400, (64, length), device=self.device)
+        with torch.inference_mode():
+            model.encode_text(tokens[:8])
+            wait_for(self.device)
+            start = time.perf_counter()
+            model.encode_text(tokens)
+            wait_for(self.device)
+        return (time.perf_counter() - start) / len(tokens)
+
+    def run(self, count: int, views: int) -> float:
+        """Stage one on the first training images and one test image; the seconds it took."""
+        first = replace(
+            self.dataset, train=self.dataset.train.first(count), test=self.dataset.test.first(1)
+        )
+        manifest = make_manifest(
+            replace(self.settings, views=views), first, self.cnn, self.clip, self.text
+        )
+        drawn = first.train.view_space.draw(self.settings.seed, len(first.train), views)
+        if self.store is not None:
+            shutil.rmtree(self.store.path)
+        self.store = Folder(self.folder / f"{count}-{views}.zarr")
+        classes = None if self.text is None else fusion.class_embeddings(self.text)
+        start = time.perf_counter()
+        with begin_store(self.store, manifest, drawn, self.text) as writer:
+            teachers = Teachers(self.settings, self.cnn, self.clip, classes)
+            rows = BlockRows(first, views_tensor(drawn), self.device, teachers, writer)
+            write_blocks(writer, rows, Ranks(0, 1), Report(quiet=True))
+        seconds = time.perf_counter() - start
+        finish(writer, manifest)
+        return seconds
+
+    def cache(self) -> TeacherCache:
+        """The store of the largest trial."""
+        assert self.store is not None
+        return open_cache(self.store.path)
+
+
+def planned_teacher(
+    settings: Precompute, dataset: Dataset, device: torch.device
+) -> tuple[CNNTeacher, bool]:
+    """The CNN teacher that stage one would take, and whether it is trained already."""
+    check_given(settings)
+    check_teacher_classes(settings)
+    if settings.teacher_classes and dataset.class_folders:
+        given_outputs(settings, dataset)
+    training = resolve(
+        TrainTeacher,
+        {},
+        {
+            "dataset": settings.dataset,
+            "limit": settings.limit,
+            "model": settings.teacher,
+            "validation": settings.validation,
+        },
+    )
+    weights = teacher_weights(settings, training)
+    found = resolve_input(settings, weights, dataset, Report(quiet=True))
+    classes = len(dataset.class_names)
+    return load_teacher(settings.teacher, weights, classes, found, device), weights is not None
+
+
+def planned_clip(name: str, device: torch.device, report: Report) -> ClipTeacher | None:
+    """The CLIP that stage one would take; of random weights where its own would be downloaded."""
+    if name == "none":
+        return None
+    name = str(demo_clip(report)) if name == "demo" else name
+    if local_folder(name) is None:
+        return blank_clip(name, device)
+    check_clip(name)
+    return load_clip(name, device)
+
+
+def read_pace(file: Path, here: Pace) -> Pace:
+    """The pace of another machine, from the JSON of a plan made there.
+
+    Raises:
+        RichKDError: no such file, no such plan, or one of other teachers or images.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["pace"]
+        found.setdefault("teacher_size", found["image_size"])  # plans of before
+        for name, hint in hints(Pace).items():
+            if not fits(found[name], hint):
+                raise ValueError(f"{name} is {found[name]!r}")
+        there = Pace(**found)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RichKDError(
+            f"{file} is no plan that can be read ({error}); make one on the other machine: richkd "
+            f"plan … --json > FILE"
+        ) from None
+    for name in ("teacher", "clip", "image_size", "teacher_size", "files"):
+        if getattr(there, name) != getattr(here, name):
+            raise RichKDError(
+                f"{file} was measured with {name} = {getattr(there, name)!r}, this plan has "
+                f"{getattr(here, name)!r}; measure the same there"
+            )
+    return there
+
+
+# --- the bytes -----------------------------------------------------------------------------------
+
+
+class Ratios:
+    """What compression leaves of each array, by the rows of a trial."""
+
+    def __init__(self, cache: TeacherCache) -> None:
+        self.cache = cache
+        self._known: dict[tuple[Any, ...], float] = {}
+
+    def of(self, manifest: Manifest) -> dict[str, float]:
+        """Bytes on the disk of each array of a store with this manifest."""
+        return {
+            name: num_chunks(spec) * encoded_bytes(np.ones(1, bool))
+            if name == "complete"
+            else spec.nbytes * self._ratio(name, spec, manifest)
+            for name, spec in schema.array_specs(manifest).items()
+        }
+
+    def _ratio(self, name: str, spec: ArraySpec, manifest: Manifest) -> float:
+        kept = manifest.get("keep"), manifest.get("keep_temperature"), manifest["keep_bits"]
+        key = (name, spec.dtype, *kept)
+        if key not in self._known:
+            values = self._values(name, spec, manifest)
+            self._known[key] = encoded_bytes(values) / values.nbytes
+        return self._known[key]
+
+    def _values(self, name: str, spec: ArraySpec, manifest: Manifest) -> NDArray[Any]:
+        """The trial's rows of an array, of one view, as a store with this manifest has them."""
+        for logits in schema.kept_logits(manifest):
+            if name in (parts := schema.part_names(logits)):
+                rows = self.cache.read(logits, 0)
+                kept = keep_top(rows, manifest["keep"], manifest["keep_temperature"])
+                which = (kept.top, kept.class_index(), kept.rest)[parts.index(name)]
+                return self._rounded(name, which.numpy().astype(spec.dtype), manifest)
+        name = name.replace("test/", "train/")  # of which there are more, and which are alike
+        view = 0 if self.cache.specs[name].dimensions[0] == "view" else None
+        values = self.cache.read(name, view).numpy().astype(spec.dtype)
+        return self._rounded(name, values, manifest)
+
+    def _rounded(self, name: str, values: NDArray[Any], manifest: Manifest) -> NDArray[Any]:
+        rounded = name.rpartition("/")[2] in ROUNDED
+        return round_bits(values, manifest["keep_bits"]) if rounded else values
+
+
+def blank_manifest(trial: Trial, counts: tuple[int, int]) -> Manifest:
+    """The manifest of the store of all images, as far as sizes depend on it."""
+    manifest = deepcopy(trial.cache().manifest)
+    manifest["dataset"] |= {"num_train": counts[0], "num_test": counts[1]}
+    return manifest
+
+
+def variant(blank: Manifest, settings: Precompute) -> Manifest:
+    """The manifest that the store would have with some settings."""
+    manifest = deepcopy(blank)
+    widest = max(len(manifest["class_names"]), manifest["teacher"]["num_features"])
+    manifest |= {
+        "dtype": settings.dtype,
+        "keep_bits": settings.keep_bits,
+        "block": schema.choose_block(widest, settings.dtype),
+    }
+    manifest["views"] |= {"count": settings.views}
+    if settings.top_k is not None:
+        manifest |= {"keep": settings.top_k, "keep_temperature": settings.keep_temperature}
+    return manifest
+
+
+def alternatives(settings: Precompute, dataset: Dataset) -> list[Precompute]:
+    """The settings themselves, with other numbers of views, and with smaller or finer rows."""
+    limit = dataset.train.view_space.limit
+    counts = sorted(count for count in {*VIEWS, settings.views} if count <= (limit or count))
+    found = [replace(settings, views=count) for count in counts]
+    if settings.dtype == "float16":
+        found.append(replace(settings, dtype="float32"))
+        if settings.keep_bits is None:
+            found.append(replace(settings, keep_bits=7))
+    if settings.keep == "all" and len(dataset.class_names) > 2 * KEPT:
+        found.append(replace(settings, keep=f"top-{KEPT}"))
+    return found
+
+
+def weigh(
+    asked: Precompute, blank: Manifest, ratios: Ratios, pace: Pace, price: float, chosen: bool
+) -> Option:
+    """What one way to make the store takes."""
+    manifest = variant(blank, asked)
+    dataset, texts = manifest["dataset"], len(manifest["class_names"]) * len(manifest["prompts"])
+    files = sum(map(len, blank_files(manifest).values()))
+    stored = files + sum(ratios.of(manifest).values())
+    return Option(
+        views=asked.views,
+        dtype=asked.dtype,
+        keep=asked.keep,
+        keep_bits=asked.keep_bits,
+        raw_bytes=schema.raw_bytes(manifest),
+        stored_bytes=round(stored),
+        seconds=dataset["num_train"] * (pace.clean_s + asked.views * pace.view_s)
+        + dataset["num_test"] * (pace.clean_s + pace.view_s)
+        + texts * pace.text_s,
+        usd_a_month=stored / 1e9 * price,
+        chosen=chosen,
+    )
+
+
+def show(result: Mapping[str, Any], report: Report) -> None:
+    """The options as a table on standard output, and what they rest on."""
+    rows = []
+    for option in result["options"]:
+        finer = option["keep_bits"] and f", {option['keep_bits']} bits"
+        rows.append(
+            (
+                f"{option['views']}{' *' if option['chosen'] else ''}",
+                f"{option['dtype']}{finer or ''}",
+                option["keep"],
+                size(option["stored_bytes"]),
+                f"{option['usd_a_month']:,.2f}",
+                duration(option["seconds"]),
+            )
+        )
+    passes, pace = result["passes"], result["pace"]
+    report.table(
+        f"{result['dataset']}: {result['num_train']:,} + {result['num_test']:,} images of "
+        f"{result['image_size']}×{result['image_size']}, {result['num_classes']:,} classes",
+        ("views", "rows", "logits", "store", "USD a month", "time"),
+        rows,
+        left=3,
+    )
+    report.say(
+        f"* as asked: {passes['cnn']:,} passes of the CNN teacher, {passes['clip']:,} of CLIP and "
+        f"{passes['texts']:,} of its texts"
+    )
+    report.say(f"time on {pace['hardware']}, one of them; {result['about']}")
+    report.say(f"kept at {result['usd_a_gb_month']:g} USD a GB and month")

@@ -1,0 +1,452 @@
+"""Whether a store is what stage one wrote, and mending of one that is not.
+
+Top to bottom: the manifest's seal, the metadata files, every chunk, then the values that the
+chunks hold, then a sample of rows by the CNN teacher itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from richkd.config.settings import Precompute, resolve
+from richkd.core import fusion
+from richkd.core.errors import RichKDError
+from richkd.core.memory import spans
+from richkd.core.progress import Report
+from richkd.data.framing import NetworkInput
+from richkd.data.views import NUM_VIEW_IDS
+from richkd.store.checksums import (
+    block_files,
+    chunk_files,
+    chunks_digest,
+    metadata_digest,
+    num_chunks,
+    read_chunk,
+    sealed,
+    views_of,
+    whole,
+)
+from richkd.store.folder import Folder
+from richkd.store.location import Location
+from richkd.store.locations import open_location
+from richkd.store.manifest import copy_of, open_store, read_manifest
+from richkd.store.reader import TeacherCache, open_cache
+from richkd.store.schema import (
+    LOGITS,
+    Block,
+    Manifest,
+    TeacherEntry,
+    array_specs,
+    blocks,
+    say_precision,
+    teacher_accuracies,
+    teacher_input,
+)
+from richkd.store.topk import Rows, TopKRows, keep_classes, kl_errors
+from richkd.store.writer import written
+
+SAMPLED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Check:
+    """One of the things that were looked at, how many of them, and what is wrong with them."""
+
+    name: str
+    looked_at: str
+    faults: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file of the store that is not what was written, and the blocks whose rows it holds."""
+
+    file: str
+    reason: str
+    blocks: tuple[Block, ...] = ()
+
+
+def verify_store(path: str | Path, teacher: str | None, report: Report) -> list[Check]:
+    """Everything that can be known about a store.
+
+    Args:
+        path: of a complete store.
+        teacher: weights of the CNN teacher, to compute a random sample of its rows again.
+        report: where progress goes.
+
+    Raises:
+        RichKDError: there is no complete store, or its manifest was changed, without which
+            nothing can be known about the rest.
+    """
+    place = open_location(path)
+    manifest = sealed_manifest(place)
+    damage = list(find_damage(place, manifest, report))
+    files = sum(map(num_chunks, array_specs(manifest).values()))
+    checks = [
+        Check("manifest", "the seal", ()),
+        Check("files", f"{files:,} chunks", tuple(f"{d.file}: {d.reason}" for d in damage)),
+    ]
+    if damage:
+        return checks  # what values they hold is no longer the question
+    cache = open_cache(path)
+    values = (*VALUES, KEPT) if cache.kept else VALUES
+    checks += [Check(name, what, tuple(check(cache))) for name, what, check in values]
+    clip = manifest["clip"]
+    if clip is not None and "precision_error" in clip:  # as stage one measured it
+        told = say_precision(clip.get("precision", "float32"), clip["precision_error"])
+        checks.append(Check("CLIP", told, ()))
+    if teacher is not None:
+        checks.append(
+            Check(
+                "teacher",
+                f"{SAMPLED_ROWS} rows again",
+                tuple(check_teacher(cache, Path(teacher), report)),
+            )
+        )
+    return checks
+
+
+def raise_faults(path: str | Path, checks: list[Check]) -> None:
+    """Raise RichKDError where a check found something; the first of it, and what to do."""
+    faults = [(check.name, fault) for check in checks for fault in check.faults]
+    if not faults:
+        return
+    remedy = (
+        "richkd repair computes those blocks again"
+        if faults[0][0] == "files"
+        else "the store was written so: make it again with richkd precompute --overwrite"
+    )
+    more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+    raise RichKDError(f"{path} is not right: {faults[0][1]}{more}; {remedy}")
+
+
+def show_checks(path: str | Path, checks: list[Check], report: Report, most: int = 8) -> None:
+    """A table of the checks, with the first faults of each."""
+    rows = []
+    for check in checks:
+        state = f"{len(check.faults)} wrong" if check.faults else "right"
+        rows.append((check.name, check.looked_at, state))
+        rows += [("", fault, "") for fault in check.faults[:most]]
+        if len(check.faults) > most:
+            rows.append(("", f"and {len(check.faults) - most} more", ""))
+    report.table(f"{path}", ("", "looked at", ""), rows, left=2)
+
+
+def repair_store(path: str | Path, report: Report) -> list[str]:
+    """Compute the damaged blocks again, by the settings in the store; the names of the blocks.
+
+    Of a store that is not complete, as where a repair was interrupted, those that are missing.
+
+    Raises:
+        RichKDError: as `verify_store` and `precompute`; the data and the teachers must be where
+            they were, and be the same.
+    """
+    place = open_location(path)
+    begun = read_manifest(path)
+    if not begun["complete"]:
+        return finish_store(place, begun, report)
+    manifest = sealed_manifest(place)
+    damage = list(find_damage(place, manifest, report))
+    if not damage:
+        report.say(f"{place}: every byte is as it was written; nothing to repair")
+        return []
+    damaged = {block for one in damage for block in one.blocks}
+    redo = [block for block in blocks(manifest) if block in damaged]
+    for one in damage:
+        report.say(f"{one.file}: {one.reason}")
+    settings = resolve(Precompute, manifest["recipe"], {"out": str(path)})
+    report.say(f"computing {len(redo)} of {len(blocks(manifest))} blocks again")
+    precompute_again(manifest, settings, report, redo)
+    return [block.name for block in redo]
+
+
+def finish_store(place: Location, manifest: Manifest, report: Report) -> list[str]:
+    """Compute the blocks that a store lacks which is not complete; errors of `precompute`."""
+    done = written(place, manifest)
+    missing = [block.name for block, there in zip(blocks(manifest), done, strict=True) if not there]
+    settings = resolve(Precompute, manifest["recipe"], {"out": place.name})
+    precompute_again(manifest, settings, report)
+    return missing
+
+
+def precompute_again(
+    manifest: Manifest, settings: Precompute, report: Report, redo: list[Block] | None = None
+) -> None:
+    """Compute blocks of a store by what it says of images and teachers, not by today's rules."""
+    from richkd.precompute import precompute
+    from richkd.training.images import load_again
+
+    recorded = TeacherEntry(**{**manifest["teacher"], "input": teacher_input(manifest)})
+    dataset = None
+    if not manifest["dataset"]["embedded"]:
+        dataset = replace(
+            load_again(manifest, settings.dataset, settings.data_root, report),
+            class_names=tuple(manifest["class_names"]),
+        )
+    precompute(settings, redo=redo, dataset=dataset, recorded=recorded, report=report)
+
+
+def sealed_manifest(place: Location) -> Manifest:
+    """The manifest of a complete store, as it was sealed; RichKDError where it is not."""
+    copy = copy_of(place)
+    _, manifest = open_store(copy)
+    if not sealed(Folder(copy.path)) or manifest["checksums"] is None:
+        raise RichKDError(
+            f"{place}: the manifest is not what was sealed (zarr.json was changed), so that "
+            f"nothing in the store can be trusted; make it again with richkd precompute --overwrite"
+        )
+    claimed = sum(map(num_chunks, array_specs(manifest).values()))
+    there = sum("/c/" in file for file in place.sizes())
+    if claimed > 2 * there + 1000:  # nobody loses so many; and nobody can check a billion
+        raise RichKDError(
+            f"{place}: the manifest claims {claimed:,} chunks and there are {there:,}; make the "
+            f"store again with richkd precompute --overwrite"
+        )
+    return manifest
+
+
+def find_damage(place: Location, manifest: Manifest, report: Report) -> Iterator[Damage]:
+    """Files that are missing, damaged, or in the place of others; reads every byte once."""
+    checksums = manifest["checksums"]
+    assert checksums is not None
+    specs = array_specs(manifest)
+    for file, recorded in checksums["metadata"].items():
+        try:
+            found = metadata_digest(place, file)
+        except OSError:
+            found = ""
+        if found != recorded:
+            yield Damage(file, "changed" if found else "missing")
+    block_of = {file: block for block in blocks(manifest) for file in block_files(manifest, block)}
+    total = sum(spec.nbytes for spec in specs.values())
+    with report.track("verify", total, "bytes") as tick:
+        for name, spec in specs.items():
+            for number, view in enumerate(views_of(spec)):
+                files = list(chunk_files(name, spec, view))
+                bad = False
+                for file, fault in zip(
+                    files, place.map(partial(chunk_fault, place), files), strict=True
+                ):
+                    if fault is not None:
+                        bad = True
+                        yield Damage(file, fault, (block_of[file],) if file in block_of else ())
+                recorded = checksums["chunks"][name][number]
+                if not bad and chunks_digest(place, name, spec, view) != recorded:
+                    where = name if view is None else f"{name} view {view}"
+                    own = tuple(block_of[file] for file in files if file in block_of)
+                    yield Damage(where, "chunks are not those that were written here", own)
+                tick(spec.nbytes // len(views_of(spec)))
+
+
+def chunk_fault(place: Location, file: str) -> str | None:
+    """What is wrong with a chunk, or None."""
+    try:
+        return None if whole(read_chunk(place, file)) else "damaged"
+    except OSError:
+        return "missing"
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def check_labels(cache: TeacherCache) -> Iterator[str]:
+    """Labels are classes."""
+    for split in cache.splits:
+        labels = cache.read(f"{split}/labels")
+        wrong = ((labels < 0) | (labels >= cache.num_classes)).sum()
+        if wrong:
+            yield f"{split}/labels: {wrong} are not in 0..{cache.num_classes - 1}"
+
+
+def check_views(cache: TeacherCache) -> Iterator[str]:
+    """View ids are in range and no sample has one twice; boxes of photographs have a size."""
+    if cache.manifest["views"]["space"] == "pad-crop-flip":
+        ids = cache.read("train/view_ids").int()
+        if int(ids.max()) >= NUM_VIEW_IDS or int(ids.min()) < 0:
+            yield f"train/view_ids: some are not in 0..{NUM_VIEW_IDS - 1}"
+        repeated = (ids.sort(0).values.diff(dim=0) == 0).any(0).sum()
+        if repeated:
+            yield f"train/view_ids: {repeated} samples have a view twice"
+        return
+    boxes = cache.read("train/view_params")
+    good = (boxes >= 0).all(2) & (boxes[..., 2:4] >= 1).all(2) & (boxes[..., 4] <= 1)
+    if not good.all():
+        yield f"train/view_params: {(~good).sum()} boxes have no size, or lie outside"
+
+
+def check_finite(cache: TeacherCache) -> Iterator[str]:
+    """No NaN, no infinity."""
+    for name, spec in cache.specs.items():
+        if spec.dtype.startswith("float"):
+            for view in views_of(spec):
+                values = cache.read(name, view)
+                if not all(torch.isfinite(values[span]).all() for span in spans(len(values))):
+                    yield f"{name}: NaN or infinity" + ("" if view is None else f" in view {view}")
+
+
+def check_units(cache: TeacherCache) -> Iterator[str]:
+    """CLIP's features and the text embeddings have unit length, up to rounding."""
+    if cache.manifest["clip"] is None:
+        return
+    for name in (*(f"{split}/clip_features" for split in cache.splits), "text/embeddings"):
+        features, far = cache.read(name), 0
+        for span in spans(len(features)):
+            lengths = features[span].float().norm(dim=-1)
+            far += int(((lengths - 1).abs() > 4 * rounding(cache)).sum())
+        if far:
+            yield f"{name}: {far} are not of unit length"
+
+
+def check_blend(cache: TeacherCache) -> Iterator[str]:
+    """Cosines are those of the features, and fused logits the blend of their parts."""
+    if cache.manifest["clip"] is None:
+        return
+    classes = fusion.class_embeddings(cache.text_embeddings)
+    for split in cache.splits:
+        similarity = cache.read(f"{split}/clip_similarity")
+        features, wrong = cache.read(f"{split}/clip_features"), 0
+        for span in spans(len(features)):
+            again = fusion.clip_similarity(features[span], classes)
+            wrong += int(((similarity[span] - again).abs() > 4 * rounding(cache)).sum())
+        if wrong:
+            yield f"{split}/clip_similarity is not that of the features and the text embeddings"
+        for view in range(cache.num_views) if split == "train" else (None,):
+            logits, wrong = [cache.rows(f"{split}/{name}", view) for name in LOGITS], 0
+            for span in spans(len(similarity)):
+                rows = [each[span] for each in logits]
+                teacher, fused = (each.float() for each in rows)
+                parts = cache.blend(teacher, similarity[span], alpha=None, scale=None)
+                # each of the two was rounded, by half a unit in its last place or less
+                room = 2 * rounding(cache) * (teacher.abs() + fused.abs() + 1e-3)
+                wrong += int((((fused - parts).abs() > room) & known(rows)).any(1).sum())
+            if wrong:
+                where = "" if view is None else f" view {view}"
+                yield f"{split}/fused_logits{where}: {wrong} rows are not the blend of their parts"
+
+
+def known(rows: Sequence[Rows]) -> Tensor:
+    """Where all of some rows have a logit of the class itself: [N,C], or one True for all."""
+    everywhere = torch.tensor(True)
+    for each in rows:
+        if isinstance(each, TopKRows):
+            own = torch.zeros(each.shape, dtype=torch.bool)
+            everywhere = everywhere & own.scatter_(1, each.class_index(), True)
+    return everywhere
+
+
+def check_kept(cache: TeacherCache) -> Iterator[str]:
+    """Kept logits descend, each of another class and above the others; their error is as told."""
+    for name, view in itertools.product(sorted(cache.kept), range(cache.num_views)):
+        rows = cache.rows(name, view)
+        assert isinstance(rows, TopKRows)
+        least = rows.top[:, -1].float()
+        room = 2 * rounding(cache) * least.abs() + 1e-3
+        for fault, wrong in (
+            ("are not in descending order", (rows.top.diff(dim=1) > 0).any(1)),
+            ("have a class twice", (rows.class_index().sort(1).values.diff(dim=1) == 0).any(1)),
+            ("have others above those that are kept", rows.rest.float() > least + room),
+        ):
+            if wrong.any():
+                yield f"{name} view {view}: {wrong.sum()} rows {fault}"
+    manifest = cache.manifest
+    logits = cache.read(f"test/{LOGITS[-1] if manifest['clip'] else LOGITS[0]}")
+    stored = manifest.get("keep_kl", {})
+    counted = kl_errors(logits, manifest["keep"], manifest["keep_temperature"])
+    for tau, error in counted.items():
+        if abs(stored.get(tau, math.inf) - error) > 1e-3 * error + 1e-6:
+            yield f"manifest: KL error at τ {tau} is {stored.get(tau)}, the test rows have {error}"
+
+
+def check_accuracies(cache: TeacherCache) -> Iterator[str]:
+    """The accuracies of the manifest are those of the rows."""
+    arrays = {"cnn": "teacher_logits", "clip": "clip_similarity", "fused": "fused_logits"}
+    labels = cache.read("test/labels")
+    for kind, stored in teacher_accuracies(cache.manifest).items():
+        if stored is not None and kind in arrays:
+            counted = top1(cache.read(f"test/{arrays[kind]}"), labels)
+            if abs(counted - stored) > 1e-6:
+                yield f"manifest: accuracy of {kind} is {stored}, its rows have {counted}"
+
+
+def top1(logits: Tensor, labels: Tensor) -> float:
+    """Accuracy in 0..1; torchmetrics, which counts the same, takes longer to import than this."""
+    return float((logits.float().argmax(1) == labels).float().mean())
+
+
+VALUES: tuple[tuple[str, str, Callable[[TeacherCache], Iterator[str]]], ...] = (
+    ("labels", "are classes", check_labels),
+    ("views", "in range, none twice", check_views),
+    ("numbers", "finite", check_finite),
+    ("features", "of unit length", check_units),
+    ("blend", "fused logits = blend of parts", check_blend),
+    ("accuracies", "as counted from rows", check_accuracies),
+)
+KEPT = ("kept logits", "descend, classes differ", check_kept)  # of stores that have them
+
+
+def check_teacher(cache: TeacherCache, weights: Path, report: Report) -> Iterator[str]:
+    """Some training rows, drawn afresh, are what the CNN teacher gives on their views."""
+    from richkd.data.inputs import make_inputs
+    from richkd.teachers.cnn import load_teacher
+    from richkd.training.device import choose_device
+    from richkd.training.images import load_images
+
+    manifest = cache.manifest
+    device = choose_device("auto")
+    train = load_images(cache, report=report)["train"]
+    outputs = manifest["teacher"].get("outputs")
+    teacher = load_teacher(
+        manifest["teacher"]["name"],
+        weights,
+        cache.num_classes,
+        NetworkInput.of(teacher_input(manifest)),
+        device,
+        outputs=None if outputs is None else tuple(outputs),
+        report=report,
+    )
+    inputs = make_inputs(train.images, device, teacher.input)
+    if teacher.sha256 != manifest["teacher"]["sha256"]:
+        yield (
+            f"{weights} are other weights (SHA-256 {teacher.sha256[:12]}) than those of the "
+            f"store ({manifest['teacher']['sha256'][:12]})"
+        )
+    each = -(-SAMPLED_ROWS // cache.num_views)
+    for view in range(cache.num_views):
+        views = cache.slab(view, ()).views
+        index = torch.randperm(cache.num_samples)[:each].sort().values
+        found = [teacher.rows(images) for _, images in inputs.batches(index, views, 256)]
+        for number, name in enumerate(("teacher_logits", "teacher_features")):
+            rows = cache.rows(f"train/{name}", view)[index]
+            again = torch.cat([row[number] for row in found])
+            if isinstance(rows, TopKRows):
+                tau = manifest["keep_temperature"]
+                again = keep_classes(again.cpu(), rows.class_index(), tau).dense()
+            stored = rows.float()
+            far = (stored - again.cpu()).abs() > another_device(cache) * largest(stored)
+            if far.any():
+                sample = int(index[far.any(1).nonzero()[0, 0]])
+                yield f"train/{name} view {view}: sample {sample} is not what the teacher gives"
+
+
+def rounding(cache: TeacherCache) -> float:
+    """The relative error of a stored row: half a unit in its last place."""
+    bits = cache.manifest["keep_bits"]
+    return 2.0 ** -(1 + (bits or (10 if cache.manifest["dtype"] == "float16" else 23)))
+
+
+def another_device(cache: TeacherCache) -> float:
+    """How far rows may differ, of a row's largest: rounding, and another device's arithmetic."""
+    return max(4 * rounding(cache), 0.01)
+
+
+def largest(rows: Tensor) -> Tensor:
+    """Of each row, [N,1]."""
+    return rows.abs().amax(1, keepdim=True).clamp(min=1e-3)

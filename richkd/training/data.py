@@ -1,0 +1,115 @@
+"""What training reads: images and labels of a cache, and the views and rows of an epoch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from richkd.data.datasets import Split
+from richkd.data.inputs import Inputs, Normalize, make_inputs
+from richkd.data.views import views_tensor
+from richkd.store.topk import Rows
+
+StepBatch = tuple[Tensor, Tensor, dict[str, Tensor]]  # index, images, rows
+
+
+@dataclass(frozen=True)
+class EpochRows:
+    """What one epoch trains on: a view of every sample and the cached rows of those views."""
+
+    views: Tensor  # [N] or [N,5]
+    rows: Mapping[str, Rows]  # name -> [N,…]
+    on_host: bool = False  # the rows stay there, and every batch of them goes to the device
+
+    def to(self, device: torch.device, buffers: dict[str, Rows] | None = None) -> EpochRows:
+        """The same on a device, for several runs; the views stay where samples are gathered.
+
+        Args:
+            device: where to.
+            buffers: of earlier epochs by name, into which rows are copied.
+        """
+        if self.on_host:
+            return self
+        rows: dict[str, Rows] = {}
+        for name, row in self.rows.items():
+            buffer = None if buffers is None else buffers.get(name)
+            if buffer is None:
+                rows[name] = row.to(device, non_blocking=True)
+            else:
+                rows[name] = buffer if buffer is row else buffer.copy_(row, non_blocking=True)  # type: ignore[arg-type]
+        if buffers is not None:
+            buffers.update(rows)
+        return EpochRows(self.views, rows)
+
+    def pinned(self) -> EpochRows:
+        """The same in memory that a GPU copies from by itself."""
+        rows = {name: row.pin_memory() for name, row in self.rows.items()}
+        return EpochRows(self.views.pin_memory(), rows)
+
+    def batch(self, index: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        """The rows [B,…] f32 of the samples `index` on the device, the same `ids` on the host."""
+        if not self.on_host:
+            return {name: row[index].float() for name, row in self.rows.items()}
+        batch = {name: row[ids].float() for name, row in self.rows.items()}
+        if index.is_cuda:
+            batch = {name: row.pin_memory() for name, row in batch.items()}
+        return {name: row.to(index.device, non_blocking=True) for name, row in batch.items()}
+
+
+def timed(slabs: Iterator[EpochRows]) -> Iterator[tuple[EpochRows, float]]:
+    """Each slab with the seconds that were spent waiting for it."""
+    start = time.perf_counter()
+    for slab in slabs:
+        yield slab, time.perf_counter() - start
+        start = time.perf_counter()
+
+
+def all_rows(rows: Callable[[int], EpochRows], first: int, last: int) -> Iterator[EpochRows]:
+    """`rows(epoch)` for epochs first..last, each read by a thread while the one before trains."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    if first > last:
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="slab") as pool:
+        coming = pool.submit(rows, first)
+        for epoch in range(first, last + 1):
+            current = coming.result()
+            if epoch < last:
+                coming = pool.submit(rows, epoch + 1)
+            yield current
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSet:
+    """Images of a split that a network is evaluated on, and their labels, on the device."""
+
+    images: Inputs  # of the whole split
+    labels: Tensor  # [M], likewise
+    views: Tensor  # the clean views, likewise
+    ids: Tensor  # of the samples that count, ascending
+
+    @classmethod
+    def of(cls, split: Split, device: torch.device) -> EvalSet:
+        """All samples of a split."""
+        return cls(
+            images=make_inputs(split.images, device),
+            labels=split.labels.to(device),
+            views=views_tensor(split.view_space.clean(len(split))),
+            ids=torch.arange(len(split), device=device),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Everything that runs may share: images and labels of all splits, on the device."""
+
+    train: Inputs
+    train_labels: Tensor  # [N]
+    test: EvalSet
+    choice: EvalSet | None = None  # images that choices are made on, apart from those of `test`
+    normalize: Normalize
+    num_classes: int

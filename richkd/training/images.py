@@ -1,0 +1,109 @@
+"""The images and labels that the rows of a cache belong to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from richkd.config import catalog
+from richkd.config.settings import Images
+from richkd.core.errors import RichKDError
+from richkd.core.progress import Report
+from richkd.data import layouts
+from richkd.data.datasets import Dataset, Split, load_dataset
+from richkd.data.decoding import Decoding
+from richkd.store.reader import TeacherCache
+from richkd.store.schema import Manifest
+
+
+def load_images(
+    cache: TeacherCache, dataset: str = "", data_root: str = "data", report: Report | None = None
+) -> dict[str, Split]:
+    """Load the images and labels of all splits, from the cache or from the data set that it names.
+
+    Args:
+        cache: the cache.
+        dataset: where the data set is now, if it moved.
+        data_root: the folder of the data sets.
+        report: where progress goes.
+
+    Raises:
+        RichKDError: the data set is gone, has other classes, or changed since stage one.
+    """
+    entry = cache.manifest["dataset"]
+    labels_of = {split: cache.read(f"{split}/labels") for split in cache.splits}
+    for split, labels in labels_of.items():
+        if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < cache.num_classes:
+            raise RichKDError(
+                f"{cache.location}: {split}/labels are not in 0..{cache.num_classes - 1}; make the "
+                f"store again with richkd precompute --overwrite"
+            )
+    if entry["embedded"]:
+        return {
+            split: Split(cache.read(f"{split}/images"), labels)
+            for split, labels in labels_of.items()
+        }
+    found = load_again(cache.manifest, dataset, data_root, report)
+    photographs = catalog.split_name(found.name)[0] == catalog.IMAGE_FOLDER  # named at will
+    if len(found.class_names) != cache.num_classes or (
+        not photographs and list(found.class_names) != cache.manifest["class_names"]
+    ):
+        raise RichKDError(
+            f"{cache.location} is for other classes than {found.name}: "
+            f"{len(cache.manifest['class_names'])} against {len(found.class_names)}, or by other "
+            f"names; pass the --dataset that it was made from"
+        )
+    if {*found.splits} != {*labels_of} or found.fingerprint != entry["fingerprint"]:
+        raise RichKDError(
+            f"{found.name} is not what {cache.location} was made from (its fingerprint differs); "
+            f"restore the files, or make the store again with richkd precompute"
+        )
+    for split, labels in labels_of.items():
+        if not torch.equal(found.splits[split].labels, labels):
+            raise RichKDError(
+                f"the labels of {found.name} are not those in {cache.location}; make the store "
+                f"again with richkd precompute --overwrite"
+            )
+    return found.splits
+
+
+def load_again(
+    manifest: Manifest, dataset: str = "", data_root: str = "data", report: Report | None = None
+) -> Dataset:
+    """Read the data set that a store was made from, as it was read then.
+
+    Args:
+        manifest: of the store.
+        dataset: where it is now, if it moved.
+        data_root: the folder where data sets lie.
+        report: where progress goes.
+
+    Raises:
+        RichKDError: as `load_dataset`, or files that are decoded otherwise now. That they are the
+            same is for the fingerprint to say.
+    """
+    entry = manifest["dataset"]
+    settings = Images(
+        dataset=dataset or entry["name"],
+        limit=entry["num_train"] + (entry.get("num_validation", 0) if "validation" in entry else 0),
+        validation=entry.get("validation", 0.0),
+        data_root=data_root,
+        image_size=manifest["image_size"],
+    )
+    _, path = catalog.split_name(settings.dataset)
+    layout = None
+    if path is not None:
+        layout = (
+            layouts.Layout(entry["folders"]) if "folders" in entry else layouts.earlier_layout(path)
+        )
+    skipped = entry.get("skipped", [])
+    decoding = Decoding.from_entry(entry["decoding"]) if "decoding" in entry else None
+    found = load_dataset(settings, skipped, report, layout, decoding)
+    if found.read_otherwise_in(entry["fingerprint"]):
+        raise RichKDError(
+            f"{found.name}: an earlier version of richkd made the store, and read some of these "
+            f"files otherwise (those with an EXIF orientation, transparency or more than 8 bits); "
+            f"make it again with richkd precompute --overwrite"
+        )
+    return replace(found, skipped=tuple(skipped))

@@ -1,0 +1,121 @@
+"""A linear probe on CLIP's image features: another CLIP head, fitted from the cache alone.
+
+Multinomial logistic regression, as in the CLIP paper (Radford et al. 2021, arXiv 2103.00020,
+section 3.2). It is fitted out of fold: a sample's logits come from heads that never saw it, so that
+they are as uncertain about training samples as about new ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from richkd.core.errors import RichKDError
+
+# L2, of weights on standardised features
+PENALTIES = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)
+STEPS = 100
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Logits by heads that did not see the sample, and what the fit found."""
+
+    train_logits: Tensor  # [N,C], each by the head of the other folds
+    other_logits: Tensor  # [M,C], the mean of the heads
+    penalty: float
+    nll: float  # of the training samples, out of fold, nats
+    too_small: list[int]  # classes with fewer samples than folds: some heads hardly know them
+
+
+def fit_probe(
+    train: Tensor, labels: Tensor, others: Tensor, num_classes: int, folds: int = 5, seed: int = 0
+) -> Probe:
+    """Fit K heads, each on all folds but one; the penalty is chosen by the first fold's likelihood.
+
+    Every class is spread evenly over the folds.
+
+    Args:
+        train: [N,D], unit length.
+        labels: [N].
+        others: [M,D], of samples that no head is fitted on.
+        num_classes: C.
+        folds: K.
+        seed: of the folds.
+
+    Raises:
+        RichKDError: fewer samples than folds.
+    """
+    if len(train) < folds:
+        raise RichKDError(
+            f"a probe of {folds} folds needs as many training samples, there are {len(train)}; use "
+            f"--clip-head zero-shot"
+        )
+    train, others = train.float(), others.float()
+    std, mean = torch.std_mean(train, dim=0)
+    train, others = ((x - mean) / std.clamp_min(1e-6) for x in (train, others))
+    fold = stratified_folds(labels, folds, seed).to(train.device)
+
+    first = fold == 0
+    penalty, best, head = PENALTIES[0], float("inf"), None
+    for candidate in PENALTIES:  # from stiff to loose, each from where the one before ended
+        head = _fit(train[~first], labels[~first], num_classes, candidate, head)
+        nll = F.cross_entropy(_apply(head, train[first]), labels[first]).item()
+        if nll < best:
+            penalty, best = candidate, nll
+
+    train_logits = train.new_empty(len(train), num_classes)
+    other_logits = others.new_zeros(len(others), num_classes)
+    for number in range(folds):
+        out = fold == number
+        head = _fit(train[~out], labels[~out], num_classes, penalty, None)
+        train_logits[out] = _apply(head, train[out])
+        other_logits += _apply(head, others) / folds
+    counts = torch.bincount(labels, minlength=num_classes)
+    return Probe(
+        train_logits,
+        other_logits,
+        penalty,
+        nll=F.cross_entropy(train_logits, labels).item(),
+        too_small=(counts < folds).nonzero().flatten().tolist(),
+    )
+
+
+def stratified_folds(labels: Tensor, folds: int, seed: int) -> Tensor:
+    """The fold [N] of each sample, 0..K−1: at random, the classes evenly spread, sizes alike."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels.cpu()[order].argsort(stable=True)]  # class by class
+    fold = torch.empty(len(labels), dtype=torch.long)
+    fold[order] = torch.arange(len(labels)) % folds
+    return fold
+
+
+def _fit(
+    x: Tensor, labels: Tensor, num_classes: int, penalty: float, start: Tensor | None
+) -> Tensor:
+    """Weights and, in the last row, biases [D+1,C] that minimise cross-entropy and penalty."""
+    head = x.new_zeros(x.shape[1] + 1, num_classes) if start is None else start.clone()
+    head.requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [head],
+        max_iter=STEPS,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-7,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> float:
+        optimizer.zero_grad()
+        value = F.cross_entropy(_apply(head, x), labels) + penalty / 2 * head.square().sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value.item()
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    return head.detach()
+
+
+def _apply(head: Tensor, x: Tensor) -> Tensor:
+    return torch.addmm(head[-1], x, head[:-1])

@@ -1,0 +1,275 @@
+"""What runs on one cache share: its images, slabs and targets, each read once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from richkd.config.settings import Distill
+from richkd.core.progress import Report
+from richkd.core.seeds import derive_seed
+from richkd.data.datasets import Split
+from richkd.data.inputs import Normalize, make_inputs
+from richkd.data.views import views_tensor
+from richkd.losses import Widths, method_class, method_options
+from richkd.losses.method import TARGET, Method
+from richkd.models import check_fit, check_trainable, create_model
+from richkd.store import pages
+from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
+from richkd.store.topk import Rows
+from richkd.training.data import Data, EpochRows, EvalSet, all_rows, timed
+from richkd.training.device import (
+    choose_device,
+    cuda,
+    free_memory,
+)
+from richkd.training.images import load_images
+from richkd.training.loop import Trainer
+from richkd.training.targets import Target, choice_samples, choose_target, held_out
+
+
+class Source:
+    """A store and what all runs from it share: images, slabs and targets, each once.
+
+    Runs whose settings differ in `cache`, `dataset`, `data_root` or `device` have sources of
+    their own.
+    """
+
+    def __init__(
+        self, settings: Distill, report: Report, cache: TeacherCache | None = None
+    ) -> None:
+        """From the store that the settings name, or that store where it is open already."""
+        self.settings = settings
+        self.report = report
+        self.device = choose_device(settings.device)
+        self.cache = cache or open_cache(settings.cache)
+        self._targets: dict[str, Target] = {}  # by the name of its rows
+        self._on_gpu: dict[str, Rows] = {}  # of the epoch that trains: the same memory in each
+        self._chosen: dict[tuple[Any, ...], str] = {}
+        self._fixed: dict[str, Rows] = {}
+
+    @cached_property
+    def data(self) -> Data:
+        """Images and labels of all splits on the device; all test samples are tested on."""
+        splits = self.splits
+        manifest = self.cache.manifest
+        return Data(
+            train=make_inputs(splits["train"].images, self.device),
+            train_labels=splits["train"].labels.to(self.device),
+            test=EvalSet.of(splits["test"], self.device),
+            choice=EvalSet.of(splits["validation"], self.device)
+            if "validation" in splits
+            else None,
+            normalize=Normalize(tuple(manifest["mean"]), tuple(manifest["std"]), self.device),
+            num_classes=self.cache.num_classes,
+        )
+
+    @cached_property
+    def splits(self) -> dict[str, Split]:
+        """Images and labels of all splits; errors are those of `load_images`."""
+        return load_images(self.cache, self.settings.dataset, self.settings.data_root, self.report)
+
+    def data_for(self, settings: Distill) -> Data:
+        """The same for a run that may hold out test images, to make choices on them."""
+        if not settings.holdout:
+            return self.data
+        test = self.data.test
+        split, chosen = choice_samples(self.cache, settings.holdout)
+        assert split == "test"
+        _, tested = held_out(len(test.labels), settings.holdout)
+        return replace(
+            self.data,
+            test=replace(test, ids=tested.to(self.device)),
+            choice=replace(test, ids=chosen.to(self.device)),
+        )
+
+    def widths(self, student: int, alpha: float) -> Widths:
+        """The sizes that a method depends on, for a student's feature width and a blend."""
+        clip = self.cache.manifest["clip"]
+        return Widths(
+            labels=self.data.train_labels.cpu(),
+            student=student,
+            teacher=self.cache.manifest["teacher"]["num_features"],
+            clip=clip["num_features"] if clip else 0,
+            alpha=alpha,
+        )
+
+    def target(self, settings: Distill, kind: str) -> tuple[str, Target]:
+        """What a run's settings make the target, and the name of its rows; chosen once for all.
+
+        Errors are those of `choose_target`.
+        """
+        blend = (
+            settings.alpha,
+            settings.scale,
+            settings.prompts,
+            settings.clip_head,
+            settings.holdout,
+        )
+        key = (settings.target or kind, *blend)
+        if key not in self._chosen:
+            target = choose_target(self.cache, settings, kind, self.report)
+            self._chosen[key] = f"{TARGET}/{len(self._chosen)}"
+            self._targets[self._chosen[key]] = target
+        return self._chosen[key], self._targets[self._chosen[key]]
+
+    def trainer(
+        self, settings: Distill, say: Callable[[str], None] = lambda _: None
+    ) -> tuple[Trainer, dict[str, str], Target | None]:
+        """A new student with its method, as a run's settings ask for.
+
+        Args:
+            settings: resolved by `with_defaults`.
+            say: is told how its steps are run.
+
+        Returns:
+            The trainer, the names of `epochs` by those of what its method reads, and the target.
+        """
+        method_type, options = method_of(settings)
+        reads = method_type.reads(options)
+        data = self.data_for(settings)
+        rows = {name: name for name in reads}
+        target: Target | None = None
+        if TARGET in reads or "clip_features" in reads:
+            name, target = self.target(settings, method_type.target)
+            rows |= {TARGET: name} if TARGET in reads else {}
+        model, num_features = build_student(settings, self.cache)
+        alpha = 1.0 if target is None else target.alpha
+        method = method_type(options, self.widths(num_features, alpha))
+        return Trainer(model, method, data, settings, self.device, say), rows, target
+
+    def own(self, shared: EpochRows, rows: Mapping[str, str], seed: int, epoch: int) -> EpochRows:
+        """What a run's method reads of an epoch's rows.
+
+        A method that reads none is not held to the views that were cached: it sees a fresh view of
+        every image, as plain training does, whatever the store has.
+
+        Args:
+            shared: of all runs.
+            rows: their names by those of the method, as `trainer` gave them.
+            seed: the run's.
+            epoch: from 1.
+        """
+        if not rows:
+            space = self.splits["train"].view_space
+            return EpochRows(views_tensor(space.fresh(seed, epoch, self.cache.num_samples)), {})
+        return replace(shared, rows={name: shared.rows[given] for name, given in rows.items()})
+
+    def epochs(
+        self, names: Collection[str], first: int, last: int
+    ) -> Iterator[tuple[EpochRows, float]]:
+        """Views and named rows of epochs first..last, and the seconds spent waiting for them.
+
+        On a GPU, rows of an epoch take the place of those of the epoch before. A thread reads an
+        epoch's slab while the epoch before trains. Names are arrays of the store
+        (`teacher_features`) and what `target` gave.
+        """
+        fixed_names = {name for name in names if self._is_fixed(name)}
+        place = self._place(sorted({*names} - fixed_names), sorted(fixed_names))
+        fixed = {name: self._fixed_rows(name, place) for name in sorted(fixed_names)}
+        slab_rows = self._slab_rows(sorted({*names} - fixed_names), place)
+        for slab, waited in timed(all_rows(slab_rows, first, last)):
+            source = slab.to(self.device, self._on_gpu) if cuda(self.device) else slab
+            yield replace(source, rows={**source.rows, **fixed}), waited
+
+    def _is_fixed(self, name: str) -> bool:
+        """Whether rows are the same in every epoch: those of CLIP, which saw the clean images."""
+        target = self._targets.get(name)
+        return not target.reads if target else name not in SLAB_ARRAYS
+
+    def _place(self, slab: Collection[str], fixed: Collection[str]) -> Placement:
+        """Where rows lie: the one choice between memory, disk and device.
+
+        Slabs lie on the disk where two of them would take more than half of the memory that is
+        available. Rows go to a GPU as a whole, but not from the disk, nor where those of an epoch
+        would take more than half of what is free on it.
+        """
+        on_disk = pages.beyond_memory(self._nbytes(slab))
+        if self.device.type != "cuda":
+            return Placement(on_disk, on_host=False)
+        too_much = 2 * self._nbytes([*slab, *fixed]) > free_memory(self.device)
+        return Placement(on_disk, on_host=on_disk or too_much)
+
+    def _nbytes(self, names: Collection[str]) -> int:
+        """Bytes of the rows of an epoch, with those that blends are computed from."""
+        arrays = {name for name in names if name not in self._targets}
+        targets = [self._targets[name] for name in names if name in self._targets]
+        arrays |= {array for target in targets for array in target.reads}
+        blends = sum(bool(target.clip) for target in targets)
+        return self.cache.nbytes([f"train/{array}" for array in arrays]) + (
+            4 * blends * self.cache.num_samples * self.cache.num_classes
+        )
+
+    def _fixed_rows(self, name: str, place: Placement) -> Rows:
+        if name not in self._fixed:
+            target = self._targets.get(name)
+            self._fixed[name] = (
+                target.logits("train", {}, place.empty)
+                if target
+                else self.cache.read(f"train/{name}")
+            )
+        device = torch.device("cpu") if place.on_host else self.device
+        self._fixed[name] = self._fixed[name].to(device)
+        return self._fixed[name]
+
+    def _slab_rows(self, names: Collection[str], place: Placement) -> Callable[[int], EpochRows]:
+        """What reads the rows of an epoch, from 1: view (epoch − 1) mod V.
+
+        Blended logits are rounded as stage one would have stored them; those that the store keeps
+        by their K largest stay so.
+        """
+        targets = {name: self._targets[name] for name in names if name in self._targets}
+        features = {name for name in names if name not in targets}
+        logits = {array for target in targets.values() for array in target.reads}
+        empty = partial(place.empty, dtype=self.cache.manifest["dtype"])
+        pin = self.device.type == "cuda" and not place.on_host
+
+        @lru_cache(maxsize=1)  # with one view, every epoch is the same slab
+        def read(view: int) -> EpochRows:
+            slab = self.cache.slab(view, sorted(features), place.on_disk)
+            stored = {
+                name: self.cache.rows(f"train/{name}", view, place.on_disk)
+                for name in sorted(logits)
+            }
+            rows: dict[str, Rows] = {name: getattr(slab, name) for name in features}
+            for name, target in targets.items():
+                rows[name] = target.logits("train", stored, empty)
+            epoch_rows = EpochRows(slab.views, rows, place.on_host)
+            return epoch_rows.pinned() if pin else epoch_rows
+
+        return lambda epoch: read((epoch - 1) % self.cache.num_views)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the rows of an epoch lie."""
+
+    on_disk: bool  # in a temporary file that is mapped into memory
+    on_host: bool  # and not on the device: every batch is gathered and sent there
+
+    def empty(self, shape: tuple[int, ...], dtype: str = "float32") -> Tensor:
+        """Rows to be filled."""
+        return torch.from_numpy(pages.empty(shape, np.dtype(dtype), self.on_disk))
+
+
+def method_of(settings: Distill) -> tuple[type[Method], Any]:
+    """The class and the options of the method that the settings name; errors of `method_class`."""
+    return method_class(settings.method, method_options(settings.options, settings.method))
+
+
+def build_student(settings: Distill, cache: TeacherCache) -> tuple[torch.nn.Module, int]:
+    """The student, its weights drawn from the seed, and its feature width."""
+    check_trainable(settings.student)
+    torch.manual_seed(derive_seed(settings.seed, 0, 2))
+    size = cache.manifest["image_size"]
+    model = create_model(
+        settings.student, cache.num_classes, image_size=size, **settings.student_options
+    )
+    width = check_fit(model, settings.student, size, cache.num_classes, **settings.student_options)
+    return model, width

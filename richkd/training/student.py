@@ -1,0 +1,402 @@
+"""One student in training: its method, trainer and run folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from richkd.config import catalog
+from richkd.config.settings import Distill, to_table
+from richkd.core.errors import RichKDError
+from richkd.core.files import held
+from richkd.core.progress import Advance, Report, percent
+from richkd.core.versions import versions
+from richkd.data.framing import NetworkInput
+from richkd.losses.method import TARGET
+from richkd.store.reader import TeacherCache
+from richkd.store.schema import student_input, teacher_accuracies, teacher_input
+from richkd.training.checkpoint import Best, Progress, RunFolder, Saving
+from richkd.training.data import EpochRows
+from richkd.training.device import (
+    cuda,
+    hardware,
+)
+from richkd.training.loop import (
+    EpochRecord,
+    Trainer,
+)
+from richkd.training.precision import advice, is_open, time_precisions
+from richkd.training.source import Source, method_of
+from richkd.training.targets import describe_target
+
+# Methods whose settings are others than those of runs whose recipes name no hold-out.
+CHANGED = frozenset({"dist", "mlkd", "mlkd-ls"})
+
+
+class StudentRun:
+    """One student on its way: its method, trainer and run folder, and how far it is.
+
+    A context manager; the run folder is this process's until it ends.
+    """
+
+    def __init__(self, source: Source, settings: Distill, *, overwrite: bool = False) -> None:
+        """Everything that can be refused is, before the run folder is touched.
+
+        A run in the folder is resumed unless `overwrite` says to begin anew.
+
+        Raises:
+            RichKDError: anything the user can mend.
+        """
+        cache = source.cache
+        self.source = source
+        self.settings = settings = with_defaults(settings, cache)
+        check_reads(cache, settings)
+        self.folder = RunFolder(Path(settings.out))
+        if not overwrite:
+            check_version(self.folder, settings)
+        recorded = to_table(settings), identity(cache)
+        self.folder.check(*recorded, overwrite=overwrite)
+        self.trainer, self.rows, self.target = source.trainer(settings, self._say)
+        with ExitStack() as stack:
+            stack.enter_context(held(self.folder.path))
+            resumed = self.folder.begin(*recorded, overwrite=overwrite)
+            self.progress = self._resume() if resumed else Progress()
+            self._held = stack.pop_all()
+        self._saving = Saving(beside=cuda(source.device))
+        self.record: EpochRecord | None = None  # of the last epoch trained here
+        self._before = self.progress  # what was done when this process began
+
+    def __enter__(self) -> StudentRun:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self.close()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is written; raises what writing raised."""
+        self._saving.wait()
+
+    def close(self) -> None:
+        """Give the run folder free, and what the student takes of a GPU."""
+        self._saving.close()
+        self._held.close()
+        self.trainer.release()
+
+    def _resume(self) -> Progress:
+        """Load the run's checkpoint."""
+        progress, tensors = self.folder.load(self.source.report.say)
+        self.trainer.resume(tensors, self.folder.path, progress.step)
+        return progress
+
+    def _say(self, message: str) -> None:
+        self.source.report.say(f"{self.folder.path.name}: {message}")
+
+    @property
+    def done(self) -> int:
+        """Epochs."""
+        return self.progress.epoch
+
+    @property
+    def epoch_s(self) -> float:
+        """Seconds an epoch that was trained here, with its tests and its checkpoint."""
+        return (self.progress.seconds - self._before.seconds) / (self.done - self._before.epoch)
+
+    @property
+    def images_to_go(self) -> int:
+        """How many will have been trained on at the end."""
+        return (self.settings.epochs - self.done) * self.source.cache.num_samples
+
+    def train_epoch(
+        self, source: EpochRows, waited: float, tick: Advance = lambda _: None
+    ) -> EpochRecord:
+        """The next epoch, with its checkpoint; `source` has the rows that `self.rows` names.
+
+        Raises:
+            RichKDError: the student diverged.
+        """
+        start = time.perf_counter()
+        for count in self.steps(source):
+            tick(count)
+        return self.end_epoch(waited, start)
+
+    def steps(self, source: EpochRows) -> Iterator[int]:
+        """The steps of the next epoch; yields the size of each batch once its step is launched."""
+        epoch = self.done + 1
+        own = self.source.own(source, self.rows, self.settings.seed, epoch)
+        return self.trainer.steps(epoch, own)
+
+    def end_epoch(self, waited: float, start: float, runs: int = 1) -> EpochRecord:
+        """The end of an epoch whose steps were launched, with its checkpoint.
+
+        Args:
+            waited: seconds for its rows.
+            start: when it began, by time.perf_counter.
+            runs: that trained side by side, between which the seconds are shared.
+
+        Raises:
+            RichKDError: the student diverged.
+        """
+        epoch = self.done + 1
+        record = self.trainer.end_epoch()
+        check_finite(record, self.settings)
+        best, before = self.progress.best, self.progress.seconds
+        step = self.trainer.ran_by
+        if record.score is not None and record.score > best.accuracy:
+            best = Best(epoch, record.score)
+        progress = Progress(
+            epoch, best, before + waited + (time.perf_counter() - start) / runs, step
+        )
+        state = self._saving.tensors(self.trainer.state())
+        prefix = "student."
+        student = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in state.items()
+            if name.startswith(prefix)
+        }
+        line = {**record.as_dict(), "slab_wait_s": waited}
+        self._saving.submit(partial(self.folder.save_epoch, progress, line, state, student))
+        # here with the time that its checkpoint took
+        seconds = before + waited + (time.perf_counter() - start) / runs
+        self.progress = Progress(epoch, best, seconds, step)
+        self.record = record
+        return record
+
+    def finish(self) -> dict[str, Any]:
+        """After the last epoch: weights and summary, with which the run is complete."""
+        self._saving.wait()
+        data = self.trainer.data
+        if self.record is None:  # interrupted between the last epoch and the summary
+            top1, top5 = self.trainer.evaluate(data.test)
+        else:
+            assert self.record.test_accuracy is not None and self.record.test_top5 is not None
+            top1, top5 = self.record.test_accuracy, self.record.test_top5
+        found = self.progress.best
+        best = found.accuracy if data.choice is None else self.test_best(top1)
+        last = self.folder.metrics()[-1:]  # none where somebody removed them
+        tested = data.test.ids.cpu()
+        summary = {
+            **describe_run(self.settings, self.source.cache, self.trainer),
+            "target": self.target and describe_target(self.target, self.source.cache, tested),
+            "top1_last": top1,
+            "top5_last": top5,
+            "top1_best": best,
+            "epoch_best": found.epoch,
+            "best_chosen_on": choice_images(self.source.cache, self.settings),
+            "choice_accuracy": None if data.choice is None else found.accuracy,
+            "tested": len(tested),
+            "views": self.source.cache.num_views if self.rows else "fresh",
+            "seconds": self.progress.seconds,
+            "images_per_second": last[0]["images_per_second"] if last else None,
+            "run": str(self.folder.path),
+        }
+        self.folder.finish(self.trainer.model.state_dict(), summary)
+        return summary
+
+    def test_best(self, last: float) -> float:
+        """Top-1 on the test images after the best epoch, which other images chose."""
+        if self.progress.best.epoch == self.settings.epochs:
+            return last
+        model, state = self.trainer.model, self.trainer.model.state_dict()
+        kept = {name: value.clone() for name, value in state.items()}
+        model.load_state_dict(self.folder.best_weights())
+        top1, _ = self.trainer.evaluate(self.trainer.data.test)
+        model.load_state_dict(kept)
+        return top1
+
+    def opening(self) -> str:
+        """The lines that say what is about to run."""
+        settings, cache = self.settings, self.source.cache
+        count = sum(parameter.numel() for parameter in self.trainer.model.parameters())
+        resuming = f"; resuming after epoch {self.done} of {settings.epochs}" if self.done else ""
+        return (
+            f"{settings.student} ({count / 1e6:.2f} M) by {settings.method} from "
+            f"{f'{cache.num_views} views' if self.rows else 'fresh views'}, seed {settings.seed}, "
+            f"on {self.source.device}\n"
+            f"{settings.epochs} epochs of {cache.num_samples:,} images, batch "
+            f"{settings.batch_size}, lr {settings.lr}{resuming}"
+        )
+
+
+def completed(settings: Distill, cache: TeacherCache, report: Report) -> dict[str, Any] | None:
+    """The summary of the run that the settings name, where it is complete.
+
+    Raises:
+        RichKDError: a complete run of other settings, or on another store, is in its place.
+    """
+    settings = with_defaults(settings, cache)
+    run = RunFolder(Path(settings.out))
+    if not run.complete:
+        return None
+    check_version(run, settings)
+    run.check(to_table(settings), identity(cache), overwrite=False)
+    run.tidy()
+    report.say(f"{run.path} is complete already; --overwrite begins it anew")
+    return run.summary()
+
+
+def with_defaults(settings: Distill, cache: TeacherCache, runs: str = "runs") -> Distill:
+    """The student that the data set suggests, its learning rate, and a name, where none were given.
+
+    Args:
+        settings: as given.
+        cache: the store.
+        runs: the folder for a run without a name.
+    """
+    dataset = cache.manifest["dataset"]["name"]
+    student = settings.student or catalog.networks(dataset, cache.manifest["image_size"])[1]
+    alpha = "" if settings.alpha is None else f"-a{settings.alpha}"
+    name = f"{cache.location.stem}-{student}-{settings.method}{alpha}-s{settings.seed}"
+    out = settings.out or str(Path(runs) / name.replace("/", "-"))
+    lr = catalog.learning_rate(student) if settings.lr is None else settings.lr
+    settings = settings.with_holdout("validation" in cache.splits)
+    return replace(settings, student=student, lr=lr, out=out)
+
+
+def check_reads(cache: TeacherCache, settings: Distill) -> None:
+    """Refuse a store without what a method reads, and a target for a method that takes none.
+
+    Raises:
+        RichKDError: either of these.
+    """
+    method_type, options = method_of(settings)
+    reads = method_type.reads(options)
+    for name in reads:
+        if name != TARGET:
+            cache.require(f"train/{name}")
+    if cache.kept and method_type.needs_whole_rows(options):
+        raise RichKDError(
+            f"method {settings.method} standardises whole rows of logits, and {cache.location} "
+            f"keeps the {cache.manifest['keep']} largest of {cache.num_classes}: choose a method "
+            f"that does not, or make the store with --keep all"
+        )
+    if settings.target and TARGET not in reads:
+        raise RichKDError(
+            f"target = {settings.target!r}: method {settings.method} takes no target logits; leave "
+            f"--target out"
+        )
+
+
+def identity(cache: TeacherCache) -> str:
+    """What a run trains on: the data, the teachers and the views."""
+    manifest = cache.manifest
+    clip = manifest["clip"]
+    parts = [
+        manifest["dataset"]["fingerprint"][:16],
+        manifest["teacher"]["sha256"][:16],
+        clip["sha256"][:16] if clip else "none",
+        f"{manifest['views']['count']} views of seed {manifest['views']['seed']}",
+        f"alpha {manifest['alpha']} scale {manifest['scale']} {manifest['dtype']}",
+    ]
+    if (seen := teacher_input(manifest)) != student_input(manifest):
+        parts.append(f"the teacher sees {NetworkInput.of(seen)}")
+    if "keep" in manifest:
+        parts.append(f"top {manifest['keep']} at {manifest['keep_temperature']:g}")
+    return ", ".join(parts)
+
+
+def choice_images(cache: TeacherCache, settings: Distill) -> str:
+    """The images that a run's best epoch is chosen on: validation, held-out test, or test."""
+    if "validation" in cache.splits:
+        return "validation"
+    return "held-out test" if settings.holdout else "test"
+
+
+def check_version(folder: RunFolder, settings: Distill) -> None:
+    """Refuse a run that an earlier version of richkd began and trained otherwise.
+
+    Raises:
+        RichKDError: the method's settings or its views changed since, or what choices are made on.
+    """
+    method_type, options = method_of(settings)
+    changed = not method_type.reads(options) or settings.method in CHANGED or settings.holdout
+    if changed and folder.of_earlier_version:
+        raise RichKDError(
+            f"the run in {folder.path} was begun by an earlier version of richkd, which trained "
+            f"{settings.method} otherwise, or made choices on other images (see the changelog); "
+            f"choose another --out, or remove it"
+        )
+
+
+def say_few_views(runs: Collection[Distill], cache: TeacherCache, report: Report) -> None:
+    """Say which methods lose accuracy because the store has few views of an image, and how much."""
+    said: dict[str, str] = {}
+    for settings in runs:
+        method_type, options = method_of(settings)
+        few = method_type.few_views
+        wanted = min(few.enough, settings.epochs)  # more than one an epoch is of no use
+        if method_type.reads(options) and cache.num_views < wanted:
+            said[settings.method] = (
+                f"{settings.method} learns from {cache.num_views} views of each image and wants "
+                f"{wanted}: {few.cost(cache.num_views)} (docs/comparisons.md); richkd precompute "
+                f"--views {wanted} makes them"
+            )
+    for message in said.values():
+        report.say(message)
+
+
+def say_precision(run: StudentRun, report: Report) -> None:
+    """Say what bfloat16 would save, where a CPU has it and the training is long."""
+    trainer, settings = run.trainer, run.settings
+    if is_open(settings, trainer.device, run.images_to_go // settings.batch_size):
+        batch = min(settings.batch_size, run.source.cache.num_samples)
+        side = run.source.cache.manifest["image_size"]
+        times = time_precisions(trainer.model, torch.randn(batch, 3, side, side))
+        if line := advice({settings.student: times}):
+            report.say(line)
+
+
+def check_finite(record: EpochRecord, settings: Distill) -> None:
+    """Stop a student that diverged."""
+    if not abs(record.loss) < float("inf"):
+        raise RichKDError(
+            f"the student diverged: the loss of epoch {record.epoch} is {record.loss}; lower --lr "
+            f"(it is {settings.lr}) or the weights of the method's terms (--set)"
+        )
+
+
+def describe_run(settings: Distill, cache: TeacherCache, trainer: Trainer) -> dict[str, Any]:
+    """What a summary says besides the results."""
+    return {
+        "student": settings.student,
+        "method": settings.method,
+        "seed": settings.seed,
+        "epochs": settings.epochs,
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "dataset": cache.manifest["dataset"]["name"],
+        "num_classes": cache.num_classes,
+        "image_size": cache.manifest["image_size"],
+        "mean": cache.manifest["mean"],
+        "std": cache.manifest["std"],
+        "class_names": cache.manifest["class_names"],
+        "teacher": teacher_accuracies(cache.manifest),
+        "hardware": hardware(trainer.device),
+        "step": trainer.ran,
+        "versions": versions(),
+    }
+
+
+def epoch_line(record: EpochRecord, epochs: int) -> str:
+    """One epoch in one line."""
+    accuracies = {
+        "train": record.train_accuracy,
+        "validation": record.validation_accuracy,
+        "test": record.test_accuracy,
+    }
+    known = ", ".join(
+        f"{name} {percent(value)} %" for name, value in accuracies.items() if value is not None
+    )
+    return (
+        f"epoch {record.epoch}/{epochs}: loss {record.loss:.3f}, {known} "
+        f"({record.images_per_second:,.0f} images/s)"
+    )

@@ -1,0 +1,100 @@
+"""Exported students run without richkd and say what the student says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import richkd
+from richkd.config.settings import Distill
+from richkd.distill import distill
+
+Run = Callable[..., Any]
+Fails = Callable[..., str]
+
+
+def train(store: Path, out: Path, student: str) -> Path:
+    distill(
+        Distill(
+            cache=str(store),
+            student=student,
+            method="kd",
+            epochs=2,
+            batch_size=16,
+            device="cpu",
+            out=str(out),
+        )
+    )
+    return out
+
+
+def expected(folder: Path, store: Path, student: str, pixels: torch.Tensor, weights: str) -> Any:
+    manifest = richkd.open_cache(store).manifest
+    model = richkd.create_model(student, 16)
+    model.load_state_dict(load_file(folder / f"{weights}.safetensors"))
+    mean, std = (torch.tensor(manifest[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        return model.eval()((pixels - mean) / std).numpy()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", ["resnet8", "ShuffleV2", "mobilenetv3_small_050"])
+def test_onnx_gives_the_logits(
+    run: Run, store: Path, tmp_path: Path, rng: np.random.Generator, student: str
+) -> None:
+    folder = train(store, tmp_path / "run", student)
+    done = run("export", folder, "--json")
+    assert done.code == 0, done.err
+    session = onnxruntime.InferenceSession(folder / "student.onnx")
+    for batch in (1, 7):
+        pixels = rng.random((batch, 3, 32, 32), np.float32)
+        found = session.run(None, {"pixels": pixels})[0]
+        wanted = expected(folder, store, student, torch.from_numpy(pixels), "last")
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
+    names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
+    assert names == richkd.open_cache(store).manifest["class_names"]
+
+
+def test_an_exported_program_gives_the_logits(
+    run: Run, store: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    folder = train(store, tmp_path / "run", "resnet8")
+    done = run(
+        "export", folder, "--format", "torch", "--weights", "best", "--out", tmp_path / "s.pt2"
+    )
+    assert done.code == 0, done.err
+    program = torch.export.load(tmp_path / "s.pt2")
+    for batch in (1, 7):
+        pixels = torch.from_numpy(rng.random((batch, 3, 32, 32), np.float32))
+        with torch.no_grad():
+            found = program.module()(pixels).numpy()
+        wanted = expected(folder, store, "resnet8", pixels, "best")
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_logits_that_differ_leave_no_file(
+    fails: Fails, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = train(store, tmp_path / "run", "resnet8")
+    monkeypatch.setattr("richkd.tools.export.TOLERANCE", -1.0)
+    assert "logits differ by" in fails("export", folder, "--format", "torch")
+    assert not (folder / "student.pt2").exists()
+
+
+def test_mistakes(fails: Fails, store: Path, tmp_path: Path) -> None:
+    assert "is no run folder" in fails("export", tmp_path)
+    folder = train(store, tmp_path / "run", "resnet8")
+    assert "unknown format 'tflite'; choose from onnx, torch" in fails(
+        "export", folder, "--format", "tflite"
+    )
+    assert "unknown weights 'first'" in fails("export", folder, "--weights", "first")
+    (folder / "summary.json").unlink()
+    assert "is not complete; the same richkd distill command resumes it" in fails("export", folder)
