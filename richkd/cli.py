@@ -134,7 +134,8 @@ def _of_the_store(share: float | None) -> None:
         raise RichKDError(
             f"--validation {share:g}: validation images belong to the store, whose teacher must "
             f"not be trained on them; make it by richkd precompute --validation {share:g}, or hold "
-            f"out test images by --holdout"
+            f"out test images by --holdout",
+            code="validation-belongs-to-cache",
         )
 
 
@@ -293,7 +294,10 @@ def precompute(
     check_resume(resume, overwrite)
     given = _given(locals())
     if given["alpha"] == "auto":
-        raise RichKDError("alpha 'auto' is chosen in stage two; pass it to richkd distill")
+        raise RichKDError(
+            "alpha 'auto' is chosen in stage two; pass it to richkd distill",
+            code="alpha-auto-in-stage-one",
+        )
     settings = resolve(Precompute, _table(recipe, "precompute"), given)
     from richkd import precompute as stage_one
     from richkd.core.ranks import is_first
@@ -888,7 +892,8 @@ def _check_failed(result: Mapping[str, Any]) -> None:
         names = ", ".join(failure["run"] for failure in failed)
         raise RichKDError(
             f"{len(failed)} of the runs failed: {names}; the same command tries them again, each "
-            f"from its last epoch"
+            f"from its last epoch",
+            code="sweep-runs-failed",
         )
 
 
@@ -943,7 +948,9 @@ def _indices(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise RichKDError(f"--prompts {text!r}: give numbers with commas, e.g. 0,3,5") from None
+        raise RichKDError(
+            f"--prompts {text!r}: give numbers with commas, e.g. 0,3,5", code="value-malformed"
+        ) from None
 
 
 def _assignments(flag: str, texts: list[str]) -> dict[str, Any]:
@@ -952,7 +959,10 @@ def _assignments(flag: str, texts: list[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name or not value:
-            raise RichKDError(f"{flag} {text!r}: give NAME=VALUE, e.g. {flag} temperature=4")
+            raise RichKDError(
+                f"{flag} {text!r}: give NAME=VALUE, e.g. {flag} temperature=4",
+                code="value-malformed",
+            )
         try:
             values[name] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:

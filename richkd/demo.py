@@ -102,7 +102,9 @@ def check_folder(folder: Path, seed: int, *, overwrite: bool) -> None:
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     known = (STORE, TEACHER, Path(TEACHER).with_suffix(".training").name)
     if there and not there & {*known, *(f".{name}.lock" for name in known)}:
-        raise RichKDError(f"{folder} exists and holds no demo; choose another --out")
+        raise RichKDError(
+            f"{folder} exists and holds no demo; choose another --out", code="demo-foreign-folder"
+        )
     check_files(folder)
     check_replaceable(folder / "shapes-analysis.html", is_page)
     teacher = folder / TEACHER
@@ -115,5 +117,6 @@ def check_folder(folder: Path, seed: int, *, overwrite: bool) -> None:
     elif teacher.is_file() and (was := read_note(teacher).get("seed")) != str(seed):
         raise RichKDError(
             f"{folder} holds a demo of other settings: seed was {was} and is now {seed}; choose "
-            f"another --out, or begin anew with --overwrite"
+            f"another --out, or begin anew with --overwrite",
+            code="demo-settings-differ",
         )

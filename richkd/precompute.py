@@ -281,7 +281,8 @@ def made_otherwise(out: Location, name: str, was: object, now: object, remedy: s
     """The error for a complete store that is not what was asked for."""
     return RichKDError(
         f"{out} is complete and of other settings: {name} was {schema.shown(was)} and is now "
-        f"{schema.shown(now)}; {remedy}"
+        f"{schema.shown(now)}; {remedy}",
+        code="cache-settings-differ",
     )
 
 
@@ -373,7 +374,8 @@ def check_same_files(dataset: Dataset, ranks: Ranks) -> None:
     if not same:
         raise RichKDError(
             f"rank {ranks.rank} sees other files in {dataset.name} than rank 0; every machine of "
-            f"the job needs the same ones"
+            f"the job needs the same ones",
+            code="rank-files-differ",
         )
 
 
@@ -387,7 +389,8 @@ def check_same_teachers(first: Manifest, own: Manifest, ranks: Ranks) -> None:
     if different is not None:
         raise RichKDError(
             f"rank {ranks.rank} would write another store than rank 0: {different}; every machine "
-            f"of the job needs the same weights at the same paths"
+            f"of the job needs the same weights at the same paths",
+            code="rank-teachers-differ",
         )
 
 
@@ -407,7 +410,8 @@ def open_writer(
     if not out.exists:
         raise RichKDError(
             f"rank {ranks.rank} sees no store at {out}, where rank 0 made it; name a folder that "
-            f"all machines share, or object storage (s3://…)"
+            f"all machines share, or object storage (s3://…)",
+            code="rank-cache-missing",
         )
     out.follow(token)
     return StoreWriter(out, manifest, done)
@@ -481,7 +485,8 @@ def check_given(settings: Precompute) -> None:
     elif settings.teacher_weights:
         raise RichKDError(
             f"no teacher weights at {path}; pass a file of {settings.teacher or 'its'} weights, or "
-            f"leave --teacher-weights out to train one"
+            f"leave --teacher-weights out to train one",
+            code="weights-missing",
         )
 
 
@@ -553,7 +558,8 @@ def check_trained_on(weights: Path, dataset: Dataset) -> None:
             f"{weights} was trained on other data ({trained_on[:12]}) than {dataset.name} "
             f"({dataset.fingerprint[:12]}), or on these read otherwise (--background, "
             f"--pixel-range, --broken); pass it as --teacher-weights to use it all the same, "
-            f"or move it away to train another"
+            f"or move it away to train another",
+            code="teacher-of-other-data",
         )
 
 
@@ -718,7 +724,8 @@ def check_room(out: Location, manifest: Manifest, report: Report) -> None:
     if wanted > free and not out.path.exists():
         raise RichKDError(
             f"{out} needs {size(wanted)} and {folder} has {size(free)} free; make room, choose "
-            f"fewer --views, or another --out"
+            f"fewer --views, or another --out",
+            code="disk-too-small",
         )
 
 

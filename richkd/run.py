@@ -159,7 +159,10 @@ def make_store(settings: Precompute, recipe: Recipe, report: Report) -> TeacherC
         raise made_otherwise(out, "dataset", was, settings.dataset, remedy)
     weights = settings.teacher_weights
     if weights and file_sha256(Path(weights)) != cache.manifest["teacher"]["sha256"]:
-        raise RichKDError(f"{out} was made with other teacher weights than {weights}; {remedy}")
+        raise RichKDError(
+            f"{out} was made with other teacher weights than {weights}; {remedy}",
+            code="cache-teacher-differs",
+        )
     report.say(f"{out} is complete already")
     return cache
 

@@ -68,7 +68,8 @@ class PublishedCorruptions:
         if not np.array_equal(found, np.tile(labels.numpy(), SEVERITIES)):
             raise RichKDError(
                 f"{folder / 'labels.npy'} holds other labels than the test images, five times; it "
-                f"is of another data set, or of another order"
+                f"is of another data set, or of another order",
+                code="corruption-labels-differ",
             )
         shape = (count, side, side, 3)
         self.arrays = {name: _array(folder / f"{name}.npy", shape) for name in NAMES}
@@ -92,21 +93,29 @@ def _array(path: Path, shape: tuple[int, ...]) -> Any:
         raise RichKDError(
             f"{path} is missing; CIFAR-10-C and CIFAR-100-C have a file for each of the "
             f"{len(NAMES)} corruptions, and labels.npy: complete the folder, or move it away to "
-            f"have corruptions made here"
+            f"have corruptions made here",
+            code="corruption-file-missing",
         ) from None
     except (OSError, ValueError, EOFError) as error:
-        raise RichKDError(f"cannot read {path}: {error}; fetch it again") from None
+        raise RichKDError(
+            f"cannot read {path}: {error}; fetch it again", code="corruption-file-unreadable"
+        ) from None
     if not isinstance(array, np.ndarray):
-        raise RichKDError(f"cannot read {path}: it is an archive, no array; fetch it again")
+        raise RichKDError(
+            f"cannot read {path}: it is an archive, no array; fetch it again",
+            code="corruption-file-unreadable",
+        )
     if array.shape[:1] != shape[:1]:
         raise RichKDError(
             f"{path} has {array.shape[0] if array.ndim else 0:,} rows; {SEVERITIES} severities of "
-            f"{shape[0] // SEVERITIES:,} test images are {shape[0]:,}"
+            f"{shape[0] // SEVERITIES:,} test images are {shape[0]:,}",
+            code="corruption-file-mismatch",
         )
     if array.shape != shape or (len(shape) > 1 and array.dtype != np.uint8):
         raise RichKDError(
             f"{path} is {array.dtype} {array.shape}, and should be uint8 {shape}; it is of other "
-            f"images"
+            f"images",
+            code="corruption-file-mismatch",
         )
     return array
 
@@ -130,13 +139,15 @@ class MadeCorruptions:
             )
             raise RichKDError(
                 f"making corrupted images needs imagecorruptions ({error}); {remedy}, or name the "
-                f"published files by --corruption-files"
+                f"published files by --corruption-files",
+                code="extra-missing",
             ) from None
         side = images.image_size if isinstance(images, ImageFiles) else min(images.shape[1:3])
         if side < SMALLEST:
             raise RichKDError(
                 f"the test images have {side} pixels; imagecorruptions takes {SMALLEST} or more: "
-                f"name files of your own by --corruption-files"
+                f"name files of your own by --corruption-files",
+                code="corruption-images-too-small",
             )
         self.images = images
         self.image_bytes = 3 * side**2 if isinstance(images, ImageFiles) else images[0].nbytes

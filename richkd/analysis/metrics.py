@@ -24,7 +24,9 @@ CELLS = ("confident_correct", "unsure_correct", "unsure_wrong", "confident_wrong
 def check_threshold(threshold: float) -> None:
     """Refuse a confidence that is none."""
     if not 0 < threshold < 1:
-        raise RichKDError(f"threshold = {threshold}: must be between 0 and 1")
+        raise RichKDError(
+            f"threshold = {threshold}: must be between 0 and 1", code="value-out-of-range"
+        )
 
 
 def probabilities(logits: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ class Student:
         if not torch.isfinite(logits).all():
             raise RichKDError(
                 f"the student of {self.run.path} gives NaN or infinity; it diverged: train it "
-                f"again, with a lower --lr"
+                f"again, with a lower --lr",
+                code="student-diverged",
             )
         return logits
 
@@ -166,9 +167,9 @@ def check_settings(threshold: float, limit: int | None, seed: int) -> None:
     """Refuse settings out of range."""
     metrics.check_threshold(threshold)
     if limit is not None and limit < 1:
-        raise RichKDError(f"limit = {limit}: must be 1 or more")
+        raise RichKDError(f"limit = {limit}: must be 1 or more", code="value-out-of-range")
     if not 0 <= seed < 2**32:
-        raise RichKDError(f"seed = {seed}: must be in 0..2³²−1")
+        raise RichKDError(f"seed = {seed}: must be in 0..2³²−1", code="value-out-of-range")
 
 
 def describe(student: Student) -> dict[str, Any]:
@@ -208,7 +209,8 @@ def open_store_of(runs: Sequence[Run], cache: str | None) -> TeacherCache:
     if not Path(named).exists():
         raise RichKDError(
             f"{runs[0].path} was trained from {named}, which is gone; say where the store is with "
-            f"--cache"
+            f"--cache",
+            code="run-cache-missing",
         )
     store = open_cache(named)
     fingerprint = store.manifest["dataset"]["fingerprint"][:16]
@@ -216,7 +218,8 @@ def open_store_of(runs: Sequence[Run], cache: str | None) -> TeacherCache:
         if run.identity.split(", ")[0] != fingerprint:
             raise RichKDError(
                 f"{run.path} was trained on other data than {named} holds; evaluate runs of one "
-                f"data set at a time, and with a store of it"
+                f"data set at a time, and with a store of it",
+                code="run-of-other-data",
             )
     return store
 
@@ -229,14 +232,16 @@ def prepare(run: Run, store: TeacherCache, weights: str, device: torch.device) -
         if own != other:
             raise RichKDError(
                 f"class {number} is {own!r} to {run.path} and {other!r} to {store.path}; name the "
-                f"store that the run was trained from with --cache"
+                f"store that the run was trained from with --cache",
+                code="run-class-differs",
             )
     for what in ("image_size", "num_classes"):
         of_store = store.num_classes if what == "num_classes" else store.manifest["image_size"]
         if summary[what] != of_store:
             raise RichKDError(
                 f"{run.path} was trained with {what} = {summary[what]}, {store.path} has "
-                f"{of_store}; name the store that the run was trained from with --cache"
+                f"{of_store}; name the store that the run was trained from with --cache",
+                code="run-input-differs",
             )
     model = load_student(run, weights).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     normalize = Normalize(tuple(summary["mean"]), tuple(summary["std"]), device)
@@ -277,7 +282,10 @@ def load_shift(folder: Path, store: TeacherCache, test: Split, report: Report) -
         RichKDError: no folder, or one in it that is no class of the store, or of several.
     """
     if not folder.is_dir():
-        raise RichKDError(f"no folder {folder}; it should hold a folder of images a class")
+        raise RichKDError(
+            f"no folder {folder}; it should hold a folder of images a class",
+            code="shift-folder-missing",
+        )
     found = find_images(folder)
     numbers = shift_classes(found.classes, folder, store, test)
     for line in found.tally.lines():
@@ -325,7 +333,8 @@ def shift_classes(
         raise RichKDError(
             f"{folder / strange[0]}: no class of {store.path} has this name "
             f"({nearest(plain(strange[0]), by_name)}){more}; name the folders as the classes, or "
-            f"all of them by numbers from 0"
+            f"all of them by numbers from 0",
+            code="shift-class-unknown",
         )
     for name, places in zip(found, classes, strict=True):
         if len(places) > 1:
@@ -334,7 +343,8 @@ def shift_classes(
             )
             raise RichKDError(
                 f"{folder / name}: the classes {which} of {store.path} have this name; name the "
-                f"folder as that of the class"
+                f"folder as that of the class",
+                code="shift-class-ambiguous",
             )
     return [min(places) for places in classes]
 
@@ -526,5 +536,8 @@ def read_evaluation(folder: Path) -> tuple[Scores, Robustness | None] | None:
     robustness = found.get("corruptions")
     fault = misfit(found, Scores) or misfit(robustness, Robustness | None, "corruptions")
     if fault:
-        raise RichKDError(f"{path} is damaged ({fault}); run richkd evaluate again, or remove it")
+        raise RichKDError(
+            f"{path} is damaged ({fault}); run richkd evaluate again, or remove it",
+            code="evaluation-damaged",
+        )
     return found, robustness  # type: ignore[return-value]

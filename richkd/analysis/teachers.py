@@ -154,7 +154,8 @@ def teacher_logits(cache: TeacherCache, rows: Rows) -> dict[str, Tensor]:
         if not torch.isfinite(own).all():
             raise RichKDError(
                 f"{cache.location}: logits of {NAMES[name]} hold NaN or infinity; richkd verify "
-                f"says where"
+                f"says where",
+                code="logits-not-finite",
             )
     return logits
 

@@ -90,7 +90,10 @@ def at_home(text: str) -> str:
         return text
     whole = os.path.expanduser(path)  # noqa: PTH111  # which leaves ~x where x is no user
     if whole == path and path[1:2] in ("", "/"):
-        raise RichKDError(f"{text}: there is no home folder to put for ~; set HOME, or name it")
+        raise RichKDError(
+            f"{text}: there is no home folder to put for ~; set HOME, or name it",
+            code="home-unknown",
+        )
     return text[: len(text) - len(path)] + whole
 
 
@@ -104,9 +107,13 @@ def split_name(dataset: str) -> tuple[str, Path | None]:
     if kind not in DATASETS:
         raise unknown("data set", dataset, [*(set(DATASETS) - {IMAGE_FOLDER}), "imagefolder:PATH"])
     if kind == IMAGE_FOLDER and not path:
-        raise RichKDError("imagefolder needs a folder: --dataset imagefolder:PATH")
+        raise RichKDError(
+            "imagefolder needs a folder: --dataset imagefolder:PATH", code="dataset-path-missing"
+        )
     if kind != IMAGE_FOLDER and colon:
-        raise RichKDError(f"data set {kind!r} takes no path, got {dataset!r}")
+        raise RichKDError(
+            f"data set {kind!r} takes no path, got {dataset!r}", code="dataset-takes-no-path"
+        )
     return kind, Path(path) if path else None
 
 

@@ -48,12 +48,14 @@ def load(path_or_name: str) -> Recipe:
     try:
         content = tomllib.loads(read_text(path))
     except (OSError, ValueError) as error:  # of which TOML's errors are some
-        raise RichKDError(f"cannot read recipe {path}: {error}") from None
+        raise RichKDError(f"cannot read recipe {path}: {error}", code="recipe-unreadable") from None
     about, published = content.pop("about", ""), content.pop("published", {})
     if not isinstance(about, str):
-        raise RichKDError(f"recipe {path}: about = {about!r} should be text")
+        raise RichKDError(f"recipe {path}: about = {about!r} should be text", code="recipe-value")
     if not isinstance(published, dict):
-        raise RichKDError(f"recipe {path}: [published] should be a table of figures")
+        raise RichKDError(
+            f"recipe {path}: [published] should be a table of figures", code="recipe-value"
+        )
     figures = {
         name: _read_figure(value, f"recipe {path} [published]: {name}")
         for name, value in published.items()
@@ -82,7 +84,7 @@ def _read_figure(value: object, where: str) -> Figure:
     for name, entry in table.items():
         check_key(Figure, name, entry, where)
     if "top1" not in table:
-        raise RichKDError(f"{where}: top1 is missing")
+        raise RichKDError(f"{where}: top1 is missing", code="recipe-value")
     require(0 <= table["top1"] <= 100, f"{where}: top1", table["top1"], "in 0..100 (%)")
     figure = Figure(**table)
     if figure.epoch not in EPOCHS:
@@ -99,5 +101,6 @@ def _find(path_or_name: str) -> Path:
         return own[path.stem]
     raise RichKDError(
         f"no recipe {path_or_name!r}: neither a file nor one that richkd brings along "
-        f"({nearest(path.stem, own)})"
+        f"({nearest(path.stem, own)})",
+        code="recipe-missing",
     )

@@ -82,7 +82,9 @@ class Images:
     def __post_init__(self) -> None:
         _expand_home(self)
         if not self.dataset:
-            raise RichKDError("no data set given: say which, e.g. --dataset cifar100")
+            raise RichKDError(
+                "no data set given: say which, e.g. --dataset cifar100", code="dataset-not-given"
+            )
         kind, _ = catalog.split_name(self.dataset)
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
         if self.image_size is not None:
@@ -373,7 +375,10 @@ class Distill(Training):
         super().__post_init__()
         _expand_home(self)
         if not self.cache:
-            raise RichKDError("no store given: say which, e.g. --cache cache/cifar100.zarr")
+            raise RichKDError(
+                "no store given: say which, e.g. --cache cache/cifar100.zarr",
+                code="cache-not-given",
+            )
         alpha = 0.0 if self.alpha is None or self.alpha == "auto" else self.alpha
         check_blend(alpha, "native" if self.scale is None else self.scale)
         if self.target not in ("", *TARGETS):
@@ -452,7 +457,8 @@ class Sweep:
         for name, example in (("students", "resnet8,resnet20"), ("methods", "ce,kd,richkd")):
             if not getattr(self, name):
                 raise RichKDError(
-                    f"nothing to sweep: no {name}; say which, e.g. --{name} {example}"
+                    f"nothing to sweep: no {name}; say which, e.g. --{name} {example}",
+                    code="sweep-empty",
                 )
         require(self.seeds >= 1, "seeds", self.seeds, "at least 1")
         local_path(self.out)
@@ -504,7 +510,8 @@ def check_resume(resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise RichKDError(
             "--resume and --overwrite contradict each other: leave --overwrite out to resume what "
-            "was interrupted, or --resume to begin anew"
+            "was interrupted, or --resume to begin anew",
+            code="resume-and-overwrite",
         )
 
 
@@ -532,7 +539,8 @@ def parse_numbers(text: str) -> tuple[float, ...]:
         return tuple(map(float, text.split(",")))
     except ValueError:
         raise RichKDError(
-            f"{text!r}: must be numbers with commas between them, as in 0.5,0.5,0.5 or 0,4095"
+            f"{text!r}: must be numbers with commas between them, as in 0.5,0.5,0.5 or 0,4095",
+            code="value-malformed",
         ) from None
 
 
@@ -541,7 +549,9 @@ def parse_alpha(text: str) -> Alpha:
     try:
         return "auto" if text == "auto" else float(text)
     except ValueError:
-        raise RichKDError(f"alpha = {text!r}: must be a number in [0, 1], or auto") from None
+        raise RichKDError(
+            f"alpha = {text!r}: must be a number in [0, 1], or auto", code="value-malformed"
+        ) from None
 
 
 def parse_epochs(text: str) -> tuple[int, ...]:
@@ -550,7 +560,8 @@ def parse_epochs(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise RichKDError(
-            f"milestones = {text!r}: must be epochs with commas, e.g. 30,60,90"
+            f"milestones = {text!r}: must be epochs with commas, e.g. 30,60,90",
+            code="value-malformed",
         ) from None
 
 
@@ -596,7 +607,9 @@ def to_table(settings: TrainTeacher | Precompute | Distill) -> dict[str, Any]:
 def check_key(settings: type, name: str, value: object, where: str) -> None:
     known = hints(settings)
     if name not in known:
-        raise RichKDError(f"{where}: unknown key {name!r}; {nearest(name, known)}")
+        raise RichKDError(
+            f"{where}: unknown key {name!r}; {nearest(name, known)}", code="unknown-setting"
+        )
     if not fits(value, known[name]):
         wanted = getattr(known[name], "__name__", None) or str(known[name]).replace("typing.", "")
-        raise RichKDError(f"{where}: {name} = {value!r} should be {wanted}")
+        raise RichKDError(f"{where}: {name} = {value!r} should be {wanted}", code="setting-type")

@@ -17,6 +17,7 @@ def read_colour(text: str) -> tuple[int, int, int]:
         red, green, blue = ImageColor.getrgb(text)[:3]
     except ValueError:
         raise RichKDError(
-            f"background = {text!r}: must be a colour by its name, as white or black, or #RRGGBB"
+            f"background = {text!r}: must be a colour by its name, as white or black, or #RRGGBB",
+            code="value-malformed",
         ) from None
     return red, green, blue

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
@@ -22,14 +24,14 @@ class RichKDError(Exception):
         code: a stable name of the error, in kebab case; the wording of the message may change.
     """
 
-    def __init__(self, message: str, code: str = "unspecified") -> None:
+    def __init__(self, message: str, *, code: str) -> None:
         message = " ".join(message.split())
-        super().__init__(message, code)
+        super().__init__(message)
         self.message = message
         self.code = code
 
-    def __str__(self) -> str:
-        return self.message
+    def __reduce__(self) -> Any:  # Ray sends errors between processes
+        return partial(type(self), code=self.code), (self.message,)
 
 
 def nearest(name: str, choices: Iterable[str], limit: int = 8, fallback: Iterable[str] = ()) -> str:
@@ -83,7 +85,8 @@ def local_path(name: str | Path, setting: str = "--out") -> Path:
     if _URL.match(str(name)):
         raise RichKDError(
             f"{setting} {name}: must be a path on this machine; only a store can be at a URL "
-            f"(precompute --out, or --cache)"
+            f"(precompute --out, or --cache)",
+            code="path-is-url",
         )
     return Path(name)
 
@@ -96,4 +99,4 @@ def first_line(error: BaseException) -> str:
 
 def require(condition: bool, name: str, value: object, must: str) -> None:
     if not condition:
-        raise RichKDError(f"{name} = {value!r}: must be {must}")
+        raise RichKDError(f"{name} = {value!r}: must be {must}", code="value-out-of-range")

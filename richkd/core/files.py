@@ -123,7 +123,8 @@ def check_replaceable(path: Path, ours: Callable[[Path], bool]) -> None:
         return
     if path.exists() or path.is_symlink():
         raise RichKDError(
-            f"{path} exists and was not written by richkd; choose another --out, or move it away"
+            f"{path} exists and was not written by richkd; choose another --out, or move it away",
+            code="foreign-file",
         )
 
 
@@ -184,9 +185,14 @@ def check_writable(path: Path) -> None:
     local_path(path)
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir():
-        raise RichKDError(f"cannot write {path}: {folder} is a file; choose another --out")
+        raise RichKDError(
+            f"cannot write {path}: {folder} is a file; choose another --out", code="parent-is-file"
+        )
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise RichKDError(f"cannot write {path}: no permission in {folder}; choose another --out")
+        raise RichKDError(
+            f"cannot write {path}: no permission in {folder}; choose another --out",
+            code="no-permission",
+        )
 
 
 @contextmanager
@@ -254,7 +260,8 @@ def check_still_held(path: Path) -> None:
     if lease is not None and lease.compromise is not None:
         raise RichKDError(
             f"{path} was taken over by another process, which could not see this one renew its "
-            f"lock; let that one finish"
+            f"lock; let that one finish",
+            code="lock-lost",
         )
 
 
@@ -310,5 +317,6 @@ def _held_by(path: Path, note: Path) -> RichKDError:
         holder = f"process {told['pid']} on {host}"
     return RichKDError(
         f"{path} is being written by {holder or 'another process'}; wait for that, or choose "
-        f"another --out"
+        f"another --out",
+        code="locked",
     )

@@ -32,7 +32,8 @@ def class_embeddings(prompt_embeddings: Tensor, prompts: Sequence[int] | None = 
         wrong = [p for p in prompts if not 0 <= p < have]
         if wrong or not prompts or len(set(prompts)) != len(prompts):
             raise RichKDError(
-                f"prompts = {list(prompts)}: name each wanted prompt once, from 0 to {have - 1}"
+                f"prompts = {list(prompts)}: name each wanted prompt once, from 0 to {have - 1}",
+                code="prompts-out-of-range",
             )
         prompt_embeddings = prompt_embeddings[:, list(prompts)]
     mean = F.normalize(prompt_embeddings.float(), dim=-1).mean(1)

@@ -75,7 +75,10 @@ class Ranks:
                 dist.broadcast_object_list(told, src=0)
         good, value = told[0]
         if not good:
-            raise RichKDError(f"rank {self.rank} stops: rank 0 could not go on, and says why")
+            raise RichKDError(
+                f"rank {self.rank} stops: rank 0 could not go on, and says why",
+                code="rank-zero-failed",
+            )
         return value  # type: ignore[return-value]
 
     def wait(self) -> None:
@@ -105,7 +108,8 @@ def joined() -> Iterator[Ranks]:
     except (RuntimeError, ValueError) as error:
         raise RichKDError(
             f"cannot meet the other processes of this job ({str(error).splitlines()[0]}); start "
-            f"it by torchrun --nproc-per-node N -m richkd …"
+            f"it by torchrun --nproc-per-node N -m richkd …",
+            code="ranks-cannot-meet",
         ) from None
     here = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
@@ -123,5 +127,6 @@ def _others_gone() -> Iterator[None]:
     except RuntimeError:
         raise RichKDError(
             "another process of this job is gone, and has said why if it could; start the job "
-            "again, it goes on where it stopped"
+            "again, it goes on where it stopped",
+            code="rank-lost",
         ) from None

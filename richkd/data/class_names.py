@@ -97,7 +97,9 @@ def check_distinct(names: Sequence[str]) -> None:
         RichKDError: some are.
     """
     for fault in _same_text(names, names):
-        raise RichKDError(f"{fault}, or leave CLIP out with --clip none")
+        raise RichKDError(
+            f"{fault}, or leave CLIP out with --clip none", code="class-names-ambiguous"
+        )
 
 
 def text_key(name: str) -> str:
@@ -249,9 +251,11 @@ def read_class_names(file: Path, folders: Sequence[str]) -> ClassNames:
         keyed = entries[0].key is not None
         found, notes = (_by_key if keyed else _in_order)(entries, folders)
     except (OSError, ValueError, csv.Error) as error:
-        raise RichKDError(f"cannot read --class-names {file}: {error}") from None
+        raise RichKDError(
+            f"cannot read --class-names {file}: {error}", code="class-names-unreadable"
+        ) from None
     except _Fault as fault:
-        raise RichKDError(f"--class-names {file}: {fault}") from None
+        raise RichKDError(f"--class-names {file}: {fault}", code="class-names-wrong") from None
     several = next((entry for entry in found.values() if len(entry.synonyms) > 1), None)
     if several is not None:
         notes.append(
@@ -269,7 +273,8 @@ def read_class_names(file: Path, folders: Sequence[str]) -> ClassNames:
         raise RichKDError(
             f"--class-names {file}: {' and '.join(places)} have the same name, "
             f"{names[group[0]]!r}, by which CLIP cannot tell classes apart; give each class a name "
-            f"of its own"
+            f"of its own",
+            code="class-names-ambiguous",
         )
     told = [
         f"{folder} → {name}"

@@ -301,7 +301,8 @@ def hold_out(train: Split, share: float, class_names: Sequence[str]) -> tuple[Sp
         raise RichKDError(
             f"validation = {share}: of the {int(counts[first])} training images of class "
             f"{class_names[first]!r} that leaves none to {side} on; choose another share, or take "
-            f"more images"
+            f"more images",
+            code="validation-share",
         )
     rank = torch.arange(len(train)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     chosen = rank < held.repeat_interleave(counts)
@@ -371,13 +372,19 @@ def _read_idx(path: Path) -> NDArray[np.uint8]:
         else:
             content = gzip.decompress(compressed.read_bytes())
     except (OSError, EOFError) as error:
-        raise RichKDError(f"cannot read {path}[.gz]: {error}; fetch it again") from None
+        raise RichKDError(
+            f"cannot read {path}[.gz]: {error}; fetch it again", code="dataset-file-unreadable"
+        ) from None
     if content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
-        raise RichKDError(f"{path} is no IDX file of bytes; fetch it again")
+        raise RichKDError(
+            f"{path} is no IDX file of bytes; fetch it again", code="dataset-file-damaged"
+        )
     shape = np.frombuffer(content, ">u4", count=content[3], offset=4).astype(int)
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
     if values.size != shape.prod():
-        raise RichKDError(f"{path} is cut short or damaged; fetch it again")
+        raise RichKDError(
+            f"{path} is cut short or damaged; fetch it again", code="dataset-file-damaged"
+        )
     return values.reshape(shape)
 
 
@@ -413,7 +420,8 @@ def _download_with_torchvision(name: str, root: Path, offline: str) -> Any:
             reader(root, train=True, download=True)
         except (OSError, RuntimeError, EOFError) as error:
             raise RichKDError(
-                f"cannot download {name} to {root} ({error}); without a network {offline}"
+                f"cannot download {name} to {root} ({error}); without a network {offline}",
+                code="dataset-download-failed",
             ) from None
     return reader
 
@@ -427,12 +435,15 @@ def _image_folder(
     report: Report,
 ) -> Parts:
     if not path.is_dir():
-        raise RichKDError(f"imagefolder:{path}: there is no such folder")
+        raise RichKDError(
+            f"imagefolder:{path}: there is no such folder", code="dataset-folder-missing"
+        )
     found, notes = layouts.find_splits(path, layout)
     if settings.validation and "validation" in found:
         raise RichKDError(
             f"validation = {settings.validation:g}: {found['validation'].folder} has validation "
-            f"images; leave --validation out, or move that folder away to hold out training images"
+            f"images; leave --validation out, or move that folder away to hold out training images",
+            code="validation-and-folder",
         )
     train = found["train"]
     names = (

@@ -158,7 +158,8 @@ class Decoding:
         except Exception as error:  # decoders raise errors of every kind
             raise RichKDError(
                 f"{path} cannot be read any more ({reason_of(error, path)}); restore it, or make "
-                f"the store again with --broken skip"
+                f"the store again with --broken skip",
+                code="image-changed",
             ) from None
 
     def _in_bytes(self, image: Image.Image, depth: Depth) -> Image.Image:
@@ -166,7 +167,8 @@ class Decoding:
         if depth.kind not in self.ranges:
             raise RichKDError(
                 f"{image.filename} is a {depth.kind} image, as none was when the folder was looked "  # type: ignore[attr-defined]
-                f"at; restore it, or make the store again"
+                f"at; restore it, or make the store again",
+                code="image-changed",
             )
         low, high = self.ranges[depth.kind]
         values = values_of(image, depth)

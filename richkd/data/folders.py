@@ -162,7 +162,7 @@ def list_images(
     """
     found = found or find_images(folder)
     if found.fault is not None:
-        raise RichKDError(found.fault)
+        raise RichKDError(found.fault, code="folder-classes")
     classes, paths, labels = found.classes, found.paths, found.labels
     look = _remembered(folder, paths, known is None, report or Report(quiet=True))
     left_out = {*(known or ())}
@@ -181,7 +181,8 @@ def list_images(
             else "restore it, or make the store again with richkd precompute --broken skip"
         )
         raise RichKDError(
-            f"{folder / paths[first]} is no image that can be read ({reason}){more}; {remedy}"
+            f"{folder / paths[first]} is no image that can be read ({reason}){more}; {remedy}",
+            code="image-damaged",
         )
     whole = np.ones(len(paths), bool)
     whole[[*faults]] = False
@@ -189,7 +190,10 @@ def list_images(
         whole &= [f"{folder.name}/{path}" not in left_out for path in paths]
     lacking = sorted({*range(len(classes))} - {*labels[whole].tolist()})
     if lacking:
-        raise RichKDError(f"{folder / classes[lacking[0]]}: no image in it can be read")
+        raise RichKDError(
+            f"{folder / classes[lacking[0]]}: no image in it can be read",
+            code="class-without-images",
+        )
     return Listing(
         folder=folder,
         classes=classes,

@@ -47,7 +47,9 @@ def find_layout(path: Path) -> Layout:
     try:
         names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     except OSError as error:
-        raise RichKDError(f"cannot read the folder {path} ({error.strerror})") from None
+        raise RichKDError(
+            f"cannot read the folder {path} ({error.strerror})", code="folder-unreadable"
+        ) from None
     folders, notes = {}, []
     for split, known in NAMES.items():
         there = [name for word in known for name in names if name.lower() == word]
@@ -55,7 +57,8 @@ def find_layout(path: Path) -> Layout:
         if len(there) > 1 and not exact:
             raise RichKDError(
                 f"{path} has {_listed(there)}, any of which may be its {split} images; rename the "
-                f"one that is to be used to {known[0]}, or move the others away"
+                f"one that is to be used to {known[0]}, or move the others away",
+                code="split-ambiguous",
             )
         if there:
             folders[split] = (exact or there)[0]
@@ -65,7 +68,9 @@ def find_layout(path: Path) -> Layout:
                 f"away"
             )
     if "train" not in folders or len(folders) == 1:
-        raise RichKDError(f"imagefolder:{path} {_remedy(path, names, 'train' in folders)}")
+        raise RichKDError(
+            f"imagefolder:{path} {_remedy(path, names, 'train' in folders)}", code="folder-layout"
+        )
     if "test" not in folders:
         folders["test"] = folders.pop("validation")
     return Layout(folders, notes=tuple(notes))
@@ -113,7 +118,10 @@ def find_splits(path: Path, layout: Layout | None) -> tuple[dict[str, Found], li
     layout = layout or find_layout(path)
     gone = [name for name in layout.folders.values() if not (path / name).is_dir()]
     if gone:
-        raise RichKDError(f"there is no folder {path / gone[0]}, which the store was made from")
+        raise RichKDError(
+            f"there is no folder {path / gone[0]}, which the store was made from",
+            code="dataset-folder-gone",
+        )
     found = {
         split: find_images(path / name, earlier=layout.earlier)
         for split, name in layout.folders.items()
@@ -158,20 +166,22 @@ def _check_number(train: Found) -> None:
         )
         raise RichKDError(
             f"{train.folder} has one folder, {only}{deeper}; at least two classes are needed, each "
-            f"in a folder of its own, {train.folder}/CLASS/image.jpg"
+            f"in a folder of its own, {train.folder}/CLASS/image.jpg",
+            code="folder-one-class",
         )
 
 
 def _check_classes(split: Found, train: Found) -> None:
     """Refuse a split that cannot be read, or that has other classes than the training images."""
     if split.fault is not None:
-        raise RichKDError(split.fault)
+        raise RichKDError(split.fault, code="folder-classes")
     if split.classes == train.classes:
         return
     if not _sorted(split, train):
         raise RichKDError(
             f"{split.folder} has one folder, {split.classes[0]}, which is no class of "
-            f"{train.folder}; {split.sort}"
+            f"{train.folder}; {split.sort}",
+            code="split-classes-differ",
         )
     ways = [(train, split), (split, train)]
     differences = [(one.folder, sorted({*one.classes} - {*other.classes})) for one, other in ways]
@@ -183,7 +193,8 @@ def _check_classes(split: Found, train: Found) -> None:
     )
     raise RichKDError(
         f"{said}; {train.folder} and {split.folder} need the same folders of classes: rename or "
-        f"move those"
+        f"move those",
+        code="split-classes-differ",
     )
 
 

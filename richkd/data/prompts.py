@@ -45,7 +45,9 @@ def load_prompts(name_or_file: str) -> tuple[str, ...]:
     try:
         lines = read_text(path).split("\n")
     except (OSError, ValueError) as error:
-        raise RichKDError(f"cannot read prompts from {path}: {error}") from None
+        raise RichKDError(
+            f"cannot read prompts from {path}: {error}", code="prompts-unreadable"
+        ) from None
     templates = []
     for number, line in enumerate(lines, 1):
         text = line.strip()
@@ -53,11 +55,15 @@ def load_prompts(name_or_file: str) -> tuple[str, ...]:
             continue
         if text.count("{}") != 1 or text.count("{") != 1 or text.count("}") != 1:
             raise RichKDError(
-                f"{path} line {number}: {text!r} needs exactly one {{}} for the class name"
+                f"{path} line {number}: {text!r} needs exactly one {{}} for the class name",
+                code="prompt-malformed",
             )
         templates.append(text)
     if not templates:
-        raise RichKDError(f"{path} holds no prompts; write one template a line, with one {{}}")
+        raise RichKDError(
+            f"{path} holds no prompts; write one template a line, with one {{}}",
+            code="prompts-empty",
+        )
     return tuple(templates)
 
 

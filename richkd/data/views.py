@@ -189,7 +189,8 @@ def check_num_views(num_views: int, limit: int | None) -> None:
     if limit is not None and num_views > limit:
         raise RichKDError(
             f"views = {num_views}: pad-crop-flip has {limit} views of an image; "
-            f"use --views {limit} for all of them"
+            f"use --views {limit} for all of them",
+            code="too-many-views",
         )
 
 

@@ -169,7 +169,8 @@ class Walk:
             if key in self.real:
                 raise RichKDError(
                     f"{path} and {folder / self.real[key]} are one and the same folder; remove one "
-                    f"of these links, so that no image has two classes"
+                    f"of these links, so that no image has two classes",
+                    code="folder-linked-twice",
                 )
             self.real[key] = name
             self.classes.append(name)
@@ -216,7 +217,9 @@ class Walk:
                         tally.add(Kind.OTHER, f"{shown}/{name}")
         except OSError as error:
             raise RichKDError(
-                f"cannot read the folder {at} ({error.strerror}); make it readable, or move it away"
+                f"cannot read the folder {at} ({error.strerror}); make it "
+                f"readable, or move it away",
+                code="folder-unreadable",
             ) from None
         return sorted(folders), sorted(images)
 

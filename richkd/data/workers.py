@@ -58,7 +58,10 @@ def num_workers(count: int, batch_size: int) -> int:
     """
     given = os.environ.get("RICHKD_WORKERS", "")
     if given and not given.isdecimal():
-        raise RichKDError(f"RICHKD_WORKERS = {given!r}: must be a number of workers, from 0")
+        raise RichKDError(
+            f"RICHKD_WORKERS = {given!r}: must be a number of workers, from 0",
+            code="value-malformed",
+        )
     if count <= 4 * batch_size:
         return 0
     return int(given) if given else min(usable_cpus(), MOST_WORKERS)
@@ -230,7 +233,7 @@ def _next(iterator: Any) -> Any:
         codes = [worker.exitcode for worker in iterator._workers if worker.exitcode]
         if not codes:
             raise
-        raise RichKDError(_describe(codes[0])) from error
+        raise RichKDError(_describe(codes[0]), code="worker-died") from error
 
 
 def _describe(code: int) -> str:

@@ -101,7 +101,8 @@ class CRDLoss(nn.Module):
         if num_samples < 2 or int(counts.max()) == num_samples:
             raise RichKDError(
                 f"CRD contrasts samples of at least two classes; the {num_samples} training "
-                f"samples are of one"
+                f"samples are of one",
+                code="crd-one-class",
             )
         self.register_buffer("_class", groups, persistent=False)
         self.register_buffer("_order", order, persistent=False)
@@ -187,7 +188,8 @@ def check_temperature(temperature: float, count: int) -> None:
     if 1 / temperature > room:
         raise RichKDError(
             f"crd_temperature = {temperature:g}: exp(1/{temperature:g}) overflows float32 among "
-            f"{count:,} samples; use {math.ceil(1000 / room) / 1000:g} or more"
+            f"{count:,} samples; use {math.ceil(1000 / room) / 1000:g} or more",
+            code="crd-temperature-too-low",
         )
 
 

@@ -139,10 +139,14 @@ def method_class(name: str, given: Mapping[str, Any]) -> tuple[type[Method], Any
     types = typing.get_type_hints(method.Options)
     for key, value in given.items():
         if key not in types:
-            raise RichKDError(f"method {name} has no option {key!r}; {nearest(key, types)}")
+            raise RichKDError(
+                f"method {name} has no option {key!r}; {nearest(key, types)}", code="unknown-option"
+            )
         fault = _fault(key, value, types[key])
         if fault is not None:
-            raise RichKDError(f"method {name}: {key} = {value!r} should be {fault}")
+            raise RichKDError(
+                f"method {name}: {key} = {value!r} should be {fault}", code="option-out-of-range"
+            )
     return method, method.Options(**{**own, **given})
 
 
@@ -156,7 +160,8 @@ def method_options(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         if not isinstance(table, Mapping):
             raise RichKDError(
                 f"options.{method} = {table!r}: options are by method, as in "
-                f"[distill.options.{name}]"
+                f"[distill.options.{name}]",
+                code="options-not-by-method",
             )
         if method not in METHODS:
             raise unknown("method in options:", method, METHODS)

@@ -76,14 +76,17 @@ def create_model(
     check_names([name])
     given = ", ".join(f"{key} = {value!r}" for key, value in settings.items())
     if settings and name in ZOO:
-        raise RichKDError(f"model {name} takes no settings, got {given}")
+        raise RichKDError(
+            f"model {name} takes no settings, got {given}", code="model-takes-no-settings"
+        )
     try:
         return _build(name, num_classes, in_chans, image_size, settings)
     except (KeyError, *_MISFITS) as error:
         remedied = "" if image_size is None else f"; {remedy(name, image_size, settings)}"
         raise RichKDError(
             f"model {name} cannot be built{' with ' * bool(given)}{given}: "
-            f"{_first_line(error)}{remedied}"
+            f"{_first_line(error)}{remedied}",
+            code="model-cannot-be-built",
         ) from None
 
 
@@ -99,9 +102,9 @@ def check_names(names: Collection[str]) -> None:
         known = {*ZOO, *import_timm().list_models()}
         if len(strangers) == 1:
             hint = nearest(strangers[0], known, fallback=ZOO)
-            raise RichKDError(f"unknown model {strangers[0]!r}; {hint}")
+            raise RichKDError(f"unknown model {strangers[0]!r}; {hint}", code="unknown-model")
         hints = [f"{name!r} ({nearest(name, known, 3, fallback=ZOO[:3])})" for name in strangers]
-        raise RichKDError(f"unknown models {', '.join(hints)}")
+        raise RichKDError(f"unknown models {', '.join(hints)}", code="unknown-model")
 
 
 def _registered(name: str) -> str:
@@ -131,7 +134,8 @@ def check_trainable(name: str, weights: str = "") -> None:
     raise RichKDError(
         f"model {name!r} names pretrained weights ({tag}), and none are downloaded or loaded by "
         f"name: say {plain} to train it from scratch; a teacher's weights are given by "
-        f"--teacher-weights FILE"
+        f"--teacher-weights FILE",
+        code="model-names-weights",
     )
 
 
@@ -148,14 +152,17 @@ def pretrained_input(name: str) -> NetworkInput | None:
     try:
         config = import_timm().models.get_pretrained_cfg(_registered(name))
     except RuntimeError as error:
-        raise RichKDError(f"teacher {name!r}: {_first_line(error)}") from None
+        raise RichKDError(
+            f"teacher {name!r}: {_first_line(error)}", code="teacher-input-unsupported"
+        ) from None
     if config is None:
         return None
     _, height, width = config.input_size
     if height != width or config.crop_mode not in CROP_MODES:
         raise RichKDError(
             f"teacher {name} takes images of {height}×{width} px, crop mode {config.crop_mode}; "
-            f"here they are square and have no borders: choose another"
+            f"here they are square and have no borders: choose another",
+            code="teacher-input-unsupported",
         )
     return NetworkInput(
         size=height,
@@ -244,7 +251,8 @@ def check_fit(
     except _MISFITS as error:
         raise RichKDError(
             f"model {name} does not fit images of {image_size}×{image_size}: {_first_line(error)}; "
-            f"{remedy(name, image_size, settings)}"
+            f"{remedy(name, image_size, settings)}",
+            code="model-does-not-fit",
         ) from None
     try:
         with torch.no_grad():
@@ -256,7 +264,8 @@ def check_fit(
     if not fits or whole.shape != (2, num_classes):
         raise RichKDError(
             f"model {name} does not classify one vector of pooled features, which distillation "
-            f"needs; choose another, e.g. resnet8x4"
+            f"needs; choose another, e.g. resnet8x4",
+            code="model-without-features",
         )
     return features.shape[1]
 

@@ -181,7 +181,8 @@ def read_weights(path: Path) -> Content:
     if not isinstance(content, Mapping) or not content:
         raise RichKDError(
             f"{path} holds no state dict, but {type(content).__name__}; save "
-            f"torch.save(model.state_dict(), FILE) where it was made"
+            f"torch.save(model.state_dict(), FILE) where it was made",
+            code="weights-no-state-dict",
         )
     return content
 
@@ -196,9 +197,11 @@ def check_weights(path: Path) -> None:
         suffixes = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
         inside = sorted(file.name for file in path.iterdir() if file.suffix in suffixes)
         hint = f"name a file in it, such as {path / inside[0]}" if inside else "name a file"
-        raise RichKDError(f"{path} is a directory, not a file of weights: {hint}")
+        raise RichKDError(
+            f"{path} is a directory, not a file of weights: {hint}", code="weights-is-directory"
+        )
     if not path.is_file():
-        raise RichKDError(f"no weights at {path}")
+        raise RichKDError(f"no weights at {path}", code="weights-missing")
     with path.open("rb") as file:
         head = file.read(512)
     fault = "is empty: copy or download it again" if not head else None
@@ -214,7 +217,7 @@ def check_weights(path: Path) -> None:
             if fault is None and not any(name.endswith("data.pkl") for name in names):
                 fault = "is a ZIP archive that torch.save did not write: unpack it first"
     if fault is not None:
-        raise RichKDError(f"{path} {fault}")
+        raise RichKDError(f"{path} {fault}", code="weights-format")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -227,9 +230,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             note = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise RichKDError(f"{path} is damaged or no safetensors file: {error}") from None
+        raise RichKDError(
+            f"{path} is damaged or no safetensors file: {error}", code="weights-damaged"
+        ) from None
     if note.get(_SHA256, "") not in ("", tensors_sha256(tensors)):
-        raise RichKDError(f"{path} is damaged: its tensors are not those that were written")
+        raise RichKDError(
+            f"{path} is damaged: its tensors are not those that were written",
+            code="weights-damaged",
+        )
     return tensors, note
 
 
@@ -244,7 +252,9 @@ def read_note(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise RichKDError(f"{path} is damaged or no safetensors file: {error}") from None
+        raise RichKDError(
+            f"{path} is damaged or no safetensors file: {error}", code="weights-damaged"
+        ) from None
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -270,17 +280,21 @@ def _read_pickle(path: Path) -> object:
             if not file.read(4).startswith((b"PK\x03\x04", b"\x80")):
                 raise RichKDError(
                     f"{path} is damaged or no file of weights: it is neither of safetensors nor of "
-                    f"torch.save"
+                    f"torch.save",
+                    code="weights-damaged",
                 ) from None
         found = _foreign(path, str(error))
         raise RichKDError(
             f"refused to read {path}: it holds more than tensors and plain values, which could "
             f"run code ({found}); save its weights alone, where it was made: "
-            f"torch.save(model.state_dict(), FILE)"
+            f"torch.save(model.state_dict(), FILE)",
+            code="weights-unsafe",
         ) from None
     except Exception as error:  # damage shows in errors of many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RichKDError(f"{path} is damaged or no file of weights: {reason}") from None
+        raise RichKDError(
+            f"{path} is damaged or no file of weights: {reason}", code="weights-damaged"
+        ) from None
 
 
 def _foreign(path: Path, reason: str) -> str:
@@ -327,7 +341,10 @@ def find_state(
     ]
     if not found:
         keys = ", ".join(repr(key) for key in list(content)[:4])
-        raise RichKDError(f"{path} holds no state dict: no tensors by names, at {keys} and below")
+        raise RichKDError(
+            f"{path} holds no state dict: no tensors by names, at {keys} and below",
+            code="weights-no-state-dict",
+        )
     fitting = [one for one in found if one.fits]
     if not fitting:
         raise _other_architecture(found, own, name, path)
@@ -442,7 +459,8 @@ def _choose(fitting: list[_Candidate], name: str, path: Path) -> _Candidate:
     places = ", ".join(one.where or "the top" for one in rank)
     raise RichKDError(
         f"{path} holds several networks that could be {name} ({places}); save the one that is "
-        f"meant alone"
+        f"meant alone",
+        code="weights-ambiguous",
     )
 
 
@@ -489,7 +507,8 @@ def _other_architecture(
     where = f" in {near.where}" if near.where else ""
     return RichKDError(
         f"{path} is of another architecture than {name}: {missing} entries missing, "
-        f"{len(near.extra)} unexpected{where}, e.g. {', '.join(examples)}"
+        f"{len(near.extra)} unexpected{where}, e.g. {', '.join(examples)}",
+        code="weights-other-architecture",
     )
 
 
@@ -518,7 +537,8 @@ def load_into(model: nn.Module, content: Content, name: str, path: Path) -> str:
         if tensor.is_floating_point() and (given.is_quantized or not given.is_floating_point()):
             raise RichKDError(
                 f"{path}: {key} is {str(given.dtype).removeprefix('torch.')}, as in quantized "
-                f"networks; the weights as they were before that are needed"
+                f"networks; the weights as they were before that are needed",
+                code="weights-quantized",
             )
     model.load_state_dict(state)
     return said
@@ -536,7 +556,8 @@ def _other_shapes(
     else:
         why = "another number of classes, width or image size?"
     return RichKDError(
-        f"{path} does not fit {name}: {key} is {theirs}, the model's is {ours} ({why})"
+        f"{path} does not fit {name}: {key} is {theirs}, the model's is {ours} ({why})",
+        code="weights-do-not-fit",
     )
 
 

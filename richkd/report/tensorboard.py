@@ -20,7 +20,8 @@ def write_tensorboard(runs: Sequence[Run], folder: Path) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
     except ImportError:
         raise RichKDError(
-            "--tensorboard needs TensorBoard; pip install 'richkd[tensorboard]'"
+            "--tensorboard needs TensorBoard; pip install 'richkd[tensorboard]'",
+            code="extra-missing",
         ) from None
     for run in runs:
         logs = folder / run.path.name

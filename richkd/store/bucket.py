@@ -197,7 +197,9 @@ class Bucket(Location):
         return f"{reason}; see to the network, the credentials and the bucket"
 
     def _cannot(self, do: str, error: BaseException) -> RichKDError:
-        return RichKDError(f"cannot {do} {self.name}: {self.explain(error)}")
+        return RichKDError(
+            f"cannot {do} {self.name}: {self.explain(error)}", code="location-failed"
+        )
 
     @contextmanager
     def explained(self, do: str) -> Iterator[None]:
@@ -206,7 +208,9 @@ class Bucket(Location):
             yield
         except FileNotFoundError as error:
             if "NoSuchBucket" in str(error) or "ContainerNotFound" in str(error):
-                raise RichKDError(f"cannot {do} {self.name}: there is no such bucket") from None
+                raise RichKDError(
+                    f"cannot {do} {self.name}: there is no such bucket", code="bucket-missing"
+                ) from None
             raise FileNotFoundError(first_line(error)) from None
         except (BaseError, OSError) as error:
             raise self._cannot(do, error) from None

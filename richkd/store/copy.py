@@ -59,7 +59,8 @@ class LocalCopy:
         if chunk and not whole(content):
             raise RichKDError(
                 f"{self.location}: {name} is damaged; richkd verify says what else is, and richkd "
-                f"repair mends it"
+                f"repair mends it",
+                code="cache-damaged",
             )
         keep(self.path / name, content)
 
@@ -107,5 +108,6 @@ def keep(path: Path, content: bytes) -> None:
             path.unlink(missing_ok=True)
         raise RichKDError(
             f"cannot keep a copy of what is read in {home()} ({error.strerror or error}); make "
-            f"room there, or name another folder by RICHKD_HOME"
+            f"room there, or name another folder by RICHKD_HOME",
+            code="local-copy-failed",
         ) from None

@@ -91,7 +91,8 @@ class Hub(Location):
         except Exception as error:  # of the hub, of requests, of fsspec
             raise RichKDError(
                 f"cannot {do} {self.name}: {first_line(error)}; see to the network, the name and "
-                f"HF_TOKEN"
+                f"HF_TOKEN",
+                code="location-failed",
             ) from None
 
     def write(self, file: str, content: bytes) -> None:
@@ -128,5 +129,6 @@ class Hub(Location):
         repo = self._root.removeprefix("datasets/")
         return RichKDError(
             f"{self.name}: stores are not written to the hub file by file; write one here and "
-            f"share it by richkd push STORE {repo}"
+            f"share it by richkd push STORE {repo}",
+            code="location-read-only",
         )

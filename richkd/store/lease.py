@@ -100,7 +100,8 @@ class Lease:
         if self._lost:
             raise RichKDError(
                 f"{self._name} was taken over by another process, which could not see this one "
-                f"renew its lock; let that one finish"
+                f"renew its lock; let that one finish",
+                code="lock-lost",
             )
 
     def look(self) -> Seen | None:
@@ -180,7 +181,8 @@ class Lease:
 
     def _held_by(self, holder: str) -> RichKDError:
         return RichKDError(
-            f"{self._name} is being written by {holder}; wait for that, or choose another --out"
+            f"{self._name} is being written by {holder}; wait for that, or choose another --out",
+            code="locked",
         )
 
 

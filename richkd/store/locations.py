@@ -25,14 +25,17 @@ def open_location(name: str | Path) -> Location:
         raise unknown("kind of URL:", str(name), [f"{scheme}://" for scheme in SCHEMES])
     parts = rest.rstrip("/").split("/")
     if len(parts) < 2 or {"", ".", ".."} & {*parts} or set("#?%*\\") & {*rest}:
-        raise RichKDError(f"{name}: give {scheme}://BUCKET/PATH.zarr, of plain names")
+        raise RichKDError(
+            f"{name}: give {scheme}://BUCKET/PATH.zarr, of plain names", code="url-malformed"
+        )
     if scheme == "hf":
         from richkd.store.hf import Hub
 
         return Hub(str(name))
     if find_spec("obstore") is None:
         raise RichKDError(
-            f"{name}: stores in object storage need obstore: pip install 'richkd[cloud]'"
+            f"{name}: stores in object storage need obstore: pip install 'richkd[cloud]'",
+            code="extra-missing",
         )
     from richkd.store.bucket import Bucket
 

@@ -42,8 +42,12 @@ def copy_of(place: Location) -> LocalCopy:
     except FileNotFoundError:
         pass
     if isinstance(place, Folder) and place.path.exists():
-        raise RichKDError(f"{place} is no richkd store that can be read (no zarr.json in it)")
-    raise RichKDError(f"no store at {place}; make one: richkd precompute --out {place}")
+        raise RichKDError(
+            f"{place} is no richkd store that can be read (no zarr.json in it)", code="not-a-cache"
+        )
+    raise RichKDError(
+        f"no store at {place}; make one: richkd precompute --out {place}", code="cache-missing"
+    )
 
 
 def open_store(copy: LocalCopy) -> tuple[zarr.Group, Manifest]:
@@ -53,7 +57,8 @@ def open_store(copy: LocalCopy) -> tuple[zarr.Group, Manifest]:
     if not manifest["complete"]:
         raise RichKDError(
             f"{copy.location} is incomplete: stage one was cut off; run the same richkd precompute "
-            f"command again, it goes on where it stopped"
+            f"command again, it goes on where it stopped",
+            code="cache-incomplete",
         )
     return group, manifest
 
@@ -70,7 +75,8 @@ def check_sealed(copy: LocalCopy, manifest: Manifest) -> None:
     ):
         raise RichKDError(
             f"{copy.location}: the manifest is not what was sealed (zarr.json was changed); make "
-            f"the store again with richkd precompute --overwrite"
+            f"the store again with richkd precompute --overwrite",
+            code="cache-unsealed",
         )
     files = metadata_files(specs)
     copy.fetch(files)
@@ -87,7 +93,9 @@ def check_sealed(copy: LocalCopy, manifest: Manifest) -> None:
         if copy.drop([file]):
             copy.fetch([file])  # once more: what was kept here may have been damaged here
         if not right(file):
-            raise RichKDError(f"{copy.location}: {file} is missing or was changed; {REMEDY}")
+            raise RichKDError(
+                f"{copy.location}: {file} is missing or was changed; {REMEDY}", code="cache-damaged"
+            )
 
 
 def _open_group(copy: LocalCopy) -> zarr.Group:
@@ -98,7 +106,7 @@ def _open_group(copy: LocalCopy) -> zarr.Group:
     except Exception as error:  # not a group, damaged JSON, no permission, …
         reason = f"{type(error).__name__}: {error}"
         raise RichKDError(
-            f"{copy.location} is no richkd store that can be read ({reason})"
+            f"{copy.location} is no richkd store that can be read ({reason})", code="not-a-cache"
         ) from None
 
 
@@ -106,17 +114,20 @@ def check_manifest(place: Location, attributes: Mapping[str, Any]) -> Manifest:
     """The attributes of a group as a manifest; RichKDError where they are none that is sound."""
     if attributes.get("format") != schema.FORMAT:
         raise RichKDError(
-            f"{place} is a Zarr group but no richkd store; richkd precompute makes one"
+            f"{place} is a Zarr group but no richkd store; richkd precompute makes one",
+            code="not-a-cache",
         )
     if attributes.get("schema") != schema.SCHEMA:
         raise RichKDError(
             f"{place} has schema {attributes.get('schema')!r}, this richkd reads "
-            f"{schema.SCHEMA}; make the store again with richkd precompute --overwrite"
+            f"{schema.SCHEMA}; make the store again with richkd precompute --overwrite",
+            code="cache-schema",
         )
     fault = schema.manifest_fault(attributes)
     if fault is not None:
         raise RichKDError(
             f"{place}: the manifest is damaged ({fault}); make the store again with richkd "
-            f"precompute --overwrite"
+            f"precompute --overwrite",
+            code="manifest-damaged",
         )
     return cast(Manifest, dict(attributes))

@@ -69,7 +69,8 @@ def _mapped_file(length: int) -> mmap.mmap:
             refusals.append(f"{folder} ({error.strerror or error})")
     raise RichKDError(
         f"rows of {size(length)} are more than memory holds, and there is no room for them in "
-        f"{' or '.join(refusals)}; make room, or set TMPDIR to a folder on a disk that has it"
+        f"{' or '.join(refusals)}; make room, or set TMPDIR to a folder on a disk that has it",
+        code="disk-too-small",
     )
 
 

@@ -134,14 +134,18 @@ class TeacherCache:
         if int(classes.max()) >= self.num_classes:
             raise RichKDError(
                 f"{self.location}: {name} has classes that are not in 0..{self.num_classes - 1}; "
-                f"make the store again with richkd precompute --overwrite"
+                f"make the store again with richkd precompute --overwrite",
+                code="cache-damaged",
             )
         return TopKRows.from_numpy(top, classes, rest, self.num_classes)
 
     def _values(self, name: str, view: int | None, on_disk: bool | None) -> NDArray[Any]:
         """The numbers of an array, or of one view of it, checked."""
         if view is not None and not 0 <= view < self.num_views:
-            raise RichKDError(f"view {view}: {self.location} has views 0..{self.num_views - 1}")
+            raise RichKDError(
+                f"view {view}: {self.location} has views 0..{self.num_views - 1}",
+                code="view-out-of-range",
+            )
         files = [f"{name}/{METADATA}", *chunk_files(name, self.specs[name], view)]
         self._copy.fetch(files)
         try:
@@ -165,7 +169,8 @@ class TeacherCache:
                 values[start : start + step] = array[(*at, slice(start, start + step))]
         except Exception as error:  # codecs raise errors of many kinds
             raise RichKDError(
-                f"{self.location}: {name} is damaged ({type(error).__name__}: {error}); {REMEDY}"
+                f"{self.location}: {name} is damaged ({type(error).__name__}: {error}); {REMEDY}",
+                code="cache-damaged",
             ) from error
         self._check_chunks(name, view)
         return values
@@ -184,7 +189,10 @@ class TeacherCache:
                 found = "a chunk is missing"
             if found != checksums["chunks"][name][number]:
                 where = name if one is None else f"{name}, view {one}"
-                raise RichKDError(f"{self.location}: {where} is not what was written; {REMEDY}")
+                raise RichKDError(
+                    f"{self.location}: {where} is not what was written; {REMEDY}",
+                    code="cache-damaged",
+                )
 
     def has(self, name: str) -> bool:
         """Whether the store has an array of this name, whole or by its K largest."""
@@ -193,7 +201,10 @@ class TeacherCache:
     def require(self, name: str) -> None:
         """Raise RichKDError where the store has no array of this name."""
         if not self.has(name):
-            raise RichKDError(f"{self.location} has no array {name!r}" + self._why_absent(name))
+            raise RichKDError(
+                f"{self.location} has no array {name!r}" + self._why_absent(name),
+                code="array-absent",
+            )
 
     def nbytes(self, names: Collection[str]) -> int:
         """Bytes of one view of some arrays, as they are stored."""
@@ -281,7 +292,8 @@ class TeacherCache:
         if clip is None:
             raise RichKDError(
                 f"{self.location} was made with --clip none, so there is nothing to blend with the "
-                f"CNN teacher; use --method kd, or precompute with a CLIP"
+                f"CNN teacher; use --method kd, or precompute with a CLIP",
+                code="cache-without-clip",
             )
         return clip
 
@@ -309,7 +321,8 @@ def open_cache(path: str | Path) -> TeacherCache:
         missing = num_chunks(spec) - there[name]
         if missing > 0:
             raise RichKDError(
-                f"{place}: {missing} of {num_chunks(spec)} chunks of {name} are gone; {REMEDY}"
+                f"{place}: {missing} of {num_chunks(spec)} chunks of {name} are gone; {REMEDY}",
+                code="cache-damaged",
             )
     return TeacherCache(copy, group, manifest)
 
@@ -320,11 +333,14 @@ def _check_array(place: Location, group: zarr.Group, name: str, spec: ArraySpec)
     try:
         array = group[name]
     except Exception:  # absent, or its metadata is damaged
-        raise RichKDError(f"{place}: array {name} is missing or damaged; {REMEDY}") from None
+        raise RichKDError(
+            f"{place}: array {name} is missing or damaged; {REMEDY}", code="cache-damaged"
+        ) from None
     if not isinstance(array, zarr.Array):
-        raise RichKDError(f"{place}: {name} is no array; {REMEDY}")
+        raise RichKDError(f"{place}: {name} is no array; {REMEDY}", code="cache-damaged")
     if array.shape != spec.shape or str(array.dtype) != spec.dtype or array.chunks != spec.chunks:
         raise RichKDError(
             f"{place}: {name} is {array.dtype} {array.shape}, the manifest says {spec.dtype} "
-            f"{spec.shape}; {REMEDY}"
+            f"{spec.shape}; {REMEDY}",
+            code="cache-damaged",
         )

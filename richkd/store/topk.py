@@ -132,12 +132,14 @@ def check_keep(keep: int, num_classes: int) -> None:
     """Refuse to keep as many logits as there are, and classes that u16 cannot name."""
     if keep >= num_classes:
         raise RichKDError(
-            f"keep = 'top-{keep}': there are {num_classes} classes; keep all, or fewer than that"
+            f"keep = 'top-{keep}': there are {num_classes} classes; keep all, or fewer than that",
+            code="keep-out-of-range",
         )
     if num_classes > MOST_CLASSES:
         raise RichKDError(
             f"keep = 'top-{keep}': of {num_classes:,} classes all have to be kept; at most "
-            f"{MOST_CLASSES:,} can be named in 16 bits"
+            f"{MOST_CLASSES:,} can be named in 16 bits",
+            code="keep-out-of-range",
         )
 
 

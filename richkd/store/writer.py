@@ -98,7 +98,8 @@ class OnTheWay:
             except RuntimeError as error:
                 raise RichKDError(
                     f"the device failed at {self.block.name}: {first_line(error)}; run the same "
-                    f"command to go on"
+                    f"command to go on",
+                    code="device-failed",
                 ) from error
 
     def check(self) -> None:
@@ -107,12 +108,14 @@ class OnTheWay:
             if not before:
                 raise RichKDError(
                     f"{name} of {self.block.name} holds NaN or infinity; check the teacher's "
-                    f"weights"
+                    f"weights",
+                    code="rows-not-finite",
                 )
             if not after:
                 raise RichKDError(
                     f"{name} of {self.block.name} holds values beyond "
-                    f"{self.rows[name].numpy().dtype}; store wider rows with --dtype float32"
+                    f"{self.rows[name].numpy().dtype}; store wider rows with --dtype float32",
+                    code="rows-overflow",
                 )
 
 
@@ -166,13 +169,15 @@ class StoreWriter:
         if old.get("complete") and redo is None:  # by another process, since that was looked at
             raise RichKDError(
                 f"{place} is complete already; use it (richkd distill --cache {place}), choose "
-                f"another --out, or replace it with --overwrite"
+                f"another --out, or replace it with --overwrite",
+                code="cache-complete",
             )
         changed = schema.difference(old, manifest)
         if changed is not None:
             raise RichKDError(
                 f"{place} is a store begun with other settings ({changed}); go on with those, "
-                f"choose another --out, or begin anew with --overwrite"
+                f"choose another --out, or begin anew with --overwrite",
+                code="cache-settings-differ",
             )
         place.remove_temporary()
         if redo is not None:
@@ -189,7 +194,7 @@ class StoreWriter:
             for _ in range(self._at_once):
                 self._encoders.submit(started.wait)
         except RuntimeError as error:
-            raise RichKDError(machine_fault(error) or str(error)) from None
+            raise RichKDError(machine_fault(error) or str(error), code="machine") from None
         finally:
             started.set()
         return self
@@ -234,7 +239,9 @@ class StoreWriter:
         for number in range(start // block, -(-stop // block)):
             # an absent chunk would read as zeros
             if not lies_whole(self._place, f"{name}/c/{number}{rest}"):
-                raise RichKDError(f"{self._place}: {name} lacks a chunk that was written")
+                raise RichKDError(
+                    f"{self._place}: {name} lacks a chunk that was written", code="cache-damaged"
+                )
         with self._place.explained("read"):
             return torch.from_numpy(np.asarray(array[start:stop]))
 
@@ -265,7 +272,8 @@ class StoreWriter:
         if self._error is not None:
             raise RichKDError(
                 f"cannot write to {self._place}: {self._place.explain(self._error)}, then run the "
-                f"same command to go on"
+                f"same command to go on",
+                code="write-failed",
             ) from self._error
 
     def _wait(self, most: int) -> None:
@@ -386,13 +394,17 @@ def check_target(place: Location, overwrite: bool) -> Mapping[str, Any] | None:
     if not place.exists:
         if place.vacant:
             return None
-        raise RichKDError(f"{place} exists and is no richkd store; choose another --out")
+        raise RichKDError(
+            f"{place} exists and is no richkd store; choose another --out", code="foreign-file"
+        )
     try:
         attributes = dict(json.loads(place.read(METADATA))["attributes"])
     except (ValueError, TypeError, KeyError):  # no group that can be read
         attributes = {}
     if attributes.get("format") != schema.FORMAT:
-        raise RichKDError(f"{place} exists and is no richkd store; choose another --out")
+        raise RichKDError(
+            f"{place} exists and is no richkd store; choose another --out", code="foreign-file"
+        )
     if not overwrite:
         return attributes
     own = files_of_a_store(attributes)
@@ -401,7 +413,8 @@ def check_target(place: Location, overwrite: bool) -> Mapping[str, Any] | None:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise RichKDError(
             f"{place} holds files that are not of the store ({foreign[0]}{more}); move them away, "
-            f"or choose another --out"
+            f"or choose another --out",
+            code="foreign-file",
         )
     return None
 

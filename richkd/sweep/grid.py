@@ -50,7 +50,8 @@ def make_grid(
     unknown = [name for name in sweep.methods if name not in METHODS]
     if unknown:
         raise RichKDError(
-            f"unknown methods: {', '.join(map(repr, unknown))}; there are {', '.join(METHODS)}"
+            f"unknown methods: {', '.join(map(repr, unknown))}; there are {', '.join(METHODS)}",
+            code="unknown-name",
         )
     base = recipe.table("distill") if recipe else {}
     given_alpha = flags.get("alpha") or base.get("alpha")

@@ -94,7 +94,8 @@ def open_ray(sweep: Sweep, entries: Sequence[Entry], cache: TeacherCache) -> Ite
     device = entries[0].settings.device
     if device not in ("auto", "cpu", "cuda"):
         raise RichKDError(
-            f"device = {device!r}: must be auto, cpu or cuda with --engine ray, which chooses GPUs"
+            f"device = {device!r}: must be auto, cpu or cuda with --engine ray, which chooses GPUs",
+            code="ray-device",
         )
     with connected(sweep.address) as where, held_back() as check:
         known: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
@@ -105,7 +106,8 @@ def open_ray(sweep: Sweep, entries: Sequence[Entry], cache: TeacherCache) -> Ite
             largest = "; ".join(sorted({_resources([node]) for node in nodes}))
             raise RichKDError(
                 f"no node of {where} can hold a run of {share} (they have {largest}); lower "
-                f"--cpus-per-run or --gpus-per-run"
+                f"--cpus-per-run or --gpus-per-run",
+                code="ray-no-room",
             )
         in_all = f"{_count(len(nodes), 'node')}, {_resources(nodes)}"
         yield RayEngine(share, lanes, f"{where}: {in_all}", check)
@@ -159,7 +161,8 @@ def check_address(address: str) -> None:
     if "://" in address:
         raise RichKDError(
             f"address = {address!r}: give HOST:PORT or auto, and start the sweep on a node of the "
-            f"cluster"
+            f"cluster",
+            code="ray-address",
         )
     host, _, port = address.rpartition(":")
     if not host:
@@ -175,7 +178,8 @@ def check_address(address: str) -> None:
 def _unreachable(address: str, reason: str) -> RichKDError:
     return RichKDError(
         f"no Ray cluster at {address} ({reason}); see --address, and start the sweep on a node of "
-        f"the cluster"
+        f"the cluster",
+        code="ray-unreachable",
     )
 
 
@@ -190,7 +194,9 @@ def choose_share(sweep: Sweep, device: str, nodes: Sequence[Mapping[str, float]]
         any_gpu = any(node.get("GPU") for node in nodes)
         gpus = 1.0 if device == "cuda" or (device == "auto" and any_gpu) else 0.0
     if device == "cuda" and gpus == 0:
-        raise RichKDError("device = 'cuda': a run has no GPU; set --gpus-per-run above 0")
+        raise RichKDError(
+            "device = 'cuda': a run has no GPU; set --gpus-per-run above 0", code="ray-device"
+        )
     return Share(cpus=sweep.cpus_per_run or 1, gpus=gpus, device=device if gpus else "cpu")
 
 
@@ -312,7 +318,8 @@ class RayEngine:
 def _foreign(reason: str) -> RichKDError:
     return RichKDError(
         f"a worker cannot take a run ({reason.splitlines()[0]}); every node needs the richkd, Ray "
-        f"and Python of this one"
+        f"and Python of this one",
+        code="ray-worker-differs",
     )
 
 
@@ -426,7 +433,8 @@ def work_in(folder: str) -> None:
     except OSError as error:
         raise RichKDError(
             f"{socket.gethostname()} cannot work in {folder} ({error.strerror}); start the sweep "
-            f"in a folder that every node has"
+            f"in a folder that every node has",
+            code="ray-folder",
         ) from None
 
 

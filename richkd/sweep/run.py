@@ -122,7 +122,7 @@ def open_engine(
         yield LocalEngine(sweep, entries, Source(entries[0].settings, report, cache))
         return
     if find_spec("ray") is None:
-        raise RichKDError("--engine ray needs Ray; pip install 'richkd[ray]'")
+        raise RichKDError("--engine ray needs Ray; pip install 'richkd[ray]'", code="extra-missing")
     from richkd.sweep.ray_engine import open_ray
 
     with open_ray(sweep, entries, cache) as engine:

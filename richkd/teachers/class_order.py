@@ -44,7 +44,8 @@ def check_teacher_classes(settings: Precompute) -> None:
     if not settings.teacher_weights:
         raise RichKDError(
             "--teacher-classes is for weights from elsewhere, and a teacher that is trained here "
-            "has the data set's order; pass --teacher-weights, or leave it out"
+            "has the data set's order; pass --teacher-weights, or leave it out",
+            code="teacher-classes-not-needed",
         )
     if given not in ORDERS:
         _read_lines(Path(given))
@@ -66,16 +67,20 @@ def given_outputs(settings: Precompute, dataset: Dataset) -> Outputs | None:
     if names is None:
         stranger = next(line for line in lines if line not in {*folders})
         raise RichKDError(
-            f"{file}: {stranger!r} is no class of {dataset.name}; {nearest(stranger, folders)}"
+            f"{file}: {stranger!r} is no class of {dataset.name}; {nearest(stranger, folders)}",
+            code="teacher-classes-unknown",
         )
     twice = next((line for number, line in enumerate(lines) if line in lines[:number]), None)
     if twice is not None:
-        raise RichKDError(f"{file}: {twice!r} is there twice; write a line a class")
+        raise RichKDError(
+            f"{file}: {twice!r} is there twice; write a line a class", code="teacher-classes-wrong"
+        )
     missing = next((name for name in names if name not in {*lines}), None)
     if missing is not None:
         raise RichKDError(
             f"{file} has {len(lines)} of {len(names)} classes: {missing!r} is missing; write a "
-            f"line a class, in the order of the teacher's outputs"
+            f"line a class, in the order of the teacher's outputs",
+            code="teacher-classes-wrong",
         )
     return _outputs(lines, names)
 
@@ -86,7 +91,8 @@ def _read_lines(file: Path) -> list[str]:
     except (OSError, ValueError) as error:
         raise RichKDError(
             f"cannot read --teacher-classes {file}: {error}; name a file with a class folder a "
-            f"line, in the order of the teacher's outputs, or say sorted or natural"
+            f"line, in the order of the teacher's outputs, or say sorted or natural",
+            code="teacher-classes-unreadable",
         ) from None
     return [line.strip() for line in lines if line.strip()]
 
@@ -149,7 +155,8 @@ def noted_outputs(note: Mapping[str, str], weights: Path, dataset: Dataset) -> O
         raise RichKDError(
             f"{weights} was trained on other classes than those of {dataset.name}, {strangers[0]!r}"
             f" is only in one of them; if they only have other names, pass --teacher-classes FILE "
-            f"with the class folders in the order of its outputs"
+            f"with the class folders in the order of its outputs",
+            code="teacher-classes-differ",
         )
     return None
 
@@ -161,7 +168,10 @@ def _noted(note: Mapping[str, str], kind: str, weights: Path) -> list[str]:
     except ValueError:
         found = None
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise RichKDError(f"{weights} is damaged: of its metadata, {kind} is no list of names")
+        raise RichKDError(
+            f"{weights} is damaged: of its metadata, {kind} is no list of names",
+            code="weights-metadata-damaged",
+        )
     return found
 
 
@@ -385,5 +395,6 @@ def _recorded_accuracy(note: Mapping[str, str], weights: Path) -> float | None:
         return float(note["test_accuracy"])
     except ValueError:
         raise RichKDError(
-            f"{weights} is damaged: of its metadata, test_accuracy is no number"
+            f"{weights} is damaged: of its metadata, test_accuracy is no number",
+            code="weights-metadata-damaged",
         ) from None

@@ -164,7 +164,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
         except (RuntimeError, UserWarning) as error:
             raise RichKDError(
                 f"clip_precision = {precision!r}: {device} does not have it "
-                f"({str(error).splitlines()[0]}); choose another of {', '.join(CLIP_PRECISIONS)}"
+                f"({str(error).splitlines()[0]}); choose another of {', '.join(CLIP_PRECISIONS)}",
+                code="clip-precision-unsupported",
             ) from None
 
 
@@ -208,7 +209,9 @@ def check_clip(name: str) -> None:
         _check_folder(name, folder)
     elif hub is not None:  # what it needs stands in its configuration, which load_clip reads first
         if not _REPOSITORY.fullmatch(hub):
-            raise RichKDError(f"CLIP {name!r}: name a repository as {HUB}OWNER/NAME")
+            raise RichKDError(
+                f"CLIP {name!r}: name a repository as {HUB}OWNER/NAME", code="clip-name-malformed"
+            )
     elif name not in ("demo", "none"):
         _check_tag(name)
         _check_text(name, open_clip.get_model_config(name.partition(":")[0]) or {})
@@ -225,7 +228,10 @@ def _check_tag(name: str) -> None:
         )
     tags = open_clip.list_pretrained_tags_by_model(model)
     if not colon or tag not in tags:
-        raise RichKDError(f"CLIP {name!r}: say which weights as {model}:TAG; {nearest(tag, tags)}")
+        raise RichKDError(
+            f"CLIP {name!r}: say which weights as {model}:TAG; {nearest(tag, tags)}",
+            code="clip-tag-unknown",
+        )
     wants = bool((open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu", False))
     has = bool((open_clip.get_model_config(model) or {}).get("quick_gelu", False))
     other = f"{model}-quickgelu" if wants else model.removesuffix("-quickgelu")
@@ -234,7 +240,8 @@ def _check_tag(name: str) -> None:
         raise RichKDError(
             f"CLIP {name!r}: these weights were trained with "
             f"{'quick-GELU' if wants else 'GELU'}, the model {model} has "
-            f"{'GELU' if wants else 'quick-GELU'}; use {other}:{tag}"
+            f"{'GELU' if wants else 'quick-GELU'}; use {other}:{tag}",
+            code="clip-activation",
         )
 
 
@@ -249,19 +256,22 @@ def _check_folder(name: str, folder: Path) -> None:
         )
         raise RichKDError(
             f"{folder} holds no open_clip_config.json; a local CLIP is a directory with that "
-            f"and open_clip_model.safetensors{hint}"
+            f"and open_clip_model.safetensors{hint}",
+            code="clip-directory",
         )
     if not any(folder.glob("*.safetensors")):
         raise RichKDError(
             f"{folder} holds no .safetensors weights; save the CLIP's state_dict as "
-            f"{folder / 'open_clip_model.safetensors'}"
+            f"{folder / 'open_clip_model.safetensors'}",
+            code="clip-directory",
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))["model_cfg"]
         config["text_cfg"].get("hf_tokenizer_name")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RichKDError(
-            f"{file} is damaged or no configuration of open_clip's ({error!r})"
+            f"{file} is damaged or no configuration of open_clip's ({error!r})",
+            code="clip-config-damaged",
         ) from None
     _check_text(name, config, folder)
 
@@ -290,7 +300,10 @@ def _check_text(name: str, config: Mapping[str, Any], folder: Path | None = None
             f"where open_clip looks for them"
         )
     if remedies:
-        raise RichKDError(f"CLIP {name} needs {what} of Hugging Face's; {', and '.join(remedies)}")
+        raise RichKDError(
+            f"CLIP {name} needs {what} of Hugging Face's; {', and '.join(remedies)}",
+            code="clip-tokenizer-missing",
+        )
 
 
 def load_clip(name: str, device: torch.device, precision: str = "float32") -> ClipTeacher:
@@ -335,7 +348,9 @@ def load_clip(name: str, device: torch.device, precision: str = "float32") -> Cl
                 "open_clip_model.safetensors from elsewhere into a directory and pass --clip "
                 "DIRECTORY"
             )
-        raise RichKDError(f"cannot load CLIP {name}: {reason}; {remedy}") from None
+        raise RichKDError(
+            f"cannot load CLIP {name}: {reason}; {remedy}", code="clip-cannot-be-loaded"
+        ) from None
     model.eval().requires_grad_(False)
     return ClipTeacher(
         name=name,
@@ -440,7 +455,8 @@ def blank_clip(name: str, device: torch.device) -> ClipTeacher:
         except OSError:
             raise RichKDError(
                 f"CLIP {name}: the hub's cache has no configuration of it, and nothing is "
-                f"downloaded to plan; name another model of the same size"
+                f"downloaded to plan; name another model of the same size",
+                code="clip-config-missing",
             ) from None
     model.eval().requires_grad_(False)
     preprocessing = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)

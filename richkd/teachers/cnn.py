@@ -251,7 +251,8 @@ def train_epochs(
             record = trainer.train_epoch(epoch, EpochRows(views, {}), tick)
             if not abs(record.loss) < float("inf"):
                 raise RichKDError(
-                    f"the teacher diverged in epoch {epoch}; lower --lr (it is {settings.lr})"
+                    f"the teacher diverged in epoch {epoch}; lower --lr (it is {settings.lr})",
+                    code="teacher-diverged",
                 )
             check_still_held(Path(settings.out))
             seconds = time.perf_counter() - started
@@ -325,7 +326,8 @@ def completed(settings: TrainTeacher, dataset: Dataset, report: Report) -> dict[
     if found is not None:
         raise RichKDError(
             f"{out} holds a teacher of other settings: {found}; choose another --out, or train it "
-            f"anew with --overwrite"
+            f"anew with --overwrite",
+            code="teacher-settings-differ",
         )
     TeacherFolder(out).tidy(out)
     unknown = (

@@ -81,12 +81,14 @@ def check_unsaid(settings: Precompute, weights: Path | None) -> None:
     flag = f"--teacher-{next(iter(settings.teacher_input))}"
     if note_of(weights):
         raise RichKDError(
-            f"{flag}: {weights} says itself what its teacher was trained with; leave it out"
+            f"{flag}: {weights} says itself what its teacher was trained with; leave it out",
+            code="teacher-input-known",
         )
     if settings.teacher and has_tag(settings.teacher):
         raise RichKDError(
             f"{flag}: timm's configuration of {settings.teacher} says what it was trained with; "
-            f"leave it out, or name the network without its tag"
+            f"leave it out, or name the network without its tag",
+            code="teacher-input-known",
         )
 
 
@@ -100,7 +102,8 @@ def check_from_elsewhere(settings: Precompute) -> None:
         raise RichKDError(
             f"--teacher-{next(iter(settings.teacher_input))} is for weights from elsewhere, and a "
             f"teacher that is trained here says itself what it takes; pass --teacher-weights, or "
-            f"leave it out"
+            f"leave it out",
+            code="teacher-input-not-needed",
         )
 
 
@@ -128,7 +131,9 @@ def _of_student(summary: Path) -> dict[str, str]:
         )
         return {**found.note, "class_names": json.dumps(about["class_names"])}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RichKDError(f"{summary} is damaged or no run's summary ({error})") from None
+        raise RichKDError(
+            f"{summary} is damaged or no run's summary ({error})", code="summary-damaged"
+        ) from None
 
 
 def _trained_here(note: Mapping[str, str], weights: Path | None, dataset: Dataset) -> NetworkInput:
@@ -137,7 +142,9 @@ def _trained_here(note: Mapping[str, str], weights: Path | None, dataset: Datase
         try:
             return NetworkInput.of_note(note)
         except ValueError as error:
-            raise RichKDError(f"{weights} is damaged: of its metadata, {error}") from None
+            raise RichKDError(
+                f"{weights} is damaged: of its metadata, {error}", code="weights-metadata-damaged"
+            ) from None
     # earlier versions did not say, and knew nothing but the data set's
     here, name = dataset.network_input, note.get("dataset", dataset.name)
     if name == dataset.name:

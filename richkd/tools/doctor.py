@@ -170,7 +170,9 @@ def raise_missing(findings: dict[str, list[Finding]]) -> None:
     """Raise RichKDError where something is missing without which nothing works."""
     lacking = [row for rows in findings.values() for row in rows if row.required and row.remedy]
     if lacking:
-        raise RichKDError(f"{lacking[0].what}: {lacking[0].found}; {lacking[0].remedy}")
+        raise RichKDError(
+            f"{lacking[0].what}: {lacking[0].found}; {lacking[0].remedy}", code="doctor-missing"
+        )
 
 
 def as_json(findings: dict[str, list[Finding]]) -> dict[str, Any]:

@@ -61,7 +61,9 @@ def export(
         RichKDError: no complete run, a package that is not installed, or logits that differ.
     """
     if kind not in SUFFIXES:
-        raise RichKDError(f"unknown format {kind!r}; choose from {', '.join(SUFFIXES)}")
+        raise RichKDError(
+            f"unknown format {kind!r}; choose from {', '.join(SUFFIXES)}", code="unknown-name"
+        )
     path = local_path(out) if out else Path(run) / f"student{SUFFIXES[kind]}"
     trained = complete_run(Path(run))
     about = trained.complete
@@ -83,7 +85,8 @@ def export(
         if not error <= TOLERANCE:
             raise RichKDError(
                 f"{path}: the exported student's logits differ by {error:.1e} of the largest; "
-                f"try --format {'torch' if kind == 'onnx' else 'onnx'}"
+                f"try --format {'torch' if kind == 'onnx' else 'onnx'}",
+                code="export-differs",
             )
     return {"file": str(path), "format": kind, "image_size": side, "relative_error": error}
 
@@ -97,7 +100,8 @@ def write_onnx(
         import onnxscript  # noqa: F401
     except ImportError:
         raise RichKDError(
-            "--format onnx needs onnx, onnxscript and onnxruntime; pip install 'richkd[onnx]'"
+            "--format onnx needs onnx, onnxscript and onnxruntime; pip install 'richkd[onnx]'",
+            code="extra-missing",
         ) from None
     batch = torch.export.Dim("batch", min=1)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):

@@ -64,7 +64,8 @@ def check_store(folder: Path, report: Report) -> None:
     for damage in find_damage(cache.location, cache.manifest, report):
         raise RichKDError(
             f"{folder} is damaged: {damage.file}: {damage.reason}; richkd repair "
-            f"computes those blocks again"
+            f"computes those blocks again",
+            code="cache-damaged",
         )
 
 
@@ -134,7 +135,8 @@ def push(path: str, repo_id: str, report: Report, *, private: bool = False) -> d
     if kind is None:
         raise RichKDError(
             f"{path} is neither a store nor a run folder; richkd precompute and "
-            f"richkd distill make them"
+            f"richkd distill make them",
+            code="hub-nothing-to-push",
         )
     _split(repo_id, prefixes=False)
     check_not_held(folder)
@@ -200,7 +202,9 @@ def pull(
     with held(target):
         there = target.exists() or target.is_symlink()
         if there and not (target / kind.marker).is_file():
-            raise RichKDError(f"{target} exists; choose another --out, or move it away")
+            raise RichKDError(
+                f"{target} exists; choose another --out, or move it away", code="foreign-file"
+            )
         with _workplace(target, commit) as temporary:
             folder = temporary / "files"
 
@@ -261,7 +265,8 @@ def _check_there(kind: Kind, target: Path, head: Path, what: str, report: Report
         ):
             raise RichKDError(
                 f"{target} exists and is not {what}, for {file} differs; choose another --out, or "
-                f"move it away"
+                f"move it away",
+                code="foreign-file",
             )
     kind.check(target, report)
     report.say(f"{target} is complete already")
@@ -275,7 +280,9 @@ def _api() -> HfApi:
     # huggingface_hub reads HF_ENDPOINT once, when something first imports it
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
     if endpoint and not _ADDRESS.fullmatch(endpoint):
-        raise RichKDError(f"HF_ENDPOINT is {endpoint!r}; give https://HOST, or unset it")
+        raise RichKDError(
+            f"HF_ENDPOINT is {endpoint!r}; give https://HOST, or unset it", code="hub-endpoint"
+        )
     return HfApi(endpoint=endpoint, library_name="richkd", library_version=richkd_version())
 
 
@@ -296,7 +303,8 @@ def _split(repo_id: str, *, prefixes: bool = True) -> tuple[tuple[Kind, ...], st
     except HFValidationError:
         raise RichKDError(
             f"{repo_id!r} cannot be a repository; give OWNER/NAME, of letters, digits and single "
-            f"- _ . inside"
+            f"- _ . inside",
+            code="hub-name",
         ) from None
     return kinds, name
 
@@ -330,7 +338,8 @@ def _look_up(
             found.append((kind, str(info.sha)))
     if len(found) > 1:
         raise RichKDError(
-            f"{repo_id} is both a store and a student; say datasets/{repo_id} or models/{repo_id}"
+            f"{repo_id} is both a store and a student; say datasets/{repo_id} or models/{repo_id}",
+            code="hub-ambiguous",
         )
     if found:
         return found[0]
@@ -338,7 +347,8 @@ def _look_up(
         raise unseen
     raise RichKDError(
         f"{repo_id} on {api.endpoint} is nothing of richkd's: it has no "
-        f"{' and no '.join(kind.marker for kind in kinds)}; richkd push makes such a repository"
+        f"{' and no '.join(kind.marker for kind in kinds)}; richkd push makes such a repository",
+        code="hub-foreign",
     )
 
 
@@ -355,12 +365,14 @@ def _check_vacant(api: HfApi, kind: Kind, repo_id: str, *, private: bool) -> Non
     if kind.marker not in _files(info) and _files(info) - _NOT_OURS:
         raise RichKDError(
             f"{repo_id} on {api.endpoint} holds other files, and no {kind.name}; "
-            f"choose another name"
+            f"choose another name",
+            code="hub-foreign",
         )
     if private and not info.private:
         raise RichKDError(
             f"{repo_id} on {api.endpoint} is public already; make it private in its "
-            f"settings, or choose another name"
+            f"settings, or choose another name",
+            code="hub-public",
         )
 
 
@@ -372,7 +384,8 @@ def _check_came(check: Callable[[Path], object], folder: Path, kind: Kind, what:
         reason = str(error).replace(str(folder), what).partition(";")[0]
         raise RichKDError(
             f"{what} is no whole {kind.name} ({reason}); pull it again, or ask its owner to push "
-            f"it again; nothing was kept"
+            f"it again; nothing was kept",
+            code="hub-damaged",
         ) from None
 
 
@@ -415,7 +428,7 @@ def _explained(api: HfApi, repo_id: str, revision: str | None = None) -> Iterato
         # two of them are wrapped around the one that tells why
         wrapped = isinstance(error, (errors.LocalEntryNotFoundError, RuntimeError))
         reason = error.__cause__ if wrapped and error.__cause__ else error
-        raise RichKDError(_reason(api, repo_id, revision, reason)) from None
+        raise RichKDError(_reason(api, repo_id, revision, reason), code="hub-failed") from None
 
 
 def _reason(api: HfApi, repo_id: str, revision: str | None, error: BaseException) -> str:

@@ -69,7 +69,10 @@ def show_models(pattern: str | None, report: Report) -> dict[str, Any]:
         known = dict.fromkeys([*ZOO, *import_timm().list_models()])
         names = [name for name in known if fnmatchcase(name.lower(), pattern.lower())]
         if not names:
-            raise RichKDError(f"no model matches {pattern!r}; patterns are like 'mobilenet*'")
+            raise RichKDError(
+                f"no model matches {pattern!r}; patterns are like 'mobilenet*'",
+                code="unknown-model",
+            )
     found: dict[str, Any] = {}
     for name in names:
         with torch.device("meta"):

@@ -190,7 +190,8 @@ def sample_of(
         )
     if not known and kind == catalog.IMAGE_FOLDER:
         raise RichKDError(
-            f"imagefolder:{path}: there is no such folder; plan for ImageNet by --dataset imagenet"
+            f"imagefolder:{path}: there is no such folder; plan for ImageNet by --dataset imagenet",
+            code="dataset-folder-missing",
         )
     counts = catalog.COUNTS[catalog.IMAGENET if known else kind]
     train = min(counts.train, settings.limit or counts.train)
@@ -392,13 +393,15 @@ def read_pace(file: Path, here: Pace) -> Pace:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RichKDError(
             f"{file} is no plan that can be read ({error}); make one on the other machine: richkd "
-            f"plan … --json > FILE"
+            f"plan … --json > FILE",
+            code="plan-unreadable",
         ) from None
     for name in ("teacher", "clip", "image_size", "teacher_size", "files"):
         if getattr(there, name) != getattr(here, name):
             raise RichKDError(
                 f"{file} was measured with {name} = {getattr(there, name)!r}, this plan has "
-                f"{getattr(here, name)!r}; measure the same there"
+                f"{getattr(here, name)!r}; measure the same there",
+                code="plan-measured-differs",
             )
     return there
 

@@ -60,7 +60,8 @@ def torch_dataset(
                 f"{split} samples have the clean view only; leave it out"
                 if split != "train"
                 else f"say which of the views 0..{cache.num_views - 1} of the training samples"
-            )
+            ),
+            code="view-out-of-range",
         )
     names = [n for n in ROWS if cache.has(f"{split}/{n}")] if arrays is None else list(arrays)
     for name in names:

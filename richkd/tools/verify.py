@@ -125,7 +125,9 @@ def raise_faults(path: str | Path, checks: list[Check]) -> None:
         else "the store was written so: make it again with richkd precompute --overwrite"
     )
     more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
-    raise RichKDError(f"{path} is not right: {faults[0][1]}{more}; {remedy}")
+    raise RichKDError(
+        f"{path} is not right: {faults[0][1]}{more}; {remedy}", code="cache-verify-failed"
+    )
 
 
 def show_checks(path: str | Path, checks: list[Check], report: Report, most: int = 8) -> None:
@@ -201,14 +203,17 @@ def sealed_manifest(place: Location) -> Manifest:
     if not sealed(Folder(copy.path)) or manifest["checksums"] is None:
         raise RichKDError(
             f"{place}: the manifest is not what was sealed (zarr.json was changed), so that "
-            f"nothing in the store can be trusted; make it again with richkd precompute --overwrite"
+            f"nothing in the store can be trusted; make it again with richkd precompute "
+            f"--overwrite",
+            code="cache-unsealed",
         )
     claimed = sum(map(num_chunks, array_specs(manifest).values()))
     there = sum("/c/" in file for file in place.sizes())
     if claimed > 2 * there + 1000:  # nobody loses so many; and nobody can check a billion
         raise RichKDError(
             f"{place}: the manifest claims {claimed:,} chunks and there are {there:,}; make the "
-            f"store again with richkd precompute --overwrite"
+            f"store again with richkd precompute --overwrite",
+            code="manifest-damaged",
         )
     return manifest
 

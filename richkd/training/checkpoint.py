@@ -80,7 +80,10 @@ class Progress:
             seconds = float(note.get("seconds", 0.0))
             return cls(int(note["epoch"]), best, seconds, note.get("step", ""))
         except (KeyError, ValueError):
-            raise RichKDError(f"{path} is no checkpoint; begin anew with --overwrite") from None
+            raise RichKDError(
+                f"{path} is no checkpoint; begin anew with --overwrite",
+                code="checkpoint-unreadable",
+            ) from None
 
     @property
     def note(self) -> dict[str, str]:
@@ -152,7 +155,8 @@ class Checkpoints:
     @property
     def _unreadable(self) -> RichKDError:
         return RichKDError(
-            f"no checkpoint in {self.folder} can be read; begin anew with --overwrite"
+            f"no checkpoint in {self.folder} can be read; begin anew with --overwrite",
+            code="checkpoint-unreadable",
         )
 
 
@@ -231,7 +235,8 @@ class TrainingFolder:
             return
         if not self._ours:
             raise RichKDError(
-                f"{self.path} exists and is no {self.WHAT}; choose another --out, or move it away"
+                f"{self.path} exists and is no {self.WHAT}; choose another --out, or move it away",
+                code="foreign-file",
             )
         if not overwrite:
             self.check_same(recipe, identity)
@@ -300,7 +305,8 @@ class TrainingFolder:
                 )
                 raise RichKDError(
                     f"{self.path} holds a {self.WHAT} of other settings: {name} was "
-                    f"{was.get(name)!r} and is now {wanted.get(name)!r}; {why}{self._remedy}"
+                    f"{was.get(name)!r} and is now {wanted.get(name)!r}; {why}{self._remedy}",
+                    code="run-settings-differ",
                 )
 
     def _completed(self, was: dict[str, Any]) -> dict[str, Any]:
@@ -310,7 +316,8 @@ class TrainingFolder:
     def _other_identity(self, was: str, now: str) -> RichKDError:
         return RichKDError(
             f"the {self.WHAT} in {self.path} learns from other images, or from these read or seen "
-            f"otherwise ({was}; now {now}); {self._remedy}"
+            f"otherwise ({was}; now {now}); {self._remedy}",
+            code="teacher-images-differ",
         )
 
     @property
@@ -322,7 +329,8 @@ class TrainingFolder:
             return tomllib.loads(self._recorded.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RichKDError(
-                f"cannot read {self._recorded}: {error}; begin anew with --overwrite"
+                f"cannot read {self._recorded}: {error}; begin anew with --overwrite",
+                code="checkpoint-unreadable",
             ) from None
 
 
@@ -371,7 +379,10 @@ class RunFolder(TrainingFolder):
         """As of every training; RichKDError also where the run is complete."""
         self.check(recipe, identity, overwrite=overwrite)
         if self.complete and not overwrite:  # by another process, since that was looked at
-            raise RichKDError(f"{self.path} is complete already; begin it anew with --overwrite")
+            raise RichKDError(
+                f"{self.path} is complete already; begin it anew with --overwrite",
+                code="run-complete",
+            )
         return super().begin(recipe, identity, overwrite=overwrite)
 
     @property
@@ -391,7 +402,8 @@ class RunFolder(TrainingFolder):
         if summary is None:
             raise RichKDError(
                 f"{self.path / 'summary.json'} is damaged; remove it, and the same command trains "
-                f"the run again"
+                f"the run again",
+                code="summary-damaged",
             )
         return summary
 
@@ -410,7 +422,8 @@ class RunFolder(TrainingFolder):
     def _other_identity(self, was: str, now: str) -> RichKDError:
         return RichKDError(
             f"the run in {self.path} was trained on another store, or on this one before it was "
-            f"made anew ({was}; now {now}); {self._remedy}"
+            f"made anew ({was}; now {now}); {self._remedy}",
+            code="run-cache-differs",
         )
 
     @property

@@ -28,7 +28,9 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise RichKDError(f"device {name!r} cannot be used: {reason}; try --device cpu") from None
+        raise RichKDError(
+            f"device {name!r} cannot be used: {reason}; try --device cpu", code="device-unusable"
+        ) from None
     if device.type == "cpu":
         keep_freed_memory()
     return device

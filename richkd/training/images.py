@@ -37,7 +37,8 @@ def load_images(
         if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < cache.num_classes:
             raise RichKDError(
                 f"{cache.location}: {split}/labels are not in 0..{cache.num_classes - 1}; make the "
-                f"store again with richkd precompute --overwrite"
+                f"store again with richkd precompute --overwrite",
+                code="cache-damaged",
             )
     if entry["embedded"]:
         return {
@@ -52,18 +53,21 @@ def load_images(
         raise RichKDError(
             f"{cache.location} is for other classes than {found.name}: "
             f"{len(cache.manifest['class_names'])} against {len(found.class_names)}, or by other "
-            f"names; pass the --dataset that it was made from"
+            f"names; pass the --dataset that it was made from",
+            code="images-classes-differ",
         )
     if {*found.splits} != {*labels_of} or found.fingerprint != entry["fingerprint"]:
         raise RichKDError(
             f"{found.name} is not what {cache.location} was made from (its fingerprint differs); "
-            f"restore the files, or make the store again with richkd precompute"
+            f"restore the files, or make the store again with richkd precompute",
+            code="images-differ",
         )
     for split, labels in labels_of.items():
         if not torch.equal(found.splits[split].labels, labels):
             raise RichKDError(
                 f"the labels of {found.name} are not those in {cache.location}; make the store "
-                f"again with richkd precompute --overwrite"
+                f"again with richkd precompute --overwrite",
+                code="images-differ",
             )
     return found.splits
 
@@ -104,6 +108,7 @@ def load_again(
         raise RichKDError(
             f"{found.name}: an earlier version of richkd made the store, and read some of these "
             f"files otherwise (those with an EXIF orientation, transparency or more than 8 bits); "
-            f"make it again with richkd precompute --overwrite"
+            f"make it again with richkd precompute --overwrite",
+            code="images-read-otherwise",
         )
     return replace(found, skipped=tuple(skipped))

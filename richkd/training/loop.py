@@ -307,7 +307,8 @@ class Trainer:
             reason = str(error).splitlines()[0]
             raise RichKDError(
                 f"the checkpoint in {folder} does not fit this network ({reason}); begin anew with "
-                f"--overwrite"
+                f"--overwrite",
+                code="checkpoint-unreadable",
             ) from None
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:

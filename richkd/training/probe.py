@@ -52,7 +52,8 @@ def fit_probe(
     if len(train) < folds:
         raise RichKDError(
             f"a probe of {folds} folds needs as many training samples, there are {len(train)}; use "
-            f"--clip-head zero-shot"
+            f"--clip-head zero-shot",
+            code="probe-too-few-samples",
         )
     train, others = train.float(), others.float()
     std, mean = torch.std_mean(train, dim=0)

@@ -95,26 +95,32 @@ def load_runs(folders: list[Path], cache: str | None) -> list[Run]:
     runs = []
     for folder in folders:
         if not folder.is_dir():
-            raise RichKDError(f"no folder {folder}; richkd sweep makes runs, in runs/ by default")
+            raise RichKDError(
+                f"no folder {folder}; richkd sweep makes runs, in runs/ by default",
+                code="runs-missing",
+            )
         for recipe in sorted(folder.rglob("recipe.toml")):
             run = load_run(recipe.parent)
             if run is not None:
                 runs.append(run)
     where = ", ".join(map(str, folders))
     if not runs:
-        raise RichKDError(f"no runs in {where}; richkd sweep or richkd distill makes some")
+        raise RichKDError(
+            f"no runs in {where}; richkd sweep or richkd distill makes some", code="runs-missing"
+        )
     if cache is not None:
         wanted = identity(open_cache(cache))
         runs = [run for run in runs if run.identity == wanted]
         if not runs:
-            raise RichKDError(f"no run in {where} was trained on {cache}")
+            raise RichKDError(f"no run in {where} was trained on {cache}", code="runs-missing")
     stores = Counter(run.identity for run in runs)
     if len(stores) > 1:
         named = {run.identity: run.settings["cache"] for run in reversed(runs)}
         counts = ", ".join(f"{count} of {named[i]}" for i, count in stores.most_common())
         raise RichKDError(
             f"the runs in {where} were trained on different stores ({counts}) and cannot be "
-            f"compared; say which one with --cache, or name another folder"
+            f"compared; say which one with --cache, or name another folder",
+            code="runs-of-several-caches",
         )
     return runs
 
@@ -140,7 +146,8 @@ def load_run(path: Path) -> Run | None:
             summary["run"] = str(path)  # it may have been moved
     except (OSError, ValueError, AttributeError) as error:
         raise RichKDError(
-            f"the run in {path} is damaged ({error}); remove it, or train it again"
+            f"the run in {path} is damaged ({error}); remove it, or train it again",
+            code="run-damaged",
         ) from None
     return Run(
         path=path, identity=identity, settings=settings, metrics=folder.metrics(), summary=summary
@@ -155,9 +162,14 @@ def complete_run(folder: Path) -> Run:
     """
     run = load_run(folder) if (folder / "recipe.toml").is_file() else None
     if run is None:
-        raise RichKDError(f"{folder} is no run folder; richkd distill makes one")
+        raise RichKDError(
+            f"{folder} is no run folder; richkd distill makes one", code="run-missing"
+        )
     if run.summary is None:
-        raise RichKDError(f"{folder} is not complete; the same richkd distill command resumes it")
+        raise RichKDError(
+            f"{folder} is not complete; the same richkd distill command resumes it",
+            code="run-incomplete",
+        )
     return run
 
 
@@ -168,7 +180,9 @@ def load_student(run: Run, weights: str) -> nn.Module:
         RichKDError: other weights were asked for, or the file is not what it should be.
     """
     if weights not in ("last", "best"):
-        raise RichKDError(f"unknown weights {weights!r}; choose from best, last")
+        raise RichKDError(
+            f"unknown weights {weights!r}; choose from best, last", code="unknown-name"
+        )
     summary = run.complete
     model = create_model(
         summary["student"],

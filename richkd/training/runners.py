@@ -280,7 +280,8 @@ def check_step(wanted: str, device: torch.device) -> None:
     if wanted == "captured" and not cuda(device):
         raise RichKDError(
             f"step = 'captured' makes CUDA graphs, and the device is {device}; leave --step out, "
-            f"or choose eager or compiled"
+            f"or choose eager or compiled",
+            code="step-unsupported",
         )
 
 

@@ -278,12 +278,14 @@ def check_reads(cache: TeacherCache, settings: Distill) -> None:
         raise RichKDError(
             f"method {settings.method} standardises whole rows of logits, and {cache.location} "
             f"keeps the {cache.manifest['keep']} largest of {cache.num_classes}: choose a method "
-            f"that does not, or make the store with --keep all"
+            f"that does not, or make the store with --keep all",
+            code="method-needs-whole-rows",
         )
     if settings.target and TARGET not in reads:
         raise RichKDError(
             f"target = {settings.target!r}: method {settings.method} takes no target logits; leave "
-            f"--target out"
+            f"--target out",
+            code="target-not-taken",
         )
 
 
@@ -324,7 +326,8 @@ def check_version(folder: RunFolder, settings: Distill) -> None:
         raise RichKDError(
             f"the run in {folder.path} was begun by an earlier version of richkd, which trained "
             f"{settings.method} otherwise, or made choices on other images (see the changelog); "
-            f"choose another --out, or remove it"
+            f"choose another --out, or remove it",
+            code="run-of-earlier-version",
         )
 
 
@@ -361,7 +364,8 @@ def check_finite(record: EpochRecord, settings: Distill) -> None:
     if not abs(record.loss) < float("inf"):
         raise RichKDError(
             f"the student diverged: the loss of epoch {record.epoch} is {record.loss}; lower --lr "
-            f"(it is {settings.lr}) or the weights of the method's terms (--set)"
+            f"(it is {settings.lr}) or the weights of the method's terms (--set)",
+            code="student-diverged",
         )
 
 

@@ -91,7 +91,8 @@ def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Rep
         if alpha == "auto":
             raise RichKDError(
                 "alpha 'auto' chooses a blend, and the target is the CNN teacher alone; pass "
-                "--target fused"
+                "--target fused",
+                code="alpha-auto-without-blend",
             )
         return Target(kind, alpha, 1.0, {}, {"kind": kind})
     cache.require("train/fused_logits")
@@ -123,7 +124,10 @@ def _clip_logits(
     if settings.clip_head == "zero-shot":
         return {split: cache.similarity(split, settings.prompts) for split in cache.splits}, {}
     if settings.prompts is not None:
-        raise RichKDError("prompts are of the zero-shot head; the probe has none, leave them out")
+        raise RichKDError(
+            "prompts are of the zero-shot head; the probe has none, leave them out",
+            code="prompts-with-probe",
+        )
     report.say(f"fitting a probe on CLIP's features of {cache.num_samples:,} images")
     features = {split: cache.read(f"{split}/clip_features") for split in cache.splits}
     train, labels = features.pop("train"), cache.read("train/labels")
@@ -150,7 +154,8 @@ def _number(cache: TeacherCache, native: float, settings: Distill) -> float:
         if scale == "raw":
             raise RichKDError(
                 "scale 'raw' is of CLIP's cosines; the probe gives logits: leave --scale out, or "
-                "give a number that multiplies them"
+                "give a number that multiplies them",
+                code="scale-with-probe",
             )
     return fusion.resolve_scale(scale, native)
 
@@ -188,7 +193,8 @@ def choice_samples(cache: TeacherCache, holdout: float) -> tuple[str, Tensor]:
     if not len(chosen) or not len(tested):
         raise RichKDError(
             f"holdout = {holdout}: of {count} test images that leaves {len(chosen)} to choose on "
-            f"and {len(tested)} to test on; give another share"
+            f"and {len(tested)} to test on; give another share",
+            code="holdout-share",
         )
     return "test", chosen
 

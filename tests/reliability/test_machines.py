@@ -267,7 +267,7 @@ def missing() -> None:
 
 
 def refused() -> None:
-    raise RichKDError("photos/cat/17.png became unreadable; restore it")
+    raise RichKDError("photos/cat/17.png became unreadable; restore it", code="image-changed")
 
 
 def bug() -> None:
@@ -449,7 +449,7 @@ def test_a_sweep_names_shared_memory_as_that_and_memory_as_that() -> None:
     settings = Distill(cache="x", batch_size=48)
     shared = describe_failure(RuntimeError(SHARED), settings, "--concurrent")
     assert "/dev/shm" in shared and "--shm-size" in shared and "--concurrent" not in shared
-    ours = RichKDError(workers._describe(-signal.SIGKILL))
+    ours = RichKDError(workers._describe(-signal.SIGKILL), code="worker-died")
     assert describe_failure(ours, settings, "--concurrent") == str(ours)
     memory = describe_failure(MemoryError(), settings, "--concurrent")
     assert memory == "out of memory with batches of 48; lower --batch-size or --concurrent"

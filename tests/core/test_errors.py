@@ -1,0 +1,36 @@
+"""Errors: a line for people and a code for programs."""
+
+from __future__ import annotations
+
+import ast
+import pickle
+import re
+from pathlib import Path
+
+from richkd.core.errors import RichKDError, unknown
+
+SOURCES = sorted((Path(__file__).parents[2] / "richkd").rglob("*.py"))
+
+
+def test_an_error_survives_another_process() -> None:
+    error = pickle.loads(pickle.dumps(RichKDError("no  cache\nat x", code="cache-missing")))
+    assert (str(error), error.code) == ("no cache at x", "cache-missing")
+
+
+def test_every_error_has_a_code_that_is_written_out() -> None:
+    calls = [
+        (path, node)
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "RichKDError"
+    ]
+    assert len(calls) > 200
+    for path, call in calls:
+        code = next((word.value for word in call.keywords if word.arg == "code"), None)
+        assert isinstance(code, ast.Constant), f"{path}:{call.lineno}"
+        assert re.fullmatch(r"[a-z]+(-[a-z]+)*", code.value), code.value
+
+
+def test_an_unknown_name_is_answered_with_those_there_are() -> None:
+    error = unknown("method", "kkd", ["kd", "crd", "dkd"])
+    assert error.code == "unknown-name" and "kkd" in str(error) and "dkd" in str(error)
