@@ -25,9 +25,9 @@ def main() -> NoReturn:
     prepare_threads()
     if shutil.get_terminal_size().columns < NARROW:
         os.environ.setdefault("TYPER_USE_RICH", "0")  # whose columns cut the names of flags there
-    interrupt.unmoved_at_the_end()
+    interrupt.ignore_signals_at_exit()
     try:
-        with interrupt.stopped_at_once(closing_line(sys.argv[1:])):
+        with interrupt.interruptible(closing_line(sys.argv[1:])):
             from richkd.cli import execute
 
             code = streams.flushed(execute(sys.argv[1:]))
@@ -39,7 +39,7 @@ def main() -> NoReturn:
 def closing_line(arguments: Sequence[str]) -> str:
     """What to say where a command is interrupted, without a word of its own on how far it is."""
     command = next((word for word in arguments if not word.startswith("-")), "")
-    return interrupt.GOES_ON if command in RESUMED else "interrupted; run it again from the start"
+    return interrupt.RESUMES if command in RESUMED else "interrupted; run it again from the start"
 
 
 def prepare_threads() -> None:

@@ -31,7 +31,7 @@ from richkd.config.settings import (
     resolve,
 )
 from richkd.core.errors import RichKDError, local_path, machine_fault
-from richkd.core.interrupts import Interrupted, stopped_at_once
+from richkd.core.interrupts import Interrupted, interruptible
 from richkd.core.streams import fail
 
 app = typer.Typer(
@@ -973,7 +973,7 @@ def _assignments(flag: str, texts: list[str]) -> dict[str, Any]:
 def execute(arguments: Sequence[str]) -> int:
     """Run a command; the only place that turns errors into exit codes."""
     try:
-        with stopped_at_once():
+        with interruptible():
             code = app([*map(_at_home, arguments)] or ["--help"], standalone_mode=False)
     except RichKDError as error:
         code = fail(f"{error} [{error.code}]", 2)

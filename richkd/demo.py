@@ -43,8 +43,8 @@ def run_demo(out: str, seed: int, report: Report, *, overwrite: bool = False) ->
     started = time.perf_counter()
     folder = local_path(out)
     check_folder(folder, seed, overwrite=overwrite)
-    report.say(f"richkd demo: {LABELLED:,} labelled drawings; everything goes to {folder}")
-    report.say("\nStage one: CNN teacher and CLIP look at every image once")
+    report.log(f"richkd demo: {LABELLED:,} labelled drawings; everything goes to {folder}")
+    report.log("\nStage one: CNN teacher and CLIP look at every image once")
     cache = precompute(
         Precompute(dataset="shapes", limit=LABELLED, views=STUDENT_EPOCHS, out=str(folder / STORE)),
         teacher_recipe={
@@ -59,7 +59,7 @@ def run_demo(out: str, seed: int, report: Report, *, overwrite: bool = False) ->
     )
     summaries = []
     for method in METHODS:
-        report.say(f"\nStage two: a student by {method}, from the store alone")
+        report.log(f"\nStage two: a student by {method}, from the store alone")
         settings = Distill(
             cache=cache.location.name,
             method=method,
@@ -70,7 +70,7 @@ def run_demo(out: str, seed: int, report: Report, *, overwrite: bool = False) ->
             out=str(folder / f"resnet8-{method}-s{seed}"),
         )
         summaries.append(distill(settings, overwrite=overwrite, report=report))
-    report.say("\nWhat students made of it, and what fusion did")
+    report.log("\nWhat students made of it, and what fusion did")
     analysis = write_analysis(cache.location.name, report, threshold=0.8, split="test", out=None)
     runs = [Path(summary["run"]) for summary in summaries]  # others of before may be beside them
     page = write_report(runs, report, out=folder)
@@ -78,9 +78,9 @@ def run_demo(out: str, seed: int, report: Report, *, overwrite: bool = False) ->
     show_scores(analysis, report)
     seconds = time.perf_counter() - started
     pages = {"analysis": analysis["files"]["html"], "report": page["files"]["report.html"]}
-    report.say(f"{duration(seconds)} in all. One seed shows the way, not who wins.")
-    report.say(f"the teachers' page: {pages['analysis']}\nthe students' page: {pages['report']}")
-    report.say(
+    report.log(f"{duration(seconds)} in all. One seed shows the way, not who wins.")
+    report.log(f"the teachers' page: {pages['analysis']}\nthe students' page: {pages['report']}")
+    report.log(
         f"\nTry next:\n"
         f"  richkd distill --cache {cache.location} --student resnet14 --alpha 0.5 --epochs 30\n"
         f"  richkd run shapes\n"

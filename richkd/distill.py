@@ -11,7 +11,13 @@ from typing import Any
 from richkd.config.settings import Distill, check_resume
 from richkd.core.progress import Report
 from richkd.training.source import Source
-from richkd.training.student import StudentRun, completed, epoch_line, say_few_views, say_precision
+from richkd.training.student import (
+    StudentRun,
+    completed,
+    describe_precision,
+    epoch_line,
+    log_few_views,
+)
 
 
 def distill(
@@ -44,11 +50,11 @@ def distill(
     if not overwrite and (summary := completed(settings, source.cache, report)):
         return summary
     with StudentRun(source, settings, overwrite=overwrite) as run:
-        report.say(run.opening())
-        say_few_views([run.settings], source.cache, report)
-        say_precision(run, report)
+        report.log(run.opening())
+        log_few_views([run.settings], source.cache, report)
+        describe_precision(run, report)
         with report.track("distill", run.images_to_go, "images") as tick:
             for rows, waited in source.epochs(run.rows.values(), run.done + 1, run.settings.epochs):
                 record = run.train_epoch(rows, waited, tick)
-                report.say(epoch_line(record, run.settings.epochs))
+                report.log(epoch_line(record, run.settings.epochs))
         return run.finish()

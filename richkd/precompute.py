@@ -28,7 +28,7 @@ from richkd.core import fusion
 from richkd.core.accuracy import accuracy
 from richkd.core.errors import RichKDError
 from richkd.core.fusion import class_embeddings
-from richkd.core.interrupts import held_back, not_in_between
+from richkd.core.interrupts import deferred, uninterrupted
 from richkd.core.progress import Report, duration, percent, size
 from richkd.core.ranks import Ranks, joined
 from richkd.core.versions import versions
@@ -46,7 +46,7 @@ from richkd.store.location import Location
 from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
 from richkd.store.reader import TeacherCache, open_cache
-from richkd.store.schema import Block, Manifest, PrecisionError, TeacherEntry, say_errors
+from richkd.store.schema import Block, Manifest, PrecisionError, TeacherEntry, describe_errors
 from richkd.store.topk import check_keep, kl_errors
 from richkd.store.writer import StoreWriter, check_target
 from richkd.teachers.class_order import (
@@ -147,11 +147,11 @@ def precompute(
 
         def begin() -> StoreWriter:
             check_room(out, manifest, report)
-            with not_in_between():
+            with uninterrupted():
                 return begin_store(out, manifest, views, text, overwrite, redo)
 
         started = time.perf_counter()
-        with out.held() if ranks.first else nullcontext():
+        with out.locked() if ranks.first else nullcontext():
             with open_writer(begin, out, manifest, ranks) as writer:
                 classes = None if text is None else fusion.class_embeddings(text)
                 teachers = Teachers(settings, teacher, clip, classes)
@@ -162,7 +162,7 @@ def precompute(
                 finish(writer, manifest)
             ranks.wait()
         cache = open_cache(settings.out)
-        report.say(closing(cache, time.perf_counter() - started))
+        report.log(closing(cache, time.perf_counter() - started))
         return cache
 
 
@@ -180,7 +180,7 @@ def look_ahead(
         It, and the manifest of the store to go on with, where there is one.
     """
     out.check_writable()
-    out.check_not_held()
+    out.check_unlocked()
     begun = check_target(out, overwrite)
     check_clip(settings.clip)
     load_prompts(settings.prompts)
@@ -258,8 +258,8 @@ def is_complete(
             pairs.append(("clip.sha256", clip["sha256"], loaded.sha256))
     for name, was, now in pairs:
         if was != now:
-            raise made_otherwise(out, name, was, now, remedy)
-    report.say(
+            raise settings_differ(out, name, was, now, remedy)
+    report.log(
         f"{out} is complete already (richkd verify checks its bytes); --overwrite makes it "
         f"anew{said}"
     )
@@ -274,10 +274,10 @@ def check_same_settings(
     now = to_table(settings)
     for name in sorted((was.keys() | now.keys()) - NOT_IN_STORE):
         if was.get(name) != now.get(name):
-            raise made_otherwise(out, name, was.get(name), now.get(name), remedy)
+            raise settings_differ(out, name, was.get(name), now.get(name), remedy)
 
 
-def made_otherwise(out: Location, name: str, was: object, now: object, remedy: str) -> RichKDError:
+def settings_differ(out: Location, name: str, was: object, now: object, remedy: str) -> RichKDError:
     """The error for a complete store that is not what was asked for."""
     return RichKDError(
         f"{out} is complete and of other settings: {name} was {schema.shown(was)} and is now "
@@ -323,10 +323,10 @@ def make_teachers(
         ranks.from_first(lambda: check_output(Path(training.out), overwrite=False))
     else:
         if settings.teacher_weights:
-            say_what_it_learnt(weights, dataset, report)
+            warn_of_validation(weights, dataset, report)
         else:
             check_trained_on(weights, dataset)
-            say_trained_otherwise(training, teacher_recipe, dataset, report)
+            log_other_training(training, teacher_recipe, dataset, report)
         teacher = load(weights)
         known = recorded or recorded_order(begun, settings, teacher)
 
@@ -349,7 +349,7 @@ def make_teachers(
             seen = replace(seen, clip=features, precision_error=error)
     if weights is None:
         interrupted = TeacherFolder(Path(training.out)).checkpoints.files
-        report.say(
+        report.log(
             f"no --teacher-weights given and none at {training.out}: "
             f"{'resuming the training of' if interrupted else 'training'} the teacher, "
             f"{settings.teacher}, first"
@@ -448,12 +448,12 @@ def write_blocks(
     todo = [block for block, done in zip(writer.blocks, writer.done, strict=True) if not done]
     count, written = len(writer.blocks), 0
     if len(todo) < count:
-        report.say(f"resuming: {count - len(todo)} of {count} blocks are there already")
+        report.log(f"resuming: {count - len(todo)} of {count} blocks are there already")
     phases = [ranks.own(units) for units in compute.phases(todo)]
     own = [block for units in phases for unit in units for block in unit]
     total = sum(block.stop - block.start for block in own)
     with (
-        held_back() as check_stopped,
+        deferred() as check_stopped,
         report.track(f"precompute{ranks.task}", total, "images") as tick,
     ):
 
@@ -474,7 +474,7 @@ def write_blocks(
             writer.flush()  # the next phase reads what this one wrote, whoever wrote it
             ranks.wait()
             if ranks.first and any(block.split == "test" for unit in units for block in unit):
-                compute.say_zero_shot(report)
+                compute.log_zero_shot(report)
 
 
 def check_given(settings: Precompute) -> None:
@@ -515,23 +515,23 @@ def preview(
         for folder, name in zip_longest(dataset.class_folders[:8], names[:8])
     ]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    report.say(f"classes: {', '.join(shown)}{more}")
+    report.log(f"classes: {', '.join(shown)}{more}")
     asked = "; ".join(template.replace("{}", names[0]) for template in templates[:3])
     more = f"; and {len(templates) - 3} more" if len(templates) > 3 else ""
-    report.say(f"prompts a class: {len(templates)}: {asked}{more}")
+    report.log(f"prompts a class: {len(templates)}: {asked}{more}")
     count = min(LOOKED_AT, len(dataset.test))
     inputs = make_inputs(dataset.test.first(count).images, clip.device)
     features, classes = clip.image_features(inputs, 0, count, LOOKED_AT), class_embeddings(text)
     similarity = fusion.clip_similarity(features, classes)
     top1 = accuracy(similarity.cpu(), dataset.test.labels[:count], 1)
-    report.say(
+    report.log(
         f"CLIP zero-shot on {count} of the test images: {percent(top1)} % (chance "
         f"{percent(1 / len(names))} %)"
     )
     error = None
     if clip.precision != "float32":
         error = precision_error(clip, inputs, features, classes, LOOKED_AT)
-        report.say(f"CLIP in {schema.say_precision(clip.precision, error)}")
+        report.log(f"CLIP in {schema.describe_precision(clip.precision, error)}")
     return torch.split(features, LOOKED_AT), error
 
 
@@ -563,7 +563,7 @@ def check_trained_on(weights: Path, dataset: Dataset) -> None:
         )
 
 
-def say_trained_otherwise(
+def log_other_training(
     training: TrainTeacher, given: Collection[str], dataset: Dataset, report: Report
 ) -> None:
     """Say where a teacher that was found by its name is not what given settings say."""
@@ -571,18 +571,18 @@ def say_trained_otherwise(
     settings = training.for_size(dataset.image_size)
     found = difference(settings, dataset, read_note(weights), only=given)
     if found is not None:
-        report.say(
+        report.log(
             f"using {weights} as it is, though of its training {found}; richkd train-teacher "
             f"--overwrite trains another"
         )
 
 
-def say_what_it_learnt(weights: Path, dataset: Dataset, report: Report) -> None:
+def warn_of_validation(weights: Path, dataset: Dataset, report: Report) -> None:
     """Say where a teacher from elsewhere may have been trained on the validation images."""
     if dataset.validation is None:
         return
     if read_note(weights).get("fingerprint") != dataset.fingerprint:
-        report.say(
+        report.log(
             f"{weights} may have been trained on the validation images, too; if so, alpha auto "
             f"trusts the CNN teacher too much: train one on the others by leaving "
             f"--teacher-weights out"
@@ -716,11 +716,11 @@ def check_room(out: Location, manifest: Manifest, report: Report) -> None:
     expected = f"{out}: {size(wanted)} of arrays before compression"
     expected += f", {manifest['views']['count']} views"
     if not isinstance(out, Folder):
-        report.say(expected)
+        report.log(expected)
         return
     folder = next(parent for parent in out.path.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
-    report.say(f"{expected}; {size(free)} are free")
+    report.log(f"{expected}; {size(free)} are free")
     if wanted > free and not out.path.exists():
         raise RichKDError(
             f"{out} needs {size(wanted)} and {folder} has {size(free)} free; make room, choose "
@@ -760,7 +760,7 @@ def closing(cache: TeacherCache, seconds: float) -> str:
     )
     kept = (
         f"of {cache.num_classes:,} logits a row the {manifest['keep']} largest are kept; KL error "
-        f"on the test images: {say_errors(manifest['keep_kl'])}\n"
+        f"on the test images: {describe_errors(manifest['keep_kl'])}\n"
         if "keep" in manifest
         else ""
     )

@@ -25,7 +25,7 @@ from richkd.distill import distill
 from richkd.losses import method_class, method_options
 from richkd.models import check_trainable, create_model
 from richkd.models.weights import file_sha256
-from richkd.precompute import check_same_settings, made_otherwise, precompute
+from richkd.precompute import check_same_settings, precompute, settings_differ
 from richkd.report import FILES, check_files, write_report
 from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
@@ -111,7 +111,7 @@ def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict
         result = distill(stage_two, report=report)
     page = write_page(folder, cache, report)
     for line in published_lines(recipe.published):
-        report.say(line)
+        report.log(line)
     figures = {name: asdict(figure) for name, figure in recipe.published.items()}
     return {**result, "recipe": recipe.name, "published": figures, "page": page}
 
@@ -156,14 +156,14 @@ def make_store(settings: Precompute, recipe: Recipe, report: Report) -> TeacherC
     check_same_settings(cache.manifest, settings, out, remedy)
     if settings.dataset != cache.manifest["dataset"]["name"]:
         was = cache.manifest["dataset"]["name"]
-        raise made_otherwise(out, "dataset", was, settings.dataset, remedy)
+        raise settings_differ(out, "dataset", was, settings.dataset, remedy)
     weights = settings.teacher_weights
     if weights and file_sha256(Path(weights)) != cache.manifest["teacher"]["sha256"]:
         raise RichKDError(
             f"{out} was made with other teacher weights than {weights}; {remedy}",
             code="cache-teacher-differs",
         )
-    report.say(f"{out} is complete already")
+    report.log(f"{out} is complete already")
     return cache
 
 
@@ -176,7 +176,7 @@ def write_page(folder: Path, cache: TeacherCache, report: Report) -> str:
     if any(run.stat().st_mtime > written for run in folder.rglob("summary.json")):
         write_report([folder], report, cache=cache.location.name)
     else:
-        report.say(f"{page} is there already")
+        report.log(f"{page} is there already")
     return str(page)
 
 

@@ -47,7 +47,7 @@ def results_table(report: Report, title: str, summaries: Sequence[Mapping[str, A
         )
     header = ("test accuracy, %", "top-1 last", "best @epoch", "top-5", "images/s", "time")
     report.table(title, header, rows)
-    report.say(about_best(summaries))
+    report.log(about_best(summaries))
 
 
 def about_best(summaries: Iterable[Mapping[str, Any]]) -> str:
@@ -212,9 +212,9 @@ def leaderboard_table(report: Report, title: str, standings: Sequence[Standing])
         ]
         report.table(title if len(parts) == 1 else f"{title} ({images})", header, rows, left=2)
     if len(parts) > 1:
-        report.say("These tables are of different test images: do not compare one with another.")
+        report.log("These tables are of different test images: do not compare one with another.")
     if standings:
-        report.say(about_best(run for standing in standings for run in standing.runs.values()))
+        report.log(about_best(run for standing in standings for run in standing.runs.values()))
 
 
 def mean_std(pair: tuple[float, float]) -> str:

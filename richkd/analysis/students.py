@@ -39,7 +39,7 @@ from richkd.core.progress import Report
 from richkd.data.boxes import CLEAN_SHARE
 from richkd.data.class_names import class_words, text_key
 from richkd.data.datasets import ImageFiles, Split, files_split
-from richkd.data.decoding import Decoding, say_reading
+from richkd.data.decoding import Decoding, describe_decoding
 from richkd.data.folders import Listing, find_images, list_images
 from richkd.data.inputs import Batches, Normalize, make_inputs
 from richkd.data.views import ResizedCropFlip, views_tensor
@@ -289,12 +289,12 @@ def load_shift(folder: Path, store: TeacherCache, test: Split, report: Report) -
     found = find_images(folder)
     numbers = shift_classes(found.classes, folder, store, test)
     for line in found.tally.lines():
-        report.say(line)
+        report.log(line)
     listing = list_images(folder, "refuse", found=found, remedy="remove such files")
     decoding = shift_decoding(listing, store)
     origin = "as in the store, else by their values"
-    for line in say_reading(decoding, [listing.values], listing.traits, origin):
-        report.say(line)
+    for line in describe_decoding(decoding, [listing.values], listing.traits, origin):
+        report.log(line)
     split = files_split(listing, store.manifest["image_size"], decoding)
     assert isinstance(split.images, ImageFiles)
     space = ResizedCropFlip(split.images.sizes, split.images.image_size)

@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, SoftFileLease, Timeout
 
 from richkd.core.errors import RichKDError, local_path
-from richkd.core.interrupts import not_in_between, work_begins
+from richkd.core.interrupts import uninterrupted, work_begins
 
 try:
     import fcntl
@@ -196,7 +196,7 @@ def check_writable(path: Path) -> None:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """A store or a run folder is this process's to write; a lock dies with its process.
 
     Where the file system has no flock (Lustre without it, some FUSE and NFS), the lock is a file
@@ -215,15 +215,15 @@ def held(path: Path) -> Iterator[None]:
         return
     lock = FileLock(note)
     try:
-        with not_in_between():
+        with uninterrupted():
             lock.acquire(timeout=0)
             now = time.strftime("%Y-%m-%d %H:%M:%S")
             note.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {now}")
         yield
     except Timeout:
-        raise _held_by(path, note) from None
+        raise _locked_by(path, note) from None
     finally:
-        with not_in_between():
+        with uninterrupted():
             if lock.is_locked:
                 note.unlink(missing_ok=True)
                 lock.release()
@@ -240,7 +240,7 @@ def _leased(path: Path, note: Path) -> Iterator[None]:
         except Timeout:
             renewed = _stamp(note) != first
             if renewed or time.monotonic() > patience:
-                raise _held_by(path, note) from None
+                raise _locked_by(path, note) from None
         time.sleep(min(0.2, LEASE_S / 10))
     _leases[path] = lease
     try:
@@ -250,7 +250,7 @@ def _leased(path: Path, note: Path) -> Iterator[None]:
         lease.release()
 
 
-def check_still_held(path: Path) -> None:
+def check_still_locked(path: Path) -> None:
     """Refuse to go on with what another process took over meanwhile.
 
     Raises:
@@ -265,14 +265,14 @@ def check_still_held(path: Path) -> None:
         )
 
 
-def check_not_held(path: Path) -> None:
+def check_unlocked(path: Path) -> None:
     """Refuse a path that another process is writing; makes nothing.
 
     Raises:
         RichKDError: that is so.
     """
     if _lock_file(path).exists():
-        with held(path):
+        with locked(path):
             pass
 
 
@@ -306,7 +306,7 @@ def _lock_file(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
-def _held_by(path: Path, note: Path) -> RichKDError:
+def _locked_by(path: Path, note: Path) -> RichKDError:
     try:
         holder = note.read_text().strip()
     except (OSError, ValueError):

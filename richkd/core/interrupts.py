@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 STOPPING = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
-GOES_ON = "interrupted; the same command goes on"
+RESUMES = "interrupted; the same command goes on"
 # `timeout` and others signal the process and then its group, which is one request
 SAME_REQUEST_S = 0.5
 TRY_AGAIN_S = 0.05
@@ -43,7 +43,7 @@ class Interrupted(BaseException):
 class _State:
     """What has been asked of the main thread, and how far the answer is."""
 
-    message: str = GOES_ON
+    message: str = RESUMES
     handled: bool = False  # by this module
     begun: bool = False  # there is something to take down
     imports: int = 0  # that whoever is stopped is inside of, and that are not awaited
@@ -58,7 +58,7 @@ _state = _State()
 
 
 @contextmanager
-def stopped_at_once(message: str = GOES_ON) -> Iterator[None]:
+def interruptible(message: str = RESUMES) -> Iterator[None]:
     """A signal raises Interrupted, with the message; what fails afterwards failed because of it."""
     with _handled(message):
         try:
@@ -70,19 +70,19 @@ def stopped_at_once(message: str = GOES_ON) -> Iterator[None]:
 
 
 @contextmanager
-def held_back() -> Iterator[Callable[[str], None]]:
+def deferred() -> Iterator[Callable[[str], None]]:
     """Signals wait for a call of what this gives, with the message; a second one does not wait."""
 
     def check(message: str) -> None:
         if _state.caught and not _state.raised and _in_main_thread():
             _raise(message)
 
-    with _handled(_state.message), not_in_between():
+    with _handled(_state.message), uninterrupted():
         yield check
 
 
 @contextmanager
-def not_in_between() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """A signal waits for the end of the block, wherever signals are handled."""
     if not _in_main_thread():
         yield
@@ -102,7 +102,7 @@ def children_left_alone() -> Iterator[None]:
 
     A terminal or a batch system signals all processes of a job.
     """
-    with not_in_between():
+    with uninterrupted():
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         try:
             yield
@@ -142,7 +142,7 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def unmoved_at_the_end() -> None:
+def ignore_signals_at_exit() -> None:
     """Let no signal change the exit code while Python takes itself down; to be called early."""
 
     def ignore() -> None:

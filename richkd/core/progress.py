@@ -34,7 +34,7 @@ class Report:
 
         return Console(stderr=True, quiet=self.quiet, highlight=False)
 
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """One line; what is in it is text, never markup. A terminal wraps it between words."""
         if self.quiet:
             return
@@ -57,7 +57,7 @@ class Report:
             with self._bar(task, total, unit) as advance:
                 yield advance
         else:
-            yield _Lines(task, total, unit, self.say)
+            yield _Lines(task, total, unit, self.log)
 
     @contextmanager
     def _bar(self, task: str, total: int, unit: str) -> Iterator[Advance]:
@@ -82,7 +82,7 @@ class Report:
                 bar.update(handle, advance=count, rate=f"{_amount(rate, unit)}/s")
 
             yield advance
-        self.say(_finished(task, done, unit, time.perf_counter() - start))
+        self.log(_finished(task, done, unit, time.perf_counter() - start))
 
     def table(
         self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1
@@ -155,8 +155,8 @@ def _print_lines(console: Console, title: str, cells: Sequence[Sequence[str]]) -
 
 
 class _Lines:
-    def __init__(self, task: str, total: int, unit: str, say: Callable[[str], None]) -> None:
-        self.task, self.total, self.unit, self.say = task, total, unit, say
+    def __init__(self, task: str, total: int, unit: str, log: Callable[[str], None]) -> None:
+        self.task, self.total, self.unit, self.log = task, total, unit, log
         self.done = 0
         self.start = self.last = time.perf_counter()
 
@@ -164,11 +164,11 @@ class _Lines:
         self.done += count
         now = time.perf_counter()
         if self.done >= self.total:
-            self.say(_finished(self.task, self.done, self.unit, now - self.start))
+            self.log(_finished(self.task, self.done, self.unit, now - self.start))
         elif now - self.last >= LINE_EVERY_S:
             self.last = now
             rate = self.done / (now - self.start)
-            self.say(
+            self.log(
                 f"{self.task}: {100 * self.done / self.total:.0f} %, {_amount(rate, self.unit)}/s, "
                 f"{duration((self.total - self.done) / rate)} left"
             )

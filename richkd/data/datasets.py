@@ -28,8 +28,8 @@ from richkd.core.errors import RichKDError
 from richkd.core.progress import Report
 from richkd.data import class_names, folders, layouts
 from richkd.data.boxes import CLEAN_SHARE
-from richkd.data.decoding import CHANGED, Decoding, say_reading
-from richkd.data.entries import say_splits
+from richkd.data.decoding import CHANGED, Decoding, describe_decoding
+from richkd.data.entries import describe_splits
 from richkd.data.folders import Paths
 from richkd.data.framing import NetworkInput
 from richkd.data.views import PadCropFlip, ResizedCropFlip, ViewSpace
@@ -251,16 +251,16 @@ def load_dataset(
 
 def introduce(dataset: Dataset, report: Report) -> None:
     """Say what a data set is, how its files were read, and what was left out."""
-    counts = say_splits({name: len(split) for name, split in dataset.splits.items()})
+    counts = describe_splits({name: len(split) for name, split in dataset.splits.items()})
     side, classes = dataset.image_size, len(dataset.class_names)
-    report.say(
+    report.log(
         f"{dataset.name}: {counts} images of {side}×{side}, {classes} classes; fingerprint "
         f"{dataset.fingerprint[:12]}"
     )
     for note in dataset.notes:
-        report.say(note)
+        report.log(note)
     for path in dataset.skipped:
-        report.say(f"left out, for it is no whole image: {path}")
+        report.log(f"left out, for it is no whole image: {path}")
 
 
 def check_class_names(settings: Images) -> None:
@@ -461,7 +461,7 @@ def _image_folder(
     splits = {split: files_split(each, image_size, decoding) for split, each in listed.items()}
     traits = np.concatenate([each.traits for each in listed.values()])
     origin = "--pixel-range" if settings.pixel_range else ""
-    read = say_reading(decoding, values, traits, origin)
+    read = describe_decoding(decoding, values, traits, origin)
     return Parts(
         names.names,
         splits["train"],

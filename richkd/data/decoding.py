@@ -354,7 +354,7 @@ def readable() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def say_reading(
+def describe_decoding(
     decoding: Decoding, values: Sequence[Values], traits: NDArray[np.uint8], origin: str = ""
 ) -> list[str]:
     """What was assumed in reading some of the files, a line each.

@@ -13,7 +13,7 @@ class DecodingEntry(TypedDict):
     ranges: dict[str, list[float]]  # by kind of file: the values that are black and white
 
 
-def say_splits(counts: Mapping[str, int]) -> str:
+def describe_splits(counts: Mapping[str, int]) -> str:
     """The sizes of the splits in words, such as `500 training and 10,000 test`."""
     words = {"train": "training", "validation": "validation", "test": "test"}
     *first, last = (f"{counts[split]:,} {word}" for split, word in words.items() if split in counts)

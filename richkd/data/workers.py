@@ -31,7 +31,7 @@ from torch.utils.data._utils import signal_handling as _signal_handling
 
 from richkd.core.cpus import usable_cpus
 from richkd.core.errors import RichKDError
-from richkd.core.interrupts import STOPPING, children_left_alone, not_in_between, work_begins
+from richkd.core.interrupts import STOPPING, children_left_alone, uninterrupted, work_begins
 from richkd.core.progress import Report, size
 
 MOST_WORKERS = 8
@@ -267,7 +267,7 @@ def _end(iterator: Any) -> None:
     """
     if iterator not in _open:
         return
-    with not_in_between():
+    with uninterrupted():
         _open.discard(iterator)
         if iterator._shutdown:  # after the last batch
             return
@@ -325,7 +325,7 @@ def _kept(which: signal.Signals) -> Iterator[None]:
 
 @cache
 def _say_once(message: str) -> None:
-    Report().say(message)
+    Report().log(message)
 
 
 def _in_main_thread() -> bool:

@@ -186,7 +186,7 @@ def show_scores(result: Mapping[str, Any], report: Report) -> None:
         [cell_row(NAMES[kind], row) for kind, row in teachers.items()],
     )
     for line in what_fusion_does(teachers):
-        report.say(line)
+        report.log(line)
 
 
 def show(result: Mapping[str, Any], report: Report) -> None:
@@ -194,7 +194,7 @@ def show(result: Mapping[str, Any], report: Report) -> None:
     show_scores(result, report)
     report.table("", CONSISTENCY_HEAD, consistency_rows(result))
     if result["disagreement"] is None:
-        report.say(WITHOUT_CLIP)
+        report.log(WITHOUT_CLIP)
         return
     report.table("", DISAGREEMENT_HEAD, disagreement_rows(result))
     report.table("", CHANGE_HEAD, change_rows(result))

@@ -182,7 +182,7 @@ def show(result: Mapping[str, Any], report: Report) -> None:
         report.table("", DIFFERENCE_HEAD, difference_rows(parts))
     if "corruptions" in parts[0]:
         report.table("", CORRUPTION_HEAD, corruption_rows(parts))
-        report.say(f"corruptions: {parts[0]['corruptions']['source']}")
+        report.log(f"corruptions: {parts[0]['corruptions']['source']}")
     if "shift" in parts[0]:
         report.table("", SHIFT_HEAD, shift_rows(parts))
     if len(parts) == 1:

@@ -152,7 +152,7 @@ class Bucket(Location):
     def check_writable(self) -> None:
         """By writing a lock and taking it away again."""
         _ = self.exists  # a server that is not there is known sooner so
-        with self.held():
+        with self.locked():
             pass
 
     @cached_property
@@ -170,21 +170,21 @@ class Bucket(Location):
             self._lease.follow(token)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """By a lock that its holder renews."""
         with ExitStack() as stack:
             with self.explained("write to"):
-                stack.enter_context(self._lease.held())
+                stack.enter_context(self._lease.locked())
             yield
 
-    def check_not_held(self) -> None:
+    def check_unlocked(self) -> None:
         """Where a lock is there, whether somebody renews it."""
         with self.explained("read"):
             there = self._lease.look()
         if there is not None:
             self.check_writable()
 
-    def check_still_held(self) -> None:
+    def check_still_locked(self) -> None:
         """By looking at the lock, where that was not done lately."""
         with self.explained("write to"):
             self._lease.check()

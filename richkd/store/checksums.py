@@ -81,7 +81,7 @@ def num_digests(spec: ArraySpec) -> int:
     return spec.shape[0] if spec.dimensions[0] == "view" else 1
 
 
-def whole(chunk: bytes) -> bool:
+def intact(chunk: bytes) -> bool:
     """Whether a chunk's bytes are those that the CRC behind them was computed of."""
     body, crc = chunk[:-_CRC], chunk[-_CRC:]
     return len(crc) == _CRC and google_crc32c.value(body) == int.from_bytes(crc, "little")
@@ -94,16 +94,16 @@ def read_chunk(place: Location, file: str) -> bytes:
     """
     content = place.read(file)
     for _ in range(0 if isinstance(place, Folder) else ATTEMPTS - 1):
-        if whole(content):
+        if intact(content):
             break
         content = place.read(file)
     return content
 
 
-def lies_whole(place: Location, file: str) -> bool:
+def is_intact(place: Location, file: str) -> bool:
     """Whether a chunk is there, and whole."""
     try:
-        return whole(read_chunk(place, file))
+        return intact(read_chunk(place, file))
     except OSError:
         return False
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from richkd.core.errors import RichKDError
 from richkd.core.files import home, replacing
-from richkd.store.checksums import read_chunk, whole
+from richkd.store.checksums import intact, read_chunk
 from richkd.store.folder import Folder
 from richkd.store.location import METADATA, Location
 
@@ -56,7 +56,7 @@ class LocalCopy:
             content = read_chunk(self.location, name) if chunk else self.location.read(name)
         except FileNotFoundError:
             return
-        if chunk and not whole(content):
+        if chunk and not intact(content):
             raise RichKDError(
                 f"{self.location}: {name} is damaged; richkd verify says what else is, and richkd "
                 f"repair mends it",

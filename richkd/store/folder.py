@@ -88,17 +88,17 @@ class Folder(Location):
         """As of every file that richkd writes."""
         files.check_writable(self.path)
 
-    def held(self) -> AbstractContextManager[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """By a lock that dies with its process."""
-        return files.held(self.path)
+        return files.locked(self.path)
 
-    def check_not_held(self) -> None:
+    def check_unlocked(self) -> None:
         """Where a lock is there, whether somebody has it."""
-        files.check_not_held(self.path)
+        files.check_unlocked(self.path)
 
-    def check_still_held(self) -> None:
+    def check_still_locked(self) -> None:
         """A lock on a disk is held until its process ends, but not where there is no flock."""
-        files.check_still_held(self.path)
+        files.check_still_locked(self.path)
 
     def explained(self, do: str) -> AbstractContextManager[None]:
         """What befalls a disk says itself what it is."""

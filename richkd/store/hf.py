@@ -111,14 +111,14 @@ class Hub(Location):
         """It is not."""
         raise self._only_read
 
-    def held(self) -> AbstractContextManager[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Never."""
         raise self._only_read
 
-    def check_not_held(self) -> None:
+    def check_unlocked(self) -> None:
         """Nobody can hold it."""
 
-    def check_still_held(self) -> None:
+    def check_still_locked(self) -> None:
         """Nobody can hold it."""
 
     def remove_temporary(self) -> None:

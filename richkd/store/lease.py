@@ -55,7 +55,7 @@ class Lease:
         self._one_at_a_time = threading.Lock()
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Have the lock until the block ends.
 
         Raises:
@@ -173,13 +173,13 @@ class Lease:
             time.sleep(2.5 * BEAT_S)
             now = self.look()
             if now is not None and now.tag != seen.tag:
-                raise self._held_by(now.holder)
+                raise self._locked_by(now.holder)
         try:
             return self._write("create" if seen is None else {"e_tag": seen.tag})
         except TAKEN:
-            raise self._held_by("another process") from None
+            raise self._locked_by("another process") from None
 
-    def _held_by(self, holder: str) -> RichKDError:
+    def _locked_by(self, holder: str) -> RichKDError:
         return RichKDError(
             f"{self._name} is being written by {holder}; wait for that, or choose another --out",
             code="locked",

@@ -82,7 +82,7 @@ class Location(ABC):
         """Refuse a place that cannot be written to, before anything long is done for it."""
 
     @abstractmethod
-    def held(self) -> AbstractContextManager[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """The store is this process's to write.
 
         Raises:
@@ -99,7 +99,7 @@ class Location(ABC):
         del token
 
     @abstractmethod
-    def check_not_held(self) -> None:
+    def check_unlocked(self) -> None:
         """Refuse a store that another process is writing; makes nothing."""
 
     @abstractmethod
@@ -110,7 +110,7 @@ class Location(ABC):
         """
 
     @abstractmethod
-    def check_still_held(self) -> None:
+    def check_still_locked(self) -> None:
         """Refuse to go on where another process took the store over."""
 
     def map(self, function: Callable[[str], T], names: Sequence[str]) -> Iterator[T]:

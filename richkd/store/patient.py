@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from obstore.exceptions import GenericError
 from zarr.storage import ObjectStore
 
-from richkd.store.checksums import whole
+from richkd.store.checksums import intact
 from richkd.store.location import ATTEMPTS, PATIENCE_S
 
 if TYPE_CHECKING:
@@ -47,6 +47,6 @@ class PatientStore(ObjectStore[Any]):
                 if time.monotonic() > patience:
                     raise
                 continue
-            if found is None or "/c/" not in key or byte_range or whole(found.to_bytes()):
+            if found is None or "/c/" not in key or byte_range or intact(found.to_bytes()):
                 return found
         return await super().get(key, prototype, byte_range)

@@ -178,12 +178,12 @@ def split_sizes(manifest: Manifest) -> dict[str, int]:
     return sizes
 
 
-def say_errors(errors: Mapping[str, float]) -> str:
+def describe_errors(errors: Mapping[str, float]) -> str:
     """The KL errors in words."""
     return ", ".join(f"{error:.2g} nats at τ {tau}" for tau, error in errors.items())
 
 
-def say_precision(precision: str, error: PrecisionError | None) -> str:
+def describe_precision(precision: str, error: PrecisionError | None) -> str:
     """CLIP's precision, and its error where it has one, in words."""
     if error is None:
         return precision

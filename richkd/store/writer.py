@@ -35,7 +35,7 @@ from richkd.store import schema
 from richkd.store.checksums import (
     block_files,
     chunk_files,
-    lies_whole,
+    is_intact,
     take_checksums,
     write_sealed,
 )
@@ -58,7 +58,7 @@ _MOST_ENCODERS = 8  # threads, which is more than one device keeps busy
 
 
 @dataclass(eq=False)
-class OnTheWay:
+class PendingBlock:
     """The rows of a block between the device that computed them and the store."""
 
     block: Block
@@ -69,7 +69,9 @@ class OnTheWay:
     failed: bool = False
 
     @classmethod
-    def of(cls, block: Block, rows: Mapping[str, Tensor], dtypes: Mapping[str, Any]) -> OnTheWay:
+    def of(
+        cls, block: Block, rows: Mapping[str, Tensor], dtypes: Mapping[str, Any]
+    ) -> PendingBlock:
         """Converted and checked where they are, and on their way to the host."""
         stored = {name: _stored(tensor, dtypes[name]) for name, tensor in rows.items()}
         finite = {
@@ -218,7 +220,7 @@ class StoreWriter:
             RichKDError: a row holds NaN or infinity, or an earlier block could not be written.
         """
         self._check()
-        handed = OnTheWay.of(block, rows, {name: self._dtype(block, name) for name in rows})
+        handed = PendingBlock.of(block, rows, {name: self._dtype(block, name) for name in rows})
         if handed.copied is None:
             handed.check()
         self._wait(_ROOM - 1)
@@ -238,7 +240,7 @@ class StoreWriter:
         rest = "/0" * (len(array.shape) - 1)
         for number in range(start // block, -(-stop // block)):
             # an absent chunk would read as zeros
-            if not lies_whole(self._place, f"{name}/c/{number}{rest}"):
+            if not is_intact(self._place, f"{name}/c/{number}{rest}"):
                 raise RichKDError(
                     f"{self._place}: {name} lacks a chunk that was written", code="cache-damaged"
                 )
@@ -258,7 +260,7 @@ class StoreWriter:
         if hasattr(os, "sync"):
             os.sync()  # what the manifest calls complete is on the disk, whatever happens next
         manifest["checksums"] = take_checksums(self._place, schema.array_specs(manifest))
-        self._place.check_still_held()
+        self._place.check_still_locked()
         write_sealed(self._place, manifest)
         return manifest
 
@@ -266,7 +268,7 @@ class StoreWriter:
         return self._arrays[f"{block.split}/{name}"].dtype
 
     def _check(self) -> None:
-        self._place.check_still_held()
+        self._place.check_still_locked()
         if isinstance(self._error, RichKDError):
             raise self._error
         if self._error is not None:
@@ -281,7 +283,7 @@ class StoreWriter:
         with self._moved:
             self._moved.wait_for(lambda: self._under_way <= most)
 
-    def _arrived(self, handed: OnTheWay) -> None:
+    def _arrived(self, handed: PendingBlock) -> None:
         """Check a block once it is on the host, and have each of its arrays written."""
         with self._told(handed):
             handed.arrive()
@@ -289,13 +291,13 @@ class StoreWriter:
         for name in handed.rows:
             self._encoders.submit(self._write, handed, name)
 
-    def _write(self, handed: OnTheWay, name: str) -> None:
+    def _write(self, handed: PendingBlock, name: str) -> None:
         """Encode and write one array of a block, and after the last of them the block's flag."""
         block = handed.block
         span = slice(block.start, block.stop)
         with self._told(handed):
             if self._error is None:  # else nothing is written any more
-                self._place.check_still_held()
+                self._place.check_still_locked()
                 array = self._arrays[f"{block.split}/{name}"]
                 values = handed.rows[name].numpy().astype(array.dtype, copy=False)
                 if name in ROUNDED:
@@ -317,7 +319,7 @@ class StoreWriter:
             self._moved.notify_all()
 
     @contextmanager
-    def _told(self, handed: OnTheWay) -> Iterator[None]:
+    def _told(self, handed: PendingBlock) -> Iterator[None]:
         """What fails in a thread is told to the main one by `_check`."""
         try:
             yield
@@ -372,7 +374,7 @@ def written(place: Location, manifest: Manifest) -> list[bool]:
     there = place.sizes()
 
     def right(file: str) -> bool:
-        return file in there and (place.durable or lies_whole(place, file))
+        return file in there and (place.durable or is_intact(place, file))
 
     return [
         right(flag) and all(map(right, block_files(manifest, block)))

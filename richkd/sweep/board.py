@@ -46,19 +46,19 @@ class Board:
         if self._live is not None:
             self._live.stop()
 
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """A line that stays, above the rows."""
         if self._live is not None:
             self._live.console.print(message, markup=False, highlight=False, emoji=False)
         else:
-            self.report.say(message)
+            self.report.log(message)
 
-    def say_over(self, entry: Entry) -> None:
+    def log_line(self, entry: Entry) -> None:
         """What has become of a run."""
         if entry.state == "failed":
-            self.say(f"{entry.label} failed: {entry.reason}")
+            self.log(f"{entry.label} failed: {entry.reason}")
         else:
-            self.say(
+            self.log(
                 f"{entry.label}: {entry.scored_on} {percent(entry.accuracy)} %, {self.summary()}"
             )
 
@@ -68,7 +68,7 @@ class Board:
         now = time.perf_counter()
         if self._live is None and now - self._last_line >= LINE_EVERY_S:
             self._last_line = now
-            self.report.say(f"sweep: {self.summary()}; {entry.label} at {entry.progress}")
+            self.report.log(f"sweep: {self.summary()}; {entry.label} at {entry.progress}")
 
     def summary(self) -> str:
         """All runs in a line."""
@@ -149,13 +149,13 @@ def show_plan(entries: Sequence[Entry], title: str, engine: Engine, report: Repo
     ]
     report.table(title, header, cells, left=2)
     waiting = sum(entry.state == "waiting" for entry in entries)
-    report.say(
+    report.log(
         f"{len(entries)} runs of {entries[0].settings.epochs} epochs, {waiting} to do, "
         f"{engine.describe(entries)}"
     )
     precisions = {entry.settings.student: entry.cost.precisions for entry in entries if entry.cost}
     if line := advice({name: each for name, each in precisions.items() if each is not None}):
-        report.say(line)
+        report.log(line)
 
 
 class Engine(Protocol):

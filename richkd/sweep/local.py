@@ -146,7 +146,7 @@ def train_in_step(
             run.wait()
             if run.done == entry.settings.epochs:
                 entry.finish(run.finish())
-                board.say_over(entry)
+                board.log_line(entry)
         run.close()
 
 
@@ -183,4 +183,4 @@ def watching(entry: Entry, board: Board) -> Iterator[Advance]:
         yield lambda images: board.tick(entry, images)
     except FAILURES as error:
         entry.fail(describe_failure(error, entry.settings, "--concurrent"))
-        board.say_over(entry)
+        board.log_line(entry)

@@ -29,8 +29,8 @@ from ray.exceptions import RayError, RaySystemError, RayTaskError
 from richkd.config.settings import Distill, Sweep, to_table
 from richkd.core.cpus import usable_cpus
 from richkd.core.errors import RichKDError
-from richkd.core.files import check_not_held, held
-from richkd.core.interrupts import GOES_ON, Interrupted, handlers_kept, held_back
+from richkd.core.files import check_unlocked, locked
+from richkd.core.interrupts import RESUMES, Interrupted, deferred, handlers_kept
 from richkd.core.progress import Report
 from richkd.store.reader import TeacherCache
 from richkd.sweep.board import Board
@@ -97,7 +97,7 @@ def open_ray(sweep: Sweep, entries: Sequence[Entry], cache: TeacherCache) -> Ite
             f"device = {device!r}: must be auto, cpu or cuda with --engine ray, which chooses GPUs",
             code="ray-device",
         )
-    with connected(sweep.address) as where, held_back() as check:
+    with connected(sweep.address) as where, deferred() as check:
         known: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
         nodes = [node["Resources"] for node in known if node["Alive"]]
         share = choose_share(sweep, device, nodes)
@@ -149,7 +149,7 @@ def start(address: str) -> None:
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         raise _unreachable(address, str(error).splitlines()[0]) from None
     except SystemExit:  # Ray's answer to SIGTERM
-        raise Interrupted(signal.SIGTERM, GOES_ON) from None
+        raise Interrupted(signal.SIGTERM, RESUMES) from None
 
 
 def check_address(address: str) -> None:
@@ -278,29 +278,29 @@ class RayEngine:
             self.note(told, entry, board)
         elif told.reason:
             entry.fail(told.reason)
-            board.say_over(entry)
+            board.log_line(entry)
         elif told.summary is None:
             entry.state = "waiting"
         else:
             folder = RunFolder(Path(entry.settings.out))
             if not folder.complete:  # the worker's disk is another
-                with held(folder.path):
+                with locked(folder.path):
                     folder.receive(ray.get(next(stream)))
             entry.finish(told.summary)
-            board.say_over(entry)
+            board.log_line(entry)
         return isinstance(told, Progress)
 
     def note(self, progress: Progress, entry: Entry, board: Board) -> None:
         """A run is that far; a worker's lines are said once, whichever worker says them."""
         if progress.epoch_s is None and self.losses[entry.label]:
             goes_on = f"goes on after epoch {progress.done}" if progress.done else "begins anew"
-            board.say(f"{entry.label} {goes_on}")
+            board.log(f"{entry.label} {goes_on}")
         entry.state, entry.done, entry.scores = "training", progress.done, {**progress.scores}
         entry.epoch_s = progress.epoch_s or entry.epoch_s
         for line in progress.said:
             if line not in self.said:
                 self.said.add(line)
-                board.say(line)
+                board.log(line)
         board.tick(entry, 0)
 
     def lose(self, entry: Entry, error: RayError, board: Board) -> None:
@@ -309,10 +309,10 @@ class RayEngine:
         reason = str(error).splitlines()[0].partition(". ")[0]
         if self.losses[entry.label] < ATTEMPTS:
             entry.state = "waiting"
-            board.say(f"{entry.label}: its worker was lost ({reason}); another one takes over")
+            board.log(f"{entry.label}: its worker was lost ({reason}); another one takes over")
         else:
             entry.fail(f"{ATTEMPTS} workers were lost, the last because: {reason}")
-            board.say_over(entry)
+            board.log_line(entry)
 
 
 def _foreign(reason: str) -> RichKDError:
@@ -401,7 +401,7 @@ class Lines(Report):
         super().__init__(quiet=True)
         self.lines: list[str] = []
 
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """The driver will say it."""
         self.lines.append(message)
 
@@ -439,11 +439,11 @@ def work_in(folder: str) -> None:
 
 
 def wait_until_free(path: Path) -> None:
-    """A worker that was lost may still be ending; errors of `check_not_held`, if it does not."""
+    """A worker that was lost may still be ending; errors of `check_unlocked`, if it does not."""
     patience = time.monotonic() + LOCK_S
     while True:
         try:
-            return check_not_held(path)
+            return check_unlocked(path)
         except RichKDError:
             if time.monotonic() > patience:
                 raise

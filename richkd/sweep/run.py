@@ -32,7 +32,7 @@ from richkd.sweep.local import LocalEngine
 from richkd.training.checkpoint import RunFolder
 from richkd.training.source import Source
 from richkd.training.student import (
-    say_few_views,
+    log_few_views,
 )
 
 
@@ -69,7 +69,7 @@ def run_sweep(
     entries = check_grid(make_grid(sweep, recipe, flags, cache), cache)
     with open_engine(sweep, entries, cache, report) as engine:
         show_plan(entries, f"{cache.location} → {sweep.out}/", engine, report)
-        say_few_views([entry.settings for entry in entries], cache, report)
+        log_few_views([entry.settings for entry in entries], cache, report)
         if dry_run:
             return outcome(entries)
         for entry in entries:

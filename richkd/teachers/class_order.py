@@ -196,7 +196,7 @@ def resolve_outputs(
     if settings.teacher_classes:
         outputs = given_outputs(settings, dataset)
         if outputs is not None:
-            report.say(
+            report.log(
                 f"the teacher's outputs are {_some(outputs, dataset)}, by --teacher-classes "
                 f"{settings.teacher_classes}; the store has them in the data set's order"
             )
@@ -205,7 +205,7 @@ def resolve_outputs(
     if any(kind in note for kind in ("class_folders", "class_names")):
         outputs = noted_outputs(note, weights, dataset)
         if outputs is not None:
-            report.say(
+            report.log(
                 f"the teacher's outputs are {_some(outputs, dataset)}, as {weights} says; the "
                 f"store has them in the data set's order"
             )
@@ -224,13 +224,13 @@ def resolve_outputs(
     if better < CLEARLY:
         if better > -CLEARLY:
             own = _some(tuple(range(len(dataset.class_folders))), dataset)
-            report.say(
+            report.log(
                 f"the teacher's outputs are taken for {own}, the sorted order, for {len(labels)} "
                 f"training images tell too little of others; --teacher-classes natural (as timm "
                 f"has them), or a file, says otherwise"
             )
         return None
-    report.say(
+    report.log(
         f"the teacher's outputs are taken for {_some(orders[best], dataset)}, {best}, for it is "
         f"right on {right[best]} of {len(labels)} training images so and on "
         f"{int((predicted == labels).sum())} in sorted order; if that is wrong, pass "
@@ -343,7 +343,7 @@ def preview_teacher(
             f"; far below the {percent(recorded)} % that {weights} records: these may be "
             f"other images, or other classes by the same names"
         )
-    report.say(said)
+    report.log(said)
     return rows
 
 

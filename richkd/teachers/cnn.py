@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from richkd.config.settings import Training, TrainTeacher, check_resume, to_table
 from richkd.core.errors import RichKDError
 from richkd.core.files import (
-    check_not_held,
     check_replaceable,
-    check_still_held,
-    held,
+    check_still_locked,
+    check_unlocked,
+    locked,
     read_json,
     to_json,
     write_json,
@@ -101,7 +101,7 @@ def load_teacher(
     if weights is not None:
         said = load_into(model, read_weights(weights), name, weights)
         if said and report is not None:
-            report.say(said)
+            report.log(said)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     sha256 = file_sha256(weights) if weights else ""
     return CNNTeacher(name, model.eval(), sha256, num_features, network_input, device, outputs)
@@ -115,7 +115,7 @@ def check_output(path: Path, overwrite: bool) -> None:
     """
     check_replaceable(path, is_trained_here)
     check_replaceable(summary_file(path), has_keys("weights", "model", "top1_last"))
-    check_not_held(path)
+    check_unlocked(path)
     if overwrite:
         TeacherFolder(path).check({}, "", overwrite=True)
 
@@ -135,7 +135,7 @@ def summary_file(weights: Path) -> Path:
 
 def remove_trained(path: Path) -> None:
     """Delete a teacher that `check_output` found to be replaceable, trained or half trained."""
-    with held(path):
+    with locked(path):
         path.unlink(missing_ok=True)
         summary_file(path).unlink(missing_ok=True)
         TeacherFolder(path).remove()
@@ -177,11 +177,11 @@ def train_teacher(
     if out.exists() and not overwrite:
         return completed(settings, dataset, report)
     device = choose_device(settings.device)
-    trainer = make_trainer(settings, dataset, device, report.say)
+    trainer = make_trainer(settings, dataset, device, report.log)
     folder = TeacherFolder(out)
     recorded = training_of(settings), identity(dataset)
     folder.check(*recorded, overwrite=overwrite)
-    with held(out):
+    with locked(out):
         if out.exists() and not overwrite:  # by a process that had the lock just now
             return completed(settings, dataset, report)
         if overwrite:
@@ -191,12 +191,12 @@ def train_teacher(
         resumed = folder.begin(*recorded, overwrite=overwrite)
         progress = Progress()
         if resumed:
-            progress, tensors = folder.checkpoints.load(report.say)
+            progress, tensors = folder.checkpoints.load(report.log)
             trainer.resume(tensors, folder.path, progress.step)
         resuming = (
             f"; resuming after epoch {progress.epoch} of {settings.epochs}" if resumed else ""
         )
-        report.say(
+        report.log(
             f"training teacher {settings.model}: {settings.epochs} epochs of "
             f"{len(dataset.train):,} images, batch {settings.batch_size}, lr {settings.lr}, seed "
             f"{settings.seed}, on {device}{resuming}"
@@ -212,7 +212,7 @@ def make_trainer(
     settings: TrainTeacher,
     dataset: Dataset,
     device: torch.device,
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> Trainer:
     """A network with weights drawn from the seed, and what trains it; errors of `check_fit`."""
     num_classes = len(dataset.class_names)
@@ -230,7 +230,7 @@ def make_trainer(
         normalize=Normalize(dataset.mean, dataset.std, device),
         num_classes=num_classes,
     )
-    return Trainer(model, method, data, settings, device, say)
+    return Trainer(model, method, data, settings, device, log)
 
 
 def train_epochs(
@@ -254,7 +254,7 @@ def train_epochs(
                     f"the teacher diverged in epoch {epoch}; lower --lr (it is {settings.lr})",
                     code="teacher-diverged",
                 )
-            check_still_held(Path(settings.out))
+            check_still_locked(Path(settings.out))
             seconds = time.perf_counter() - started
             done = Progress(epoch, seconds=seconds, step=trainer.ran_by)
             folder.checkpoints.save(done, trainer.state())
@@ -272,7 +272,7 @@ def train_epochs(
         )
         trained = f"train {percent(record.train_accuracy)} %, "
     said = "" if validation is None else f"validation {percent(validation)} %, "
-    report.say(
+    report.log(
         f"teacher {settings.model}: {trained}{said}test {percent(top1)} %, saved to {settings.out}"
     )
     summary = {
@@ -338,7 +338,7 @@ def completed(settings: TrainTeacher, dataset: Dataset, report: Report) -> dict[
             "training, so these were not compared"
         )
     )
-    report.say(f"{out} is complete already; --overwrite trains it anew{unknown}")
+    report.log(f"{out} is complete already; --overwrite trains it anew{unknown}")
     accuracy = float(note["test_accuracy"])
     told = read_json(summary_file(out)) or {}
     if told.get("top1_last") == accuracy and told.get("model") == settings.model:

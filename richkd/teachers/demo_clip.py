@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from richkd.core.errors import RichKDError
-from richkd.core.files import held, home
+from richkd.core.files import home, locked
 from richkd.core.progress import Report
 from richkd.data import shapes
 from richkd.teachers.tiny_clip import train_tiny_clip
@@ -37,7 +37,7 @@ def demo_clip(report: Report) -> Path:
     checkpoints = Checkpoints(folder.with_name(f"{NAME}.training"))
     if folder.is_dir() and not checkpoints.folder.exists():
         return folder
-    with held(folder):
+    with locked(folder):
         if not folder.is_dir():
             train(folder, checkpoints, report)
         left = (checkpoints.folder, *home().glob(f".{NAME}-*"))  # also of one that was killed
@@ -51,11 +51,11 @@ def train(folder: Path, checkpoints: Checkpoints, report: Report) -> None:
     try:
         done = checkpoints.progress().epoch
     except RichKDError as error:  # it is quickly made again
-        report.say(f"{error}; training the demo CLIP from its first epoch")
+        report.log(f"{error}; training the demo CLIP from its first epoch")
         checkpoints.remove()
         done = 0
     resuming = f"; resuming after epoch {done} of {EPOCHS}" if done else ""
-    report.say(f"training the demo CLIP on {DRAWINGS:,} drawn captions, kept in {folder}{resuming}")
+    report.log(f"training the demo CLIP on {DRAWINGS:,} drawn captions, kept in {folder}{resuming}")
     drawing = shapes.draw(DRAWINGS, seed=DRAWINGS_SEED)
     steps = (EPOCHS - done) * (DRAWINGS // BATCH_SIZE)
     with report.track("demo CLIP", steps * BATCH_SIZE, "captions") as tick:

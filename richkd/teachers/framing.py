@@ -45,11 +45,11 @@ def resolve_input(
     name, own = settings.teacher, note_of(weights)
     if own:
         found = _trained_here(own, weights, dataset)
-        report.say(f"the teacher sees images of {found}, as {weights} says")
+        report.log(f"the teacher sees images of {found}, as {weights} says")
         return found
     known = pretrained_input(name)
     if known is not None and has_tag(name):
-        report.say(f"the teacher sees images of {known}, timm's configuration of {name}")
+        report.log(f"the teacher sees images of {known}, timm's configuration of {name}")
         return known
     here = dataset.network_input
     if known is None or weights is None or isinstance(dataset.train.images, Tensor):
@@ -62,7 +62,7 @@ def resolve_input(
         found = replace(found, size=_size_of(name, weights, len(dataset.class_names), sizes))
     source += ", and as given" * bool(settings.teacher_input)
     students = f" (students see {here.size})" * (found.size != here.size)
-    report.say(
+    report.log(
         f"the teacher sees images of {found} ({source}); if it was trained otherwise, say so by "
         f"--teacher-size{students}, --teacher-mean, --teacher-std, --teacher-crop or "
         f"--teacher-interpolation"

@@ -244,13 +244,13 @@ class BlockRows:
             self._similarity = (span, sent(read, self.device))
         return self._similarity[1]
 
-    def say_zero_shot(self, report: Report) -> None:
+    def log_zero_shot(self, report: Report) -> None:
         """CLIP's accuracy on the test images, as soon as it is known."""
         if self.teachers.clip is not None:
             count = len(self.splits["test"])
             similarity = self.writer.read("test/clip_similarity", 0, count)
             top1 = accuracy(similarity, self.splits["test"].labels, 1)
-            report.say(f"CLIP zero-shot: {percent(top1)} % of the test images")
+            report.log(f"CLIP zero-shot: {percent(top1)} % of the test images")
 
 
 def batch_size(settings: Precompute, device: torch.device, side: int) -> int:

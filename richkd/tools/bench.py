@@ -719,4 +719,4 @@ def show(result: Mapping[str, Any], report: Report) -> None:
             for name, entry in result["bytes"].items()
         ],
     )
-    report.say(f"{usable_cpus()} cores, {result['threads']} threads; took {result['took']:.0f} s")
+    report.log(f"{usable_cpus()} cores, {result['threads']} threads; took {result['took']:.0f} s")

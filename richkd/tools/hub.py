@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from richkd.core.errors import RichKDError, local_path
-from richkd.core.files import check_not_held, check_writable, escaped, held
+from richkd.core.files import check_unlocked, check_writable, escaped, locked
 from richkd.core.progress import Report
 from richkd.models.weights import read_safetensors
 from richkd.store.location import METADATA
@@ -139,13 +139,13 @@ def push(path: str, repo_id: str, report: Report, *, private: bool = False) -> d
             code="hub-nothing-to-push",
         )
     _split(repo_id, prefixes=False)
-    check_not_held(folder)
+    check_unlocked(folder)
     kind.check(folder, report)
     card = kind.card(folder, repo_id)
     api = _api()
     with _explained(api, repo_id), _bars(report):
         _check_vacant(api, kind, repo_id, private=private)
-        report.say(f"pushing {path} to {api.endpoint}")
+        report.log(f"pushing {path} to {api.endpoint}")
         url = api.create_repo(
             repo_id, repo_type=kind.repo_type, private=private or None, exist_ok=True
         )
@@ -199,7 +199,7 @@ def pull(
     target = Path(out or kind.target.format(name.removesuffix(".zarr")))
     check_writable(target)
     done = {"path": str(target), "kind": kind.name, "repo": repo_id, "commit": commit}
-    with held(target):
+    with locked(target):
         there = target.exists() or target.is_symlink()
         if there and not (target / kind.marker).is_file():
             raise RichKDError(
@@ -226,7 +226,7 @@ def pull(
             if there:
                 _check_there(kind, target, folder, f"{repo_id} at {commit[:12]}", report)
                 return done
-            report.say(f"pulling the {kind.name} {repo_id} from {api.endpoint}")
+            report.log(f"pulling the {kind.name} {repo_id} from {api.endpoint}")
             fetch(kind.files, lambda folder: kind.check(folder, report))
             shutil.rmtree(folder / ".cache")  # what huggingface_hub notes on its downloads
             folder.rename(target)
@@ -269,7 +269,7 @@ def _check_there(kind: Kind, target: Path, head: Path, what: str, report: Report
                 code="foreign-file",
             )
     kind.check(target, report)
-    report.say(f"{target} is complete already")
+    report.log(f"{target} is complete already")
 
 
 def _api() -> HfApi:

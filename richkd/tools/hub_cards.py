@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from richkd.core.progress import harmless, percent, size
-from richkd.data.entries import say_splits
+from richkd.data.entries import describe_splits
 from richkd.store import schema
 from richkd.tools.inspect import summarize
 from richkd.training.run_folders import complete_run
@@ -63,7 +63,7 @@ def store_card(folder: Path, repo_id: str) -> str:
         else "The images are not inside: whoever trains from this store needs the data set itself. "
         "The licence of the data set may hold for what was computed from it."
     )
-    splits = say_splits(schema.split_sizes(manifest))
+    splits = describe_splits(schema.split_sizes(manifest))
     made = [
         ("Data", f"{text(dataset['name'])}, {splits} images of {manifest['image_size']} pixels"),
         (

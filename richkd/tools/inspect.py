@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from richkd.core.progress import Report, percent, size
-from richkd.data.entries import say_splits
+from richkd.data.entries import describe_splits
 from richkd.data.framing import NetworkInput
 from richkd.store import schema
 from richkd.store.location import METADATA
@@ -57,7 +57,7 @@ def show(summary: dict[str, Any], report: Report) -> None:
     images = "embedded" if dataset["embedded"] else "not embedded, read from the data set"
     rows = [
         ("state", state),
-        ("data", f"{dataset['name']}: {say_splits(schema.split_sizes(manifest))} images"),
+        ("data", f"{dataset['name']}: {describe_splits(schema.split_sizes(manifest))} images"),
         ("images", f"{manifest['image_size']}×{manifest['image_size']}, {images}"),
         ("fingerprint", dataset["fingerprint"][:16]),
         ("classes", f"{len(manifest['class_names'])}: {_some(manifest['class_names'])}"),
@@ -71,7 +71,9 @@ def show(summary: dict[str, Any], report: Report) -> None:
             ("CLIP", f"{clip['model']}, logit scale {clip['logit_scale']:.4g}"),
             (
                 "  precision",
-                schema.say_precision(clip.get("precision", "float32"), clip.get("precision_error")),
+                schema.describe_precision(
+                    clip.get("precision", "float32"), clip.get("precision_error")
+                ),
             ),
             ("  zero-shot top-1", f"{percent(accuracy['clip'])} %"),
             ("prompts", f"{len(manifest['prompts'])}: {_some(manifest['prompts'])}"),
@@ -84,7 +86,7 @@ def show(summary: dict[str, Any], report: Report) -> None:
         tau = manifest["keep_temperature"]
         rows.append(("logits", f"the {manifest['keep']} largest, the others alike at τ {tau:g}"))
     if "keep_kl" in manifest:
-        rows.append(("  KL error", schema.say_errors(manifest["keep_kl"])))
+        rows.append(("  KL error", schema.describe_errors(manifest["keep_kl"])))
     report.table(summary["path"], ("", ""), rows, left=2)
     report.table(
         f"{size(summary['stored_bytes'])} stored, {size(summary['raw_bytes'])} raw",

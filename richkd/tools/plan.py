@@ -135,7 +135,7 @@ def plan(
         dataset, counts = sample_of(settings, known, Path(folder), report)
         settings = settings.for_size(dataset.image_size)
         tried = Trial(settings, dataset, device, Path(folder), report)
-        report.say(f"{tried.about}; trying stage one on ever more images, for some seconds each")
+        report.log(f"{tried.about}; trying stage one on ever more images, for some seconds each")
         pace = tried.pace(report)
         if measured is not None:
             pace = read_pace(Path(measured), pace)
@@ -202,12 +202,12 @@ def sample_of(
     if known:
         files = drawn_files(folder / "images", side)
         splits = [Split(files, torch.arange(len(files)) % counts.classes) for _ in range(2)]
-        report.say(f"drawn JPEGs of {DRAWN_SIZE[0]}×{DRAWN_SIZE[1]} stand for ImageNet's")
+        report.log(f"drawn JPEGs of {DRAWN_SIZE[0]}×{DRAWN_SIZE[1]} stand for ImageNet's")
     else:
         rng = np.random.default_rng(0)
         images = torch.from_numpy(rng.integers(0, 256, (MOST, side, side, 3), np.uint8))
         splits = [Split(images, torch.arange(MOST) % counts.classes) for _ in range(2)]
-        report.say(f"{kind} is not in {settings.data_root}; random pixels stand for it")
+        report.log(f"{kind} is not in {settings.data_root}; random pixels stand for it")
     dataset = Dataset(settings.dataset, names, splits[0], splits[1], *statistics, side)
     return dataset, (train - validation, counts.test + validation)
 
@@ -271,9 +271,9 @@ class Trial:
         most = min(max(self.settings.views, 3), 8)
         self.run(FIRST, 1)  # warm
         one = self.seconds_an_image(1)
-        report.say(f"an image with 1 view takes {1000 * one:.3g} ms")
+        report.log(f"an image with 1 view takes {1000 * one:.3g} ms")
         many = self.seconds_an_image(most)
-        report.say(f"an image with {most} views takes {1000 * many:.3g} ms")
+        report.log(f"an image with {most} views takes {1000 * many:.3g} ms")
         view_s = max((many - one) / (most - 1), 0.0)
         return Pace(
             hardware=hardware(self.device),
@@ -533,9 +533,9 @@ def show(result: Mapping[str, Any], report: Report) -> None:
         rows,
         left=3,
     )
-    report.say(
+    report.log(
         f"* as asked: {passes['cnn']:,} passes of the CNN teacher, {passes['clip']:,} of CLIP and "
         f"{passes['texts']:,} of its texts"
     )
-    report.say(f"time on {pace['hardware']}, one of them; {result['about']}")
-    report.say(f"kept at {result['usd_a_gb_month']:g} USD a GB and month")
+    report.log(f"time on {pace['hardware']}, one of them; {result['about']}")
+    report.log(f"kept at {result['usd_a_gb_month']:g} USD a GB and month")

@@ -27,12 +27,12 @@ from richkd.store.checksums import (
     block_files,
     chunk_files,
     chunks_digest,
+    intact,
     metadata_digest,
     num_chunks,
     read_chunk,
     sealed,
     views_of,
-    whole,
 )
 from richkd.store.folder import Folder
 from richkd.store.location import Location
@@ -46,7 +46,7 @@ from richkd.store.schema import (
     TeacherEntry,
     array_specs,
     blocks,
-    say_precision,
+    describe_precision,
     teacher_accuracies,
     teacher_input,
 )
@@ -101,7 +101,7 @@ def verify_store(path: str | Path, teacher: str | None, report: Report) -> list[
     checks += [Check(name, what, tuple(check(cache))) for name, what, check in values]
     clip = manifest["clip"]
     if clip is not None and "precision_error" in clip:  # as stage one measured it
-        told = say_precision(clip.get("precision", "float32"), clip["precision_error"])
+        told = describe_precision(clip.get("precision", "float32"), clip["precision_error"])
         checks.append(Check("CLIP", told, ()))
     if teacher is not None:
         checks.append(
@@ -158,14 +158,14 @@ def repair_store(path: str | Path, report: Report) -> list[str]:
     manifest = sealed_manifest(place)
     damage = list(find_damage(place, manifest, report))
     if not damage:
-        report.say(f"{place}: every byte is as it was written; nothing to repair")
+        report.log(f"{place}: every byte is as it was written; nothing to repair")
         return []
     damaged = {block for one in damage for block in one.blocks}
     redo = [block for block in blocks(manifest) if block in damaged]
     for one in damage:
-        report.say(f"{one.file}: {one.reason}")
+        report.log(f"{one.file}: {one.reason}")
     settings = resolve(Precompute, manifest["recipe"], {"out": str(path)})
-    report.say(f"computing {len(redo)} of {len(blocks(manifest))} blocks again")
+    report.log(f"computing {len(redo)} of {len(blocks(manifest))} blocks again")
     precompute_again(manifest, settings, report, redo)
     return [block.name for block in redo]
 
@@ -254,7 +254,7 @@ def find_damage(place: Location, manifest: Manifest, report: Report) -> Iterator
 def chunk_fault(place: Location, file: str) -> str | None:
     """What is wrong with a chunk, or None."""
     try:
-        return None if whole(read_chunk(place, file)) else "damaged"
+        return None if intact(read_chunk(place, file)) else "damaged"
     except OSError:
         return "missing"
 

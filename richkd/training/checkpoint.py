@@ -31,11 +31,11 @@ from torch import Tensor
 from richkd.config.settings import recorded_holdout
 from richkd.core.errors import RichKDError
 from richkd.core.files import (
-    check_not_held,
-    check_still_held,
+    check_still_locked,
+    check_unlocked,
     check_writable,
-    held,
     is_temporary,
+    locked,
     read_json,
     remove_temporary,
     replacing,
@@ -130,11 +130,11 @@ class Checkpoints:
             raise self._unreadable
         return Progress()
 
-    def load(self, say: Callable[[str], None]) -> tuple[Progress, dict[str, Tensor]]:
+    def load(self, log: Callable[[str], None]) -> tuple[Progress, dict[str, Tensor]]:
         """The newest one that can be read.
 
         Args:
-            say: is told of a last checkpoint that is damaged.
+            log: is told of a last checkpoint that is damaged.
 
         Raises:
             RichKDError: all are damaged.
@@ -144,7 +144,7 @@ class Checkpoints:
                 tensors, note = read_safetensors(path)
                 return Progress.of_note(path, note), tensors
             except RichKDError as error:
-                say(f"{error}; looking for the one before")
+                log(f"{error}; looking for the one before")
         raise self._unreadable
 
     def remove(self) -> None:
@@ -356,9 +356,9 @@ class TeacherFolder(TrainingFolder):
     def tidy(self, weights: Path) -> None:
         """Delete what a process left that was killed when the weights were there already."""
         with suppress(RichKDError):  # that process is still at it
-            check_not_held(weights)  # takes away the lock of one that is gone
+            check_unlocked(weights)  # takes away the lock of one that is gone
             if self.path.exists():
-                with held(weights):
+                with locked(weights):
                     self.remove()
 
 
@@ -410,9 +410,9 @@ class RunFolder(TrainingFolder):
     def tidy(self) -> None:
         """Delete what a process left that was killed when the run was complete already."""
         with suppress(RichKDError):  # that process is still at it
-            check_not_held(self.path)  # takes away the lock of one that is gone
+            check_unlocked(self.path)  # takes away the lock of one that is gone
             if self.checkpoints.files or any(map(is_temporary, self.path.iterdir())):
-                with held(self.path):
+                with locked(self.path):
                     remove_temporary(self.path)
                     self.checkpoints.remove()
 
@@ -459,16 +459,16 @@ class RunFolder(TrainingFolder):
         student: Mapping[str, Tensor],
     ) -> None:
         """Metrics, best weights if this epoch is it, and the checkpoint, in this order."""
-        check_still_held(self.path)
+        check_still_locked(self.path)
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(to_json(record) + "\n")
         if progress.best.epoch == progress.epoch:
             save_tensors(self.path / "best.safetensors", student)
         self.checkpoints.save(progress, state)
 
-    def load(self, say: Callable[[str], None]) -> tuple[Progress, dict[str, Tensor]]:
+    def load(self, log: Callable[[str], None]) -> tuple[Progress, dict[str, Tensor]]:
         """As of `Checkpoints`; trims the metrics to the epochs that it has seen."""
-        progress, tensors = self.checkpoints.load(say)
+        progress, tensors = self.checkpoints.load(log)
         metrics = self.path / "metrics.jsonl"
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)[: progress.epoch]
         write(metrics, "".join(lines))
@@ -480,7 +480,7 @@ class RunFolder(TrainingFolder):
 
     def finish(self, student: Mapping[str, Tensor], summary: Mapping[str, Any]) -> None:
         """The last weights and the summary; the checkpoint has done its duty."""
-        check_still_held(self.path)
+        check_still_locked(self.path)
         save_tensors(self.path / "last.safetensors", student)
         write_json(self.path / "summary.json", summary)
         self.checkpoints.remove()

@@ -76,7 +76,7 @@ class Trainer:
         data: Data,
         settings: Training,
         device: torch.device,
-        say: Callable[[str], None] = lambda _: None,
+        log: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Make the optimizer; how steps are run is chosen when the first epoch begins.
 
@@ -86,7 +86,7 @@ class Trainer:
             data: images and labels, on the device.
             settings: how to train.
             device: where.
-            say: is told how the steps are run.
+            log: is told how the steps are run.
 
         Raises:
             RichKDError: the settings ask for steps that the device cannot run.
@@ -97,7 +97,7 @@ class Trainer:
         self.data = data
         self.settings = settings
         self.device = device
-        self.say = say
+        self.log = log
         self.half = half_precision(settings.precision, device)
         self.parameters = [*model.parameters(), *method.parameters()]
         self.optimizer, self.rate = make_optimizer(self.parameters, settings, device)
@@ -284,7 +284,7 @@ class Trainer:
 
     def release(self) -> None:
         """Let go of graphs and of whoever listens, which hold on to this trainer in turn."""
-        self.runner, self.say = None, lambda _: None
+        self.runner, self.log = None, lambda _: None
 
     def resume(self, tensors: Mapping[str, Tensor], folder: Path, ran_by: str = "") -> None:
         """Resume from a checkpoint of a folder.

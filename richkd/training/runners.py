@@ -46,7 +46,7 @@ class Trainer(Protocol):
     settings: Training
     objective: Objective
     half: bool
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     def step(self, index: Tensor, images: Tensor, rows: Mapping[str, Tensor]) -> None: ...
     def batches(self, order: Tensor, source: EpochRows) -> Iterator[StepBatch]: ...
@@ -309,8 +309,8 @@ def make_runner(
         to_go = steps_to_go * first.seconds(order, source)
         if to_go < COMPILING_PAYS_S:
             return first
-        trainer.say(f"{duration(to_go)} of {first.name} steps to go: compiling pays")
-    trainer.say("compiling the step, which may take a minute")
+        trainer.log(f"{duration(to_go)} of {first.name} steps to go: compiling pays")
+    trainer.log("compiling the step, which may take a minute")
     compiled = (CompiledGraphs if gpu else Compiled)(trainer, source)
     return _prepared(compiled, first, order, source)
 
@@ -325,9 +325,9 @@ def _prepared(runner: Runner, otherwise: Runner, order: Tensor, source: EpochRow
     except Exception as error:  # of whatever a network, a method or a compiler does
         trainer.objective = objective
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        trainer.say(f"the step cannot be {runner.name} ({lines[0]}); going on {otherwise.name}")
+        trainer.log(f"the step cannot be {runner.name} ({lines[0]}); going on {otherwise.name}")
         if cuda(trainer.device):
             torch.cuda.empty_cache()
         return otherwise
-    trainer.say(f"the step is {runner.name} (took {duration(time.perf_counter() - start)})")
+    trainer.log(f"the step is {runner.name} (took {duration(time.perf_counter() - start)})")
     return runner

@@ -120,13 +120,13 @@ class Source:
         return self._chosen[key], self._targets[self._chosen[key]]
 
     def trainer(
-        self, settings: Distill, say: Callable[[str], None] = lambda _: None
+        self, settings: Distill, log: Callable[[str], None] = lambda _: None
     ) -> tuple[Trainer, dict[str, str], Target | None]:
         """A new student with its method, as a run's settings ask for.
 
         Args:
             settings: resolved by `with_defaults`.
-            say: is told how its steps are run.
+            log: is told how its steps are run.
 
         Returns:
             The trainer, the names of `epochs` by those of what its method reads, and the target.
@@ -142,7 +142,7 @@ class Source:
         model, num_features = build_student(settings, self.cache)
         alpha = 1.0 if target is None else target.alpha
         method = method_type(options, self.widths(num_features, alpha))
-        return Trainer(model, method, data, settings, self.device, say), rows, target
+        return Trainer(model, method, data, settings, self.device, log), rows, target
 
     def own(self, shared: EpochRows, rows: Mapping[str, str], seed: int, epoch: int) -> EpochRows:
         """What a run's method reads of an epoch's rows.

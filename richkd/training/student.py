@@ -15,7 +15,7 @@ import torch
 from richkd.config import catalog
 from richkd.config.settings import Distill, to_table
 from richkd.core.errors import RichKDError
-from richkd.core.files import held
+from richkd.core.files import locked
 from richkd.core.progress import Advance, Report, percent
 from richkd.core.versions import versions
 from richkd.data.framing import NetworkInput
@@ -65,7 +65,7 @@ class StudentRun:
         self.folder.check(*recorded, overwrite=overwrite)
         self.trainer, self.rows, self.target = source.trainer(settings, self._say)
         with ExitStack() as stack:
-            stack.enter_context(held(self.folder.path))
+            stack.enter_context(locked(self.folder.path))
             resumed = self.folder.begin(*recorded, overwrite=overwrite)
             self.progress = self._resume() if resumed else Progress()
             self._held = stack.pop_all()
@@ -95,12 +95,12 @@ class StudentRun:
 
     def _resume(self) -> Progress:
         """Load the run's checkpoint."""
-        progress, tensors = self.folder.load(self.source.report.say)
+        progress, tensors = self.folder.load(self.source.report.log)
         self.trainer.resume(tensors, self.folder.path, progress.step)
         return progress
 
     def _say(self, message: str) -> None:
-        self.source.report.say(f"{self.folder.path.name}: {message}")
+        self.source.report.log(f"{self.folder.path.name}: {message}")
 
     @property
     def done(self) -> int:
@@ -241,7 +241,7 @@ def completed(settings: Distill, cache: TeacherCache, report: Report) -> dict[st
     check_version(run, settings)
     run.check(to_table(settings), identity(cache), overwrite=False)
     run.tidy()
-    report.say(f"{run.path} is complete already; --overwrite begins it anew")
+    report.log(f"{run.path} is complete already; --overwrite begins it anew")
     return run.summary()
 
 
@@ -331,7 +331,7 @@ def check_version(folder: RunFolder, settings: Distill) -> None:
         )
 
 
-def say_few_views(runs: Collection[Distill], cache: TeacherCache, report: Report) -> None:
+def log_few_views(runs: Collection[Distill], cache: TeacherCache, report: Report) -> None:
     """Say which methods lose accuracy because the store has few views of an image, and how much."""
     said: dict[str, str] = {}
     for settings in runs:
@@ -345,10 +345,10 @@ def say_few_views(runs: Collection[Distill], cache: TeacherCache, report: Report
                 f"--views {wanted} makes them"
             )
     for message in said.values():
-        report.say(message)
+        report.log(message)
 
 
-def say_precision(run: StudentRun, report: Report) -> None:
+def describe_precision(run: StudentRun, report: Report) -> None:
     """Say what bfloat16 would save, where a CPU has it and the training is long."""
     trainer, settings = run.trainer, run.settings
     if is_open(settings, trainer.device, run.images_to_go // settings.batch_size):
@@ -356,7 +356,7 @@ def say_precision(run: StudentRun, report: Report) -> None:
         side = run.source.cache.manifest["image_size"]
         times = time_precisions(trainer.model, torch.randn(batch, 3, side, side))
         if line := advice({settings.student: times}):
-            report.say(line)
+            report.log(line)
 
 
 def check_finite(record: EpochRecord, settings: Distill) -> None:

@@ -109,7 +109,7 @@ def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Rep
         split, index = choice_samples(cache, settings.holdout or 0.0)
         alpha, scale, nll = choose_blend(cache, clip[split], candidates, split, index)
         about |= {"held_out_nll": nll}
-        report.say(
+        report.log(
             f"the likelihood of {len(index):,} {split} images{' held out' * (split == 'test')} "
             f"chooses alpha {alpha:.2f}, scale {scale:.4g}"
         )
@@ -128,14 +128,14 @@ def _clip_logits(
             "prompts are of the zero-shot head; the probe has none, leave them out",
             code="prompts-with-probe",
         )
-    report.say(f"fitting a probe on CLIP's features of {cache.num_samples:,} images")
+    report.log(f"fitting a probe on CLIP's features of {cache.num_samples:,} images")
     features = {split: cache.read(f"{split}/clip_features") for split in cache.splits}
     train, labels = features.pop("train"), cache.read("train/labels")
     probe = fit_probe(train, labels, torch.cat([*features.values()]), cache.num_classes)
     if probe.too_small:
         names = [cache.manifest["class_names"][number] for number in probe.too_small]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        report.say(f"the probe has fewer training images than folds of: {shown}")
+        report.log(f"the probe has fewer training images than folds of: {shown}")
     others = torch.split(probe.other_logits, [len(each) for each in features.values()])
     found = {
         "penalty": probe.penalty,

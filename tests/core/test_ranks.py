@@ -238,9 +238,9 @@ def test_a_machine_with_other_weights_writes_nothing(
 @pytest.mark.fault
 def test_who_waits_can_be_stopped(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time\nfrom richkd.core.interrupts import stopped_at_once\n"
+        "import os, sys, time\nfrom richkd.core.interrupts import interruptible\n"
         "from richkd.core.ranks import joined\n"
-        "with stopped_at_once(), joined() as ranks:\n"
+        "with interruptible(), joined() as ranks:\n"
         "    print('here', flush=True)\n"
         "    ranks.from_first(lambda: time.sleep(60))\n"
     )

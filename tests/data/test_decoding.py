@@ -204,7 +204,7 @@ def test_images_that_may_be_of_another_depth_are_counted(tmp_path: Path) -> None
         save(whole(v, top), tmp_path / f"{name}.png")
     train, test = values(tmp_path / "a.png", tmp_path / "b.png"), values(tmp_path / "c.png")
     reading = Decoding.of("white", None, [train, test])
-    (line,) = decoding.say_reading(reading, [train, test], np.zeros(3, np.uint8))
+    (line,) = decoding.describe_decoding(reading, [train, test], np.zeros(3, np.uint8))
     assert "to 4,095 (white" in line and "--pixel-range" in line
     assert ": 3, 1 of them below an eighth of that, 1 of them with values above it" in line
 

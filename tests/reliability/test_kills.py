@@ -17,7 +17,7 @@ import pytest
 from helpers import assert_same_run, changed, tree
 from safetensors import safe_open
 
-from richkd.core.files import held
+from richkd.core.files import locked
 from richkd.store import schema
 from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
@@ -293,8 +293,8 @@ def holder(tmp_path: Path) -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
 
     def hold(path: Path) -> subprocess.Popen[str]:
         code = (
-            "import sys, pathlib, time\nfrom richkd.core.files import held\n"
-            "with held(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n"
+            "import sys, pathlib, time\nfrom richkd.core.files import locked\n"
+            "with locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n"
             "    time.sleep(600)\n"
         )
         process = subprocess.Popen(
@@ -381,6 +381,6 @@ def test_two_processes_at_once_on_one_store(stage_one: list[Any], tmp_path: Path
 
 def test_locks_leave_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "new" / "s.zarr"
-    with held(path):
+    with locked(path):
         assert [file.name for file in path.parent.iterdir()] == [".s.zarr.lock"]
     assert not list(path.parent.iterdir())

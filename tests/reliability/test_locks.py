@@ -16,7 +16,7 @@ import pytest
 
 from richkd.core import files
 from richkd.core.errors import RichKDError
-from richkd.core.files import check_not_held, check_still_held, held
+from richkd.core.files import check_still_locked, check_unlocked, locked
 
 Run = Callable[..., Any]
 HOLD = """
@@ -26,7 +26,7 @@ def missing(*_):
 fcntl.flock = missing
 from richkd.core import files
 files.LEASE_S = 2.0
-with files.held(pathlib.Path(sys.argv[1])):
+with files.locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -65,11 +65,11 @@ def hold() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 def test_a_lock_without_flock_leaves_nothing_behind(missing: int, tmp_path: Path) -> None:
     path = tmp_path / "new" / "s.zarr"
-    with held(path):
+    with locked(path):
         assert [file.name for file in path.parent.iterdir()] == [".s.zarr.lock"]
-        check_still_held(path)
+        check_still_locked(path)
     assert not list(path.parent.iterdir())
-    check_not_held(path)
+    check_unlocked(path)
     assert not list(path.parent.iterdir())
 
 
@@ -79,14 +79,14 @@ def test_a_lock_of_a_process_that_is_gone_is_free(
 ) -> None:
     path = tmp_path / "s.zarr"
     process = hold(path, missing)
-    for look in (check_not_held, lambda path: held(path).__enter__()):
+    for look in (check_unlocked, lambda path: locked(path).__enter__()):
         with pytest.raises(RichKDError, match=f"written by process {process.pid} on "):
             look(path)
     process.kill()
     process.wait()
     assert (tmp_path / ".s.zarr.lock").exists()
     start = time.monotonic()
-    with held(path):
+    with locked(path):
         pass
     assert time.monotonic() - start < files.LEASE_S  # it had not to run out
     assert not list(tmp_path.iterdir())
@@ -99,13 +99,13 @@ def test_a_lock_of_another_machine_runs_out(
     monkeypatch.setattr("fcntl.flock", _no_flock)
     monkeypatch.setattr(files, "LEASE_S", 1.0)
     path, note = tmp_path / "s.zarr", tmp_path / ".s.zarr.lock"
-    with held(path):
+    with locked(path):
         text = note.read_text()
     here = f"host={socket.gethostname()}"
     assert here in text
     note.write_text(text.replace(here, "host=elsewhere"))
     start = time.monotonic()
-    with held(path):
+    with locked(path):
         assert time.monotonic() - start >= files.LEASE_S
         assert "host=elsewhere" not in note.read_text()
 
@@ -115,15 +115,15 @@ def test_who_was_held_up_does_not_go_on(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("fcntl.flock", _no_flock)
     monkeypatch.setattr(files, "LEASE_S", 0.3)
     path, note = tmp_path / "s.zarr", tmp_path / ".s.zarr.lock"
-    with held(path):
-        check_still_held(path)
+    with locked(path):
+        check_still_locked(path)
         taken = note.read_text().replace("token=", "token=0")
         note.unlink()
         note.write_text(taken)
         patience = time.monotonic() + 30
         with pytest.raises(RichKDError, match="taken over by another process"):
             while time.monotonic() < patience:
-                check_still_held(path)
+                check_still_locked(path)
                 time.sleep(0.02)
     assert note.read_text() == taken  # it is another's
 

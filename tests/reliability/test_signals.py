@@ -29,9 +29,9 @@ from richkd.core import interrupts as interrupt
 from richkd.core.files import is_temporary
 from richkd.core.interrupts import (
     Interrupted,
-    held_back,
-    not_in_between,
-    stopped_at_once,
+    deferred,
+    interruptible,
+    uninterrupted,
     work_begins,
 )
 
@@ -402,7 +402,7 @@ def test_a_process_that_ignores_hangups_goes_on(
 @contextmanager
 def answered(*args: Any) -> Iterator[None]:
     """Signals raise Interrupted here, which must come."""
-    with pytest.raises(Interrupted) as caught, stopped_at_once():
+    with pytest.raises(Interrupted) as caught, interruptible():
         yield
     assert caught.value.exit_code in (129, 130, 143)
 
@@ -425,18 +425,18 @@ def test_a_signal_raises_at_once(by: signal.Signals) -> None:
 def test_it_waits_for_what_is_held_back_and_for_what_must_be_whole() -> None:
     seen = []
     with answered():
-        with not_in_between():
+        with uninterrupted():
             signal.raise_signal(signal.SIGTERM)
             seen.append("whole")
         seen.append("never")
-    with pytest.raises(Interrupted, match="done so far"), stopped_at_once(), held_back() as check:
+    with pytest.raises(Interrupted, match="done so far"), interruptible(), deferred() as check:
         check("nothing came")
         signal.raise_signal(signal.SIGINT)
-        with not_in_between():
+        with uninterrupted():
             seen.append("inner")
         seen.append("held")
         check("done so far")
-    with answered(), held_back():
+    with answered(), deferred():
         signal.raise_signal(signal.SIGINT)
         seen.append("to the end")
     assert seen == ["whole", "inner", "held", "to the end"]
@@ -444,7 +444,7 @@ def test_it_waits_for_what_is_held_back_and_for_what_must_be_whole() -> None:
 
 def test_a_second_one_ends_what_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupt, "SAME_REQUEST_S", 0.0)
-    with answered(), held_back():
+    with answered(), deferred():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         wait()
@@ -453,7 +453,7 @@ def test_a_second_one_ends_what_is_held_back(monkeypatch: pytest.MonkeyPatch) ->
 def test_two_at_once_are_one_request() -> None:
     """As `timeout` sends them, to the process and to its group."""
     seen = []
-    with pytest.raises(Interrupted, match="here"), stopped_at_once(), held_back() as check:
+    with pytest.raises(Interrupted, match="here"), interruptible(), deferred() as check:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         seen.append("held")
@@ -487,7 +487,7 @@ def test_an_import_comes_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_fails_after_a_signal_failed_because_of_it() -> None:
-    with answered(), not_in_between():
+    with answered(), uninterrupted():
         signal.raise_signal(signal.SIGTERM)
         raise ImportError("made of it by a library")
 
@@ -501,6 +501,6 @@ def test_what_is_cut_off_as_it_was_made_says_nothing(capfd: pytest.CaptureFixtur
         def __del__(self) -> None:
             raise AttributeError("no attribute that was to come")
 
-    with stopped_at_once(), suppress(Interrupted):
+    with interruptible(), suppress(Interrupted):
         Half()
     assert capfd.readouterr().err == ""

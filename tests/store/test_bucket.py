@@ -349,7 +349,7 @@ def test_two_writers_at_once(
     fails: Fails, s3: FakeS3, url: str, stage_one: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "BEAT_S", 0.3)
-    with open_location(url).held():
+    with open_location(url).locked():
         line = fails(*stage_one, "--out", url)
         assert f"{url} is being written by process {os.getpid()} on " in line
     assert not remote_tree(url)
@@ -362,7 +362,7 @@ def test_two_writers_at_once(
         left = content or json.dumps({**note, "system": system}).encode()
         obstore.put(remote, ".lock", left)
         began = time.perf_counter()
-        with open_location(url).held():
+        with open_location(url).locked():
             waited = time.perf_counter() - began
         assert (waited > 0.7) == (system != lease._system())
         assert not remote_tree(url)
@@ -388,18 +388,18 @@ def test_a_late_delete_takes_nothing(
     monkeypatch.setattr(lease, "BEAT_S", 60.0)  # so that its thread does not renew it
     remote: Any = from_url(url, client_options={"allow_http": True})
     place = buckets.Bucket(url)
-    with place.held():
+    with place.locked():
         for _ in range(3):
             original(remote, ".lock")  # as of the lock before this one
             place._lease._renew()
-            place.check_still_held()
+            place.check_still_locked()
             assert place.token is not None and place.token.encode() in remote_tree(url)[".lock"]
     assert ".lock" not in remote_tree(url)
-    with place.held():
+    with place.locked():
         original(remote, ".lock")
         place._lease._seen -= 150.0  # long enough for others to have taken it
         with pytest.raises(RichKDError, match="was taken over"):
-            place.check_still_held()
+            place.check_still_locked()
 
 
 @pytest.mark.slow
@@ -413,11 +413,11 @@ def test_a_writer_that_was_held_up_does_not_go_on(
         {"holder": "process 1 on elsewhere", "token": "0", "pid": 1, "beat": "0", "system": None}
     ).encode()
     place, of_the_job = open_location(url), open_location(url)
-    with place.held():
+    with place.locked():
         of_the_job.follow(place.token)
         time.sleep(0.9)  # it renews the lock, and is seen to
         for writer in (place, of_the_job):
-            writer.check_still_held()
+            writer.check_still_locked()
         monkeypatch.setattr(lease, "BEAT_S", 60.0)  # asleep, from its next beat on
         time.sleep(0.3)
         obstore.put(remote, ".lock", others)
@@ -425,7 +425,7 @@ def test_a_writer_that_was_held_up_does_not_go_on(
         time.sleep(0.05)
         for writer in (place, of_the_job):
             with pytest.raises(RichKDError, match="was taken over"):
-                writer.check_still_held()
+                writer.check_still_locked()
     assert remote_tree(url) == {".lock": others}  # the other one's stays
 
     original = StoreWriter.write

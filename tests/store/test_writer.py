@@ -19,10 +19,10 @@ from torch import Tensor
 import richkd
 from richkd.core.errors import RichKDError
 from richkd.store import schema, writer
-from richkd.store.checksums import block_files, lies_whole
+from richkd.store.checksums import block_files, is_intact
 from richkd.store.locations import open_location
 from richkd.store.schema import Block
-from richkd.store.writer import OnTheWay, StoreWriter, flag_files, written
+from richkd.store.writer import PendingBlock, StoreWriter, flag_files, written
 
 Open = Callable[[], StoreWriter]
 pytestmark = pytest.mark.filterwarnings("error")
@@ -110,12 +110,12 @@ def test_arrays_of_several_blocks_are_encoded_together(
 def test_memory_is_bounded(opened: Open, manifest: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, put = threading.Event(), zarr.Array.__setitem__
 
-    def held(self: Any, at: Any, values: Any) -> None:
+    def locked(self: Any, at: Any, values: Any) -> None:
         assert gate.wait(20)
         put(self, at, values)
 
     begun, handed = opened(), []
-    monkeypatch.setattr(zarr.Array, "__setitem__", held)
+    monkeypatch.setattr(zarr.Array, "__setitem__", locked)
 
     def compute() -> None:
         with begun:
@@ -147,7 +147,7 @@ def test_a_flag_comes_after_its_rows(
     def jittery(self: Any, at: Any, values: Any) -> None:
         if self.name == "/complete":
             block = files[f"complete/c/{at}"]
-            late.extend(f for f in block_files(manifest, block) if not lies_whole(place, f))
+            late.extend(f for f in block_files(manifest, block) if not is_intact(place, f))
         else:
             time.sleep(float(rng.uniform(0, 0.01)))
         put(self, at, values)
@@ -218,10 +218,10 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """
 
     def pretend(befalls: Callable[[Block], None] = lambda block: None) -> None:
-        hand_over = OnTheWay.of.__func__  # type: ignore[attr-defined]
+        hand_over = PendingBlock.of.__func__  # type: ignore[attr-defined]
 
-        def of(cls: Any, block: Block, rows: Any, dtypes: Any) -> OnTheWay:
-            right: OnTheWay = hand_over(cls, block, rows, dtypes)
+        def of(cls: Any, block: Block, rows: Any, dtypes: Any) -> PendingBlock:
+            right: PendingBlock = hand_over(cls, block, rows, dtypes)
             late = {name: torch.zeros_like(tensor) for name, tensor in right.rows.items()}
             flags = {name: torch.zeros_like(tensor) for name, tensor in right.finite.items()}
 
@@ -233,9 +233,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                         tensor.copy_(then[name])
 
             copied: Any = Copied(arrive)
-            return OnTheWay(block, late, flags, copied)
+            return PendingBlock(block, late, flags, copied)
 
-        monkeypatch.setattr(OnTheWay, "of", classmethod(of))
+        monkeypatch.setattr(PendingBlock, "of", classmethod(of))
 
     return pretend
 

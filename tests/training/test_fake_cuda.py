@@ -30,7 +30,7 @@ from richkd.data.inputs import FileInputs
 from richkd.data.views import views_tensor
 from richkd.models import create_model
 from richkd.store.schema import Block
-from richkd.store.writer import OnTheWay
+from richkd.store.writer import PendingBlock
 from richkd.teachers.clip import ClipTeacher
 from richkd.teachers.cnn import CNNTeacher
 from richkd.teachers.rows import BlockRows, Preview, Teachers
@@ -142,7 +142,7 @@ def test_blocks_are_computed_without_waiting(settings: dict[str, Any]) -> None:
     with NeverWaits():
         found = compute(rows)
         handed = [
-            OnTheWay.of(block, each, dict.fromkeys(each, np.dtype(np.float16)))
+            PendingBlock.of(block, each, dict.fromkeys(each, np.dtype(np.float16)))
             for block, each in found
         ]
     wanted = {"teacher_features", "teacher_logits", "fused_logits"}

@@ -96,7 +96,7 @@ def test_bfloat16_steps_are_compiled_where_that_pays(
 ) -> None:
     said: list[str] = []
     trainer, source = new_trainer(store, method="kd", precision="bfloat16")
-    trainer.say = said.append
+    trainer.log = said.append
     order = epoch_order(0, 1, 48)
     monkeypatch.setattr(runners.Compiled, "prepare", lambda *_: None)
     for step_s, name in ((0.1, "eager"), (100.0, "compiled")):
