@@ -588,7 +588,7 @@ def test_where_rows_lie_depends_on_what_is_free(
     slab, fixed = 2 * n * (c + f) + 4 * n * c, 2 * n * 24  # logits, features, blend; CLIP's
     memory, gpu = [0], [0]
     monkeypatch.setattr(pages, "available_memory", lambda: memory[0])
-    monkeypatch.setattr("richkd.distill.free_memory", lambda _: gpu[0])
+    monkeypatch.setattr("richkd.training.source.free_memory", lambda _: gpu[0])
 
     def place(free: int, free_on_gpu: int | None = None) -> tuple[bool, bool]:
         memory[0], gpu[0] = free, free_on_gpu or 0

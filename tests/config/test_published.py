@@ -33,7 +33,7 @@ NAMES = {path.stem for path in recipes.packaged().glob("*.toml")} - OWN
 ABOUT = {"top1", "epoch", "source", "settings", "options", "alpha"}
 STORE: Any = SimpleNamespace(  # as much as the defaults ask of one
     manifest={"dataset": {"name": "cifar100"}, "image_size": 32},
-    place=SimpleNamespace(stem="cifar100"),
+    location=SimpleNamespace(stem="cifar100"),
     splits=["train", "test"],
 )
 

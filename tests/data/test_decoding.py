@@ -501,7 +501,7 @@ def test_what_was_assumed_is_said_and_recorded(
     shutil.copytree(root / "val", shift)
     (shift / "cat/broken.png").write_bytes(b"hello")
     refused = run("evaluate", tmp_path / "r", "--device", "cpu", "--shift", shift)
-    assert refused.code == 2 and refused.err.strip().endswith("; remove such files")
+    assert refused.code == 2 and refused.err.strip().endswith("; remove such files [image-damaged]")
     (shift / "cat/broken.png").unlink()
     save(whole(rng.random((40, 60)), 255), shift / "cat/dark.tif")
     seen = run("evaluate", tmp_path / "r", "--device", "cpu", "--shift", shift)

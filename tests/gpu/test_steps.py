@@ -128,7 +128,7 @@ def test_side_by_side_gives_what_each_gives_alone(
         )
         return model
 
-    monkeypatch.setattr("richkd.distill.create_model", dropping)
+    monkeypatch.setattr("richkd.training.source.create_model", dropping)
     common = [
         "--students",
         "resnet8",
@@ -208,7 +208,7 @@ def test_a_network_that_cannot_be_captured_trains_eagerly(
         model.forward_features = features  # type: ignore[assignment]
         return model
 
-    monkeypatch.setattr("richkd.distill.create_model", waits)
+    monkeypatch.setattr("richkd.training.source.create_model", waits)
     from richkd.config.settings import Distill
     from richkd.distill import distill
 

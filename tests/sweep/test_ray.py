@@ -400,7 +400,7 @@ def test_without_ray_the_remedy_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     line = fails("sweep", "--cache", store, "--out", tmp_path / "runs", *COMMON, "--engine", "ray")
-    assert line == "richkd: --engine ray needs Ray; pip install 'richkd[ray]'"
+    assert line == "richkd: --engine ray needs Ray; pip install 'richkd[ray]' [extra-missing]"
 
 
 WITHOUT_RAY = """

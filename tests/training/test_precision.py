@@ -63,7 +63,7 @@ def test_distill_sweep_and_doctor_tell(
     for module in ("richkd.training.precision", "richkd.training.device"):
         monkeypatch.setattr(f"{module}.has_bfloat16", lambda device: device.type == "cpu")
     monkeypatch.setattr(precision, "LONG", 1)
-    for module in ("distill", "sweep"):
+    for module in ("training.student", "sweep.cost"):
         monkeypatch.setattr(f"richkd.{module}.time_precisions", lambda *_: StepTimes(0.4, 0.1))
     monkeypatch.setattr("richkd.training.precision.time_precisions", lambda *_: StepTimes(0.4, 0.1))
     common = ["--cache", store, "--epochs", 2, "--batch-size", 16, "--lr", 0.02, "--device", "cpu"]

@@ -122,7 +122,7 @@ def test_a_network_that_cannot_be_compiled(
         return model
 
     train(store, tmp_path / "plain", method="kd")
-    monkeypatch.setattr("richkd.distill.create_model", branching)
+    monkeypatch.setattr("richkd.training.source.create_model", branching)
     done = run(
         "distill",
         "--cache",
