@@ -1,8 +1,8 @@
-"""Which files below a folder are images, and what else lies there.
+"""Find the image files below a folder, and report what else is there.
 
-What systems and tools leave in folders is no data, and no real folder is read twice. For all other
-folders the order is that of torchvision's ImageFolder: classes by name, the folders of a class by
-path, files by name.
+Files that operating systems and tools leave behind are not data, and no folder is read twice, even
+through links. Apart from that, the order is that of torchvision's ImageFolder: classes by name, the
+folders of a class by path, files by name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import re
 import stat
 from bisect import insort
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -20,139 +20,109 @@ from PIL import Image
 
 from richkd.core.errors import RichKDError
 
-# What NAS, Windows, macOS and Python make; any other name that begins with a dot is hidden, too.
-_SYSTEM = {
-    "@eadir",
-    "@recycle",
-    "@recently-snapshot",
-    "#recycle",
-    "#snapshot",
-    "~snapshot",
-    "__macosx",
-    "$recycle.bin",
-    "system volume information",
-    "network trash folder",
-    "temporary items",
-    "lost+found",
-    "__pycache__",
-    "thumbs.db",
-    "ehthumbs.db",
-    "ehthumbs_vista.db",
-    "desktop.ini",
-    "icon\r",
-}
-_CHECKED_DISK = re.compile(r"found\.\d{3}", re.IGNORECASE)  # by Windows
-# Images that Pillow does not open, and what it opens that are no images.
-_RAW = {
-    ".3fr",
-    ".arw",
-    ".cr2",
-    ".cr3",
-    ".crw",
-    ".dng",
-    ".erf",
-    ".kdc",
-    ".mrw",
-    ".nef",
-    ".nrw",
-    ".orf",
-    ".pef",
-    ".raf",
-    ".raw",
-    ".rw2",
-    ".sr2",
-    ".srf",
-    ".srw",
-    ".x3f",
-}
-_RARE = {".dcm", ".exr", ".hdr", ".jxl", ".svg", ".svgz", ".xcf"}
+# Made by NAS, Windows, macOS and Python; other names are hidden if they begin with a dot.
+_SYSTEM = re.compile(
+    r"@eadir|@recycle|@recently-snapshot|#recycle|#snapshot|~snapshot|__macosx|\$recycle\.bin"
+    r"|system volume information|network trash folder|temporary items|lost\+found|__pycache__"
+    r"|thumbs\.db|ehthumbs\.db|ehthumbs_vista\.db|desktop\.ini|icon\r|found\.\d{3}"
+)
+# Images that Pillow cannot open (raw photographs, then others), and what it opens that is no image.
+_NOT_IN_PILLOW = (
+    ".3fr .arw .cr2 .cr3 .crw .dng .erf .kdc .mrw .nef .nrw .orf .pef .raf .raw .rw2 .sr2 .srf "
+    ".srw .x3f .dcm .exr .hdr .jxl .svg .svgz .xcf"
+)
 _NO_IMAGES = {".bufr", ".grib", ".h5", ".hdf", ".mpeg", ".mpg", ".pdf"}
-_SHOWN = 3  # examples a line
+_EXAMPLES = 3  # in a line of a tally
 
 
 class Kind(Enum):
-    """What may lie among images; as it is said of one and of several, and what can be done."""
+    """What else may lie in an image folder: verb, singular, plural, and what becomes of it."""
 
     HIDDEN = "left out", "hidden or system file or folder", "hidden or system files or folders", ""
-    OTHER = "left out", "file that is not called an image", "files that are not called images", ""
+    OTHER = "left out", "file that is not an image", "files that are not images", ""
     FORMAT = (
         "left out",
-        "image of a format that is not read",
-        "images of formats that are not read",
+        "image in an unsupported format",
+        "images in unsupported formats",
         " (convert them to PNG or JPEG)",
     )
     BESIDE = (
         "left out",
-        "image that lies beside the class folders",
-        "images that lie beside the class folders",
+        "image outside the class folders",
+        "images outside the class folders",
         " (move each into the folder of its class)",
     )
     LINK = (
         "left out",
-        "link to a folder that is read elsewhere, or that it lies in",
-        "links to folders that are read elsewhere, or that they lie in",
+        "link to a folder that contains it or that is read anyway",
+        "links to folders that contain them or that are read anyway",
         "",
     )
     BELOW = (
         "read",
-        "image in a folder below a class folder",
-        "images in folders below a class folder",
+        "image in a subfolder of a class folder",
+        "images in subfolders of a class folder",
         " as images of that class",
     )
 
 
 class Tally:
-    """How often there was something of each kind, and where: the first few paths."""
+    """Counts what was found of each kind, and keeps the first few paths as examples."""
 
     def __init__(self) -> None:
         self.counts = dict.fromkeys(Kind, 0)
         self.paths: dict[Kind, list[str]] = {kind: [] for kind in Kind}
 
     def add(self, kind: Kind, path: str, count: int = 1) -> None:
-        """Count something at a path."""
+        """Add `count` of a kind, with one path as an example."""
         self.counts[kind] += count
         shown = self.paths[kind]
-        if len(shown) < _SHOWN or path < shown[-1]:
+        if len(shown) < _EXAMPLES or path < shown[-1]:
             insort(shown, path)
-            del shown[_SHOWN:]
+            del shown[_EXAMPLES:]
 
     def merge(self, other: Tally) -> None:
-        """Count what another has counted."""
+        """Add the counts and examples of another tally."""
         for kind, count in other.counts.items():
             for path in other.paths[kind]:
                 self.add(kind, path, 0)
             self.counts[kind] += count
 
     def lines(self) -> Iterator[str]:
-        """A line for each kind that there is."""
+        """Yield a line for each kind that was found."""
         for kind, count in self.counts.items():
             if count:
-                verb, one, many, remedy = kind.value
-                paths = ", ".join(self.paths[kind])
-                rest = count - len(self.paths[kind])
-                more = f" and {rest:,} more" if rest > 0 else ""
-                yield f"{verb} {count:,} {one if count == 1 else many}{remedy}: {paths}{more}"
+                verb, one, many, note = kind.value
+                paths = listed(self.paths[kind], count)
+                yield f"{verb} {count:,} {one if count == 1 else many}{note}: {paths}"
+
+
+def listed(names: Sequence[str], count: int | None = None, most: int = 4) -> str:
+    """Join the first `most` names, and say how many more there are of `count` in all."""
+    shown = names[:most]
+    rest = (len(names) if count is None else count) - len(shown)
+    return ", ".join(shown) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 class Walk:
-    """A walk over one folder of class folders.
+    """A walk through an image folder, which has a folder for each class.
 
     Attributes:
-        classes: the names of the class folders, sorted.
-        tally: what else is there, by paths that begin with the folder's own name.
-        real: each real folder that was read (device, inode), by its path in the folder.
+        classes: names of the class folders, sorted.
+        tally: what else was found; paths begin with the folder's own name.
+        real: the folders that were read, as device and inode: path relative to the folder.
     """
 
     def __init__(self, folder: Path, suffixes: Collection[str], with_hidden: bool = False) -> None:
         """Find the classes.
 
         Args:
-            folder: to read.
-            suffixes: of files that are images.
-            with_hidden: take hidden files and folders for data, as earlier versions did.
+            folder: the image folder.
+            suffixes: file extensions of images, in lower case.
+            with_hidden: read hidden files and folders too, as earlier versions did.
 
         Raises:
-            RichKDError: a folder cannot be read, or two class folders are one.
+            RichKDError: a folder cannot be read, or two class folders are the same folder.
         """
         self._folder, self._suffixes, self._with_hidden = folder, suffixes, with_hidden
         self._root = os.path.realpath(folder)
@@ -168,8 +138,8 @@ class Walk:
             key = _identity(path)
             if key in self.real:
                 raise RichKDError(
-                    f"{path} and {folder / self.real[key]} are one and the same folder; remove one "
-                    f"of these links, so that no image has two classes",
+                    f"{path} and {folder / self.real[key]} are the same folder, so its images "
+                    f"would have two classes; remove one of the links",
                     code="folder-linked-twice",
                 )
             self.real[key] = name
@@ -178,7 +148,7 @@ class Walk:
             self.tally.add(Kind.BESIDE, f"{folder.name}/{name}")
 
     def images(self, name: str, tally: Tally) -> Iterator[str]:
-        """The images of a class, by paths in the folder; what else is there goes to a tally.
+        """Yield the images of a class as paths relative to the folder; tally everything else.
 
         Raises:
             RichKDError: a folder cannot be read.
@@ -196,7 +166,7 @@ class Walk:
             yield from (f"{where}/{file}" for file in files)
 
     def _list(self, where: str, tally: Tally) -> tuple[list[str], list[str]]:
-        """The folders and the images in one folder, each sorted by name."""
+        """Return the folders and the images in one folder, each sorted by name."""
         at = f"{self._folder}/{where}" if where else str(self._folder)
         shown = f"{self._folder.name}/{where}" if where else self._folder.name
         folders, images = [], []
@@ -211,20 +181,19 @@ class Walk:
                         folders.append(name)
                     elif suffix in self._suffixes and _may_be_opened(entry):
                         images.append(name)
-                    elif suffix in not_read() and suffix not in self._suffixes:
+                    elif suffix in unsupported() and suffix not in self._suffixes:
                         tally.add(Kind.FORMAT, f"{shown}/{name}")
                     else:
                         tally.add(Kind.OTHER, f"{shown}/{name}")
         except OSError as error:
             raise RichKDError(
-                f"cannot read the folder {at} ({error.strerror}); make it "
-                f"readable, or move it away",
+                f"cannot read the folder {at} ({error.strerror}); make it readable or move it away",
                 code="folder-unreadable",
             ) from None
         return sorted(folders), sorted(images)
 
     def _enters(self, where: str, name: str, tally: Tally) -> bool:
-        """Whether a folder below a class folder is to be read: not twice."""
+        """Return whether to read a folder below a class folder, and mark it as read."""
         path = f"{self._folder}/{where}/{name}"
         if not (os.path.islink(path) and self._leads_back(where, path)):  # noqa: PTH114
             key = _identity(path)
@@ -235,7 +204,7 @@ class Walk:
         return False
 
     def _leads_back(self, where: str, link: str) -> bool:
-        """Whether a link leads to a folder that it lies in, or to one that is read without it."""
+        """Return whether a link leads to a folder that contains it or that is read without it."""
         target = os.path.realpath(link)
         if _within(self._root, target) or _within(
             os.path.realpath(f"{self._folder}/{where}"), target
@@ -248,18 +217,14 @@ class Walk:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or a folder is hidden, or one that a system made for itself."""
-    return (
-        name.startswith(".")
-        or name.casefold() in _SYSTEM
-        or (name[:1] in "fF" and _CHECKED_DISK.fullmatch(name) is not None)
-    )
+    """Return whether a file or folder is hidden or made by an operating system for itself."""
+    return name.startswith(".") or _SYSTEM.fullmatch(name.casefold()) is not None
 
 
 @cache
-def not_read() -> frozenset[str]:
-    """Suffixes of images, in lower case; those of formats that are read may be among them."""
-    return frozenset({*Image.registered_extensions(), *_RAW, *_RARE} - _NO_IMAGES)
+def unsupported() -> frozenset[str]:
+    """Return file extensions of images, in lower case; supported ones may be among them."""
+    return frozenset({*Image.registered_extensions(), *_NOT_IN_PILLOW.split()} - _NO_IMAGES)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -270,7 +235,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _may_be_opened(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a file; a link to nowhere counts as one, so that it is named later."""
+    """Return whether an entry is a file; a dangling link counts, so that it is reported later."""
     if entry.is_file(follow_symlinks=False):
         return True
     try:
@@ -285,5 +250,5 @@ def _identity(path: str) -> tuple[int, int]:
 
 
 def _within(path: str, folder: str) -> bool:
-    """Whether a path is a folder's or lies below it; both without links."""
+    """Return whether a path is a folder or lies below it; both must have no links."""
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
