@@ -1,1 +1,1 @@
-"""Images, labels, class names, views of images and prompts for class names."""
+"""Datasets, class names, prompts, and views of images."""

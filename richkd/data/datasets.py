@@ -1,7 +1,7 @@
-"""The data sets: class names, and for each split uint8 images (or image files) and labels.
+"""Load datasets: class names, and for each split uint8 images (or image files) and labels.
 
-What is read: `shapes` (drawn), Fashion-MNIST (Debian's package or torchvision's files), CIFAR-10
-and -100 (torchvision), and folders of images (`layouts`).
+There are `shapes` (drawn on the spot), Fashion-MNIST (from Debian's package or torchvision's
+files), CIFAR-10 and CIFAR-100 (torchvision), and image folders (see `layouts`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -35,12 +35,12 @@ from richkd.data.framing import NetworkInput
 from richkd.data.views import PadCropFlip, ResizedCropFlip, ViewSpace
 from richkd.data.walk import Walk
 
-SMALL_SIDE = 32  # of the images of every data set but folders
+SMALL_SIDE = 32  # of the images of all datasets except folders
 SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000
 SHAPES_SEEDS = {"train": 1, "test": 2}
 
-# Mean and standard deviation of pixels in 0..1. CIFAR's are those that the published checkpoints
-# were trained with; the others were computed over the training split (padding included).
+# Mean and standard deviation of pixels in 0..1. The published checkpoints were trained with those
+# of CIFAR; the others were computed from the training split (including padding).
 _STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
@@ -49,27 +49,19 @@ _STATISTICS = {
     catalog.IMAGE_FOLDER: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 _FASHION_CLASSES = (
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
+    *("t-shirt", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
 )
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images that stay files until a view of them is wanted."""
+    """Images that stay files until a view of them is needed."""
 
     root: Path
     paths: Paths  # relative to root
-    sizes: NDArray[np.int64]  # [N,2], height and width, upright
-    traits: NDArray[np.uint8]  # [N], bits as of data/decoding.py
+    sizes: NDArray[np.int64]  # [N,2], height and width when upright
+    traits: NDArray[np.uint8]  # [N], flags defined in data/decoding.py
     image_size: int  # side of the square views
     decoding: Decoding
 
@@ -77,11 +69,11 @@ class ImageFiles:
         return len(self.paths)
 
     def open(self, index: int) -> Image.Image:
-        """The image in RGB; errors are those of `Decoding.read`."""
+        """Read an image as RGB; errors are those of `Decoding.read`."""
         return self.decoding.read(self.root / self.paths[index])
 
     def take(self, which: slice | NDArray[np.generic]) -> ImageFiles:
-        """Some of the files, by a slice, their numbers or a mask."""
+        """Select files by a slice, indices or a mask."""
         return replace(
             self,
             paths=self.paths.take(which),
@@ -101,11 +93,11 @@ class Split:
         return len(self.labels)
 
     def first(self, count: int | None) -> Split:
-        """The first samples; all of them for None."""
+        """Return the first `count` samples, or all of them for None."""
         return self if count is None or count >= len(self) else self.take(slice(count))
 
     def take(self, which: slice | Tensor) -> Split:
-        """Some of the samples, by a slice or by their ids."""
+        """Select samples by a slice or indices."""
         images = self.images
         if isinstance(images, ImageFiles):
             images = images.take(which.numpy() if isinstance(which, Tensor) else which)
@@ -115,7 +107,7 @@ class Split:
 
     @property
     def view_space(self) -> ViewSpace:
-        """The augmentation that suits the images."""
+        """The augmentation for these images."""
         if isinstance(self.images, ImageFiles):
             return ResizedCropFlip(self.images.sizes, self.images.image_size)
         return PadCropFlip()
@@ -123,7 +115,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Splits with class names; `mean` and `std` are of pixels in 0..1."""
+    """Splits and class names; `mean` and `std` are of pixels in 0..1."""
 
     name: str
     class_names: tuple[str, ...]
@@ -132,21 +124,22 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int
-    skipped: tuple[str, ...] = ()  # files of a folder that are no whole images
-    validation: Split | None = None  # that choices are made on
-    folders: Mapping[str, str] = field(default_factory=dict)  # of each split, in that of a folder
-    class_folders: tuple[str, ...] = ()  # of the classes, likewise
-    notes: tuple[str, ...] = ()  # how a folder was read, line by line
+    validation: Split | None = None
+    # of image folders only:
+    skipped: tuple[str, ...] = ()  # files that cannot be used
+    folders: Mapping[str, str] = field(default_factory=dict)  # by split
+    class_folders: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # how the folder was read, line by line
 
     @property
     def splits(self) -> dict[str, Split]:
-        """The splits that there are, by name."""
+        """The existing splits by name."""
         validation = {} if self.validation is None else {"validation": self.validation}
         return {"train": self.train, "test": self.test, **validation}
 
     @property
     def network_input(self) -> NetworkInput:
-        """What networks take that are trained here on these images."""
+        """The input of networks that are trained on these images."""
         whole = isinstance(self.train.images, Tensor)
         return NetworkInput(
             size=self.image_size, mean=self.mean, std=self.std, crop=1.0 if whole else CLEAN_SHARE
@@ -154,7 +147,7 @@ class Dataset:
 
     @property
     def decoding(self) -> Decoding | None:
-        """How files become RGB, where that takes more than what is stored in some of them."""
+        """How files become RGB; None if all of them are read just as they are stored."""
         every = [split.images for split in self.splits.values()]
         files = [images for images in every if isinstance(images, ImageFiles)]
         changed = any((images.traits & CHANGED).any() for images in files)
@@ -162,14 +155,14 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all splits: pixels and labels, or for files their names and lengths.
+        """SHA-256 over the pixels (for files, the names and sizes) and labels of all splits.
 
-        How files are decoded is part of it, where that changes pixels.
+        It includes how files are decoded, if that changes pixels.
         """
         return self._digest(self.decoding)
 
-    def read_otherwise_in(self, fingerprint: str) -> bool:
-        """Whether a fingerprint is of these very files, decoded as before `Decoding` was there."""
+    def read_differently_in(self, fingerprint: str) -> bool:
+        """Return whether a fingerprint is of these files as read before there was `Decoding`."""
         return self.decoding is not None and fingerprint == self._digest(None)
 
     def _digest(self, decoding: Decoding | None) -> str:
@@ -192,7 +185,7 @@ class Dataset:
 
 
 def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of a data set's pixels in 0..1; RichKDError for no data set."""
+    """Return mean and standard deviation of a dataset's pixels in 0..1."""
     return _STATISTICS[catalog.split_name(name)[0]]
 
 
@@ -203,72 +196,54 @@ def load_dataset(
     layout: layouts.Layout | None = None,
     decoding: Decoding | None = None,
 ) -> Dataset:
-    """Read a data set by name, its first `limit` training samples.
+    """Load a dataset by name, with its first `limit` training samples.
+
+    For an image folder, `skipped`, `layout` and `decoding` repeat what stage one did; None decides
+    anew, and decodes every file once to find those that are broken.
 
     Args:
         settings: which images.
-        skipped: of a folder of images, the files that stage one left out, where that is known;
-            else every file is decoded once to find those that are broken.
-        report: where the progress of that goes.
-        layout: of a folder of images, the folders of its splits, where that is known.
-        decoding: likewise, how its files were decoded.
+        skipped: the files that stage one left out.
+        report: shows the progress.
+        layout: the folders of the splits.
+        decoding: how the files were decoded.
 
     Raises:
-        RichKDError: an unknown name, missing or damaged files, or no network to fetch them.
+        RichKDError: the name is unknown, files are missing or damaged, or a download failed.
     """
     kind, path = catalog.split_name(settings.dataset)
     root = Path(settings.data_root)
-    if kind == catalog.IMAGE_FOLDER:
-        assert path is not None
-        parts = _image_folder(
-            settings, path, skipped, layout, decoding, report or Report(quiet=True)
-        )
+    if path is not None:
+        report = report or Report(quiet=True)
+        found = _image_folder(settings, path, skipped, layout, decoding, report)
     elif kind == "shapes":
-        parts = _shapes(settings.limit)
+        found = _shapes(settings.limit)
     elif kind == "fashion-mnist":
-        parts = _fashion_mnist(root)
+        found = _fashion_mnist(root)
     else:
-        parts = _cifar(kind, root)
-    mean, std = statistics(settings.dataset)
+        found = _cifar(kind, root)
     train, validation = hold_out(
-        parts.train.first(settings.limit), settings.validation, parts.class_names
+        found.train.first(settings.limit), settings.validation, found.class_names
     )
-    return Dataset(
-        name=settings.dataset,
-        class_names=parts.class_names,
-        train=train,
-        validation=parts.validation or validation,
-        test=parts.test,
-        mean=mean,
-        std=std,
-        image_size=parts.image_size,
-        skipped=parts.skipped,
-        folders=parts.folders,
-        class_folders=parts.class_folders,
-        notes=parts.notes,
-    )
+    return replace(found, train=train, validation=found.validation or validation)
 
 
 def introduce(dataset: Dataset, report: Report) -> None:
-    """Say what a data set is, how its files were read, and what was left out."""
+    """Log what a dataset contains, how its files were read, and what was left out."""
     counts = describe_splits({name: len(split) for name, split in dataset.splits.items()})
     side, classes = dataset.image_size, len(dataset.class_names)
     report.log(
-        f"{dataset.name}: {counts} images of {side}×{side}, {classes} classes; fingerprint "
-        f"{dataset.fingerprint[:12]}"
+        f"{dataset.name}: {counts} images of {side}×{side} pixels in {classes} classes; "
+        f"fingerprint {dataset.fingerprint[:12]}"
     )
     for note in dataset.notes:
         report.log(note)
     for path in dataset.skipped:
-        report.log(f"left out, for it is no whole image: {path}")
+        report.log(f"left out, because it cannot be used as an image: {path}")
 
 
 def check_class_names(settings: Images) -> None:
-    """Refuse a file of class names that does not fit the folders, before any image is read.
-
-    Raises:
-        RichKDError: as `load_dataset`.
-    """
+    """Raise RichKDError if a file of class names does not fit the folders; read no images."""
     _, path = catalog.split_name(settings.dataset)
     if settings.class_names and path is not None and path.is_dir():
         train = path / layouts.find_layout(path).folders["train"]
@@ -276,17 +251,17 @@ def check_class_names(settings: Images) -> None:
 
 
 def hold_out(train: Split, share: float, class_names: Sequence[str]) -> tuple[Split, Split | None]:
-    """Split training samples into those to train on and those to make choices on.
+    """Split training samples into those to train on and those for validation.
 
-    Each class gives up the same share of its samples, chosen at random and the same in every call.
+    Each class gives up the same share of its samples, chosen at random with a fixed seed.
 
     Args:
         train: the samples, which keep their order.
         share: of each class, rounded to whole samples; 0 holds nothing out.
-        class_names: C of them, for messages.
+        class_names: C names, for messages.
 
     Raises:
-        RichKDError: a class would have no sample left on one of the two sides.
+        RichKDError: a class would have no sample left in one of the two parts.
     """
     if not share:
         return train, None
@@ -299,9 +274,9 @@ def hold_out(train: Split, share: float, class_names: Sequence[str]) -> tuple[Sp
         first = int(short[0])
         side = "validate" if held[first] == 0 else "train"
         raise RichKDError(
-            f"validation = {share}: of the {int(counts[first])} training images of class "
-            f"{class_names[first]!r} that leaves none to {side} on; choose another share, or take "
-            f"more images",
+            f"validation = {share}: the class {class_names[first]!r} has only {int(counts[first])} "
+            f"training images, which leaves none to {side} on; choose another share, or use more "
+            f"images",
             code="validation-share",
         )
     rank = torch.arange(len(train)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
@@ -309,32 +284,31 @@ def hold_out(train: Split, share: float, class_names: Sequence[str]) -> tuple[Sp
     return train.take(order[~chosen].sort().values), train.take(order[chosen].sort().values)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What differs between kinds of data sets."""
+def _small_images(
+    name: str,
+    class_names: tuple[str, ...],
+    train: tuple[NDArray[np.uint8], ArrayLike],
+    test: tuple[NDArray[np.uint8], ArrayLike],
+) -> Dataset:
+    """Make a dataset of images [N,32,32,3] and labels [N] of two splits."""
 
-    class_names: tuple[str, ...]
-    train: Split
-    test: Split
-    image_size: int = SMALL_SIDE
-    validation: Split | None = None
-    skipped: tuple[str, ...] = ()
-    folders: Mapping[str, str] = field(default_factory=dict)
-    class_folders: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    def split(images: NDArray[np.uint8], labels: ArrayLike) -> Split:
+        return Split(torch.from_numpy(images), torch.from_numpy(np.asarray(labels, np.int64)))
+
+    return Dataset(name, class_names, split(*train), split(*test), *statistics(name), SMALL_SIDE)
 
 
-def _shapes(limit: int | None) -> Parts:
+def _shapes(limit: int | None) -> Dataset:
     from richkd.data import shapes
 
-    splits = []
-    for part, count in (("train", limit or SHAPES_TRAIN), ("test", SHAPES_TEST)):
-        drawing = shapes.draw(count, seed=SHAPES_SEEDS[part])
-        splits.append(Split(torch.from_numpy(drawing.images), torch.from_numpy(drawing.labels)))
-    return Parts(shapes.CLASS_NAMES, splits[0], splits[1])
+    train = shapes.draw(limit or SHAPES_TRAIN, seed=SHAPES_SEEDS["train"])
+    test = shapes.draw(SHAPES_TEST, seed=SHAPES_SEEDS["test"])
+    return _small_images(
+        "shapes", shapes.CLASS_NAMES, (train.images, train.labels), (test.images, test.labels)
+    )
 
 
-def _fashion_mnist(root: Path) -> Parts:
+def _fashion_mnist(root: Path) -> Dataset:
     folder = root / "FashionMNIST" / "raw"
     names = [
         f"{part}-{what}"
@@ -345,26 +319,24 @@ def _fashion_mnist(root: Path) -> Parts:
         if DEBIAN_FASHION_MNIST.is_dir():
             folder = DEBIAN_FASHION_MNIST
         else:
-            _download_with_torchvision(
-                "FashionMNIST",
-                root,
-                (
-                    f"install Debian's package dataset-fashion-mnist, or copy the four *-ubyte.gz "
-                    f"files into {folder}"
-                ),
+            remedy = (
+                f"install Debian's package dataset-fashion-mnist, or copy the four *-ubyte.gz "
+                f"files to {folder}"
             )
+            _torchvision_reader("FashionMNIST", root, remedy)
     train_images, train_labels, test_images, test_labels = (
         _read_idx(folder / name) for name in names
     )
-    splits = [
-        Split(_pad_to_32_rgb(images), torch.from_numpy(labels.astype(np.int64)))
-        for images, labels in ((train_images, train_labels), (test_images, test_labels))
-    ]
-    return Parts(_FASHION_CLASSES, splits[0], splits[1])
+    return _small_images(
+        "fashion-mnist",
+        _FASHION_CLASSES,
+        (_pad_to_32_rgb(train_images), train_labels),
+        (_pad_to_32_rgb(test_images), test_labels),
+    )
 
 
 def _read_idx(path: Path) -> NDArray[np.uint8]:
-    """An IDX file of bytes: magic (0, 0, 8, number of axes), axes as big-endian u32, values."""
+    """Read an IDX file of bytes: magic (0, 0, 8, number of axes), big-endian u32 sizes, values."""
     compressed = path.with_name(path.name + ".gz")
     try:
         if path.is_file():
@@ -373,54 +345,50 @@ def _read_idx(path: Path) -> NDArray[np.uint8]:
             content = gzip.decompress(compressed.read_bytes())
     except (OSError, EOFError) as error:
         raise RichKDError(
-            f"cannot read {path}[.gz]: {error}; fetch it again", code="dataset-file-unreadable"
+            f"cannot read {path}[.gz]: {error}; download it again", code="dataset-file-unreadable"
         ) from None
     if content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
         raise RichKDError(
-            f"{path} is no IDX file of bytes; fetch it again", code="dataset-file-damaged"
+            f"{path} is not an IDX file of bytes; download it again", code="dataset-file-damaged"
         )
     shape = np.frombuffer(content, ">u4", count=content[3], offset=4).astype(int)
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
     if values.size != shape.prod():
         raise RichKDError(
-            f"{path} is cut short or damaged; fetch it again", code="dataset-file-damaged"
+            f"{path} is truncated or damaged; download it again", code="dataset-file-damaged"
         )
     return values.reshape(shape)
 
 
-def _pad_to_32_rgb(images: NDArray[np.uint8]) -> Tensor:
-    """[N,28,28] -> [N,32,32,3]: zeros around, the one channel three times."""
+def _pad_to_32_rgb(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Pad images with zeros and repeat their channel: [N,28,28] -> [N,32,32,3]."""
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))
-    return torch.from_numpy(np.repeat(padded[..., None], 3, axis=-1))
+    return np.repeat(padded[..., None], 3, axis=-1)
 
 
-def _cifar(kind: str, root: Path) -> Parts:
+def _cifar(kind: str, root: Path) -> Dataset:
     archive = "cifar-100-python.tar.gz" if kind == "cifar100" else "cifar-10-python.tar.gz"
-    reader = _download_with_torchvision(
-        kind.upper(), root, f"copy {archive} from elsewhere into {root} and run again"
-    )
-    splits = []
-    for train in (True, False):
-        data = reader(root, train=train)
-        splits.append(Split(torch.from_numpy(data.data), torch.tensor(data.targets)))
-    class_names = tuple(name.replace("_", " ") for name in data.classes)
-    return Parts(class_names, splits[0], splits[1])
+    reader = _torchvision_reader(kind.upper(), root, f"copy {archive} to {root}")
+    train, test = reader(root, train=True), reader(root, train=False)
+    class_names = tuple(name.replace("_", " ") for name in train.classes)
+    return _small_images(kind, class_names, (train.data, train.targets), (test.data, test.targets))
 
 
-def _download_with_torchvision(name: str, root: Path, offline: str) -> Any:
-    """torchvision's reader, its files in place: found under root, unpacked or downloaded."""
+def _torchvision_reader(name: str, root: Path, remedy: str) -> Any:
+    """Return torchvision's reader of a dataset, after unpacking or downloading its files."""
     import torchvision
 
     reader = getattr(torchvision.datasets, name)
     try:
         reader(root, train=True)
         reader(root, train=False)
-    except RuntimeError:  # not there, or not whole
+    except RuntimeError:  # missing or damaged
         try:
             reader(root, train=True, download=True)
         except (OSError, RuntimeError, EOFError) as error:
             raise RichKDError(
-                f"cannot download {name} to {root} ({error}); without a network {offline}",
+                f"cannot download {name} to {root} ({error}); without a network, {remedy} and run "
+                f"the same command again",
                 code="dataset-download-failed",
             ) from None
     return reader
@@ -433,52 +401,52 @@ def _image_folder(
     layout: layouts.Layout | None,
     decoding: Decoding | None,
     report: Report,
-) -> Parts:
+) -> Dataset:
     if not path.is_dir():
         raise RichKDError(
-            f"imagefolder:{path}: there is no such folder", code="dataset-folder-missing"
+            f"imagefolder:{path}: no such folder; check the path", code="dataset-folder-missing"
         )
     found, notes = layouts.find_splits(path, layout)
     if settings.validation and "validation" in found:
         raise RichKDError(
-            f"validation = {settings.validation:g}: {found['validation'].folder} has validation "
-            f"images; leave --validation out, or move that folder away to hold out training images",
+            f"validation = {settings.validation:g}: {found['validation'].folder} already has "
+            f"validation images; omit --validation, or move that folder away",
             code="validation-and-folder",
         )
-    train = found["train"]
-    names = (
-        class_names.read_class_names(Path(settings.class_names), train.classes)
-        if settings.class_names
-        else class_names.name_classes(train.classes)
-    )
-    listed = {
+    classes = found["train"].classes
+    if settings.class_names:
+        named = class_names.read_class_names(Path(settings.class_names), classes)
+    else:
+        named = class_names.name_classes(classes)
+    listings = {
         split: folders.list_images(each.folder, settings.broken, skipped, report, each)
         for split, each in found.items()
     }
-    image_size = settings.image_size or folders.suggest_image_size(listed["train"].sizes)
-    values = [each.values for each in listed.values()]
+    image_size = settings.image_size or folders.suggest_image_size(listings["train"].sizes)
+    values = [each.values for each in listings.values()]
     decoding = decoding or Decoding.of(settings.background, settings.pixel_range, values)
-    splits = {split: files_split(each, image_size, decoding) for split, each in listed.items()}
-    traits = np.concatenate([each.traits for each in listed.values()])
-    origin = "--pixel-range" if settings.pixel_range else ""
+    traits = np.concatenate([each.traits for each in listings.values()])
+    origin = "as --pixel-range says" if settings.pixel_range else ""
     read = describe_decoding(decoding, values, traits, origin)
-    return Parts(
-        names.names,
+    splits = {split: files_split(each, image_size, decoding) for split, each in listings.items()}
+    earlier = layout is not None and layout.earlier
+    return Dataset(
+        settings.dataset,
+        named.names,
         splits["train"],
         splits["test"],
+        *statistics(settings.dataset),
         image_size,
         validation=splits.get("validation"),
-        skipped=tuple(path for each in listed.values() for path in each.skipped),
-        folders={}
-        if layout is not None and layout.earlier
-        else {split: each.folder.name for split, each in found.items()},
-        class_folders=train.classes,
-        notes=(*notes, *names.notes, *read),
+        skipped=tuple(path for each in listings.values() for path in each.skipped),
+        folders={} if earlier else {split: each.folder.name for split, each in found.items()},
+        class_folders=classes,
+        notes=(*notes, *named.notes, *read),
     )
 
 
 def files_split(listing: folders.Listing, image_size: int, decoding: Decoding) -> Split:
-    """Images that stay files."""
+    """Make a split of images that stay files."""
     files = ImageFiles(
         listing.folder, listing.paths, listing.sizes, listing.traits, image_size, decoding
     )

@@ -1,9 +1,9 @@
-"""Image files as a viewer shows them: upright, on a background, as bright as they are.
+"""Decode image files as a viewer shows them: upright, on a background, and at full brightness.
 
-Three things are not in the pixels as they are stored. The EXIF orientation says how to turn them;
-an alpha channel says where the background shows; and values of 16 bits, 32 bits or floats need
-to be told which of them are black and white. That range is decided once for a data set
-(`Decoding.of`), recorded in the manifest, and the same in every later reading.
+The stored pixels lack three things. The EXIF orientation says how to rotate them, an alpha channel
+says where the background is visible, and values of 16 bits, 32 bits or floats need a range from
+black to white. That range is chosen once per dataset (`Decoding.of`), recorded in the manifest and
+used whenever the files are read again.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from richkd.core.colours import read_colour
 from richkd.core.errors import RichKDError
 from richkd.data.entries import DecodingEntry
 
-# What is read: Pillow's name of a format, and what its files are called. No other decoder ever
-# runs, whatever a file's name and content say.
+# The supported formats by Pillow's names, with their file extensions. No other decoder ever runs,
+# whatever a file's name and content are.
 FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png", ".apng"),
@@ -40,54 +40,63 @@ FORMATS = {
     "HEIF": (".heic", ".heif", ".hif"),  # with pillow-heif
 }
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-MOST_SLENDER = 100  # the longer side by the shorter one; a resized crop of more takes gigabytes
-TAIL = 0.01  # per cent of an image's values that may lie outside the range at either end
+MAX_ASPECT_RATIO = 100  # a resized crop of a longer image takes gigabytes
+TAIL = 0.01  # percentage of an image's values that are ignored at either end of the range
 
-# What a file needs besides its stored pixels, as bits.
-TURNED, TRANSPARENT, DEEP, FRAMES = 1, 2, 4, 8
-CHANGED = TURNED | TRANSPARENT | DEEP  # what earlier versions of richkd read otherwise
+# Flags of a file: what matters besides its stored pixels.
+ROTATED, TRANSPARENT, DEEP, FRAMES = 1, 2, 4, 8
+CHANGED = ROTATED | TRANSPARENT | DEEP  # read differently by earlier versions of richkd
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT, _ORIENTATION = 258, 262, 339, 274
 _WHITE_IS_ZERO, _SIGNED = 0, 2
-_DECLARED = {"16-bit PGM", "16-bit JPEG2000"}  # their files name the largest value; Pillow scales
+_DECLARED = {"16-bit PGM", "16-bit JPEG2000"}  # files state their largest value; Pillow scales
 
-# Images may have up to twice Pillow's MAX_IMAGE_PIXELS (179 million); it refuses more itself.
+# Pillow warns above MAX_IMAGE_PIXELS and refuses more than twice as many (179 million) itself.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
 class Depth:
-    """How an image's values are stored, where that is not in 8 bits."""
+    """How an image stores values that do not have 8 bits."""
 
     kind: str  # for people, e.g. "16-bit PNG"
-    upper_byte: bool = False  # of three channels, Pillow keeps the upper 8 of 16 bits
+    upper_byte: bool = False  # of colours, Pillow keeps only the upper 8 of 16 bits
     inverted: bool = False  # the lowest value is white
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a file says of itself."""
+    """What a file says about itself."""
 
-    size: tuple[int, int] = (0, 0)  # height and width, upright; 0 where it cannot be opened
-    traits: int = 0  # of TURNED, TRANSPARENT, …
-    kind: str = ""  # of its depth; empty for 8 bits
-    low: float = np.nan  # its lowest and highest value but for `TAIL`, where it was decoded
+    size: tuple[int, int] = (0, 0)  # height and width when upright; 0 if it cannot be opened
+    traits: int = 0  # flags: ROTATED, TRANSPARENT, …
+    kind: str = ""  # `Depth.kind`; empty for 8 bits
+    low: float = np.nan  # its lowest and highest value, without `TAIL`, if it was decoded
     high: float = np.nan
     fault: str = ""  # why it cannot be used
 
 
 @dataclass(frozen=True)
 class Values:
-    """The values of the files of one split that are deeper than 8 bits."""
+    """The values in files of one split that are deeper than 8 bits."""
 
     kinds: Sequence[str]
-    kind: NDArray[np.uint8]  # [N]: 0 for 8 bits, else one more than a place in kinds
+    kind: NDArray[np.uint8]  # [N]: 0 for 8 bits, else 1 + position in kinds
     low: NDArray[np.float64]  # [N]
     high: NDArray[np.float64]  # [N]
+
+    def take(self, which: NDArray[np.bool_]) -> Values:
+        """Select files by a mask."""
+        return replace(self, kind=self.kind[which], low=self.low[which], high=self.high[which])
+
+    def of_kind(self, kind: str) -> NDArray[np.bool_]:
+        """Return a mask [N] of the files of one kind."""
+        mask: NDArray[np.bool_] = self.kind == 1 + [*self.kinds, kind].index(kind)
+        return mask
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the files of one data set become RGB."""
+    """How the files of one dataset become RGB images."""
 
     background: tuple[int, int, int] = (255, 255, 255)
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # kind: black, white
@@ -99,53 +108,53 @@ class Decoding:
         pixel_range: tuple[float, ...] | None,
         splits: Sequence[Values],
     ) -> Decoding:
-        """Decide the ranges of all kinds of files that there are.
+        """Choose a range from black to white for every kind of file.
 
-        A kind's range is the one given, or the one that its format defines, or comes from the
-        values of the training images (of the first split that has files of the kind):
+        The range is the given one, or the one that the format defines, or is derived from the
+        values of the training images (or of the first split that has files of this kind):
 
-        - whole numbers: 0 to 2^b − 1 for the fewest bits b of 8, 10, 12, … 32 that hold them all
-          (15 and 31, too, of types with a sign);
-        - floats: 0 to 1, to 255 or to 65,535, whichever they fill to more than a quarter;
-        - other floats, and whatever has values below 0: from the lowest to the highest.
+        - integers: 0 to 2^b − 1 for the smallest b of 8, 10, 12, … 32 that holds all of them
+          (also 15 and 31 for signed types);
+        - floats: 0 to 1, 255 or 65,535, if they fill more than a quarter of it;
+        - other floats, and all values below 0: from the lowest to the highest.
 
-        Of every image, `TAIL` per cent at either end do not count.
+        `TAIL` per cent of every image are ignored at either end.
 
         Args:
-            background: a colour as of `read_colour`.
-            pixel_range: black and white of all files deeper than 8 bits, where that is known.
-            splits: the values in them, training images first.
+            background: a colour that `read_colour` accepts.
+            pixel_range: black and white of all files deeper than 8 bits; None to derive them.
+            splits: the values in each split, training images first.
         """
         ranges: dict[str, tuple[float, float]] = {}
         for values in splits:
-            for number, kind in enumerate(values.kinds, 1):
-                these = values.kind == number
+            for kind in values.kinds:
+                these = values.of_kind(kind)
                 if kind in ranges or not these.any():
                     continue
                 low, high = float(values.low[these].min()), float(values.high[these].max())
                 if pixel_range is not None:
                     ranges[kind] = pixel_range[0], pixel_range[1]
-                elif not np.isnan(low):  # else the files were not decoded
+                elif not np.isnan(low):  # NaN: the files were not decoded
                     ranges[kind] = _range(kind, low, high)
         return cls(read_colour(background), ranges)
 
     @property
     def entry(self) -> DecodingEntry:
-        """For a manifest."""
+        """The entry of the manifest."""
         ranges = {kind: list(ends) for kind, ends in sorted(self.ranges.items())}
         return {"background": "#{:02x}{:02x}{:02x}".format(*self.background), "ranges": ranges}
 
     @classmethod
     def from_entry(cls, entry: DecodingEntry) -> Decoding:
-        """What `entry` gave."""
+        """Restore from an entry of a manifest."""
         ranges = {kind: (float(low), float(high)) for kind, (low, high) in entry["ranges"].items()}
         return cls(read_colour(entry["background"]), ranges)
 
     def read(self, path: Path) -> Image.Image:
-        """The image in RGB, whatever it is stored as.
+        """Read an image file as RGB.
 
         Raises:
-            RichKDError: the file was an image once, and is not, or not of that depth.
+            RichKDError: the file has changed: it cannot be read, or its kind has no range.
         """
         try:
             with _opened(path) as image:
@@ -157,17 +166,18 @@ class Decoding:
             raise
         except Exception as error:  # decoders raise errors of every kind
             raise RichKDError(
-                f"{path} cannot be read any more ({reason_of(error, path)}); restore it, or make "
-                f"the store again with --broken skip",
+                f"{path} can no longer be read ({reason_of(error, path)}); restore it, or make "
+                f"the cache again with richkd precompute --broken skip",
                 code="image-changed",
             ) from None
 
     def _in_bytes(self, image: Image.Image, depth: Depth) -> Image.Image:
-        """Values of any depth as 8 bits; transparency stays."""
+        """Scale values of any depth to 8 bits and keep the transparency."""
         if depth.kind not in self.ranges:
             raise RichKDError(
-                f"{image.filename} is a {depth.kind} image, as none was when the folder was looked "  # type: ignore[attr-defined]
-                f"at; restore it, or make the store again",
+                f"{image.filename} is a {depth.kind} image, "  # type: ignore[attr-defined]
+                f"but there was none when the folder was first read; restore the file, or make the "
+                f"cache again with richkd precompute",
                 code="image-changed",
             )
         low, high = self.ranges[depth.kind]
@@ -188,17 +198,17 @@ class Decoding:
         if image.has_transparency_data:
             ground = Image.new("RGBA", image.size, self.background)
             return Image.alpha_composite(ground, _rgba(image)).convert("RGB")
-        return image if image.mode == "RGB" else image.convert("RGB")  # which copies
+        return image if image.mode == "RGB" else image.convert("RGB")  # convert always copies
 
 
 def _rgba(image: Image.Image) -> Image.Image:
-    """With straight alpha, from every mode that has some."""
+    """Convert an image with any kind of alpha to straight alpha."""
     straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
     return (image.convert(straight) if straight else image).convert("RGBA")
 
 
 def _range(kind: str, low: float, high: float) -> tuple[float, float]:
-    """Black and white of a kind of files whose values lie in low..high."""
+    """Return black and white for a kind of files with values from low to high."""
     if kind in _DECLARED:
         return 0.0, 65535.0
     if low < 0:
@@ -212,22 +222,19 @@ def _range(kind: str, low: float, high: float) -> tuple[float, float]:
 
 
 def values_of(image: Image.Image, depth: Depth) -> NDArray[np.floating[Any]]:
-    """The values of a decoded image: [H,W], or [H,W,3] of colours, to their upper byte."""
+    """Return the values of a decoded image: [H,W], or [H,W,3] for colours (upper bytes only)."""
     if depth.upper_byte:
-        plain = (
-            image
-            if image.mode in ("L", "RGB")
-            else image.convert("L" if image.mode == "LA" else "RGB")
-        )
-        return np.asarray(plain, np.float32) * 257
+        if image.mode not in ("L", "RGB"):
+            image = image.convert("L" if image.mode == "LA" else "RGB")
+        return np.asarray(image, np.float32) * 257
     stored = np.asarray(image)
     if depth.kind.startswith("32-bit") and stored.dtype == np.int32:
-        stored = stored.view(np.uint32)  # Pillow has no mode for them
+        stored = stored.view(np.uint32)  # Pillow has no unsigned mode
     return stored.astype(np.float32 if stored.itemsize < 4 else np.float64)
 
 
 def depth_of(image: Image.Image) -> Depth | None:
-    """How a file that is opened and not loaded stores its values; None for 8 bits or fewer."""
+    """Return how an opened, not yet loaded file stores its values; None for up to 8 bits."""
     name, tags = image.format or "", getattr(image, "tag_v2", {})
     bits = int(tags[_TIFF_BITS][0]) if _TIFF_BITS in tags else 16
     inverted = name == "TIFF" and tags.get(_TIFF_PHOTOMETRIC, 1) == _WHITE_IS_ZERO
@@ -250,7 +257,7 @@ def _strings(arguments: object) -> list[str]:
 
 
 def look(path: Path, decode: bool) -> Found:
-    """What a file says of itself; `decode` reads it to its end, to find whether it is whole."""
+    """Return what a file says about itself; with `decode`, also check that it is intact."""
     found = Found()
     try:
         with _opened(path) as image:
@@ -266,32 +273,33 @@ def _header(image: Image.Image, depth: Depth | None) -> Found:
     traits = TRANSPARENT * image.has_transparency_data | DEEP * (depth is not None)
     orientation = image.getexif().get(_ORIENTATION, 1)
     if orientation in range(2, 9):
-        traits |= TURNED
-        if orientation > 4 and image.format != "TIFF":  # whose sides Pillow swaps itself
+        traits |= ROTATED
+        if orientation > 4 and image.format != "TIFF":  # Pillow swaps the sides of TIFFs itself
             width, height = height, width
     fault = ""
-    if max(width, height) > MOST_SLENDER * min(width, height):
-        fault = f"one of its sides, {width:,} × {height:,}, is over {MOST_SLENDER} times the other"
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        fault = f"one side is more than {MAX_ASPECT_RATIO} times the other: {width:,} × {height:,}"
     return Found((height, width), traits, depth.kind if depth else "", fault=fault)
 
 
 def _decoded(image: Image.Image, depth: Depth | None, found: Found) -> Found:
-    """The same with what only the pixels tell."""
+    """Add what can be known only from the decoded pixels."""
     image.load()
-    if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photo, its preview
+    # an MPO file is a photograph with its preview
+    if image.format != "MPO" and getattr(image, "is_animated", False):
         found = replace(found, traits=found.traits | FRAMES)
     if depth is None:
         return found
     values = values_of(image, depth)
     values = values[np.isfinite(values)]
     if not values.size:
-        return replace(found, fault="none of its values is a number")
+        return replace(found, fault="none of its values is a finite number")
     low, high = np.percentile(values, (TAIL, 100 - TAIL)).tolist()
     return replace(found, low=low, high=high)
 
 
 def reason_of(error: Exception, path: Path) -> str:
-    """Why a file cannot be read, for people: by its true format where that is another one."""
+    """Describe why a file cannot be read, by its true format if it is not a supported image."""
     if isinstance(error, UnidentifiedImageError):
         return true_format(path)
     if isinstance(error, MemoryError):
@@ -301,16 +309,16 @@ def reason_of(error: Exception, path: Path) -> str:
 
 
 def true_format(path: Path) -> str:
-    """What a file is that is none of the formats which are read; no decoder runs."""
+    """Describe the content of a file in no supported format, without running a decoder."""
     with path.open("rb") as file:
         begin = file.read(64)
     if not begin:
         return "it is empty"
     if not begin.strip(b"\0"):
-        return "it holds nothing but zeros"
+        return "it contains only zeros"
     brand = begin[8:12] if begin[4:8] == b"ftyp" else b""
     if brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"):
-        return "it is HEIC, which pip install pillow-heif makes readable"
+        return "it is HEIC; to read such files, pip install pillow-heif"
     text = begin.lstrip().lower()
     starts = {
         b"%pdf": "PDF",
@@ -318,7 +326,7 @@ def true_format(path: Path) -> str:
         b"<?xml": "XML",
         b"<!doctype html": "an HTML page",
         b"<html": "an HTML page",
-        b"version https://git-lfs": "a pointer of Git LFS, whose file was not fetched",
+        b"version https://git-lfs": "a Git LFS pointer; fetch the file itself with git lfs pull",
         b"pk\3\4": "a ZIP archive",
     }
     named = next((name for start, name in starts.items() if text.startswith(start)), None)
@@ -334,18 +342,18 @@ def true_format(path: Path) -> str:
             None,
         )
     if named in FORMATS:
-        return f"it is {named} of a kind that Pillow does not decode"
-    return f"it is {named}" if named else "it is in no format that is known"
+        return f"it is {named} of a kind that Pillow cannot decode"
+    return f"it is {named}" if named else "its format is unknown"
 
 
 def _opened(path: Path) -> Image.Image:
-    """The file, opened by the decoders of `FORMATS` and no others."""
+    """Open a file with the decoders of `FORMATS` and no others."""
     return Image.open(path, formats=readable())
 
 
 @cache
 def readable() -> tuple[str, ...]:
-    """The formats that this installation reads."""
+    """Return the formats that this installation can read."""
     if find_spec("pillow_heif") is not None:
         import pillow_heif
 
@@ -357,42 +365,39 @@ def readable() -> tuple[str, ...]:
 def describe_decoding(
     decoding: Decoding, values: Sequence[Values], traits: NDArray[np.uint8], origin: str = ""
 ) -> list[str]:
-    """What was assumed in reading some of the files, a line each.
+    """Describe the assumptions made in reading some of the files, one line each.
 
     Args:
-        decoding: how they are read.
+        decoding: how the files are read.
         values: of the files, split by split.
         traits: of all files.
         origin: where the ranges of values come from, if not from the values or the format.
     """
 
-    def count(trait: int) -> int:
-        return int(np.count_nonzero(traits & trait))
+    def images(trait: int) -> str:
+        count = int(np.count_nonzero(traits & trait))
+        return f"{count:,} image{'s' * (count != 1)}" if count else ""
 
     lines = []
-    if count(TURNED):
-        lines.append(f"images turned upright, by their EXIF orientation: {count(TURNED):,}")
-    if count(TRANSPARENT):
+    if rotated := images(ROTATED):
+        lines.append(f"rotated {rotated} upright, as the EXIF orientation says")
+    if transparent := images(TRANSPARENT):
         colour = decoding.entry["background"]
-        lines.append(
-            f"images with transparency, laid on {colour} (--background): {count(TRANSPARENT):,}"
-        )
-    if count(FRAMES):
-        lines.append(f"files of several images, of which the first is read: {count(FRAMES):,}")
+        lines.append(f"placed {transparent} with transparency on {colour} (--background)")
+    if animated := images(FRAMES):
+        lines.append(f"read only the first frame of {animated} with several frames")
     for kind, (low, high) in sorted(decoding.ranges.items()):
-        places = [[*each.kinds, kind].index(kind) + 1 for each in values]
-        highs = np.concatenate(
-            [each.high[each.kind == place] for each, place in zip(values, places, strict=True)]
-        )
+        highs = np.concatenate([each.high[each.of_kind(kind)] for each in values])
         if not highs.size:
             continue
         dark = int(np.count_nonzero(highs < low + (high - low) / 8))
         beyond = int(np.count_nonzero(highs > high))
-        source = "their format" if kind in _DECLARED else "their values"
-        how = origin or f"by {source}; --pixel-range says otherwise"
+        source = "the format" if kind in _DECLARED else "the values"
+        how = origin or f"chosen by {source}; to set it, use --pixel-range"
         lines.append(
-            f"{kind} images, from {low:,.6g} (black) to {high:,.6g} (white; {how}): {len(highs):,}"
-            + (f", {dark:,} of them below an eighth of that" if dark else "")
-            + (f", {beyond:,} of them with values above it" if beyond else "")
+            f"read {len(highs):,} {kind} image{'s' * (len(highs) != 1)} with {low:,.6g} as black "
+            f"and {high:,.6g} as white ({how})"
+            + (f"; {dark:,} use less than an eighth of this range" if dark else "")
+            + (f"; {beyond:,} have values above it" if beyond else "")
         )
     return lines

@@ -1,7 +1,7 @@
-"""Folders of people's own images, a folder a class: their files, and what these say of themselves.
+"""List the images of one split of an image folder, with what their files say about themselves.
 
-Which files are images is `walk`'s to say, which folder is which split `layouts`'s, and what classes
-are called `class_names`'s.
+Which files are images is decided in `walk`, which folder is which split in `layouts`, and what the
+classes are called in `class_names`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
@@ -26,7 +26,7 @@ from richkd.data import decoding
 from richkd.data.decoding import SUFFIXES, Values
 from richkd.data.walk import Kind, Tally, Walk
 
-# Those that were read before stores said which folders they are of.
+# Read by versions whose caches do not name the folders of the splits.
 EARLIER_SUFFIXES = {
     ".jpg",
     ".jpeg",
@@ -39,24 +39,24 @@ EARLIER_SUFFIXES = {
     ".webp",
     ".gif",
 }
-_READING = 2  # another number whenever files are looked at otherwise
-LOOKED_AT = 4096  # files that wait for a thread at once
+_SCAN_VERSION = 2  # to be raised whenever a scan finds something else in the same file
+_QUEUED = 4096  # files that wait for a thread at once
 
 
 @dataclass(frozen=True, eq=False)
 class Paths(Sequence[str]):
     """Many paths in two arrays.
 
-    A forked data-loader worker shares their pages; strings are objects, and counting the references
-    to them would copy every page that they lie on.
+    Forked data-loader workers share the pages of arrays. Python strings would be copied page by
+    page, as their reference counts change.
     """
 
-    text: NDArray[np.uint8]  # in UTF-8
-    bounds: NDArray[np.int64]  # [N,2]: where in the text a path begins and ends
+    text: NDArray[np.uint8]  # UTF-8
+    bounds: NDArray[np.int64]  # [N,2]: where each path begins and ends in the text
 
     @classmethod
     def of(cls, paths: Iterable[str]) -> Paths:
-        """The same paths, taken in one by one."""
+        """Pack paths, reading them one by one."""
         text, ends = bytearray(), array("q", [0])
         for path in paths:
             text += path.encode("utf-8", "surrogateescape")
@@ -65,7 +65,7 @@ class Paths(Sequence[str]):
         return cls(np.frombuffer(text, np.uint8), np.stack([limits[:-1], limits[1:]], axis=1))
 
     def take(self, which: slice | NDArray[np.generic]) -> Paths:
-        """Some of them, by a slice, their numbers or a mask."""
+        """Select paths by a slice, indices or a mask."""
         return Paths(self.text, self.bounds[which])
 
     def __len__(self) -> int:
@@ -84,59 +84,55 @@ class Paths(Sequence[str]):
 
 @dataclass(frozen=True)
 class Found:
-    """The files of one split that are called images, the classes evenly spread."""
+    """The image files of one split by their names, in an order that mixes the classes evenly."""
 
     folder: Path
-    classes: tuple[str, ...]  # names of folders
+    classes: tuple[str, ...]  # names of the class folders
     paths: Paths  # relative to folder
     labels: NDArray[np.int64]  # [N]
-    tally: Tally  # of what else is there
-    real: Mapping[tuple[int, int], str]  # as of `Walk`
-    empty: Mapping[str, str]  # classes without images, and what is there instead
+    tally: Tally  # what else was found
+    real: Mapping[tuple[int, int], str]  # as in `Walk`
+    empty: Mapping[str, str]  # classes without images, and what their folders contain instead
 
     @property
     def fault(self) -> str | None:
-        """What is wrong with the folder, and the remedy; None where each class has images."""
-        beside = self.tally.counts[Kind.BESIDE]
+        """What is wrong with the folder, and the remedy; None if every class has images."""
         if not self.classes:
-            has = (
-                f"holds {beside:,} images and no folders of classes"
-                if beside
-                else ("holds no folders of classes")
-            )
-            return f"{self.folder} {has}; {self.sort}"
+            beside = self.tally.counts[Kind.BESIDE]
+            images = f"{beside:,} images but " if beside else ""
+            return f"{self.folder} contains {images}no class folders; {self.sorting_remedy}"
         if self.empty:
-            name, instead = next(iter(self.empty.items()))
-            more = f", nor in {len(self.empty) - 1} more" if len(self.empty) > 1 else ""
+            name, contents = next(iter(self.empty.items()))
+            more = f" (nor do {len(self.empty) - 1} more)" if len(self.empty) > 1 else ""
             return (
-                f"{self.folder}/{name}: there is no image in it{more}; add images of the class, or "
-                f"remove the folder{instead and f' ({instead})'}"
+                f"the class folder {self.folder}/{name} contains no images{more}; add some, or "
+                f"remove the folder{contents and f' ({contents})'}"
             )
         return None
 
     @property
-    def sort(self) -> str:
-        """How images are sorted into classes."""
+    def sorting_remedy(self) -> str:
+        """How to sort the images into class folders."""
         hint = ""
         if (self.folder / "val_annotations.txt").is_file():
-            hint = "; val_annotations.txt says the class of each"
+            hint = " (val_annotations.txt lists the class of each image)"
         elif any("ILSVRC2012_val_" in path for path in self.tally.paths[Kind.BESIDE]):
-            hint = "; a script called valprep.sh does that for ImageNet"
-        return f"put each image into the folder of its class, {self.folder}/CLASS/image.jpg{hint}"
+            hint = " (for ImageNet, the script valprep.sh does that)"
+        return f"move each image into the folder of its class, {self.folder}/CLASS/image.jpg{hint}"
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The image files of one split, the classes evenly spread."""
+    """The usable images of one split, in an order that mixes the classes evenly."""
 
     folder: Path
-    classes: tuple[str, ...]  # names of folders
+    classes: tuple[str, ...]  # names of the class folders
     paths: Paths  # relative to folder
     labels: NDArray[np.int64]  # [N]
-    sizes: NDArray[np.int64]  # [N,2], height and width, upright
-    traits: NDArray[np.uint8]  # [N], bits as of data/decoding.py
-    values: Values  # of those that are deeper than 8 bits
-    skipped: tuple[str, ...]  # files that are no whole images, relative to what folder is in
+    sizes: NDArray[np.int64]  # [N,2], height and width when upright
+    traits: NDArray[np.uint8]  # [N], flags defined in data/decoding.py
+    values: Values  # of files deeper than 8 bits
+    skipped: tuple[str, ...]  # unusable files, relative to the parent of folder
 
 
 def list_images(
@@ -147,41 +143,41 @@ def list_images(
     found: Found | None = None,
     remedy: str = "",
 ) -> Listing:
-    """Read a folder of class folders.
+    """List the images of a folder of class folders.
 
     Args:
-        folder: with a folder a class.
-        broken: what to do with files that cannot be decoded to their end: refuse or skip.
-        known: the broken files, as an earlier listing skipped them: none is decoded then.
-        report: where progress goes.
-        found: what is in it, where that is known already.
-        remedy: what to do about broken files that are refused, if not what stage one says.
+        folder: has a folder for each class.
+        broken: what to do with files that cannot be fully decoded: refuse or skip.
+        known: the files that an earlier listing skipped; with these, only headers are read.
+        report: shows the progress.
+        found: the result of `find_images`, if it is known already.
+        remedy: what the user should do about a refused file, if not what stage one says.
 
     Raises:
-        RichKDError: no class, a class without images, or a broken file that is to be refused.
+        RichKDError: there are no classes, a class has no images, or a broken file is refused.
     """
     found = found or find_images(folder)
     if found.fault is not None:
         raise RichKDError(found.fault, code="folder-classes")
     classes, paths, labels = found.classes, found.paths, found.labels
-    look = _remembered(folder, paths, known is None, report or Report(quiet=True))
+    scan = _cached_scan(folder, paths, known is None, report or Report(quiet=True))
     left_out = {*(known or ())}
     faults = {
         number: reason
-        for number, reason in look.faults.items()
-        if (known is None or not look.sizes[number].any())
+        for number, reason in scan.faults.items()
+        if (known is None or not scan.sizes[number].any())
         and f"{folder.name}/{paths[number]}" not in left_out
     }
     if faults and (broken == "refuse" or known is not None):
         first, reason = next(iter(faults.items()))
-        more = f", nor {len(faults) - 1} more" if len(faults) > 1 else ""
+        more = f" and {len(faults) - 1} more cannot be used" if len(faults) > 1 else ""
         remedy = remedy or (
             "remove such files, or leave them out with --broken skip"
             if known is None
-            else "restore it, or make the store again with richkd precompute --broken skip"
+            else "restore the file, or make the cache again with richkd precompute --broken skip"
         )
         raise RichKDError(
-            f"{folder / paths[first]} is no image that can be read ({reason}){more}; {remedy}",
+            f"cannot use {folder / paths[first]} as an image ({reason}){more}; {remedy}",
             code="image-damaged",
         )
     whole = np.ones(len(paths), bool)
@@ -191,7 +187,8 @@ def list_images(
     lacking = sorted({*range(len(classes))} - {*labels[whole].tolist()})
     if lacking:
         raise RichKDError(
-            f"{folder / classes[lacking[0]]}: no image in it can be read",
+            f"no image in the class folder {folder / classes[lacking[0]]} can be read; add intact "
+            f"images, or remove the folder from every split",
             code="class-without-images",
         )
     return Listing(
@@ -199,37 +196,32 @@ def list_images(
         classes=classes,
         paths=paths.take(whole),
         labels=labels[whole],
-        sizes=look.sizes[whole],
-        traits=look.traits[whole],
-        values=replace(
-            look.values,
-            kind=look.values.kind[whole],
-            low=look.values.low[whole],
-            high=look.values.high[whole],
-        ),
+        sizes=scan.sizes[whole],
+        traits=scan.traits[whole],
+        values=scan.values.take(whole),
         skipped=tuple(f"{folder.name}/{paths[number]}" for number in faults),
     )
 
 
 def find_images(folder: Path, *, earlier: bool = False) -> Found:
-    """The classes of a folder, and every file called an image with its label.
+    """Find the classes of a folder, and its image files with their labels.
 
-    The order is one in which every prefix holds the classes evenly, so that --limit N does not take
-    the first classes only.
+    Every prefix of the order has about as many images of each class, so that --limit N does not
+    select the first classes only.
 
     Args:
-        folder: with a folder a class.
-        earlier: read what earlier versions read: files of fewer formats, and hidden ones.
+        folder: has a folder for each class.
+        earlier: find what earlier versions did: files of fewer formats, and hidden ones.
 
     Raises:
-        RichKDError: a folder in it cannot be read, or two class folders are one.
+        RichKDError: a folder cannot be read, or two class folders are the same folder.
     """
     walk = Walk(folder, EARLIER_SUFFIXES if earlier else SUFFIXES, with_hidden=earlier)
     counts = np.zeros(len(walk.classes), np.int64)
     empty: dict[str, str] = {}
 
     def in_classes() -> Iterator[str]:
-        """The paths, class by class: the lists of all at once would be much larger."""
+        """Yield the paths class by class; lists of all of them would be much larger."""
         for number, name in enumerate(walk.classes):
             own = Tally()
             for path in walk.images(name, own):
@@ -241,8 +233,8 @@ def find_images(folder: Path, *, earlier: bool = False) -> Found:
 
     paths = Paths.of(in_classes())
     labels = np.repeat(np.arange(len(counts)), counts)
-    place = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)  # in its class
-    order = np.lexsort((labels, place))
+    rank = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)  # in its class
+    order = np.lexsort((labels, rank))
     return Found(
         folder=folder,
         classes=tuple(walk.classes),
@@ -255,48 +247,48 @@ def find_images(folder: Path, *, earlier: bool = False) -> Found:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Look:
-    """What the files of a folder say of themselves."""
+class _Scan:
+    """What the files of a folder say about themselves."""
 
-    sizes: NDArray[np.int64]  # [N,2], height and width; 0 where even that cannot be read
+    sizes: NDArray[np.int64]  # [N,2], height and width; 0 if not even these can be read
     traits: NDArray[np.uint8]  # [N]
     values: Values
-    faults: Mapping[int, str]  # why files are no whole images
-    decoded: bool  # else only their headers were read
+    faults: Mapping[int, str]  # reasons why files cannot be used
+    decoded: bool  # if not, only headers were read
 
 
-def _remembered(folder: Path, paths: Paths, decode: bool, report: Report) -> _Look:
-    """A look at all files: an earlier one from the user's cache folder if no file has changed."""
+def _cached_scan(folder: Path, paths: Paths, decode: bool, report: Report) -> _Scan:
+    """Scan all files, or reuse the scan in the user's home folder if no file has changed."""
     folder_id = hashlib.sha256(str(folder.resolve()).encode(errors="surrogateescape")).hexdigest()
     note = home() / "listings" / f"{folder_id[:32]}.npz"
-    state = f"{_READING} {' '.join(decoding.readable())} {_state(folder, paths)}"
-    look = _recall(note, state, len(paths))
-    if look is None or decode > look.decoded:
-        look = _look(folder, paths, decode, report)
+    state = f"{_SCAN_VERSION} {' '.join(decoding.readable())} {_state(folder, paths)}"
+    scan = _load_scan(note, state, len(paths))
+    if scan is None or decode > scan.decoded:
+        scan = _scan(folder, paths, decode, report)
         with suppress(OSError), replacing(note) as temporary, temporary.open("wb") as file:
             np.savez(
                 file,
                 state=state,
-                sizes=look.sizes,
-                decoded=look.decoded,
-                traits=look.traits,
-                kinds=np.array(look.values.kinds, str),
-                kind=look.values.kind,
-                low=look.values.low,
-                high=look.values.high,
-                broken=np.array([*look.faults], np.int64),
-                reasons=np.array([*look.faults.values()], str),
+                sizes=scan.sizes,
+                decoded=scan.decoded,
+                traits=scan.traits,
+                kinds=np.array(scan.values.kinds, str),
+                kind=scan.values.kind,
+                low=scan.values.low,
+                high=scan.values.high,
+                broken=np.array([*scan.faults], np.int64),
+                reasons=np.array([*scan.faults.values()], str),
             )
-    return look
+    return scan
 
 
 def _state(folder: Path, paths: Paths) -> str:
-    """A digest of the paths, lengths and times of all files."""
+    """Return a digest of the paths, sizes and modification times of all files."""
     digest = hashlib.sha256()
     for path in paths:
         try:
             found = os.stat(f"{folder}/{path}")  # noqa: PTH116
-        except OSError:  # a link to nowhere
+        except OSError:  # a dangling link
             continue
         digest.update(
             f"{path}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape")
@@ -304,20 +296,18 @@ def _state(folder: Path, paths: Paths) -> str:
     return digest.hexdigest()
 
 
-def _recall(note: Path, state: str, count: int) -> _Look | None:
-    """What was written for this state; None if that is nothing, or not what is written here."""
+def _load_scan(note: Path, state: str, count: int) -> _Scan | None:
+    """Load the scan of this state; return None if it is missing, foreign or damaged."""
     try:
-        with note.open("rb") as file, np.load(file, allow_pickle=False) as kept:
-            if kept["state"] != state:
+        with note.open("rb") as file, np.load(file, allow_pickle=False) as saved:
+            if saved["state"] != state:
                 return None
-            sizes, broken, reasons = kept["sizes"], kept["broken"], kept["reasons"]
-            faults = dict(zip(broken.tolist(), reasons.tolist(), strict=True))
-            decoded = bool(kept["decoded"])
-            traits = kept["traits"]
-            values = Values(kept["kinds"].tolist(), kept["kind"], kept["low"], kept["high"])
-    except Exception:  # no file, another's, damaged: numpy and zipfile raise errors of many kinds
+            faults = dict(zip(saved["broken"].tolist(), saved["reasons"].tolist(), strict=True))
+            sizes, traits, decoded = saved["sizes"], saved["traits"], bool(saved["decoded"])
+            values = Values(saved["kinds"].tolist(), saved["kind"], saved["low"], saved["high"])
+    except Exception:  # numpy and zipfile raise errors of many kinds
         return None
-    as_written = (
+    valid = (
         sizes.shape == (count, 2)
         and sizes.dtype == np.int64
         and not (sizes < 0).any()
@@ -328,12 +318,12 @@ def _recall(note: Path, state: str, count: int) -> _Look | None:
         and {*np.flatnonzero(~sizes.any(1))} <= {*faults}
         and all(number in range(count) for number in faults)
     )
-    if not as_written:
+    if not valid:
         return None
-    return _Look(sizes=sizes, traits=traits, values=values, faults=faults, decoded=decoded)
+    return _Scan(sizes=sizes, traits=traits, values=values, faults=faults, decoded=decoded)
 
 
-def _look(folder: Path, paths: Paths, decode: bool, report: Report) -> _Look:
+def _scan(folder: Path, paths: Paths, decode: bool, report: Report) -> _Scan:
     count = len(paths)
     sizes, traits = np.zeros((count, 2), np.int64), np.zeros(count, np.uint8)
     kind, low, high = np.zeros(count, np.uint8), np.full(count, np.nan), np.full(count, np.nan)
@@ -345,10 +335,10 @@ def _look(folder: Path, paths: Paths, decode: bool, report: Report) -> _Look:
 
     with (
         threads(usable_cpus()) as pool,
-        report.track(f"looking at {folder}", count, "files") as tick,
+        report.track(f"checking the images in {folder}", count, "files") as tick,
     ):
-        for start in range(0, count, LOOKED_AT):
-            span = range(start, min(start + LOOKED_AT, count))
+        for start in range(0, count, _QUEUED):
+            span = range(start, min(start + _QUEUED, count))
             for number, found in zip(span, pool.map(look, span), strict=True):
                 sizes[number], traits[number] = found.size, found.traits
                 low[number], high[number] = found.low, found.high
@@ -360,13 +350,10 @@ def _look(folder: Path, paths: Paths, decode: bool, report: Report) -> _Look:
                     kind[number] = 1 + kinds.index(found.kind)
                 tick(1)
     values = Values(kinds, kind, low, high)
-    return _Look(sizes=sizes, traits=traits, values=values, faults=faults, decoded=decode)
+    return _Scan(sizes=sizes, traits=traits, values=values, faults=faults, decoded=decode)
 
 
 def suggest_image_size(sizes: NDArray[np.int64]) -> int:
-    """The largest usual side that three quarters of the images have at least; 32 at the least."""
-    shorter = sizes.min(1)
-    for side in (224, 160, 128, 96, 64, 48):
-        if np.quantile(shorter, 0.25) >= side:
-            return side
-    return 32
+    """Return the largest usual side that at least three quarters of the images have; or else 32."""
+    shorter = np.quantile(sizes.min(1), 0.25)
+    return next((side for side in (224, 160, 128, 96, 64, 48) if shorter >= side), 32)

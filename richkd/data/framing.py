@@ -1,9 +1,9 @@
-"""What a network takes: how an image becomes the square that it sees, and the constants.
+"""The input of a network: how an image becomes the square that it sees, and how it is normalised.
 
-They belong to a network, not to a data set: the teacher and the students of one store may differ in
-all of them, and see the same crop of the same image. A manifest keeps them as `InputEntry`, a
-weights file of `train-teacher` as its metadata. To read a manifest takes no PyTorch, so it is
-imported where images are.
+This belongs to a network, not to a dataset: the teacher and the students of one cache may differ in
+all of it and still see the same crop of the same image. A manifest records it as `InputEntry`, a
+weights file of `train-teacher` as its metadata. Reading a manifest must not need PyTorch, so it is
+imported only in functions that handle images.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-HERE = "box"  # the crop mode of what is trained here
-CROP_MODES = (HERE, "center", "squash")
+BOX = "box"  # crop mode of networks that richkd trains
+CROP_MODES = (BOX, "center", "squash")
 
 
 class InputEntry(TypedDict):
-    """What a network takes, as JSON has it; mean and std are of pixels in 0..1."""
+    """The input of a network as JSON; mean and std are of pixels in 0..1."""
 
     size: int
     mean: list[float]
@@ -39,7 +39,7 @@ class InputEntry(TypedDict):
 
 
 def input_fault(entry: Mapping[str, Any]) -> str | None:
-    """What is wrong with an entry from anywhere, or None."""
+    """Return what is wrong with an untrusted entry, or None."""
     fault = misfit(entry, InputEntry)
     if fault is not None:
         return fault
@@ -52,7 +52,7 @@ def input_fault(entry: Mapping[str, Any]) -> str | None:
         or min(std) <= 0
     ):
         return f"mean is {mean!r}, std {std!r}"
-    if not 0 < crop <= (1 if mode == HERE else 2):  # timm has some that leave a margin
+    if not 0 < crop <= (1 if mode == BOX else 2):  # some of timm leave a margin
         return f"crop is {crop!r}"
     if entry["interpolation"] not in INTERPOLATIONS or mode not in CROP_MODES:
         return f"interpolation is {entry['interpolation']!r}, crop_mode {mode!r}"
@@ -63,37 +63,38 @@ def input_fault(entry: Mapping[str, Any]) -> str | None:
 class Framing:
     """How an image becomes the square of bytes that a network sees.
 
-    A view of a photograph is its box, cut out and resized. The evaluation view depends on the mode:
-    `box`, that of everything trained here, is the central square of `crop` of the shorter side,
-    cut out and resized, by torchvision on tensors. `center` and `squash` are timm's: PIL resizes
-    the image so that its shorter side (of `squash`, each side) is `size`/`crop`, and the middle is
-    taken. Images of an array are resized in batches, on their device.
+    A view of a photograph is a box that is cut out and resized. The evaluation view depends on the
+    crop mode. For `box`, used by all networks that richkd trains, it is the central square with
+    `crop` times the shorter side, resized by torchvision on tensors. `center` and `squash` are
+    timm's: PIL resizes the image so that its shorter side (for `squash`, each side) is
+    `size`/`crop`, and the centre is cut out. Images in an array are resized in batches on their
+    device.
     """
 
     size: int
     crop: float = CLEAN_SHARE
     interpolation: str = "bilinear"
-    crop_mode: str = HERE
+    crop_mode: str = BOX
 
     def views(self, image: Image.Image, views: Tensor) -> Tensor:
-        """Views [V,5] of a photograph: [V,S,S,3] uint8."""
+        """Return views [V,5] of a photograph: [V,S,S,3] uint8."""
         import torch
 
         from richkd.data.views import photo_pixels, resized_crop
 
-        photo = photo_pixels(image) if self.crop_mode == HERE else image
+        photo = photo_pixels(image) if self.crop_mode == BOX else image
         crops = torch.empty(len(views), self.size, self.size, 3, dtype=torch.uint8)
         for crop, view in zip(crops, views.tolist(), strict=True):
             crop.copy_(resized_crop(photo, view, self.size, self.interpolation))
         return crops
 
     def clean(self, image: Image.Image) -> Tensor:
-        """The evaluation view of a photograph: [1,S,S,3] uint8."""
+        """Return the evaluation view of a photograph: [1,S,S,3] uint8."""
         import torch
 
         from richkd.data.boxes import central_box
 
-        if self.crop_mode == HERE:
+        if self.crop_mode == BOX:
             box = map(int, central_box(image.height, image.width, self.crop))
             return self.views(image, torch.tensor([[*box, 0]]))
         pixels: Tensor = self._evaluation(image)
@@ -101,7 +102,7 @@ class Framing:
 
     @cached_property
     def _evaluation(self) -> Any:
-        """timm's own transform from a PIL image to bytes [3,S,S]."""
+        """timm's transform from a PIL image to bytes [3,S,S]."""
         from timm.data import transforms_factory
 
         create: Any = transforms_factory.create_transform
@@ -114,18 +115,16 @@ class Framing:
         )
 
     def of_array(self, images: Tensor, clean: bool) -> Tensor:
-        """Images of an array, or views of them: [B,H,W,3] -> [B,S,S,3] uint8.
+        """Resize images, or views of them: [B,H,W,3] uint8 -> [B,S,S,3] uint8.
 
-        Args:
-            images: uint8.
-            clean: give the evaluation view; else the whole image.
+        With `clean`, the result is the evaluation view, and otherwise the whole image.
         """
         from richkd.data.boxes import central_box
         from richkd.data.views import resize_bytes
 
         pixels = images.permute(0, 3, 1, 2)
         whole = self.size
-        if clean and self.crop_mode == HERE:
+        if clean and self.crop_mode == BOX:
             height, width = images.shape[1:3]
             top, left, height, width = map(int, central_box(height, width, self.crop))
             pixels = pixels[..., top : top + height, left : left + width]
@@ -141,26 +140,26 @@ class Framing:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkInput(Framing):
-    """All that a network takes: a framing, and mean and standard deviation of pixels in 0..1."""
+    """A framing with the mean and standard deviation, of pixels in 0..1, that normalise it."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Self:
-        """From an entry without fault."""
+        """Restore from a valid entry."""
         values: dict[str, Any] = {key: entry[key] for key in InputEntry.__annotations__}
         return cls(**{**values, "mean": tuple(entry["mean"]), "std": tuple(entry["std"])})
 
     @property
     def entry(self) -> InputEntry:
-        """As a manifest has it."""
+        """The entry of a manifest."""
         entry: Any = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
         return cast(InputEntry, entry)
 
     @property
     def note(self) -> dict[str, str]:
-        """As the metadata of a weights file: JSON, but for text."""
+        """The metadata of a weights file: text as it is, all else as JSON."""
         return {
             key: value if isinstance(value, str) else json.dumps(value)
             for key, value in self.entry.items()
@@ -168,7 +167,7 @@ class NetworkInput(Framing):
 
     @classmethod
     def of_note(cls, note: Mapping[str, str]) -> Self:
-        """From the metadata of a weights file; ValueError where it is damaged."""
+        """Restore from the metadata of a weights file; raise ValueError if it is damaged."""
         texts = {"interpolation", "crop_mode"}
         entry = {
             key: note[key] if key in texts else json.loads(note[key])
@@ -181,7 +180,6 @@ class NetworkInput(Framing):
         return cls.of(entry)
 
     def __str__(self) -> str:
-        """For people."""
         mean, std = (",".join(f"{number:g}" for number in each) for each in (self.mean, self.std))
         return (
             f"{self.size}×{self.size}, crop {100 * self.crop:g} %, {self.interpolation}, mean "

@@ -1,7 +1,7 @@
-"""Batches of views for a network, the same for both stages.
+"""Batches of views for networks, in both stages: indices and views in, uint8 batches out.
 
-An array of small images lies on the device as bytes and a batch is one gather; image files are
-decoded and cropped in data-loader workers. Either way: indices and views in, uint8 batches out.
+Small images in an array stay on the device as bytes, and a batch is one gather. Image files are
+decoded and cropped in data-loader workers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 from richkd.data.datasets import ImageFiles
 from richkd.data.framing import Framing
 from richkd.data.views import gather_views
-from richkd.data.workers import MOST_WORKERS, Samples, load, num_workers
+from richkd.data.workers import MAX_WORKERS, Samples, load, num_workers
 
-UNDER_WAY = 512 * 2**20  # bytes: what stage one's workers hold at once
+IN_FLIGHT_BYTES = 512 * 2**20  # of batches that stage one's workers hold at once
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -26,7 +26,7 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 class ArrayInputs:
     """Images [N,H,W,3] uint8, copied to the device once.
 
-    They are framed for a network as `framing` says; without one they stay as they are.
+    `framing` adapts them to a network; with None they stay as they are.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class ArrayInputs:
         return (size or height), (size or width), 3
 
     def batches(self, order: Tensor, views: Tensor | None, batch_size: int) -> Batches:
-        """Yield (index [B], images [B,S,S,3] uint8) for views [N] of the samples in order.
+        """Yield (index [B], images [B,S,S,3] uint8) for views [N] of the samples in `order`.
 
-        Without `views`, it is the network's evaluation view.
+        With `views` None, the images are the evaluation view of the network.
         """
         device = self.images.device
         views = None if views is None else views.to(device)
@@ -53,7 +53,7 @@ class ArrayInputs:
             yield index, self.at(index, None if views is None else views[index])
 
     def at(self, index: Tensor, views: Tensor | None) -> Tensor:
-        """Views [B] of the samples [B], on the device: [B,S,S,3] uint8."""
+        """Return views [B] of the samples [B] on the device: [B,S,S,3] uint8."""
         images = self.images[index] if views is None else gather_views(self.images, index, views)
         if self.framing is not None:
             images = self.framing.of_array(images, clean=views is None)
@@ -64,17 +64,23 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 class FileInputs:
-    """Image files, decoded by workers; every batch goes to the device as bytes.
+    """Image files, decoded by data-loader workers; every batch goes to the device as bytes.
 
-    They are framed for a network as `framing` says; without one as for students.
+    `framing` adapts them to a network; with None they are as students see them. `workers` is the
+    number of workers, with None as many as `num_workers` says.
     """
 
     def __init__(
-        self, files: ImageFiles, device: torch.device, framing: Framing | None = None
+        self,
+        files: ImageFiles,
+        device: torch.device,
+        framing: Framing | None = None,
+        workers: int | None = None,
     ) -> None:
         self.files = files
         self.device = device
         self.framing = framing or Framing(size=files.image_size)
+        self.workers = workers
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -82,15 +88,14 @@ class FileInputs:
         return self.framing.size, self.framing.size, 3
 
     def batches(self, order: Tensor, views: Tensor | None, batch_size: int) -> Batches:
-        """Yield (index [B], images [B,S,S,3] uint8) for views [N,5] of the samples in order.
+        """Yield (index [B], images [B,S,S,3] uint8) for views [N,5] of the samples in `order`.
 
-        Without `views`, it is the network's evaluation view.
+        With `views` None, the images are the evaluation view of the network.
         """
-        cut = (index.tolist() for index in torch.split(order, batch_size))
+        batches = (index.tolist() for index in torch.split(order, batch_size))
         samples = _FileViews(self.files, self.framing, None if views is None else views[None])
-        workers = num_workers(len(order), batch_size)
-        batch_bytes = batch_size * self.framing.size**2 * 3
-        for index, crops in self._loaded(cut, samples, workers, batch_bytes):
+        image_bytes = self.framing.size**2 * 3
+        for index, crops in self._load(batches, samples, len(order), batch_size, image_bytes):
             yield index, crops[:, 0]
 
     def decode_once(
@@ -99,18 +104,20 @@ class FileInputs:
         views: Tensor | None,
         batch: int,
         transform: Transform | None,
+        in_flight_bytes: int = IN_FLIGHT_BYTES,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """All views of the samples in the spans, and the images as CLIP sees them, by one decode.
+        """Decode each sample once, and yield all its views and the image as CLIP sees it.
 
-        One set of workers goes through all spans; no batch crosses the end of one. The batches
-        under way, two a worker and the one in hand, take up to `UNDER_WAY` bytes: where so many of
-        `batch` images would take more, batches have fewer.
+        One set of workers handles all spans, and no batch extends across two spans. Batches are
+        smaller than `batch` if that many images in two batches per worker and the current one would
+        take more than `in_flight_bytes`.
 
         Args:
             spans: the samples, in order.
             views: [V,N,5]; None for one view, the network's evaluation view.
-            batch: images of a batch, at most.
-            transform: from the whole image to CLIP's pixels, on the CPU; None where none are asked.
+            batch: maximum number of images in a batch.
+            transform: from the whole image to CLIP's pixels, on the CPU; None for no pixels.
+            in_flight_bytes: limit of the memory of batches.
 
         Yields:
             index [b], crops [b,V,S,S,3] uint8 and pixels [b,3,s,s] (or None), on the device.
@@ -118,29 +125,36 @@ class FileInputs:
         image_bytes = (1 if views is None else len(views)) * self.framing.size**2 * 3
         if transform is not None:
             image_bytes += transform(Image.new("RGB", (1, 1))).nbytes
-        # the same on every machine, for a teacher's last bits depend on the batch
-        batch = min(batch, max(1, UNDER_WAY // ((2 * MOST_WORKERS + 1) * max(1, image_bytes))))
-        cut = (
+        # the same on every machine, because the last bits of a teacher depend on the batch size
+        most = in_flight_bytes // ((2 * MAX_WORKERS + 1) * max(1, image_bytes))
+        batch = min(batch, max(1, most))
+        batches = (
             [*range(start, min(start + batch, span.stop))]
             for span in spans
             for start in range(span.start, span.stop, batch)
         )
         samples = _FileViews(self.files, self.framing, views, transform)
-        workers = num_workers(sum(map(len, spans)), batch)
-        for index, crops, *pixels in self._loaded(cut, samples, workers, batch * image_bytes):
+        count = sum(map(len, spans))
+        for index, crops, *pixels in self._load(batches, samples, count, batch, image_bytes):
             yield index, crops, pixels[0] if pixels else None
 
-    def _loaded(
-        self, batches: Iterable[list[int]], samples: Samples, workers: int, batch_bytes: int
+    def _load(
+        self,
+        batches: Iterable[list[int]],
+        samples: Samples,
+        count: int,
+        batch_size: int,
+        image_bytes: int,
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the parts of each batch on the device; arguments and errors as of `load`."""
+        """Yield the parts of each batch on the device."""
+        workers = num_workers(count, batch_size) if self.workers is None else self.workers
         pin = self.device.type == "cuda"
-        for parts in load(samples, batches, workers, batch_bytes, pin_memory=pin):
+        for parts in load(samples, batches, workers, batch_size * image_bytes, pin_memory=pin):
             yield tuple(part.to(self.device, non_blocking=True) for part in parts)
 
 
 class _FileViews(Samples):
-    """Sample i: its number, its views [V,S,S,3] uint8 and, with a transform, the whole image's."""
+    """Sample i is (i, its views [V,S,S,3] uint8, and with a transform its result)."""
 
     def __init__(
         self,
@@ -167,7 +181,7 @@ class _FileViews(Samples):
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch on one thread here, as in a worker: on small images, several mostly wait."""
+    """Limit PyTorch to one thread, as in a worker: on small images, more threads mostly wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -177,15 +191,15 @@ def one_thread() -> Iterator[None]:
 
 
 def image_views(images: Tensor | ImageFiles, index: Tensor, views: Tensor) -> Tensor:
-    """Views [B] or [B,5] of the samples index [B], in this process: [B,H,W,3] uint8."""
+    """Return views [B] or [B,5] of the samples [B], computed in this process: [B,H,W,3] uint8."""
     if isinstance(images, ImageFiles):
         framing, pairs = Framing(size=images.image_size), zip(index.tolist(), views, strict=True)
         return torch.cat([framing.views(images.open(number), view[None]) for number, view in pairs])
     return gather_views(images, index, views)
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device, which whoever sends it does not wait for."""
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device without waiting for the copy."""
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type == "cuda")
@@ -197,14 +211,14 @@ Inputs = ArrayInputs | FileInputs
 def make_inputs(
     images: Tensor | ImageFiles, device: torch.device, framing: Framing | None = None
 ) -> Inputs:
-    """The inputs that suit the images, as a network sees them; None for students."""
+    """Return the inputs for images, framed for a network; `framing` None means students."""
     if isinstance(images, ImageFiles):
         return FileInputs(images, device, framing)
     return ArrayInputs(images, device, framing)
 
 
 class Normalize:
-    """Bytes to what a network takes: [B,H,W,3] uint8 -> [B,3,H,W] f32, channels last in memory."""
+    """Normalise pixels: [B,H,W,3] uint8 -> [B,3,H,W] float32, channels last in memory."""
 
     def __init__(
         self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device

@@ -1,4 +1,4 @@
-"""Prompt templates: the sets known by name, and those read from a file."""
+"""Prompt templates, from a named set or a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from richkd.core.errors import RichKDError, unknown
 from richkd.core.text_files import read_text
 
 PROMPT_SETS: dict[str, tuple[str, ...]] = {
-    # the twelve of the RichKD release
+    # as in the RichKD release
     "richkd": (
         "a photo of a {}",
         "a blurry photo of a {}",
@@ -28,14 +28,15 @@ PROMPT_SETS: dict[str, tuple[str, ...]] = {
 
 
 def load_prompts(name_or_file: str) -> tuple[str, ...]:
-    """Templates, each with one `{}` for the class name.
+    """Load prompt templates, each with one `{}` for the class name.
 
     Args:
-        name_or_file: a set's name, or a text file with one template a line
-            (empty lines and lines that start with # do not count).
+        name_or_file: name of a set, or a text file with one template per line
+            (empty lines and lines that begin with # are ignored).
 
     Raises:
-        RichKDError: no such set or file, an empty file, or a line without exactly one `{}`.
+        RichKDError: there is no such set or file, the file has no templates, or a line does not
+            have exactly one `{}`.
     """
     if name_or_file in PROMPT_SETS:
         return PROMPT_SETS[name_or_file]
@@ -55,18 +56,18 @@ def load_prompts(name_or_file: str) -> tuple[str, ...]:
             continue
         if text.count("{}") != 1 or text.count("{") != 1 or text.count("}") != 1:
             raise RichKDError(
-                f"{path} line {number}: {text!r} needs exactly one {{}} for the class name",
+                f"{path} line {number}: {text!r} must contain exactly one {{}}, for the class name",
                 code="prompt-malformed",
             )
         templates.append(text)
     if not templates:
         raise RichKDError(
-            f"{path} holds no prompts; write one template a line, with one {{}}",
+            f"{path} contains no prompts; write one template per line, with {{}} for the class name",
             code="prompts-empty",
         )
     return tuple(templates)
 
 
 def fill(template: str, class_name: str) -> str:
-    """The template with the class name in place of `{}`; the name is data, never a format."""
+    """Replace the `{}` of a template by a class name, which is never treated as a format itself."""
     return template.replace("{}", class_name)

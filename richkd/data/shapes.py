@@ -1,16 +1,14 @@
-"""Captioned drawings: a data set that needs no download, for the demo and for the tests.
+"""Captioned drawings: a dataset that needs no download, for the demo and the tests.
 
-A drawing shows one figure, a texture times a form ("striped triangle"), somewhere on a coloured
-ground, among clutter, sometimes faint or partly covered. Its caption says what class it is and
-something of the colour, the size, the place and the ground, in many wordings, as captions found
-with photographs do. So a small CNN can learn the classes from labels, and a small CLIP from
-captions, and neither is perfect.
+A drawing shows one figure, e.g. a striped triangle, somewhere on a coloured background among
+clutter, and some figures are faint or partly covered. As with photographs on the web, its caption
+names the class and, in many wordings, some of the colour, size, position and background. So a small
+CNN can learn the classes from labels and a small CLIP from captions, and neither is perfect.
 
-Covered: drawings of any size from 8 pixels up, the same for the same seed wherever NumPy runs (the
-random numbers, labels and captions exactly; a pixel may differ by one level between processors,
-whose sines round differently). Mirroring or turning a drawing never changes its class.
-Not covered: photographs, perspective, more than one figure a drawing. For a caption, left and
-right are those of the drawing as it is drawn: a mirrored drawing may contradict its caption.
+Drawings can have any size from 8 pixels up. The same seed gives the same random numbers, labels and
+captions everywhere; a pixel may differ by one level between processors, whose sines round
+differently. Mirroring or rotating a drawing never changes its class, but may contradict the left
+and right of its caption. Every drawing has exactly one figure, without perspective.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ Ints = npt.NDArray[np.int64]
 TEXTURES: Final = ("solid", "striped", "dotted", "hollow")
 FORMS: Final = ("circle", "triangle", "square", "star")
 CLASS_NAMES: Final[tuple[str, ...]] = tuple(f"{t} {f}" for t in TEXTURES for f in FORMS)
-"""What the labels mean; "a photo of a {}" reads well with each."""
+"""Class names by label; "a photo of a {}" reads well with each of them."""
 
 _COLOURS: Final = {
     "red": (208, 40, 44),
@@ -47,7 +45,7 @@ _COLOURS: Final = {
 _NAMES: Final = tuple(_COLOURS)
 _PALETTE: Final[Floats] = np.array(list(_COLOURS.values()), np.float32) / np.float32(255)
 
-# How captions begin. Most are the wordings that zero-shot prompts are made of.
+# Beginnings of captions; most of them are common in zero-shot prompts.
 _OPENINGS: Final = (
     "a photo of a",
     "a photo of a",
@@ -76,21 +74,21 @@ _PLACES: Final = (
     ("in the lower left", "at the bottom", "in the lower right"),
 )
 
-_BATCH: Final = 64  # drawings made at a time: what bounds the memory
-_CLUTTER: Final = 4  # pieces of clutter at most
-_HEAD: Final = 40  # random numbers for the figure, the ground and the caption
-_PIECE: Final = 8  # random numbers for a piece of clutter, or for the one that covers
+_BATCH: Final = 64  # drawings made at a time, which limits the memory
+_CLUTTER: Final = 4  # maximum number of pieces of clutter
+_HEAD: Final = 40  # random numbers for the figure, the background and the caption
+_PIECE: Final = 8  # random numbers for a piece of clutter or the covering piece
 _ROW: Final = _HEAD + _PIECE * (_CLUTTER + 1)
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """Drawings, what they show, and what is said of them.
+    """Drawings with labels and captions.
 
     Attributes:
         images: uint8 [n, size, size, 3], RGB.
         labels: int64 [n], indices into `CLASS_NAMES`.
-        captions: n sentences; each names its class word for word.
+        captions: n sentences, each of which contains its class name.
     """
 
     images: npt.NDArray[np.uint8]
@@ -99,15 +97,15 @@ class Drawing:
 
 
 def draw(count: int, *, seed: int, size: int = 32) -> Drawing:
-    """Draw `count` captioned images; image i depends on `seed`, i and `size` alone.
+    """Draw `count` captioned images; image i depends only on `seed`, i and `size`.
 
-    So a smaller drawing is the beginning of a larger one, and a different seed gives other images
-    (use one seed for training and another for testing). Every class is equally likely.
+    So the first images are the same for every `count`, and another seed gives other images (use
+    different seeds for training and testing). All classes are equally likely.
 
     Args:
-        count: How many; 0 gives an empty drawing.
-        seed: Any non-negative integer.
-        size: Height and width in pixels, at least 8.
+        count: number of images, may be 0.
+        seed: any non-negative integer.
+        size: height and width in pixels, at least 8.
 
     Raises:
         ValueError: `count` or `seed` is negative, or `size` is below 8.
@@ -116,11 +114,11 @@ def draw(count: int, *, seed: int, size: int = 32) -> Drawing:
         raise ValueError(
             f"expected count >= 0, seed >= 0 and size >= 8, got {count}, {seed} and {size}"
         )
-    # The raw stream of Philox never changes between NumPy's versions, as that of the
-    # distributions may. The noise has a key of its own, for its rows depend on the size.
+    # Unlike NumPy's distributions, the raw stream of Philox is the same in all versions. The noise
+    # has its own key, because the length of its rows depends on the size.
     plan = np.random.Philox(np.random.SeedSequence(seed))
     noise = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(1,)))
-    words = -(-size * size * 3 // 8)  # eight bytes of noise to a raw number
+    words = -(-size * size * 3 // 8)  # eight bytes of noise per raw number
 
     images = np.empty((count, size, size, 3), np.uint8)
     labels = np.empty(count, np.int64)
@@ -137,16 +135,16 @@ def draw(count: int, *, seed: int, size: int = 32) -> Drawing:
 
 
 class _Scene:
-    """What a batch of drawings shows, read off rows of uniform numbers.
+    """The content of a batch of drawings, derived from rows of uniform random numbers.
 
-    Lengths are in 32nds of the canvas, whose centre is the origin; y grows downwards.
+    Lengths are in 32nds of the canvas, the origin is its centre, and y grows downwards.
     """
 
     def __init__(self, u: Floats) -> None:
-        column: Iterator[Floats] = iter(u[:, :_HEAD].T)  # so that each number is used once
+        column: Iterator[Floats] = iter(u[:, :_HEAD].T)  # uses each number once
 
         def pick(choices: int) -> Ints:
-            # A float32 below 1 times `choices` can round up to `choices` itself.
+            # A float32 below 1, multiplied by `choices`, may round up to `choices`.
             return np.minimum((next(column) * choices).astype(np.int64), np.int64(choices - 1))
 
         def between(low: float, high: float) -> Floats:
@@ -155,11 +153,11 @@ class _Scene:
         self.label = pick(len(CLASS_NAMES))
         self.texture, self.form = np.divmod(self.label, len(FORMS))
         self.radius = between(8, 13)
-        reach = 15.5 - self.radius  # a figure may touch the edge but not leave by it
+        reach = 15.5 - self.radius  # a figure may touch the edge but not cross it
         self.x, self.y = between(-1, 1) * reach, between(-1, 1) * reach
         self.angle = between(-0.3, 0.3)
 
-        # Three different colours: steps around the palette which cannot meet.
+        # Three different colours, by steps around the palette that cannot meet.
         colours = len(_NAMES)
         self.figure = pick(colours)
         step = 1 + pick(colours - 1)
@@ -167,14 +165,14 @@ class _Scene:
         other = 1 + pick(colours - 2)
         self.accent = (self.figure + other + (other >= step)) % colours
         jitter = np.stack([between(-0.06, 0.06) for _ in range(9)], 1).reshape(-1, 3, 3)
-        # Grounds are in the shade: figures of either polarity would take many labels to learn.
+        # Grounds are dark: figures both darker and lighter would take many labels to learn.
         shade = between(0.2, 0.5)
         figure, ground, accent = (
             _PALETTE[index] + jitter[:, i]
             for i, index in enumerate((self.figure, self.ground, self.accent))
         )
         ground = ground * shade[:, None]
-        # One in five is faint: both its colours lie near the ground's.
+        # One in five is faint: both of its colours are close to the ground.
         self.faint = between(0, 1) < 0.2
         contrast = np.where(self.faint, between(0.35, 0.6), np.float32(1))[:, None]
         # Patterns use a second colour, or let the ground show through.
@@ -195,7 +193,7 @@ class _Scene:
         self.clutter, self.cover = pieces[:, :_CLUTTER], pieces[:, _CLUTTER]
 
     def captions(self) -> list[str]:
-        """One sentence a drawing: always its class, and more or less of the rest."""
+        """Return one sentence per drawing, with its class and some of the other properties."""
         rows = zip(
             self.label.tolist(),
             self.figure.tolist(),
@@ -208,11 +206,11 @@ class _Scene:
             self.wording.tolist(),
             strict=True,
         )
-        return [_caption(_Said(*row)) for row in rows]
+        return [_caption(_Content(*row)) for row in rows]
 
 
-class _Said(NamedTuple):
-    """What a caption may mention, and six uniform numbers that choose what it does."""
+class _Content(NamedTuple):
+    """What a caption may mention, and six uniform random numbers that select it."""
 
     label: int
     figure: int
@@ -225,35 +223,37 @@ class _Said(NamedTuple):
     wording: list[float]
 
 
-def _caption(said: _Said) -> str:
-    dark, bare, faint = said.flags & 1, said.flags & 2, said.flags & 4
-    opening, sized, coloured, grounded, placed, patterned = said.wording
+def _caption(content: _Content) -> str:
+    dark, bare, faint = content.flags & 1, content.flags & 2, content.flags & 4
+    opening, sized, coloured, grounded, placed, patterned = content.wording
     words = [_OPENINGS[min(int(opening * len(_OPENINGS)), len(_OPENINGS) - 1)]]
-    if sized < 0.15 and not 9.5 < said.radius < 11.5:
-        words.append("small" if said.radius <= 9.5 else "large")
+    if sized < 0.15 and not 9.5 < content.radius < 11.5:
+        words.append("small" if content.radius <= 9.5 else "large")
     if faint and sized > 0.7:
         words.append("faint")
     if coloured < 0.2:
-        words.append(_NAMES[said.figure])
-    words.append(CLASS_NAMES[said.label])
+        words.append(_NAMES[content.figure])
+    words.append(CLASS_NAMES[content.label])
     if not bare and patterned < 0.12:
-        texture = TEXTURES[said.label // len(FORMS)]
+        texture = TEXTURES[content.label // len(FORMS)]
         mark = {"striped": "stripes", "dotted": "dots"}.get(texture)
         if mark:
-            words.append(f"with {_NAMES[said.accent]} {mark}")
+            words.append(f"with {_NAMES[content.accent]} {mark}")
     if grounded < 0.12:
-        tone = "dark " if dark and grounded < 0.06 and said.ground != _NAMES.index("black") else ""
+        tone = (
+            "dark " if dark and grounded < 0.06 and content.ground != _NAMES.index("black") else ""
+        )
         noun = "background" if grounded < 0.08 else "ground"
-        words.append(f"on a {tone}{_NAMES[said.ground]} {noun}")
+        words.append(f"on a {tone}{_NAMES[content.ground]} {noun}")
     if placed < 0.1:
-        words.append(_PLACES[said.row][said.column])
+        words.append(_PLACES[content.row][content.column])
     sentence = " ".join(words)
     return sentence.replace(" a orange", " an orange")
 
 
 def _render(scene: _Scene, grain: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
     """Paint a batch from back to front: ground, clutter, figure, cover, noise."""
-    scale = np.float32(32 / size)  # one pixel, which is also the width of a soft edge
+    scale = np.float32(32 / size)  # one pixel, also the width of a soft edge
     axis = (np.arange(size, dtype=np.float32) - np.float32((size - 1) / 2)) * scale
     x, y = axis[None, None, :], axis[None, :, None]
 
@@ -267,7 +267,7 @@ def _render(scene: _Scene, grain: npt.NDArray[np.uint8], size: int) -> npt.NDArr
     inside = _soft(outline, scale)
     accent = _texture(scene, x, y, outline, scale)
     hollow = _wide(scene.texture == TEXTURES.index("hollow"))
-    # The inside of a hollow figure is not paint but whatever lies behind.
+    # A hollow figure shows what is behind it.
     inside = np.where(hollow, inside * (1 - accent), inside)
     accent = np.where(hollow, np.float32(0), accent)
     figure, second = scene.figure_rgb[:, :, None, None], scene.accent_rgb[:, :, None, None]
@@ -282,13 +282,13 @@ def _render(scene: _Scene, grain: npt.NDArray[np.uint8], size: int) -> npt.NDArr
 
 
 def _wide(values: npt.NDArray[np.generic]) -> Floats:
-    """One number (or truth) a drawing as [n, 1, 1], to meet its pixels."""
+    """Reshape one value per drawing to [n, 1, 1], to broadcast over its pixels."""
     wide: Floats = values[:, None, None]  # type: ignore[assignment]
     return wide
 
 
 def _soft(distance: Floats, edge: np.float32) -> Floats:
-    """How much of a pixel is covered, from its signed distance (negative within) to an edge."""
+    """Return how much of a pixel is covered, by its signed distance to an edge (< 0 inside)."""
     covered: Floats = np.clip(0.5 - distance / edge, 0, 1)
     return covered
 
@@ -299,9 +299,9 @@ def _turned(x: Floats, y: Floats, angle: Floats) -> tuple[Floats, Floats]:
 
 
 def _form(scene: _Scene, x: Floats, y: Floats) -> Floats:
-    """The signed distance [n, size, size] to the outline of the figure, near enough to exact.
+    """Return the approximate signed distance [n, size, size] to the outline of the figure.
 
-    Each form's size is chosen for all to cover an area of the same order, lest size give them away.
+    All forms cover about the same area, so that the area does not reveal the form.
     """
     x, y = _turned(x - _wide(scene.x), y - _wide(scene.y), scene.angle)
     radius = _wide(scene.radius)
@@ -329,7 +329,7 @@ def _triangle(x: Floats, y: Floats, radius: Floats) -> Floats:
 
 
 def _star(x: Floats, y: Floats, radius: Floats) -> Floats:
-    # Fold the plane into half a ray; there the outline is one line from the tip to the notch.
+    # Fold the plane into half a point; there the outline is one line from tip to notch.
     tenth = np.float32(np.pi / 5)
     bearing = np.abs(np.mod(np.arctan2(x, y) + tenth + np.float32(np.pi), 2 * tenth) - tenth)
     rho = np.hypot(x, y)
@@ -344,13 +344,13 @@ _OUTLINES: Final = {"circle": _circle, "triangle": _triangle, "square": _square,
 
 
 def _texture(scene: _Scene, x: Floats, y: Floats, outline: Floats, edge: np.float32) -> Floats:
-    """How much of each pixel [n, size, size] shows the second colour, were it in the figure."""
+    """Return how much of each pixel [n, size, size] has the second colour, if inside the figure."""
     accent = np.zeros(outline.shape, np.float32)
     u, v = _turned(x - _wide(scene.x), y - _wide(scene.y), scene.pattern_angle)
     pitch, phase = _wide(scene.pitch), _wide(scene.pattern_phase)
 
     def folded(t: Floats, step: Floats, shift: Floats) -> Floats:
-        """The distance to the nearest of parallel lines `step` apart."""
+        """Return the distance to the nearest of parallel lines that are `step` apart."""
         near: Floats = np.abs(np.mod(t / step + shift, 1) - np.float32(0.5)) * step
         return near
 
@@ -378,7 +378,7 @@ def _piece(
     share: float,
     reach: float,
 ) -> None:
-    """Paint a line or a blob onto that `share` of the drawings whose numbers ask for one."""
+    """Paint a line or a blob onto a random `share` of the drawings."""
     on = u[:, 0] < share
     u = u[on]
     at_x, at_y = (u[:, 1] * 2 - 1) * np.float32(reach), (u[:, 2] * 2 - 1) * np.float32(reach)

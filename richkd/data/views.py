@@ -1,10 +1,10 @@
-"""A view is a number: an augmented image is (sample, view), and applying a view is a gather.
+"""Views: an augmented image is a pair (sample, view), and applying a view is a gather.
 
-Two spaces of views. `PadCropFlip` is the augmentation of CIFAR-like data, all 162 outcomes of it;
-`ResizedCropFlip` is that of photographs, a row of five parameters. Each has `draw`, the views of a
-store, and `fresh`, those of an epoch of training without one. `draw` depends on (seed, sample, view
-index) alone and `fresh` on (seed, epoch, sample), so neither the number of samples or views nor the
-order of work changes a view. Colour augmentation is not a view.
+There are two view spaces. For CIFAR-like data (`PadCropFlip`), a view is one of 162 numbers; for
+photographs (`ResizedCropFlip`), it is a row of five parameters. In both, `draw` gives the views of a
+cache and depends only on (seed, sample, view index), and `fresh` gives those of an epoch without
+cached views and depends only on (seed, epoch, sample). So neither the number of samples or views nor
+the order of work changes a view. Changes of colour are not views.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PAD = 4
 OFFSETS = 2 * PAD + 1
 NUM_VIEW_IDS = OFFSETS * OFFSETS * 2
 CLEAN_VIEW_ID = (PAD * OFFSETS + PAD) * 2
-_PHILOX_WORDS = 4  # numbers of a step of its counter
+_PHILOX_WORDS = 4  # random numbers per step of the counter of Philox
 
 
 def apply_views(images: Tensor, view_ids: Tensor) -> Tensor:
@@ -45,12 +45,12 @@ def apply_views(images: Tensor, view_ids: Tensor) -> Tensor:
 
 
 def views_tensor(views: NDArray[Any]) -> Tensor:
-    """Views as tensors: ids as int64 (torch indexes with no u16), parameters as they are."""
+    """Convert views to tensors: ids to int64 (PyTorch cannot index by uint16), parameters as is."""
     return torch.from_numpy(views.astype(np.int64) if views.dtype == np.uint16 else views)
 
 
 def gather_views(images: Tensor, index: Tensor, view_ids: Tensor) -> Tensor:
-    """The views of some of the images, in one gather: [N,H,W,3], [B], [B] -> [B,H,W,3]."""
+    """Return views of some of the images, by one gather: [N,H,W,3], [B], [B] -> [B,H,W,3]."""
     height, width = images.shape[1:3]
     view_ids = view_ids.to(images.device, torch.int64)
     flip = view_ids % 2
@@ -68,17 +68,17 @@ def gather_views(images: Tensor, index: Tensor, view_ids: Tensor) -> Tensor:
 
 
 class PadCropFlip:
-    """The 162 views of an array of small images."""
+    """The 162 views of small images in an array."""
 
     name = "pad-crop-flip"
     array = "view_ids"
     limit: int | None = NUM_VIEW_IDS
 
     def draw(self, seed: int, num_samples: int, num_views: int) -> NDArray[np.uint16]:
-        """View ids [V,N]; a sample's never repeat.
+        """Draw view ids [V,N], without replacement for each sample.
 
-        Every sample has a random order of all 162 ids (row i of the stream of raw numbers that
-        the seed names), and view v is the v-th in that order.
+        Every sample has a random permutation of all 162 ids (from row i of the stream of raw random
+        numbers of the seed), and view v is the v-th of them.
         """
         check_num_views(num_views, self.limit)
         views = np.empty((num_views, num_samples), np.uint16)
@@ -97,18 +97,18 @@ class PadCropFlip:
         return views
 
     def fresh(self, seed: int, epoch: int, num_samples: int) -> NDArray[np.uint16]:
-        """View ids [N] of one epoch, each drawn from all 162."""
+        """Draw view ids [N] for one epoch, each from all 162."""
         return (_epoch_stream(seed, epoch).random_raw(num_samples) % NUM_VIEW_IDS).astype(np.uint16)
 
     def clean(self, num_samples: int) -> NDArray[np.uint16]:
-        """The ids [N] of the clean view."""
+        """Return the ids [N] of the clean view."""
         return np.full(num_samples, CLEAN_VIEW_ID, np.uint16)
 
 
 class ResizedCropFlip:
     """Random resized crops (area 8..100 %, aspect 3/4..4/3) and flips of image files.
 
-    A view is (top, left, height, width, flip) in pixels of the file's image.
+    A view is (top, left, height, width, flip) in pixels of the image in the file.
     """
 
     name = "resized-crop-flip"
@@ -117,11 +117,11 @@ class ResizedCropFlip:
     attempts = 10
 
     def __init__(self, sizes: NDArray[np.int64], image_size: int) -> None:
-        self.sizes = sizes  # [N,2], height and width of every file's image
+        self.sizes = sizes  # [N,2], height and width of each image
         self.image_size = image_size
 
     def draw(self, seed: int, num_samples: int, num_views: int) -> NDArray[np.float32]:
-        """View parameters [V,N,5]."""
+        """Draw view parameters [V,N,5]."""
         check_num_views(num_views, self.limit)
         views = np.empty((num_views, num_samples, 5), np.float32)
         for view in range(num_views):
@@ -129,18 +129,18 @@ class ResizedCropFlip:
         return views
 
     def fresh(self, seed: int, epoch: int, num_samples: int) -> NDArray[np.float32]:
-        """View parameters [N,5] of one epoch."""
+        """Draw view parameters [N,5] for one epoch."""
         views = np.empty((num_samples, 5), np.float32)
         self._fill(views, _epoch_stream(seed, epoch))
         return views
 
     def _fill(self, views: NDArray[np.float32], stream: np.random.Philox) -> None:
-        """Draw one view [N,5] of every sample; row i of the stream belongs to sample i."""
+        """Draw one view [N,5] per sample; row i of the stream belongs to sample i."""
         for span in spans(len(views)):
             views[span] = self._draw(stream, self.sizes[span])
 
     def _draw(self, stream: np.random.Philox, sizes: NDArray[np.int64]) -> NDArray[np.float64]:
-        """One view [n,5] of each of the next samples of a stream, by their sizes [n,2]."""
+        """Draw one view [n,5] of each of the next samples of a stream, given their sizes [n,2]."""
         height, width = sizes.astype(np.float64).T[..., None]  # each [n,1]
         numbers = stream.random_raw(len(sizes) * (4 * self.attempts + 1))
         uniform = (numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -152,7 +152,7 @@ class ResizedCropFlip:
         box_width = np.rint(np.sqrt(area * aspect))
         fits = (box_height >= 1) & (box_height <= height) & (box_width >= 1)
         fits &= box_width <= width
-        # the last resort, as torchvision's: the largest box in the middle of a valid aspect
+        # like torchvision, fall back to the largest central box of a valid aspect ratio
         tall = np.minimum(height, np.rint(width / (3 / 4)))
         wide = np.minimum(width, np.rint(height * (4 / 3)))
         pick = fits.argmax(axis=1)[:, None]
@@ -167,9 +167,10 @@ class ResizedCropFlip:
         return np.concatenate([top, left, box_height, box_width, flip], axis=1)
 
     def clean(self, num_samples: int, share: float = CLEAN_SHARE) -> NDArray[np.float32]:
-        """Parameters [N,5] of the clean view: the central square of a share of the shorter side.
+        """Return parameters [N,5] of the clean view, a central square.
 
-        Another `share` for images that others cropped before: 1 leaves squares whole.
+        `share` is its part of the shorter side: 1 keeps all of a square image, e.g. of one that was
+        cropped before.
         """
         height, width = self.sizes[:num_samples].T
         box = central_box(height, width, share)
@@ -180,35 +181,35 @@ ViewSpace = PadCropFlip | ResizedCropFlip
 
 
 def _epoch_stream(seed: int, epoch: int) -> np.random.Philox:
-    """Raw random numbers of an epoch, apart from those of a store's views."""
+    """Return the raw random numbers of an epoch, which differ from those of a cache's views."""
     return np.random.Philox(np.random.SeedSequence([seed, epoch, 3]))
 
 
 def check_num_views(num_views: int, limit: int | None) -> None:
-    """Refuse more views than there are."""
+    """Raise RichKDError if more views are wanted than exist."""
     if limit is not None and num_views > limit:
         raise RichKDError(
-            f"views = {num_views}: pad-crop-flip has {limit} views of an image; "
+            f"views = {num_views}: pad-crop-flip has only {limit} views of an image; "
             f"use --views {limit} for all of them",
             code="too-many-views",
         )
 
 
 def photo_pixels(image: Image.Image) -> Tensor:
-    """The pixels of a photograph in RGB: [3,h,w] uint8."""
+    """Return the pixels [3,h,w] uint8 of an RGB photograph."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def resized_crop(
     photo: Tensor | Image.Image, view: Any, image_size: int, interpolation: str = "bilinear"
 ) -> Tensor:
-    """One view of one photograph, resized by torchvision or, of a PIL image, by PIL.
+    """Return one view of one photograph, resized by torchvision or, for a PIL image, by PIL.
 
     Args:
         photo: [3,h,w] uint8, or a PIL image in RGB.
         view: (top, left, height, width, flip).
         image_size: S.
-        interpolation: its name.
+        interpolation: its name, e.g. bilinear.
 
     Returns:
         [S,S,3] uint8.
@@ -231,7 +232,7 @@ def resized_crop(
 
 
 def resize_bytes(images: Tensor, size: list[int], interpolation: str) -> Tensor:
-    """A batch [B,3,h,w] uint8, resized on its device and rounded to bytes, as PIL's images are."""
+    """Resize a batch [B,3,h,w] uint8 on its device, and round to bytes as PIL does."""
     from torchvision.transforms.v2 import functional
 
     if [*images.shape[-2:]] == size:
@@ -241,7 +242,7 @@ def resize_bytes(images: Tensor, size: list[int], interpolation: str) -> Tensor:
 
 
 def _mode(interpolation: str) -> Any:
-    """torchvision's mode of a name; its `nearest` is another than PIL's."""
+    """Return torchvision's mode by name; its own `nearest` differs from that of PIL."""
     from torchvision.transforms import InterpolationMode
 
     return InterpolationMode("nearest-exact" if interpolation == "nearest" else interpolation)

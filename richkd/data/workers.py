@@ -1,8 +1,8 @@
-"""Data-loader workers: how many, how batches and errors come back from them, and how they end.
+"""Data-loader workers: their number, how batches and errors return from them, and how they end.
 
-Each part is there because PyTorch's DataLoader leaves it to its user: a signal to all processes of
-a job would reach the workers, an error would come back as its traceback, shared memory may be too
-small for the batches, and a worker may be killed when the machine is short of memory.
+PyTorch's DataLoader leaves all this to its user: a signal to all processes of a job would reach the
+workers, an error would return as a traceback, shared memory may be too small for the batches, and a
+worker may be killed when memory runs out.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from richkd.core.errors import RichKDError
 from richkd.core.interrupts import STOPPING, children_left_alone, uninterrupted, work_begins
 from richkd.core.progress import Report, size
 
-MOST_WORKERS = 8
-PREFETCHED = 2  # batches that a worker makes ahead
-ENDING_S = 5.0  # for what is killed to be gone
+MAX_WORKERS = 8
+PREFETCH = 2  # batches that each worker prepares ahead
+JOIN_SECONDS = 5.0  # to wait for a killed worker
 SHARED_MEMORY = Path("/dev/shm")
-# Threads and all, a worker starts in milliseconds as a fork; anew, it would import PyTorch again,
-# in every epoch. Where forks are not safe, as on macOS, the system's own way stays.
+# A forked worker starts in milliseconds; a spawned one would import PyTorch again in every epoch.
+# Where forks are not safe, e.g. on macOS, the default of the system is used.
 START_METHOD = "fork" if sys.platform == "linux" else None
 
 Sample = tuple[int | Tensor, ...]
@@ -49,22 +49,22 @@ _open: set[Any] = set()  # iterators with workers
 
 
 def num_workers(count: int, batch_size: int) -> int:
-    """Data-loader processes for so many images; none where starting them would take longer.
+    """Return the number of workers for `count` images; 0 if starting them would take longer.
 
-    As many as there are CPUs to use, up to `MOST_WORKERS`, or as RICHKD_WORKERS says.
+    It is the number of usable CPUs, up to `MAX_WORKERS`, unless RICHKD_WORKERS is set.
 
     Raises:
-        RichKDError: RICHKD_WORKERS is not a number from 0.
+        RichKDError: RICHKD_WORKERS is not an integer of at least 0.
     """
     given = os.environ.get("RICHKD_WORKERS", "")
     if given and not given.isdecimal():
         raise RichKDError(
-            f"RICHKD_WORKERS = {given!r}: must be a number of workers, from 0",
+            f"RICHKD_WORKERS = {given!r}: must be an integer of at least 0",
             code="value-malformed",
         )
     if count <= 4 * batch_size:
         return 0
-    return int(given) if given else min(usable_cpus(), MOST_WORKERS)
+    return int(given) if given else min(usable_cpus(), MAX_WORKERS)
 
 
 def load(
@@ -74,22 +74,22 @@ def load(
     batch_bytes: int,
     pin_memory: bool = False,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the parts of each batch of samples, stacked, computed by the workers.
+    """Yield the stacked parts of each batch of samples, computed by workers.
 
     Args:
-        samples: numbers and tensors by index.
+        samples: tuples of integers and tensors by index.
         batches: the indices of each batch.
-        workers: processes; 0 for this one.
-        batch_bytes: what the tensors of a batch take, at most.
+        workers: number of worker processes; 0 computes in this process.
+        batch_bytes: maximum size of the tensors of a batch.
         pin_memory: whether batches go to a GPU.
 
     Raises:
-        RichKDError: as `samples`, or a worker was killed.
-        OSError: as `samples`.
+        RichKDError: from `samples`, or because a worker was killed.
+        OSError: from `samples`.
     """
-    under_way = (PREFETCHED * workers + 2) * batch_bytes
-    shared = workers > 0 and fits_shared_memory(under_way)
-    iterator = _start(_Told(samples), batches, workers, _Stacked(shared), pin_memory)
+    in_flight = (PREFETCH * workers + 2) * batch_bytes
+    shared = workers > 0 and fits_shared_memory(in_flight)
+    iterator = _start(_Reported(samples), batches, workers, _Collate(shared), pin_memory)
     try:
         while (parts := _next(iterator)) is not None:
             if isinstance(parts, Exception):
@@ -102,31 +102,31 @@ def load(
 
 
 def fits_shared_memory(wanted: int) -> bool:
-    """Whether batches of so many bytes may lie in shared memory; says so, once, where they do not.
+    """Return whether `wanted` bytes of batches may use shared memory; if not, log it once.
 
-    Others need room there, too, so that half of what is free is not touched.
+    Half of the free space is left to other processes.
     """
     free = free_shared_memory()
     if free is None or wanted <= free // 2:
         return True
-    _say_once(
-        f"{SHARED_MEMORY} has {size(free)} free, and data-loader workers would put up to "
-        f"{size(wanted)} of images there: they send them through pipes, which is slower (docker "
-        f"run --shm-size=1g makes it larger)"
+    _log_once(
+        f"{SHARED_MEMORY} has only {size(free)} free, but data-loader workers may need "
+        f"{size(wanted)} there: they send images through pipes instead, which is slower (to avoid "
+        f"that, enlarge it, e.g. by docker run --shm-size=1g)"
     )
     return False
 
 
 def free_shared_memory() -> int | None:
-    """Bytes; None where there is no such file system, as on macOS."""
+    """Return the free shared memory in bytes; None if the system has none, e.g. macOS."""
     try:
         return shutil.disk_usage(SHARED_MEMORY).free
     except OSError:
         return None
 
 
-class _Told(TorchDataset[Any]):
-    """Samples by batch, or the error that came of one: PyTorch would tell of its traceback only."""
+class _Reported(TorchDataset[Any]):
+    """Samples by batch, or the error of one: PyTorch would pass on no more than its traceback."""
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
@@ -141,8 +141,8 @@ class _Told(TorchDataset[Any]):
             return error
 
 
-class _Stacked:
-    """Samples to the parts of a batch, in shared memory while there is room for them."""
+class _Collate:
+    """Stacks samples to the parts of a batch, in shared memory as long as there is space."""
 
     def __init__(self, shared: bool) -> None:
         self.shared = shared
@@ -157,28 +157,28 @@ class _Stacked:
         if torch.utils.data.get_worker_info() is None:
             return parts
         if self.shared:
-            with suppress(RuntimeError):  # none left: others take of it, too
+            with suppress(RuntimeError):  # none left: other processes use it too
                 return [part.share_memory_() for part in parts]  # type: ignore[no-untyped-call]
         return [part.numpy() for part in parts]
 
 
 def _start(
-    samples: _Told, batches: Iterable[list[Any]], workers: int, stack: _Stacked, pin: bool
+    samples: _Reported, batches: Iterable[list[Any]], workers: int, collate: _Collate, pin: bool
 ) -> Any:
-    """An iterator over the batches; of this process's own making where there can be no workers."""
+    """Return an iterator over the batches; without workers if they cannot be started."""
 
     def make(workers: int) -> Any:
-        with warnings.catch_warnings():  # PyTorch's on RICHKD_WORKERS beyond the CPUs
+        with warnings.catch_warnings():  # of PyTorch about more workers than CPUs
             warnings.simplefilter("ignore", UserWarning)
             return iter(
                 DataLoader(
                     samples,
                     batch_sampler=batches,
                     num_workers=workers,
-                    collate_fn=stack,
+                    collate_fn=collate,
                     pin_memory=pin,
-                    worker_init_fn=_leave_alone if workers else None,
-                    prefetch_factor=PREFETCHED if workers else None,
+                    worker_init_fn=_init_worker if workers else None,
+                    prefetch_factor=PREFETCH if workers else None,
                     multiprocessing_context=multiprocessing.get_context(START_METHOD)
                     if workers
                     else None,
@@ -189,38 +189,38 @@ def _start(
         return make(0)
     try:
         if START_METHOD != "fork":
-            resource_tracker.ensure_running()  # which unblocks signals as it starts
-        with children_left_alone(), _kept(signal.SIGCHLD):
+            resource_tracker.ensure_running()  # its start unblocks signals
+        with children_left_alone(), _handler_restored(signal.SIGCHLD):
             work_begins()
             _prepare()
             iterator = make(workers)
             _open.add(iterator)
             return iterator
-    except OSError as error:  # no room for semaphores, too many processes, …
-        _say_once(f"no data-loader workers ({error}): this process decodes the images itself")
+    except OSError as error:  # e.g. no space for semaphores, too many processes
+        _log_once(f"no data-loader workers ({error}): images are decoded in the main process")
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-        error.__traceback__ = None  # with which an iterator goes that was not made to its end
+        error.__traceback__ = None  # frees the incomplete iterator, whose __del__ fails
         sys.unraisablehook = hook
         return make(0)
 
 
-def _leave_alone(_: int) -> None:
-    """What a worker does first: its parent ends it, and is the one to say what went wrong."""
+def _init_worker(_: int) -> None:
+    """Ignore signals and print nothing: the parent process ends workers and reports errors."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    signal.signal(signal.SIGBUS, signal.SIG_DFL)  # PyTorch's prints a line of its own
-    # called by the thread that hands out shared memory, whose taker may be interrupted
+    signal.signal(signal.SIGBUS, signal.SIG_DFL)  # PyTorch's handler prints a line
+    # called by the thread that passes on shared memory, whose receiver may be interrupted
     sys.excepthook = lambda *_: None
 
 
 def _next(iterator: Any) -> Any:
-    """The next batch, None after the last; a worker that was killed is an error here only.
+    """Return the next batch, or None after the last one; raise an error if a worker was killed.
 
-    PyTorch would raise it wherever the main thread is.
+    PyTorch would raise it wherever the main thread happens to be.
     """
     if not hasattr(iterator, "_workers"):
         return next(iterator, None)
     try:
-        with _kept(signal.SIGCHLD):
+        with _handler_restored(signal.SIGCHLD):
             if _in_main_thread():
                 signal.signal(
                     signal.SIGCHLD, lambda *_: signal_handling._error_if_any_worker_fails()
@@ -229,7 +229,7 @@ def _next(iterator: Any) -> Any:
             return next(iterator, None)
     except (RuntimeError, OSError, EOFError) as error:
         for worker in iterator._workers:
-            worker.join(timeout=0.1)  # its exit code comes a moment after its end
+            worker.join(timeout=0.1)  # its exit code is known a moment after its end
         codes = [worker.exitcode for worker in iterator._workers if worker.exitcode]
         if not codes:
             raise
@@ -237,33 +237,33 @@ def _next(iterator: Any) -> Any:
 
 
 def _describe(code: int) -> str:
-    """What became of a worker, by its exit code, and the remedy."""
+    """Describe how a worker ended, by its exit code, and the remedy."""
     if code > 0:
         return (
-            f"a data-loader worker ended with exit code {code}; run the same command again, "
-            f"without workers (RICHKD_WORKERS=0) where that happens again"
+            f"a data-loader worker ended with exit code {code}; run the same command again, and "
+            f"without workers (RICHKD_WORKERS=0) if that happens again"
         )
     number = -code
     name = next((known.name for known in signal.Signals if known == number), "unknown")
-    said = f"a data-loader worker was killed (signal {number}, {name})"
+    event = f"a data-loader worker was killed (signal {number}, {name})"
     if number == signal.SIGBUS:
         free = free_shared_memory()
-        room = "" if free is None else f", with {size(free)} free now"
+        space = "" if free is None else f", with {size(free)} free now"
         return (
-            f"{said}: shared memory probably ran out ({SHARED_MEMORY}{room}); enlarge it (docker "
+            f"{event}: shared memory probably ran out ({SHARED_MEMORY}{space}); enlarge it (docker "
             f"run --shm-size=1g) or set RICHKD_WORKERS=0, and run the same command again"
         )
     reason = "memory probably ran out" if number == signal.SIGKILL else "it crashed"
     return (
-        f"{said}: {reason}; run the same command again, with fewer workers (RICHKD_WORKERS=1, or "
-        f"0 for none) or a smaller --batch-size where that happens again"
+        f"{event}: {reason}; run the same command again, and with fewer workers (RICHKD_WORKERS=1, "
+        f"or 0 for none) or a smaller --batch-size if that happens again"
     )
 
 
 def _end(iterator: Any) -> None:
-    """End the workers there and then: nothing of theirs is needed, and nobody waits for it.
+    """Kill the workers at once, as nobody needs their results.
 
-    PyTorch would wait for the batches in hand, and for ever for a lock that a killed one has.
+    PyTorch would wait for their current batches, and forever for a lock that a killed one holds.
     """
     if iterator not in _open:
         return
@@ -272,17 +272,17 @@ def _end(iterator: Any) -> None:
         if iterator._shutdown:  # after the last batch
             return
         iterator._shutdown = True
-        if hasattr(iterator, "_pin_memory_thread"):  # which fetches batches from the workers
+        if hasattr(iterator, "_pin_memory_thread"):  # fetches batches from the workers
             iterator._pin_memory_thread_done_event.set()
             iterator._worker_result_queue.put((None, None))
-            iterator._pin_memory_thread.join(ENDING_S)
+            iterator._pin_memory_thread.join(JOIN_SECONDS)
         signal_handling._remove_worker_pids(id(iterator))
         iterator._worker_pids_set = False
         for worker in iterator._workers:
             worker.kill()
         for worker in iterator._workers:
-            worker.join(ENDING_S)
-            for left in SHARED_MEMORY.glob(f"torch_{worker.pid}_*"):  # cut off as it was made
+            worker.join(JOIN_SECONDS)
+            for left in SHARED_MEMORY.glob(f"torch_{worker.pid}_*"):  # interrupted as it was made
                 left.unlink(missing_ok=True)
         for queue in (*iterator._index_queues, iterator._worker_result_queue):
             queue.cancel_join_thread()
@@ -290,19 +290,19 @@ def _end(iterator: Any) -> None:
 
 
 def end_all() -> None:
-    """End the workers of every loader that was left in the middle."""
+    """End the workers of every unfinished loader."""
     for iterator in list(_open):
         _end(iterator)
 
 
 @cache
 def _prepare() -> None:
-    """What the first workers need: an end at exit, before multiprocessing waits for theirs."""
+    """Make sure that workers end at exit, before multiprocessing waits for them."""
     atexit.register(end_all)
     before = threading.excepthook
 
     def hook(failure: threading.ExceptHookArgs) -> None:
-        # PyTorch's thread cannot fetch the batches of a worker that was killed; `_next` says so
+        # PyTorch's thread cannot fetch the batches of a killed worker; `_next` reports that
         if failure.thread is None or "_pin_memory_loop" not in failure.thread.name:
             before(failure)
 
@@ -310,8 +310,8 @@ def _prepare() -> None:
 
 
 @contextmanager
-def _kept(which: signal.Signals) -> Iterator[None]:
-    """A signal's handler is afterwards what it was; PyTorch's is set again for the next loader."""
+def _handler_restored(which: signal.Signals) -> Iterator[None]:
+    """Restore a signal's handler afterwards, so that PyTorch sets its own for the next loader."""
     if not _in_main_thread():
         yield
         return
@@ -324,7 +324,7 @@ def _kept(which: signal.Signals) -> Iterator[None]:
 
 
 @cache
-def _say_once(message: str) -> None:
+def _log_once(message: str) -> None:
     Report().log(message)
 
 

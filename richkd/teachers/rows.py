@@ -14,7 +14,7 @@ from richkd.core import fusion
 from richkd.core.accuracy import accuracy
 from richkd.core.progress import Advance, Report, percent
 from richkd.data.datasets import Dataset, Split
-from richkd.data.inputs import ArrayInputs, FileInputs, make_inputs, sent
+from richkd.data.inputs import ArrayInputs, FileInputs, make_inputs, send
 from richkd.store.schema import Block, PrecisionError
 from richkd.store.topk import compact
 from richkd.store.writer import StoreWriter
@@ -241,7 +241,7 @@ class BlockRows:
         if self._similarity is None or self._similarity[0] != span:
             name = f"{block.split}/clip_similarity"
             read = self.writer.read(name, block.start, block.stop)
-            self._similarity = (span, sent(read, self.device))
+            self._similarity = (span, send(read, self.device))
         return self._similarity[1]
 
     def log_zero_shot(self, report: Report) -> None:

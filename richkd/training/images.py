@@ -104,7 +104,7 @@ def load_again(
     skipped = entry.get("skipped", [])
     decoding = Decoding.from_entry(entry["decoding"]) if "decoding" in entry else None
     found = load_dataset(settings, skipped, report, layout, decoding)
-    if found.read_otherwise_in(entry["fingerprint"]):
+    if found.read_differently_in(entry["fingerprint"]):
         raise RichKDError(
             f"{found.name}: an earlier version of richkd made the store, and read some of these "
             f"files otherwise (those with an EXIF orientation, transparency or more than 8 bits); "

@@ -84,7 +84,7 @@ def test_cpus_of_a_control_group(
     monkeypatch.setattr(cpus, "CGROUPS", tmp_path / "groups")
     monkeypatch.setattr(cpus, "assigned_cpus", lambda: 64)
     assert cpus.usable_cpus() == usable
-    assert num_workers(10**6, 8) == min(usable, workers.MOST_WORKERS)
+    assert num_workers(10**6, 8) == min(usable, workers.MAX_WORKERS)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
@@ -179,7 +179,7 @@ def check_nothing_left() -> None:
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[[], str]:
-    workers._say_once.cache_clear()
+    workers._log_once.cache_clear()
     capfd.readouterr()
     return lambda: capfd.readouterr().err
 
@@ -322,7 +322,7 @@ def test_the_number_of_workers_can_be_set(
         with pytest.raises(RichKDError, match="RICHKD_WORKERS = "):
             num_workers(1000, 8)
     else:
-        usual = min(cpus.usable_cpus(), workers.MOST_WORKERS)
+        usual = min(cpus.usable_cpus(), workers.MAX_WORKERS)
         assert num_workers(1000, 8) == (usual if count is None else count)
         assert num_workers(32, 8) == 0  # starting them would take longer
 
