@@ -62,7 +62,7 @@ def load_prompts(name_or_file: str) -> tuple[str, ...]:
         templates.append(text)
     if not templates:
         raise RichKDError(
-            f"{path} contains no prompts; write one template per line, with {{}} for the class name",
+            f"{path} has no prompts; write one template per line, with {{}} for the class name",
             code="prompts-empty",
         )
     return tuple(templates)

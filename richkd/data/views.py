@@ -1,10 +1,10 @@
 """Views: an augmented image is a pair (sample, view), and applying a view is a gather.
 
 There are two view spaces. For CIFAR-like data (`PadCropFlip`), a view is one of 162 numbers; for
-photographs (`ResizedCropFlip`), it is a row of five parameters. In both, `draw` gives the views of a
-cache and depends only on (seed, sample, view index), and `fresh` gives those of an epoch without
-cached views and depends only on (seed, epoch, sample). So neither the number of samples or views nor
-the order of work changes a view. Changes of colour are not views.
+photographs (`ResizedCropFlip`), it is a row of five parameters. In both, `draw` gives the views of
+a cache and depends only on (seed, sample, view index), and `fresh` gives those of an epoch without
+cached views and depends only on (seed, epoch, sample). So neither the number of samples or views
+nor the order of work changes a view. Changes of colour are not views.
 """
 
 from __future__ import annotations
