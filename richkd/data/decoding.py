@@ -157,7 +157,7 @@ class Decoding:
             RichKDError: the file has changed: it cannot be read, or its kind has no range.
         """
         try:
-            with _opened(path) as image:
+            with Image.open(path, formats=readable()) as image:
                 depth = depth_of(image)
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
@@ -256,11 +256,17 @@ def _strings(arguments: object) -> list[str]:
     return [part for part in parts if isinstance(part, str)]
 
 
-def look(path: Path, decode: bool) -> Found:
-    """Return what a file says about itself; with `decode`, also check that it is intact."""
+def look(path: Path, decode: bool, formats: tuple[str, ...] = ()) -> Found:
+    """Return what a file says about itself.
+
+    Args:
+        path: of the file.
+        decode: read the pixels too, and so check that the file is intact.
+        formats: the formats that may be read; empty for all readable ones.
+    """
     found = Found()
     try:
-        with _opened(path) as image:
+        with Image.open(path, formats=formats or readable()) as image:
             depth = depth_of(image)
             found = _header(image, depth)
             return _decoded(image, depth, found) if decode else found
@@ -344,11 +350,6 @@ def true_format(path: Path) -> str:
     if named in FORMATS:
         return f"it is {named} of a kind that Pillow cannot decode"
     return f"it is {named}" if named else "its format is unknown"
-
-
-def _opened(path: Path) -> Image.Image:
-    """Open a file with the decoders of `FORMATS` and no others."""
-    return Image.open(path, formats=readable())
 
 
 @cache

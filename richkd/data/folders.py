@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import overload
 
@@ -39,6 +40,7 @@ EARLIER_SUFFIXES = {
     ".webp",
     ".gif",
 }
+Look = Callable[[Path, bool], decoding.Found]  # as `decoding.look`
 _SCAN_VERSION = 2  # to be raised whenever a scan finds something else in the same file
 _QUEUED = 4096  # files that wait for a thread at once
 
@@ -142,6 +144,7 @@ def list_images(
     report: Report | None = None,
     found: Found | None = None,
     remedy: str = "",
+    look: Look = decoding.look,
 ) -> Listing:
     """List the images of a folder of class folders.
 
@@ -152,6 +155,7 @@ def list_images(
         report: shows the progress.
         found: the result of `find_images`, if it is known already.
         remedy: what the user should do about a refused file, if not what stage one says.
+        look: reads what a file says about itself.
 
     Raises:
         RichKDError: there are no classes, a class has no images, or a broken file is refused.
@@ -160,7 +164,7 @@ def list_images(
     if found.fault is not None:
         raise RichKDError(found.fault, code="folder-classes")
     classes, paths, labels = found.classes, found.paths, found.labels
-    scan = _cached_scan(folder, paths, known is None, report or Report(quiet=True))
+    scan = _cached_scan(folder, paths, known is None, report or Report(quiet=True), look)
     left_out = {*(known or ())}
     faults = {
         number: reason
@@ -257,14 +261,14 @@ class _Scan:
     decoded: bool  # if not, only headers were read
 
 
-def _cached_scan(folder: Path, paths: Paths, decode: bool, report: Report) -> _Scan:
+def _cached_scan(folder: Path, paths: Paths, decode: bool, report: Report, look: Look) -> _Scan:
     """Scan all files, or reuse the scan in the user's home folder if no file has changed."""
     folder_id = hashlib.sha256(str(folder.resolve()).encode(errors="surrogateescape")).hexdigest()
     note = home() / "listings" / f"{folder_id[:32]}.npz"
     state = f"{_SCAN_VERSION} {' '.join(decoding.readable())} {_state(folder, paths)}"
     scan = _load_scan(note, state, len(paths))
     if scan is None or decode > scan.decoded:
-        scan = _scan(folder, paths, decode, report)
+        scan = _scan(folder, paths, decode, report, look)
         with suppress(OSError), replacing(note) as temporary, temporary.open("wb") as file:
             np.savez(
                 file,
@@ -323,15 +327,12 @@ def _load_scan(note: Path, state: str, count: int) -> _Scan | None:
     return _Scan(sizes=sizes, traits=traits, values=values, faults=faults, decoded=decoded)
 
 
-def _scan(folder: Path, paths: Paths, decode: bool, report: Report) -> _Scan:
+def _scan(folder: Path, paths: Paths, decode: bool, report: Report, look: Look) -> _Scan:
     count = len(paths)
     sizes, traits = np.zeros((count, 2), np.int64), np.zeros(count, np.uint8)
     kind, low, high = np.zeros(count, np.uint8), np.full(count, np.nan), np.full(count, np.nan)
     kinds: list[str] = []
     faults: dict[int, str] = {}
-
-    def look(number: int) -> decoding.Found:
-        return decoding.look(folder / paths[number], decode)
 
     with (
         threads(usable_cpus()) as pool,
@@ -339,7 +340,8 @@ def _scan(folder: Path, paths: Paths, decode: bool, report: Report) -> _Scan:
     ):
         for start in range(0, count, _QUEUED):
             span = range(start, min(start + _QUEUED, count))
-            for number, found in zip(span, pool.map(look, span), strict=True):
+            files = (folder / paths[number] for number in span)
+            for number, found in zip(span, pool.map(look, files, repeat(decode)), strict=True):
                 sizes[number], traits[number] = found.size, found.traits
                 low[number], high[number] = found.low, found.high
                 if found.fault:

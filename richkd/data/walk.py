@@ -11,7 +11,8 @@ import os
 import re
 import stat
 from bisect import insort
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,8 @@ _NOT_IN_PILLOW = (
 )
 _NO_IMAGES = {".bufr", ".grib", ".h5", ".hdf", ".mpeg", ".mpg", ".pdf"}
 _EXAMPLES = 3  # in a line of a tally
+
+ScanDir = AbstractContextManager[Iterable[os.DirEntry[str]]]
 
 
 class Kind(Enum):
@@ -113,19 +116,27 @@ class Walk:
         real: the folders that were read, as device and inode: path relative to the folder.
     """
 
-    def __init__(self, folder: Path, suffixes: Collection[str], with_hidden: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        suffixes: Collection[str],
+        with_hidden: bool = False,
+        scandir: Callable[[str], ScanDir] = os.scandir,
+    ) -> None:
         """Find the classes.
 
         Args:
             folder: the image folder.
             suffixes: file extensions of images, in lower case.
             with_hidden: read hidden files and folders too, as earlier versions did.
+            scandir: lists a folder.
 
         Raises:
             RichKDError: a folder cannot be read, or two class folders are the same folder.
         """
         self._folder, self._suffixes, self._with_hidden = folder, suffixes, with_hidden
         self._root = os.path.realpath(folder)
+        self._scandir = scandir
         self.tally = Tally()
         self.real: dict[tuple[int, int], str] = {}
         self.classes: list[str] = []
@@ -171,7 +182,7 @@ class Walk:
         shown = f"{self._folder.name}/{where}" if where else self._folder.name
         folders, images = [], []
         try:
-            with os.scandir(at) as entries:
+            with self._scandir(at) as entries:
                 for entry in entries:
                     name = entry.name
                     suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from richkd.data import inputs
 from richkd.data.datasets import ImageFiles, files_split
 from richkd.data.decoding import Decoding
 from richkd.data.folders import list_images
@@ -57,18 +54,16 @@ def alone(files: ImageFiles, index: int, view: Tensor) -> Tensor:
     return (functional.horizontal_flip(crop) if flip else crop).permute(1, 2, 0)
 
 
-@pytest.fixture(params=[0, 2], ids=["no workers", "2 workers"])
-def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(inputs, "num_workers", lambda *_: request.param)
-    return int(request.param)
+both = pytest.mark.parametrize("workers", [0, 2])
 
 
+@both
 def test_one_decode_gives_every_view_and_clips_pixels(
     files: ImageFiles, views: Tensor, workers: int, clip_dir: Path
 ) -> None:
     transform = load_clip(str(clip_dir), CPU).transform
     spans = [range(5, 16), range(20, 21), range(30, 37), range(0, 3)]
-    batches = [*FileInputs(files, CPU).decode_once(spans, views, 4, transform)]
+    batches = [*FileInputs(files, CPU, workers=workers).decode_once(spans, views, 4, transform)]
     ids = [index.tolist() for index, _, _ in batches]
     assert [*chain(*ids)] == [*chain(*spans)]
     assert [len(each) for each in ids] == [4, 4, 3, 1, 4, 3, 3]
@@ -81,11 +76,12 @@ def test_one_decode_gives_every_view_and_clips_pixels(
             assert torch.equal(seen, transform(files.open(i)))
 
 
+@both
 def test_batches_of_an_epoch_are_the_same_views(
     files: ImageFiles, views: Tensor, workers: int
 ) -> None:
     order = torch.randperm(len(files))
-    loader = FileInputs(files, CPU)
+    loader = FileInputs(files, CPU, workers=workers)
     together = [*loader.batches(order, views[1], 8)]
     assert torch.equal(torch.cat([index for index, _ in together]), order)
     for i, image in zip(order.tolist(), torch.cat([batch for _, batch in together]), strict=True):
@@ -96,35 +92,32 @@ def test_batches_of_an_epoch_are_the_same_views(
     assert {*pixels} == {None}
 
 
-def test_every_image_is_decoded_once(
-    files: ImageFiles, views: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_image_is_decoded_once(files: ImageFiles, views: Tensor) -> None:
     opened: list[int] = []
-    plain: Callable[..., Any] = ImageFiles.open
-    monkeypatch.setattr(
-        ImageFiles, "open", lambda self, index: opened.append(index) or plain(self, index)
-    )
-    monkeypatch.setattr(inputs, "num_workers", lambda *_: 0)
+
+    class Recorded(ImageFiles):
+        def open(self, index: int) -> Image.Image:
+            opened.append(index)
+            return super().open(index)
+
+    loader = FileInputs(Recorded(**vars(files)), CPU, workers=0)
     spans = [range(9), range(20, 37)]
     clean = torch.zeros(1, 3, 4, 4)
-    for _ in FileInputs(files, CPU).decode_once(spans, views, 5, lambda image: clean[0]):
+    for _ in loader.decode_once(spans, views, 5, lambda image: clean[0]):
         pass
     assert opened == [*range(9), *range(20, 37)]
     opened.clear()
     no_views = views[:0]  # CLIP's pixels alone
-    for _, crops, _ in FileInputs(files, CPU).decode_once(spans, no_views, 5, lambda _: clean[0]):
+    for _, crops, _ in loader.decode_once(spans, no_views, 5, lambda _: clean[0]):
         assert crops.shape[1:] == (0, SIDE, SIDE, 3)
     assert opened == [*range(9), *range(20, 37)]
 
 
-def test_one_set_of_workers_for_all_spans(
-    files: ImageFiles, views: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inputs, "num_workers", lambda *_: 2)
+def test_one_set_of_workers_for_all_spans(files: ImageFiles, views: Tensor) -> None:
     spans = [range(start, start + 6) for start in range(0, 36, 6)]
 
-    asked = {os.getpid()}  # the size of what a transform gives is asked here
-    for _, _, pixels in FileInputs(files, CPU).decode_once(
+    asked = {os.getpid()}  # which calls the transform for the size of its result
+    for _, _, pixels in FileInputs(files, CPU, workers=2).decode_once(
         spans, views, 3, lambda _: torch.tensor(os.getpid())
     ):
         assert pixels is not None
@@ -132,21 +125,15 @@ def test_one_set_of_workers_for_all_spans(
     assert len(asked) == 3
 
 
-def test_batches_shrink_where_they_would_take_too_much(
-    files: ImageFiles, views: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inputs, "num_workers", lambda *_: 0)
+def test_batches_shrink_where_they_would_take_too_much(files: ImageFiles, views: Tensor) -> None:
+    loader = FileInputs(files, CPU, workers=0)
     pixels = torch.zeros(3, 10, 10)
     image = VIEWS * SIDE * SIDE * 3 + 4 * 3 * 10 * 10
     sizes = {}
     for images in (0, 1, 5, 99):
-        monkeypatch.setattr(inputs, "UNDER_WAY", 17 * image * images + 100)
-        sizes[images] = {
-            len(index)
-            for index, *_ in FileInputs(files, CPU).decode_once(
-                [range(35)], views, 7, lambda _: pixels
-            )
-        }
+        memory = 17 * image * images + 100
+        batches = loader.decode_once([range(35)], views, 7, lambda _: pixels, memory)
+        sizes[images] = {len(index) for index, *_ in batches}
     assert sizes == {0: {1}, 1: {1}, 5: {5}, 99: {7}}
 
 
@@ -164,4 +151,4 @@ def test_threads_are_as_before_after_decoding(files: ImageFiles, views: Tensor) 
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert {*inside[1:]} == {1}  # the first is the transform's size being asked
+    assert {*inside[1:]} == {1}  # the first call is for the size of the result

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from helpers import refuses
 
-from richkd.core.errors import RichKDError
 from richkd.data.prompts import fill, load_prompts
 
 
@@ -21,21 +21,21 @@ def test_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "code", "place"),
     [
-        ("", "holds no prompts"),
-        ("no place", "line 1.*exactly one"),
-        ("a {}\na {} {}", "line 2.*exactly one"),
-        ("a {0.__class__}", "line 1.*exactly one"),
+        ("", "prompts-empty", "prompts.txt"),
+        ("no place", "prompt-malformed", "line 1"),
+        ("a {}\na {} {}", "prompt-malformed", "line 2"),
+        ("a {0.__class__}", "prompt-malformed", "line 1"),
     ],
 )
-def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
+def test_bad_files(tmp_path: Path, content: str, code: str, place: str) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text(content)
-    with pytest.raises(RichKDError, match=message):
+    with refuses(code, file, place, "{}"):
         load_prompts(str(file))
 
 
 def test_unknown() -> None:
-    with pytest.raises(RichKDError, match=r"prompt set.*'richkdd'.*richkd, single"):
+    with refuses("unknown-name", "'richkdd'", "richkd, single"):
         load_prompts("richkdd")

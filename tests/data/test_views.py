@@ -6,10 +6,11 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from helpers import refuses
 from torchvision.transforms.v2 import functional
 
 import richkd
-from richkd.core.errors import RichKDError
+from richkd.core.memory import ROWS_AT_ONCE
 from richkd.data.views import NUM_VIEW_IDS, PadCropFlip, ResizedCropFlip, resized_crop
 
 
@@ -56,7 +57,7 @@ def test_views_are_uniform() -> None:
 
 
 def test_more_views_than_there_are() -> None:
-    with pytest.raises(RichKDError, match="views = 163.*162"):
+    with refuses("too-many-views", 163, "--views 162"):
         PadCropFlip().draw(0, 2, 163)
 
 
@@ -95,23 +96,20 @@ def one_view(seed: int, view: int, sample: int, size: tuple[int, int]) -> list[f
     return [(height - tall) // 2, (width - wide) // 2, tall, wide, flip]
 
 
-def test_resized_crops_drawn_in_spans_are_those_of_one_stream(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes = rng.integers(1, 700, (100, 2))
+def test_resized_crops_drawn_in_spans_are_those_of_one_stream(rng: np.random.Generator) -> None:
+    count = 2 * ROWS_AT_ONCE + 9  # three spans
+    sizes = rng.integers(1, 700, (count, 2))
     sizes[:9] = [(40, 900), (900, 40), (1, 1), (1, 9), (9, 1), (2, 3), (300, 20), (3, 800), (5, 5)]
     seed = int(rng.integers(2**32))
-    wanted = [[one_view(seed, v, i, tuple(size)) for i, size in enumerate(sizes)] for v in range(2)]
-    assert np.array_equal(ResizedCropFlip(sizes, 32).draw(seed, 100, 2), wanted)
-    monkeypatch.setattr("richkd.core.memory.ROWS_AT_ONCE", 7)
-    assert np.array_equal(ResizedCropFlip(sizes, 32).draw(seed, 100, 2), wanted)
-    ids = PadCropFlip().draw(seed, 100, 3)
-    monkeypatch.undo()
-    assert np.array_equal(PadCropFlip().draw(seed, 100, 3), ids)
+    views = ResizedCropFlip(sizes, 32).draw(seed, count, 2)
+    bounds = (ROWS_AT_ONCE, 2 * ROWS_AT_ONCE)
+    for i in [*range(90), *(i for bound in bounds for i in range(bound - 5, bound + 5)), count - 1]:
+        wanted = [one_view(seed, v, i, tuple(sizes[i])) for v in range(2)]
+        assert np.array_equal(views[:, i], wanted), i
 
 
-def test_stores_keep_their_views() -> None:
-    """The views of stores that exist: the digest is of what richkd 0.1.0 drew."""
+def test_caches_keep_their_views() -> None:
+    """The views of existing caches: the digest is of those that richkd 0.1.0 drew."""
     number = np.arange(3000)
     sizes = np.stack([20 + number * 37 % 601, 20 + number * 91 % 733], axis=1)
     sizes[:3] = [(40, 900), (900, 30), (1, 1)]
@@ -127,7 +125,7 @@ def test_drawing_views_takes_little_more_than_the_views() -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    # a span's 41 numbers, 8 arrays of 10 attempts and their like, 8 bytes each
+    # of a span: 41 numbers, and 8 arrays of 10 attempts or similar, 8 bytes each
     assert peak - views.nbytes < 4096 * 8 * 160 < 100_000 * 8 * 41
 
 
@@ -140,13 +138,9 @@ def test_resized_crop_is_torchvisions(rng: np.random.Generator) -> None:
     assert clean.tolist() == [3, 19, 42, 42, 0]
 
 
-@pytest.mark.parametrize("at_once", [4096, 1000, 333])
-def test_threads_draw_the_views_of_one_stream(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, at_once: int
-) -> None:
-    monkeypatch.setattr("richkd.core.memory.ROWS_AT_ONCE", at_once)
-    monkeypatch.setattr("richkd.data.views.usable_cpus", lambda: 5)
-    seed, count = int(rng.integers(2**32)), int(rng.integers(1, 9000))
+@pytest.mark.parametrize("spans", [0, 1, 2])
+def test_threads_draw_the_views_of_one_stream(rng: np.random.Generator, spans: int) -> None:
+    seed, count = int(rng.integers(2**32)), spans * ROWS_AT_ONCE + int(rng.integers(1, 900))
     keys = np.random.Philox(seed).random_raw(count * 162).reshape(count, 162)
     right = np.argsort(keys, axis=1, kind="stable").T
     assert (PadCropFlip().draw(seed, count, 162) == right).all()

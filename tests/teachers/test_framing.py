@@ -27,7 +27,7 @@ from richkd.core.progress import Report
 from richkd.data import inputs
 from richkd.data.datasets import Dataset, load_dataset
 from richkd.data.framing import Framing, NetworkInput, input_fault
-from richkd.data.inputs import make_inputs
+from richkd.data.inputs import FileInputs
 from richkd.distill import distill
 from richkd.models import pretrained_input
 from richkd.models.weights import read_note, read_weights, save_tensors
@@ -600,12 +600,11 @@ def test_plan_tries_the_teacher_at_its_own_size(photos: str, run: Run, tmp_path:
 
 
 def test_fewer_files_are_under_way_at_a_larger_size(
-    photos: str, monkeypatch: pytest.MonkeyPatch
+    photos: str,
 ) -> None:
-    monkeypatch.setattr(inputs, "num_workers", lambda *_: 0)
-    monkeypatch.setattr(inputs, "UNDER_WAY", 17 * 3 * 64 * 64 * 4)
     files: Any = photo_set(photos).train.images
     for size, most in ((64, 4), (128, 1)):
-        loader: Any = make_inputs(files, CPU, Framing(size=size))
-        batches = loader.decode_once([range(8)], None, 16, None)
+        loader = FileInputs(files, CPU, Framing(size=size), workers=0)
+        memory = 17 * 3 * 64 * 64 * 4
+        batches = loader.decode_once([range(8)], None, 16, None, memory)
         assert {len(index) for index, *_ in batches} == {most}
