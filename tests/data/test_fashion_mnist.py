@@ -1,7 +1,7 @@
-"""The main job on real images: Fashion-MNIST, few labels, a CLIP that saw other images.
+"""The main job on real images: Fashion-MNIST, few labels, and a CLIP trained on other images.
 
 A teacher learns from the first 500 images, a small CLIP from captions of images 20,000 to 50,000
-(15 % of the captions name a wrong class), and students by CE, KD and RichKD from the store of both.
+(15 % of the captions name a wrong class), and students by CE, KD and RichKD from their cache.
 """
 
 from __future__ import annotations
@@ -17,9 +17,18 @@ import pytest
 
 import richkd
 from richkd.config import recipes
+from richkd.config.catalog import DEBIAN_FASHION_MNIST
 from richkd.config.settings import Distill, Precompute, resolve
 from richkd.distill import distill
 from richkd.precompute import precompute
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.real_data,
+    pytest.mark.skipif(
+        not DEBIAN_FASHION_MNIST.is_dir(), reason="needs dataset-fashion-mnist of Debian"
+    ),
+]
 
 ROOT = Path(__file__).parents[2]
 train_clip = runpy.run_path(str(ROOT / "benchmarks" / "fashion_mnist.py"))["train_clip"]
@@ -27,7 +36,7 @@ train_clip = runpy.run_path(str(ROOT / "benchmarks" / "fashion_mnist.py"))["trai
 
 @pytest.fixture(scope="module")
 def stage_one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
-    """The store, made with the defaults of the recipe, and how long it took."""
+    """The cache, made with the defaults of the recipe, and the time it took."""
     folder = tmp_path_factory.mktemp("fashion-mnist")
     start = time.perf_counter()
     train_clip(folder / "clip")
@@ -65,8 +74,6 @@ def students(
     }
 
 
-@pytest.mark.slow
-@pytest.mark.real_data
 def test_teacher_clip_store_and_students(
     run: Callable[..., Any],
     stage_one: tuple[Path, dict[str, float]],
@@ -98,8 +105,6 @@ def test_teacher_clip_store_and_students(
     assert seconds <= 600
 
 
-@pytest.mark.slow
-@pytest.mark.real_data
 def test_a_sweep_and_its_report(
     run: Callable[..., Any], stage_one: tuple[Path, dict[str, float]], tmp_path: Path
 ) -> None:
@@ -142,8 +147,6 @@ def test_a_sweep_and_its_report(
     assert seconds <= 300  # of the eight minutes that both sweeps have
 
 
-@pytest.mark.slow
-@pytest.mark.real_data
 def test_the_teachers_under_the_lens(
     run: Callable[..., Any], stage_one: tuple[Path, dict[str, float]], tmp_path: Path
 ) -> None:
@@ -161,8 +164,6 @@ def test_the_teachers_under_the_lens(
     assert seconds <= 60
 
 
-@pytest.mark.slow
-@pytest.mark.real_data
 def test_the_students_under_corruptions(
     run: Callable[..., Any], students: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
