@@ -1,4 +1,4 @@
-"""A folder as people have them: some sixty odd files, each of them used rightly or named."""
+"""A folder as users have them: some sixty odd files, each of which is used correctly or named."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TURN = {  # what `exif_transpose` undoes
 }
 
 
-def picture(rng: np.random.Generator, height: int = 40, width: int = 56) -> Array:
+def blocks(rng: np.random.Generator, height: int = 40, width: int = 56) -> Array:
     """Coarse coloured blocks, which survive lossy formats: [H,W,3] uint8."""
     coarse = rng.integers(0, 256, (4, 5, 3), np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.NEAREST))
@@ -52,7 +52,7 @@ def on_white(rgb: Array, mask: Array) -> Array:
 
 
 def write_used(folder: Path, rng: np.random.Generator) -> dict[str, Array]:
-    """Files that are images, and what a viewer shows of each: [H,W,3] uint8."""
+    """Write files that are images; return what a viewer shows of each: [H,W,3] uint8."""
     shown: dict[str, Array] = {}
 
     def put(name: str, image: Image.Image | Array, as_shown: Array, **options: Any) -> None:
@@ -64,13 +64,13 @@ def write_used(folder: Path, rng: np.random.Generator) -> dict[str, Array]:
         for suffix in ("jpg", "png", "webp", "tif"):
             if suffix != "jpg" and orientation not in (3, 6):
                 continue
-            rgb, exif = picture(rng), Image.Exif()
+            rgb, exif = blocks(rng), Image.Exif()
             exif[0x0112] = orientation
             stored = Image.fromarray(rgb).transpose(turn)
             put(f"turned-{orientation}.{suffix}", stored, rgb, exif=exif, quality=95)
             undone = ImageOps.exif_transpose(Image.open(folder / f"turned-{orientation}.{suffix}"))
             assert np.abs(np.asarray(undone.convert("RGB")).astype(int) - rgb).mean() < 12
-    one = grey(picture(rng))
+    one = grey(blocks(rng))
     put("deep 16.png", (one.astype(np.uint16) * 257), thrice(one))
     put("deep 16.tif", (one.astype(np.uint16) * 257), thrice(one))
     put("deep 32.tif", (one.astype(np.int32) * 8421504), thrice(one))
@@ -79,7 +79,7 @@ def write_used(folder: Path, rng: np.random.Generator) -> dict[str, Array]:
         b"P5 56 40 4080\n" + (one * np.uint16(16)).astype(">u2").tobytes()
     )
     shown["deep.pgm"] = thrice(one)
-    rgb = picture(rng)
+    rgb = blocks(rng)
     mask = np.zeros((40, 56), bool)
     mask[6:30, 10:44] = True
     alpha = (255 * mask).astype(np.uint8)
@@ -132,7 +132,7 @@ def write_used(folder: Path, rng: np.random.Generator) -> dict[str, Array]:
     put("bits.png", Image.fromarray(mask), thrice(alpha))
     put("small.png", rgb[:1, :1], rgb[:1, :1])
     put("slender.png", np.tile(rgb[:2], (1, 3, 1)), np.tile(rgb[:2], (1, 3, 1)))
-    frames = [Image.fromarray(picture(rng)) for _ in range(2)]
+    frames = [Image.fromarray(blocks(rng)) for _ in range(2)]
     put("pages.tif", Image.fromarray(rgb), rgb, save_all=True, append_images=frames)
     put(
         "phone.jpg",
@@ -151,7 +151,7 @@ def write_used(folder: Path, rng: np.random.Generator) -> dict[str, Array]:
 
 
 def write_left_out(folder: Path, whole: bytes) -> list[str]:
-    """Files that are no images; returns those that are named one by one, the rest is counted."""
+    """Write files that are no images; return those named one by one, while others are counted."""
     broken = {
         "cut.jpg": whole[: len(whole) // 2],
         "text.png": b"hello",
@@ -196,11 +196,11 @@ def test_every_odd_file_is_used_rightly_or_named(
     names = sorted(shown)  # as a listing has them
     whole = (odd / "train/cat/a.jpeg").read_bytes()
     broken = write_left_out(odd / "train" / "cat", whole)
-    for number, name in enumerate(names):  # the same pictures as anybody's PNG
+    for number, name in enumerate(names):  # the same images as plain PNG files
         Image.fromarray(shown[name]).save(plain / "train" / "cat" / f"{number:03}.png")
     for part, name in (("train", "dog"), ("val", "cat"), ("val", "dog")):
         for number in range(6):
-            rgb = picture(rng)
+            rgb = blocks(rng)
             for root in (odd, plain):
                 Image.fromarray(rgb).save(root / part / name / f"{number}.png")
     write_teacher(tmp_path / "t.safetensors", "resnet8", 2)
@@ -238,15 +238,15 @@ def test_every_odd_file_is_used_rightly_or_named(
     for name in broken:
         assert f"train/cat/{name}" in said
     assert "left out 8 hidden or system files or folders" in said
-    assert "left out 2 files that are not called images" in said and "notes.txt" in said
-    assert "left out 1 image of a format that is not read" in said and "layers.psd" in said
+    assert "left out 2 files that are not images" in said and "notes.txt" in said
+    assert "left out 1 image in an unsupported format" in said and "layers.psd" in said
     for words in (
         "EXIF orientation",
         "transparency",
         "16-bit PNG",
         "16-bit TIFF",
         "float TIFF",
-        "several images",
+        "first frame",
     ):
         assert words in said
 
