@@ -43,6 +43,10 @@ EARLIER_SUFFIXES = {
 Look = Callable[[Path, bool], decoding.Found]  # as `decoding.look`
 _SCAN_VERSION = 2  # to be raised whenever a scan finds something else in the same file
 _QUEUED = 4096  # files that wait for a thread at once
+_REMEDY_NEW = "remove such files, or leave them out with --broken skip"
+_REMEDY_CACHED = (
+    "restore the file, or make the cache again with richkd precompute --broken skip --overwrite"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,13 +89,19 @@ class Paths(Sequence[str]):
 
 
 @dataclass(frozen=True)
-class Found:
-    """The image files of one split by their names, in an order that mixes the classes evenly."""
+class _Labelled:
+    """Files of one split, in an order that mixes the classes evenly."""
 
     folder: Path
     classes: tuple[str, ...]  # names of the class folders
     paths: Paths  # relative to folder
     labels: NDArray[np.int64]  # [N]
+
+
+@dataclass(frozen=True)
+class Found(_Labelled):
+    """The files of one split that are images by their names."""
+
     tally: Tally  # what else was found
     real: Mapping[tuple[int, int], str]  # as in `Walk`
     empty: Mapping[str, str]  # classes without images, and what their folders contain instead
@@ -124,13 +134,9 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Listing:
-    """The usable images of one split, in an order that mixes the classes evenly."""
+class Listing(_Labelled):
+    """The usable images of one split."""
 
-    folder: Path
-    classes: tuple[str, ...]  # names of the class folders
-    paths: Paths  # relative to folder
-    labels: NDArray[np.int64]  # [N]
     sizes: NDArray[np.int64]  # [N,2], height and width when upright
     traits: NDArray[np.uint8]  # [N], flags defined in data/decoding.py
     values: Values  # of files deeper than 8 bits
@@ -163,7 +169,7 @@ def list_images(
     found = found or find_images(folder)
     if found.fault is not None:
         raise RichKDError(found.fault, code="folder-classes")
-    classes, paths, labels = found.classes, found.paths, found.labels
+    paths, labels = found.paths, found.labels
     scan = _cached_scan(folder, paths, known is None, report or Report(quiet=True), look)
     left_out = {*(known or ())}
     faults = {
@@ -173,37 +179,38 @@ def list_images(
         and f"{folder.name}/{paths[number]}" not in left_out
     }
     if faults and (broken == "refuse" or known is not None):
-        first, reason = next(iter(faults.items()))
-        more = f" and {len(faults) - 1} more cannot be used" if len(faults) > 1 else ""
-        remedy = remedy or (
-            "remove such files, or leave them out with --broken skip"
-            if known is None
-            else "restore the file, or make the cache again with richkd precompute --broken skip"
+        remedy = remedy or (_REMEDY_NEW if known is None else _REMEDY_CACHED)
+        raise _damaged(
+            {folder / paths[number]: reason for number, reason in faults.items()}, remedy
         )
-        raise RichKDError(
-            f"cannot use {folder / paths[first]} as an image ({reason}){more}; {remedy}",
-            code="image-damaged",
-        )
-    whole = np.ones(len(paths), bool)
-    whole[[*faults]] = False
+    intact = np.ones(len(paths), bool)
+    intact[[*faults]] = False
     if left_out:
-        whole &= [f"{folder.name}/{path}" not in left_out for path in paths]
-    lacking = sorted({*range(len(classes))} - {*labels[whole].tolist()})
-    if lacking:
+        intact &= [f"{folder.name}/{path}" not in left_out for path in paths]
+    lacking = np.setdiff1d(np.arange(len(found.classes)), labels[intact])
+    if len(lacking):
         raise RichKDError(
-            f"no image in the class folder {folder / classes[lacking[0]]} can be read; add intact "
-            f"images, or remove the folder from every split",
+            f"no image in the class folder {folder / found.classes[lacking[0]]} can be read; add "
+            f"intact images, or remove the folder from every split",
             code="class-without-images",
         )
     return Listing(
         folder=folder,
-        classes=classes,
-        paths=paths.take(whole),
-        labels=labels[whole],
-        sizes=scan.sizes[whole],
-        traits=scan.traits[whole],
-        values=scan.values.take(whole),
+        classes=found.classes,
+        paths=paths.take(intact),
+        labels=labels[intact],
+        sizes=scan.sizes[intact],
+        traits=scan.traits[intact],
+        values=scan.values.take(intact),
         skipped=tuple(f"{folder.name}/{paths[number]}" for number in faults),
+    )
+
+
+def _damaged(faults: Mapping[Path, str], remedy: str) -> RichKDError:
+    path, reason = next(iter(faults.items()))
+    more = f", nor {len(faults) - 1} more" if len(faults) > 1 else ""
+    return RichKDError(
+        f"cannot use {path} as an image ({reason}){more}; {remedy}", code="image-damaged"
     )
 
 
