@@ -202,7 +202,9 @@ class _Scene:
             self.radius.tolist(),
             np.digitize(self.x, (-2.0, 2.0)).tolist(),
             np.digitize(self.y, (-2.0, 2.0)).tolist(),
-            (self.dark | self.bare * 2 | self.faint * 4).tolist(),
+            self.dark.tolist(),
+            self.bare.tolist(),
+            self.faint.tolist(),
             self.wording.tolist(),
             strict=True,
         )
@@ -219,36 +221,35 @@ class _Content(NamedTuple):
     radius: float
     column: int
     row: int
-    flags: int
+    dark: bool
+    bare: bool
+    faint: bool
     wording: list[float]
 
 
 def _caption(content: _Content) -> str:
-    dark, bare, faint = content.flags & 1, content.flags & 2, content.flags & 4
     opening, sized, coloured, grounded, placed, patterned = content.wording
     words = [_OPENINGS[min(int(opening * len(_OPENINGS)), len(_OPENINGS) - 1)]]
     if sized < 0.15 and not 9.5 < content.radius < 11.5:
         words.append("small" if content.radius <= 9.5 else "large")
-    if faint and sized > 0.7:
+    if content.faint and sized > 0.7:
         words.append("faint")
     if coloured < 0.2:
         words.append(_NAMES[content.figure])
     words.append(CLASS_NAMES[content.label])
-    if not bare and patterned < 0.12:
+    if not content.bare and patterned < 0.12:
         texture = TEXTURES[content.label // len(FORMS)]
         mark = {"striped": "stripes", "dotted": "dots"}.get(texture)
         if mark:
             words.append(f"with {_NAMES[content.accent]} {mark}")
     if grounded < 0.12:
-        tone = (
-            "dark " if dark and grounded < 0.06 and content.ground != _NAMES.index("black") else ""
-        )
+        ground = _NAMES[content.ground]
+        tone = "dark " if content.dark and grounded < 0.06 and ground != "black" else ""
         noun = "background" if grounded < 0.08 else "ground"
-        words.append(f"on a {tone}{_NAMES[content.ground]} {noun}")
+        words.append(f"on a {tone}{ground} {noun}")
     if placed < 0.1:
         words.append(_PLACES[content.row][content.column])
-    sentence = " ".join(words)
-    return sentence.replace(" a orange", " an orange")
+    return " ".join(words).replace(" a orange", " an orange")
 
 
 def _render(scene: _Scene, grain: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
@@ -258,22 +259,22 @@ def _render(scene: _Scene, grain: npt.NDArray[np.uint8], size: int) -> npt.NDArr
     x, y = axis[None, None, :], axis[None, :, None]
 
     canvas = np.empty((len(scene.label), 3, size, size), np.float32)
-    slope = _wide(scene.slope[0]) * x + _wide(scene.slope[1]) * y
+    slope = _broadcast(scene.slope[0]) * x + _broadcast(scene.slope[1]) * y
     canvas[...] = scene.ground_rgb[:, :, None, None] + slope[:, None]
     for i in range(_CLUTTER):
-        _piece(canvas, scene.clutter[:, i], x, y, scale, share=0.4, reach=16.0)
+        _paint_piece(canvas, scene.clutter[:, i], x, y, scale, share=0.4, reach=16.0)
 
-    outline = _form(scene, x, y)
-    inside = _soft(outline, scale)
+    outline = _outline(scene, x, y)
+    inside = _coverage(outline, scale)
     accent = _texture(scene, x, y, outline, scale)
-    hollow = _wide(scene.texture == TEXTURES.index("hollow"))
+    hollow = _broadcast(scene.texture == TEXTURES.index("hollow"))
     # A hollow figure shows what is behind it.
     inside = np.where(hollow, inside * (1 - accent), inside)
     accent = np.where(hollow, np.float32(0), accent)
     figure, second = scene.figure_rgb[:, :, None, None], scene.accent_rgb[:, :, None, None]
     canvas += inside[:, None] * (figure + accent[:, None] * (second - figure) - canvas)
 
-    _piece(canvas, scene.cover, x, y, scale, share=0.35, reach=8.0)
+    _paint_piece(canvas, scene.cover, x, y, scale, share=0.35, reach=8.0)
     canvas = canvas.transpose(0, 2, 3, 1)
     speckle = grain.reshape(canvas.shape).astype(np.float32) * np.float32(1 / 255)
     canvas = canvas + (speckle - np.float32(0.5)) * (2 * scene.grain[:, None, None, None])
@@ -281,34 +282,34 @@ def _render(scene: _Scene, grain: npt.NDArray[np.uint8], size: int) -> npt.NDArr
     return painted
 
 
-def _wide(values: npt.NDArray[np.generic]) -> Floats:
+def _broadcast(values: npt.NDArray[np.generic]) -> Floats:
     """Reshape one value per drawing to [n, 1, 1], to broadcast over its pixels."""
-    wide: Floats = values[:, None, None]  # type: ignore[assignment]
-    return wide
+    reshaped: Floats = values[:, None, None]  # type: ignore[assignment]
+    return reshaped
 
 
-def _soft(distance: Floats, edge: np.float32) -> Floats:
+def _coverage(distance: Floats, edge: np.float32) -> Floats:
     """Return how much of a pixel is covered, by its signed distance to an edge (< 0 inside)."""
     covered: Floats = np.clip(0.5 - distance / edge, 0, 1)
     return covered
 
 
-def _turned(x: Floats, y: Floats, angle: Floats) -> tuple[Floats, Floats]:
+def _rotated(x: Floats, y: Floats, angle: Floats) -> tuple[Floats, Floats]:
     cos, sin = np.cos(angle), np.sin(angle)
-    return _wide(cos) * x + _wide(sin) * y, _wide(cos) * y - _wide(sin) * x
+    return _broadcast(cos) * x + _broadcast(sin) * y, _broadcast(cos) * y - _broadcast(sin) * x
 
 
-def _form(scene: _Scene, x: Floats, y: Floats) -> Floats:
+def _outline(scene: _Scene, x: Floats, y: Floats) -> Floats:
     """Return the approximate signed distance [n, size, size] to the outline of the figure.
 
     All forms cover about the same area, so that the area does not reveal the form.
     """
-    x, y = _turned(x - _wide(scene.x), y - _wide(scene.y), scene.angle)
-    radius = _wide(scene.radius)
+    x, y = _rotated(x - _broadcast(scene.x), y - _broadcast(scene.y), scene.angle)
+    radius = _broadcast(scene.radius)
     distance = np.empty(np.broadcast_shapes(x.shape, radius.shape), np.float32)
     for form, name in enumerate(FORMS):
-        of = scene.form == form
-        distance[of] = _OUTLINES[name](x[of], y[of], radius[of])
+        mask = scene.form == form
+        distance[mask] = OUTLINES[name](x[mask], y[mask], radius[mask])
     return distance
 
 
@@ -340,35 +341,35 @@ def _star(x: Floats, y: Floats, radius: Floats) -> Floats:
     return distance
 
 
-_OUTLINES: Final = {"circle": _circle, "triangle": _triangle, "square": _square, "star": _star}
+OUTLINES: Final = {"circle": _circle, "triangle": _triangle, "square": _square, "star": _star}
 
 
 def _texture(scene: _Scene, x: Floats, y: Floats, outline: Floats, edge: np.float32) -> Floats:
     """Return how much of each pixel [n, size, size] has the second colour, if inside the figure."""
     accent = np.zeros(outline.shape, np.float32)
-    u, v = _turned(x - _wide(scene.x), y - _wide(scene.y), scene.pattern_angle)
-    pitch, phase = _wide(scene.pitch), _wide(scene.pattern_phase)
+    u, v = _rotated(x - _broadcast(scene.x), y - _broadcast(scene.y), scene.pattern_angle)
+    pitch, phase = _broadcast(scene.pitch), _broadcast(scene.pattern_phase)
 
-    def folded(t: Floats, step: Floats, shift: Floats) -> Floats:
+    def line_distance(t: Floats, step: Floats, shift: Floats) -> Floats:
         """Return the distance to the nearest of parallel lines that are `step` apart."""
         near: Floats = np.abs(np.mod(t / step + shift, 1) - np.float32(0.5)) * step
         return near
 
-    of = scene.texture == TEXTURES.index("striped")
-    lines = folded(u[of], pitch[of], phase[of])
-    accent[of] = _soft(lines - pitch[of] / 4, edge)
+    mask = scene.texture == TEXTURES.index("striped")
+    lines = line_distance(u[mask], pitch[mask], phase[mask])
+    accent[mask] = _coverage(lines - pitch[mask] / 4, edge)
 
-    of = scene.texture == TEXTURES.index("dotted")
-    step, shift = pitch[of] * np.float32(1.15), phase[of]
-    dots = np.hypot(folded(u[of], step, shift), folded(v[of], step, shift))
-    accent[of] = _soft(dots - step * np.float32(0.31), edge)
+    mask = scene.texture == TEXTURES.index("dotted")
+    step, shift = pitch[mask] * np.float32(1.15), phase[mask]
+    dots = np.hypot(line_distance(u[mask], step, shift), line_distance(v[mask], step, shift))
+    accent[mask] = _coverage(dots - step * np.float32(0.31), edge)
 
-    of = scene.texture == TEXTURES.index("hollow")
-    accent[of] = _soft(outline[of] + np.float32(2.2), edge)
+    mask = scene.texture == TEXTURES.index("hollow")
+    accent[mask] = _coverage(outline[mask] + np.float32(2.2), edge)
     return accent
 
 
-def _piece(
+def _paint_piece(
     canvas: Floats,
     u: Floats,
     x: Floats,
@@ -382,10 +383,14 @@ def _piece(
     on = u[:, 0] < share
     u = u[on]
     at_x, at_y = (u[:, 1] * 2 - 1) * np.float32(reach), (u[:, 2] * 2 - 1) * np.float32(reach)
-    across, along = _turned(x - _wide(at_x), y - _wide(at_y), u[:, 3] * np.float32(2 * np.pi))
+    across, along = _rotated(
+        x - _broadcast(at_x), y - _broadcast(at_y), u[:, 3] * np.float32(2 * np.pi)
+    )
     is_line = u[:, 4] < 0.5
     half_width = np.where(is_line, 0.6 + u[:, 5], 1 + 1.5 * u[:, 5]).astype(np.float32)
     half_length = np.where(is_line, 5 + 9 * u[:, 6], half_width).astype(np.float32)
-    distance = np.maximum(np.abs(across) - _wide(half_width), np.abs(along) - _wide(half_length))
+    distance = np.maximum(
+        np.abs(across) - _broadcast(half_width), np.abs(along) - _broadcast(half_length)
+    )
     colour = _PALETTE[np.minimum((u[:, 7] * len(_NAMES)).astype(np.int64), len(_NAMES) - 1)]
-    canvas[on] += _soft(distance, edge)[:, None] * (colour[:, :, None, None] - canvas[on])
+    canvas[on] += _coverage(distance, edge)[:, None] * (colour[:, :, None, None] - canvas[on])

@@ -115,7 +115,7 @@ def test_images_of_the_classes_differ() -> None:
 def test_outlines_are_of_their_form_and_not_chiral(form: str) -> None:
     axis = np.linspace(-2, 2, 401, dtype=np.float32)
     x, y = np.meshgrid(axis, axis)
-    distance = shapes._OUTLINES[form](x, y, np.float32(1))
+    distance = shapes.OUTLINES[form](x, y, np.float32(1))
     np.testing.assert_allclose(distance, distance[:, ::-1], atol=1e-5)  # a mirror changes nothing
     inside = distance < 0
     area = inside.mean() * 16
