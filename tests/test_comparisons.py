@@ -341,9 +341,9 @@ def test_held_out_test_images_choose_and_the_others_test(store: Path, tmp_path: 
         (
             48,
             0.1,
-            r"validation = 0.1: of the [1-9] training images of class '.*' .* none to validate",
+            r"validation = 0.1: .*'.*'.* [1-9] training images.* none to validate",
         ),
-        (48, 0.9, r"= 0.9: of the [1-9] training images of class '.*' .* none to train on"),
+        (48, 0.9, r"= 0.9: .*'.*'.* [1-9] training images.* none to train on"),
         (48, 1.0, r"validation = 1.0: must be in \[0, 1\)"),
         (48, -0.1, r"validation = -0.1: must be in \[0, 1\)"),
     ],

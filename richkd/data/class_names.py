@@ -178,7 +178,7 @@ def _same_text(names: Sequence[str], shown: Sequence[str]) -> list[str]:
     classes = " and ".join(repr(shown[number]) for number in groups[0][:4])
     more = f" (and {len(groups) - 1} more such groups)" if len(groups) > 1 else ""
     return [
-        f"the classes {classes} have the same text, so CLIP cannot tell them apart{more}; give "
+        f"the classes {classes} share one text, so CLIP cannot tell them apart{more}; give "
         f"them different names with --class-names FILE"
     ]
 

@@ -233,7 +233,7 @@ def introduce(dataset: Dataset, report: Report) -> None:
     counts = describe_splits({name: len(split) for name, split in dataset.splits.items()})
     side, classes = dataset.image_size, len(dataset.class_names)
     report.log(
-        f"{dataset.name}: {counts} images of {side}×{side} pixels in {classes} classes; "
+        f"{dataset.name}: {counts} images of {side}×{side} pixels, {classes} classes; "
         f"fingerprint {dataset.fingerprint[:12]}"
     )
     for note in dataset.notes:
