@@ -10,6 +10,7 @@ from typing import Any
 
 from richkd.config.settings import recorded_holdout
 from richkd.core.progress import Report, duration, percent
+from richkd.core.teacher_names import FULL_NAMES
 
 # Settings that say where a run is, not what it is.
 PLACES = ("seed", "out", "cache", "device", "step", "dataset", "data_root")
@@ -26,9 +27,8 @@ CHOSEN_ON = {
 def results_table(report: Report, title: str, summaries: Sequence[Mapping[str, Any]]) -> None:
     """Teachers, then students, with their test accuracies in percent."""
     teachers = summaries[0]["teacher"]
-    names = {"cnn": "CNN teacher", "clip": "CLIP zero-shot", "fused": "fused teacher"}
     rows: list[tuple[str, ...]] = [
-        (names[kind], percent(value), "", "", "", "")
+        (FULL_NAMES[kind], percent(value), "", "", "", "")
         for kind, value in teachers.items()
         if value is not None
     ]

@@ -26,6 +26,7 @@ from richkd.core.accuracy import accuracy
 from richkd.core.choices import Scale
 from richkd.core.errors import RichKDError, unknown
 from richkd.core.progress import Report
+from richkd.core.teacher_names import NAMES
 from richkd.store.reader import TeacherCache
 
 ALPHAS = tuple(round(0.05 * step, 2) for step in range(21))
@@ -33,13 +34,6 @@ SCALES = tuple(2.0**step for step in range(-4, 5))  # times CLIP's own
 SUBSETS = 8  # of prompts, of each size, at most
 CHANGED = 10  # classes that gain, and that lose
 EXAMPLES = 4  # images of each of them
-NAMES = {
-    "cnn": "CNN teacher",
-    "clip": "CLIP",
-    "fused": "fused",
-    "raw": "fused, raw scale",
-    "native": "fused, native scale",
-}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from richkd.analysis.metrics import CELLS
-from richkd.analysis.teachers import NAMES, analyze, pictures
+from richkd.analysis.teachers import analyze, pictures
 from richkd.core.errors import local_path
 from richkd.core.files import check_replaceable, write, write_json
 from richkd.core.ownership import has_keys, is_page
 from richkd.core.progress import Report, percent
+from richkd.core.teacher_names import NAMES
 from richkd.report import lens_plots
 from richkd.report.page import as_json, fill
 from richkd.store.folder import Folder
@@ -251,7 +252,7 @@ def blend_figures(result: Mapping[str, Any]) -> dict[str, Any]:
     stored = [(result["alpha"], "stored")]
     counted = [
         {"kind": name, "prompts": row["prompts"], "top1": row[key]}
-        for name, key in (("CLIP", "clip_top1"), ("fused", "fused_top1"))
+        for name, key in ((NAMES["clip"], "clip_top1"), (NAMES["fused"], "fused_top1"))
         for row in blend["num_prompts"]
     ]
     return {

@@ -10,6 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from richkd.analysis.metrics import CELLS
+from richkd.core.teacher_names import NAMES
 from richkd.report.plots import COLOURS, apart, plain, ticks, widened
 
 # right to wrong, each firm and faint
@@ -178,11 +179,7 @@ def class_changes(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
             line={"color": colour, "width": 2},
             hoverinfo="skip",
         )
-    for kind, symbol, name in (
-        ("cnn", "circle-open", "CNN teacher"),
-        ("clip", "x-thin-open", "CLIP"),
-        ("fused", "circle", "fused"),
-    ):
+    for kind, symbol in (("cnn", "circle-open"), ("clip", "x-thin-open"), ("fused", "circle")):
         figure.add_scatter(
             x=[100 * row[kind] for row in shown],
             y=names,
@@ -193,7 +190,7 @@ def class_changes(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
                 "line": {"width": 1.5},
                 "color": "#888888" if kind == "clip" else colours,
             },
-            hovertemplate=f"%{{y}}<br>{name}: %{{x:.2f}} %<extra></extra>",
+            hovertemplate=f"%{{y}}<br>{NAMES[kind]}: %{{x:.2f}} %<extra></extra>",
         )
     figure.update_xaxes(title="accuracy, %")
     figure.update_yaxes(automargin=True, ticksuffix=" ", type="category")

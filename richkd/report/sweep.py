@@ -9,6 +9,7 @@ import torch
 
 from richkd.analysis.results import Standing, about_best, by_images, mean_std, minus_kd
 from richkd.core.progress import duration, percent
+from richkd.core.teacher_names import FULL_NAMES
 from richkd.report import plots
 from richkd.report.cost import Cost
 from richkd.report.evaluation import Evaluated
@@ -67,11 +68,10 @@ def render(
 
 def teachers(accuracies: Mapping[str, float | None] | None) -> list[tuple[str, str]]:
     """Names and accuracies of those that the store knows."""
-    names = {"cnn": "CNN teacher", "clip": "CLIP zero-shot", "fused": "fused, as stored"}
     return [
-        (names[kind], percent(value))
+        (FULL_NAMES[kind], percent(value))
         for kind, value in (accuracies or {}).items()
-        if value is not None and kind in names
+        if value is not None and kind in FULL_NAMES
     ]
 
 
