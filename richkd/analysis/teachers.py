@@ -202,7 +202,8 @@ def class_changes(
 ) -> dict[str, list[dict[str, Any]]]:
     """The classes whose accuracy gains, and loses, most by the blend, with samples that changed."""
     cnn, clip, fused = (
-        metrics.class_accuracy(logits[kind], rows.labels) for kind in ("cnn", "clip", "fused")
+        metrics.class_accuracy(metrics.confusion(logits[kind], rows.labels))
+        for kind in ("cnn", "clip", "fused")
     )
     change = (fused - cnn).nan_to_num(0)
     was = logits["cnn"].argmax(1) == rows.labels
