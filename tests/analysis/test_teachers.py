@@ -16,7 +16,7 @@ import scipy.stats
 import zarr
 from PIL import Image
 
-from richkd.analysis.teachers import ALPHAS, analyze, pictures
+from richkd.analysis.teachers import ALPHAS, analyze, images_as_png
 from richkd.store.reader import open_cache
 
 Run = Callable[..., Any]
@@ -115,7 +115,7 @@ def test_classes_that_change(store: Path, analysis: dict[str, Any], arrays: dict
                 assert names[labels[sample]] == row["class"]
                 right = fused[sample].argmax() == labels[sample]
                 assert right == (kind == "gain")
-    shown = pictures(cache, "test", [3])
+    shown = images_as_png(cache, "test", [3])
     image = Image.open(io.BytesIO(b64decode(shown[3].partition(",")[2])))
     assert np.array_equal(np.array(image), cache.read("test/images")[3].numpy())
 
