@@ -16,6 +16,23 @@ from richkd.report.page import as_json, fill
 from richkd.report.rows import Row
 from richkd.training.device import hardware
 
+COLUMNS = {
+    "student": "student",
+    "method": "method",
+    "settings": "settings",
+    "last": "last",
+    "best": "best",
+    "minus_kd": "− KD [95 %]",
+    "n": "n",
+    "ece": "ECE",
+    "corrupted": "corrupted",
+    "parameters": "parameters",
+    "multiply_adds": "multiply-adds",
+    "latency": "latency",
+}
+LEFT = ("student", "method", "settings")  # aligned
+OPTIONAL = ("settings", "ece", "corrupted")  # left out if no row has any
+
 
 def render(rows: Sequence[Row], num_runs: int, result: Mapping[str, Any]) -> str:
     """Return the page of the leaderboard's rows and of what report.json says."""
@@ -41,6 +58,12 @@ def render(rows: Sequence[Row], num_runs: int, result: Mapping[str, Any]) -> str
         store=result["store"],
         teachers=teachers(result["teachers"] or {}),
         rows=texts,
+        columns={
+            name: head
+            for name, head in COLUMNS.items()
+            if name not in OPTIONAL or any(text[name] for text in texts)
+        },
+        left=LEFT,
         about_best=about_best(run.complete for row in rows for run in row.runs),
         details=[detail(row) for row in rows],
         incomplete=result["incomplete"],
