@@ -1,4 +1,4 @@
-"""The measurements in benchmarks/, small: what they train is what the product trains."""
+"""The scripts of benchmarks/ at a small size: they train what the commands train, and resume."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def script(name: str, *words: Any) -> str:
 
 
 @pytest.mark.slow
-def test_fewer_views_are_what_a_smaller_store_has(make_store: Make, tmp_path: Path) -> None:
+def test_fewer_views_are_those_of_a_smaller_cache(make_store: Make, tmp_path: Path) -> None:
     store, few = make_store(views=162), make_store(views=8)
     words = (
         store,
@@ -74,7 +74,7 @@ def test_the_table_of_methods(make_store: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_seconds_to_start(tmp_path: Path) -> None:
+def test_start_up_times_every_command(tmp_path: Path) -> None:
     out = script("start_up.py", "--rounds", 1, "--json", tmp_path / "s.json")
     commands = json.loads((tmp_path / "s.json").read_text())["commands"]
     assert [*commands] == ["--help", "inspect", "verify", "report", "distill"]
