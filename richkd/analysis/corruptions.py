@@ -129,8 +129,21 @@ def _array(path: Path, shape: tuple[int, ...]) -> Any:
 class MadeCorruptions:
     """Corruptions made by data-loader workers; seed and sample determine every byte."""
 
-    def __init__(self, images: Tensor | ImageFiles, seed: int) -> None:
-        """Prepare to corrupt the images of the whole test split; `seed` is that of the noise.
+    def __init__(
+        self,
+        images: Tensor | ImageFiles,
+        seed: int,
+        *,
+        names: Sequence[str] = NAMES,
+        workers: int | None = None,
+    ) -> None:
+        """Prepare to corrupt images.
+
+        Args:
+            images: the whole test split.
+            seed: seed of the noise.
+            names: the corruptions to make.
+            workers: processes of the data loader; by default as many as the work needs.
 
         Raises:
             RichKDError: imagecorruptions is not installed, or the images are too small for it.
@@ -158,6 +171,8 @@ class MadeCorruptions:
         self.images = images
         self.image_bytes = 3 * side**2 if isinstance(images, ImageFiles) else images[0].nbytes
         self.seed = seed
+        self.names = names
+        self.workers = workers
         self.about = f"made by imagecorruptions, severities of ImageNet-C, seed {seed}"
         # compiles the inner loop of glass_blur once, before workers start
         imagecorruptions.corrupt(np.zeros((SMALLEST, SMALLEST, 3), np.uint8), 1, "glass_blur")
@@ -165,12 +180,15 @@ class MadeCorruptions:
     def cells(self, tested: Tensor, device: torch.device) -> Iterator[Cell]:
         """Yield every corruption and severity of the samples `tested`."""
         chunks = torch.split(tested.cpu(), EVAL_BATCH)
-        order = [(name, severity) for name in NAMES for severity in range(1, SEVERITIES + 1)]
-        cut = ([(*cell, int(sample)) for sample in chunk] for cell in order for chunk in chunks)
+        order = [(name, s) for name in self.names for s in range(1, SEVERITIES + 1)]
+        keys = ([(*cell, int(sample)) for sample in chunk] for cell in order for chunk in chunks)
+        workers = self.workers
+        if workers is None:
+            workers = num_workers(len(order) * len(tested), EVAL_BATCH)
         batches = load(
             _Corrupted(self.images, self.seed),
-            cut,
-            num_workers(len(order) * len(tested), EVAL_BATCH),
+            keys,
+            workers,
             EVAL_BATCH * self.image_bytes,
             pin_memory=device.type == "cuda",
         )
