@@ -1,4 +1,4 @@
-"""The pages of `richkd analyze` and `richkd evaluate` in a browser, and in a sweep's report."""
+"""The pages of `richkd analyze` and `richkd evaluate` in a browser, and evaluations in reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from richkd.core.progress import Report
 from richkd.sweep.run import run_sweep
 
 Run = Callable[..., Any]
-VIEWS = [(1280, "light"), (500, "dark")]  # Chromium's least
+VIEWS = [(1280, "light"), (500, "dark")]  # Chromium has no narrower windows
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +32,15 @@ def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(page: Path, tmp_path: Path, width: int, scheme: str) -> str:
-    """The page's elements in a window of a width; its scripts have nothing to complain of."""
+    """The page's elements in a window of a width, after scripts that log nothing."""
     dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
     dom, console = chromium(page, tmp_path, f"--window-size={width},4000", *dark)
     assert console == ""
     return dom
 
 
-def drawn(dom: str, names: set[str], width: int) -> None:
-    """Each plot is there, was drawn, and fits the window."""
+def assert_drawn(dom: str, names: set[str], width: int) -> None:
+    """Assert that exactly these plots were drawn and fit the window."""
     tags = [tag for tag in re.finditer(r"<div[^>]*>", dom) if "js-plotly-plot" in tag[0]]
     by_name = {re.findall(r' id="([^"]+)"', tag[0])[0]: tag for tag in tags}
     assert by_name.keys() == names
@@ -68,7 +68,7 @@ def test_the_analysis_in_a_browser(
     assert done.code == 0, done.err
     page = Path(done.json["files"]["html"])
     dom = opened(page, tmp_path, width, scheme)
-    drawn(
+    assert_drawn(
         dom,
         {
             "confidence",
@@ -110,7 +110,7 @@ def test_the_evaluation_in_a_browser(
     )
     assert done.code == 0, done.err
     dom = opened(Path(done.json["files"]["html"]), tmp_path, width, scheme)
-    drawn(dom, {"confidence", "reliability", "corruptions"}, width)
+    assert_drawn(dom, {"confidence", "reliability", "corruptions"}, width)
     assert len(cells(dom, "scores")) == len(cells(dom, "corruptions")) == 4
     assert len(cells(dom, "differences")) == 3
     assert len(cells(dom, "classes-1")) == len(done.json["runs"][0]["classes"])
@@ -118,7 +118,7 @@ def test_the_evaluation_in_a_browser(
 
 @pytest.mark.slow
 def test_the_report_shows_what_was_evaluated(run: Run, runs: Path, tmp_path: Path) -> None:
-    """Mean over seeds, of rows whose runs were all evaluated."""
+    """As means over seeds, for rows whose runs were all evaluated."""
     ignore = shutil.ignore_patterns("evaluation.*")
     folder = Path(shutil.copytree(runs, tmp_path / "runs", ignore=ignore))
     assert "ECE" not in page_of(run, folder)
