@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from richkd.analysis.results import leaderboard, paired_difference
 from richkd.models import create_model
 from richkd.report.cost import student_cost
+from richkd.report.rows import Evaluated, comparable
 from richkd.training.run_folders import Run as RunFolderRead
 from richkd.training.run_folders import load_run
 
@@ -207,6 +208,19 @@ def test_the_command_repeats_the_run(run: Run, runs: Path, tmp_path: Path) -> No
         "--seed",
         "3",
     ]
+
+
+def test_evaluations_compare_on_the_same_images_only() -> None:
+    def found(images: tuple[int, float], source: str | None = None) -> Evaluated:
+        corrupted = (0.5, 0.1) if source else None
+        return Evaluated(images=images, ece=(0.1, 0.0), source=source, corrupted=corrupted)
+
+    ours, others = (100, 0.0), (50, 0.2)
+    given = [None, found(ours), found(others, "y"), found(ours, "x"), found(ours, "y")]
+    kept, note = comparable(given)
+    assert kept == [None, found(ours), None, found(ours, "x"), found(ours)]
+    assert all(value in note for value in ("100", "x", "2 rows"))
+    assert comparable([None]) == ([None], "")
 
 
 def test_costs_are_counted(runs: Path) -> None:
