@@ -36,6 +36,7 @@ from richkd.training.source import Source
 Make = Callable[..., Path]
 Run = Callable[..., Any]
 Fails = Callable[..., Refusal]
+CPU = ("--device", "cpu")
 QUIET = Report(quiet=True)
 
 
@@ -122,7 +123,7 @@ def test_ce_is_plain_training_whatever_the_store_holds(make_store: Make, tmp_pat
 
 
 def test_ce_in_a_sweep_sees_what_it_sees_alone(run: Run, store: Path, tmp_path: Path) -> None:
-    common = ["--epochs", 2, "--batch-size", 16, "--device", "cpu", "--lr", 0.02]
+    common = ["--epochs", 2, "--batch-size", 16, *CPU, "--lr", 0.02]
     done = run(
         "sweep",
         "--cache",
@@ -249,8 +250,7 @@ def test_a_teacher_from_elsewhere_may_know_the_validation_images(
         "none",
         "--views",
         1,
-        "--device",
-        "cpu",
+        *CPU,
     ]
     trained = validated.parent / "teachers" / "shapes-160-val0.25-resnet8.safetensors"
     for number, (file, doubtful) in enumerate([(shapes_teacher, True), (trained, False)]):
@@ -294,7 +294,7 @@ def test_choices_read_no_test_label(validated: Path, tmp_path: Path, run: Run) -
         assert summary["best_chosen_on"] == "validation" and summary["tested"] == 40
         assert summary["choice_accuracy"] == max(scores)
         words = ["--methods", "ce,kd,dkd,richkd-l", "--seeds", 1, "--halving", 2, "--epochs", 4]
-        words += ["--students", "resnet8", "--device", "cpu", "--batch-size", 16, "--json"]
+        words += ["--students", "resnet8", *CPU, "--batch-size", 16, "--json"]
         done = run("sweep", "--cache", store, *words, "--out", tmp_path / f"sweep-{store.stem}")
         assert done.code == 0, done.err
         stopped = {
@@ -376,7 +376,7 @@ def test_photographs_are_validated_alike(
                 side = 40 + 3 * number
                 pixels = rng.integers(level - 40, level + 40, (side, side + 5, 3)).astype(np.uint8)
                 Image.fromarray(pixels).save(place / f"{number}.png")
-    common = ["--device", "cpu", "--batch-size", 4]
+    common = [*CPU, "--batch-size", 4]
     done = run(
         "precompute",
         "--dataset",
@@ -622,9 +622,7 @@ def test_classes_too_small_for_the_probe_are_named(
     names = [name for name, n in zip(cache.manifest["class_names"], counts, strict=True) if n < 5]
     assert 8 < len(names) < 16
     words = ["--student", "resnet8", "--method", "richkd-l", "--clip-head", "probe"]
-    done = run(
-        "distill", "--cache", few, *words, "--epochs", 1, "--device", "cpu", "--out", tmp_path / "x"
-    )
+    done = run("distill", "--cache", few, *words, "--epochs", 1, *CPU, "--out", tmp_path / "x")
     assert done.code == 0, done.err
     shown = f"{', '.join(names[:8])} and {len(names) - 8} more"
     assert shown in done.err
@@ -634,7 +632,7 @@ def test_few_views_are_logged_with_their_cost(make_store: Make, tmp_path: Path, 
     store = make_store(views=2)
 
     def logged(*words: Any) -> list[str]:
-        done = run(*words, "--cache", store, "--device", "cpu", "--batch-size", 48)
+        done = run(*words, "--cache", store, *CPU, "--batch-size", 48)
         assert done.code == 0, done.err
         return [line for line in done.err.splitlines() if "richkd precompute --views" in line]
 

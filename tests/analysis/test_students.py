@@ -29,6 +29,7 @@ from richkd.distill import distill
 
 Run = Callable[..., Any]
 Fails = Callable[..., Refusal]
+CPU = ("--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def logits_of(run: Path, images: torch.Tensor) -> np.ndarray:
 
 
 def test_scores_are_those_of_the_weights(run: Run, runs: list[Path], store: Path) -> None:
-    done = run("evaluate", runs[0], "--device", "cpu", "--json")
+    done = run("evaluate", runs[0], *CPU, "--json")
     assert done.code == 0, done.err
     part = done.json["runs"][0]
     cache = richkd.open_cache(store)
@@ -84,7 +85,7 @@ def test_scores_are_those_of_the_weights(run: Run, runs: list[Path], store: Path
     assert part["confident_wrong"] == pytest.approx(np.mean(confident & wrong))
     brier = np.mean(((p - np.eye(p.shape[1])[labels]) ** 2).sum(1))
     assert part["brier"] == pytest.approx(brier, rel=1e-4)
-    best = run("evaluate", runs[0], "--weights", "best", "--device", "cpu", "--json")
+    best = run("evaluate", runs[0], "--weights", "best", *CPU, "--json")
     assert best.json["runs"][0]["top1"] == pytest.approx(summary["top1_best"])
     assert json.loads((runs[0] / "evaluation.json").read_text()) == kept
     assert (runs[0] / "evaluation-best.json").is_file()
@@ -97,7 +98,7 @@ def test_runs_are_compared_on_the_same_images(
     run: Run, runs: list[Path], store: Path, tmp_path: Path
 ) -> None:
     """Images that the second run held out for α count for neither; the interval is scipy's."""
-    done = run("evaluate", *runs, "--out", tmp_path, "--device", "cpu", "--json")
+    done = run("evaluate", *runs, "--out", tmp_path, *CPU, "--json")
     assert done.code == 0, done.err
     first, second = done.json["runs"]
     cache = richkd.open_cache(store)
@@ -115,7 +116,7 @@ def test_runs_are_compared_on_the_same_images(
     assert (tmp_path / "evaluation.html").is_file()
     saved = json.loads((tmp_path / "comparison.json").read_text())
     assert saved["runs"] == done.json["runs"]
-    shown = run("evaluate", *runs, f"{runs[0]}/", "--out", tmp_path, "--device", "cpu")
+    shown = run("evaluate", *runs, f"{runs[0]}/", "--out", tmp_path, *CPU)
     assert max(map(len, shown.out.splitlines()[:-1])) <= 80
 
 
@@ -143,8 +144,7 @@ def test_the_published_files(run: Run, runs: list[Path], store: Path, tmp_path: 
         folder,
         "--limit",
         30,
-        "--device",
-        "cpu",
+        *CPU,
         "--out",
         tmp_path,
         "--json",
@@ -188,7 +188,7 @@ def test_published_files_that_are_wrong(
     cache = richkd.open_cache(store)
     images, labels = cache.read("test/images"), cache.read("test/labels")
     folder = published(tmp_path / "c", images, labels)
-    words = ["evaluate", runs[0], "--corruption-files", folder, "--device", "cpu"]
+    words = ["evaluate", runs[0], "--corruption-files", folder, *CPU]
     fog = folder / "fog.npy"
     before = fog.read_bytes()
 
@@ -272,18 +272,7 @@ def test_workers_make_the_same(store: Path) -> None:
 
 @pytest.mark.slow
 def test_two_students_under_corruptions(run: Run, runs: list[Path], tmp_path: Path) -> None:
-    done = run(
-        "evaluate",
-        *runs,
-        "--corruptions",
-        "--limit",
-        20,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path,
-        "--json",
-    )
+    done = run("evaluate", *runs, "--corruptions", "--limit", 20, *CPU, "--out", tmp_path, "--json")
     assert done.code == 0, done.err
     first, second = (part["corruptions"] for part in done.json["runs"])
     compared = [part["comparison"] for part in done.json["runs"]]
@@ -298,14 +287,12 @@ def test_two_students_under_corruptions(run: Run, runs: list[Path], tmp_path: Pa
     assert difference["mean"] == pytest.approx(expected)
     assert difference["low"] <= expected <= difference["high"]
     # another evaluation on the same images leaves the corruptions where they are
-    assert run("evaluate", *runs, "--limit", 20, "--device", "cpu", "--out", tmp_path).code == 0
+    assert run("evaluate", *runs, "--limit", 20, *CPU, "--out", tmp_path).code == 0
     kept = json.loads((runs[0] / "evaluation.json").read_text())
     assert kept["corruptions"] == first
-    assert run("evaluate", runs[0], "--limit", 4, "--device", "cpu", "--out", tmp_path).code == 0
+    assert run("evaluate", runs[0], "--limit", 4, *CPU, "--out", tmp_path).code == 0
     assert "corruptions" not in json.loads((runs[0] / "evaluation.json").read_text())
-    shown = run(
-        "evaluate", runs[0], "--corruptions", "--limit", 5, "--device", "cpu", "--out", tmp_path
-    )
+    shown = run("evaluate", runs[0], "--corruptions", "--limit", 5, *CPU, "--out", tmp_path)
     assert "relative" in shown.out and max(map(len, shown.out.splitlines()[:-1])) <= 80
 
 
@@ -318,7 +305,7 @@ def test_without_the_library(
     fails: Fails, runs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "imagecorruptions", None)
-    line = fails("evaluate", runs[0], "--corruptions", "--device", "cpu")
+    line = fails("evaluate", runs[0], "--corruptions", *CPU)
     assert line.code == "extra-missing"
     assert "'richkd[corruptions]'" in line and "--corruption-files" in line
 
@@ -342,15 +329,7 @@ def test_other_images_of_some_of_the_classes(
             Image.fromarray(pixels).save(folder / f"{number}.png")
             labels.append(label)
     done = run(
-        "evaluate",
-        runs[0],
-        "--shift",
-        tmp_path / "shift",
-        "--device",
-        "cpu",
-        "--json",
-        "--out",
-        tmp_path,
+        "evaluate", runs[0], "--shift", tmp_path / "shift", *CPU, "--json", "--out", tmp_path
     )
     assert done.code == 0, done.err
     found = done.json["runs"][0]["shift"]
@@ -374,9 +353,9 @@ def test_other_images_of_some_of_the_classes(
 
     (tmp_path / "shift" / "zeppelin").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "shift" / "zeppelin" / "1.png")
-    line = fails("evaluate", runs[0], "--shift", tmp_path / "shift", "--device", "cpu")
+    line = fails("evaluate", runs[0], "--shift", tmp_path / "shift", *CPU)
     assert line.code == "shift-class-unknown" and str(tmp_path / "shift" / "zeppelin") in line
-    line = fails("evaluate", runs[0], "--shift", tmp_path / "no", "--device", "cpu")
+    line = fails("evaluate", runs[0], "--shift", tmp_path / "no", *CPU)
     assert line.code == "shift-folder-missing" and str(tmp_path / "no") in line
 
 
@@ -391,19 +370,9 @@ def test_the_test_images_themselves_are_no_shift(
         (tmp_path / "shift" / str(label)).mkdir(parents=True)
     for number, (pixels, label) in enumerate(zip(cache.read("test/images"), labels, strict=True)):
         Image.fromarray(pixels.numpy()).save(tmp_path / "shift" / str(label) / f"{number}.png")
-    done = run(
-        "evaluate",
-        *runs,
-        "--shift",
-        tmp_path / "shift",
-        "--device",
-        "cpu",
-        "--json",
-        "--out",
-        tmp_path,
-    )
+    done = run("evaluate", *runs, "--shift", tmp_path / "shift", *CPU, "--json", "--out", tmp_path)
     assert done.code == 0, done.err
-    alone = run("evaluate", runs[0], "--device", "cpu", "--json", "--out", tmp_path).json["runs"][0]
+    alone = run("evaluate", runs[0], *CPU, "--json", "--out", tmp_path).json["runs"][0]
     part = done.json["runs"][0]
     assert part["shift"]["samples"] == len(labels)
     for score in ("top1", "nll", "ece", "brier"):
@@ -452,8 +421,7 @@ def test_the_test_folder_is_no_shift_where_classes_share_a_name(
         "kd",
         "--epochs",
         1,
-        "--device",
-        "cpu",
+        *CPU,
         "--out",
         tmp_path / "r",
     )
@@ -462,8 +430,7 @@ def test_the_test_folder_is_no_shift_where_classes_share_a_name(
     evaluate = (
         "evaluate",
         tmp_path / "r",
-        "--device",
-        "cpu",
+        *CPU,
         "--out",
         tmp_path,
         "--shift",
@@ -541,7 +508,7 @@ def test_what_cannot_be_evaluated(
     recipe = (moved / "recipe.toml").read_text().replace(str(store), "/gone/s.zarr")
     (moved / "recipe.toml").write_text(recipe)
     refused("run-cache-missing", moved, says=(moved, "/gone/s.zarr", "--cache"))
-    assert run("evaluate", moved, "--cache", store, "--device", "cpu").code == 0
+    assert run("evaluate", moved, "--cache", store, *CPU).code == 0
     other = make_store(limit=16, views=1)
     refused("run-of-other-data", moved, "--cache", other, says=(moved, other))
     cut = tmp_path / "cut"

@@ -19,6 +19,7 @@ from richkd.core.progress import Report
 from richkd.sweep.run import run_sweep
 
 Run = Callable[..., Any]
+CPU = ("--device", "cpu")
 VIEWS = [(1280, "light"), (500, "dark")]  # Chromium has no narrower windows
 
 
@@ -96,18 +97,7 @@ def test_the_evaluation_in_a_browser(
     run: Run, runs: Path, tmp_path: Path, width: int, scheme: str
 ) -> None:
     paths = sorted(path.parent for path in runs.rglob("summary.json"))
-    done = run(
-        "evaluate",
-        *paths,
-        "--corruptions",
-        "--limit",
-        5,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path,
-        "--json",
-    )
+    done = run("evaluate", *paths, "--corruptions", "--limit", 5, *CPU, "--out", tmp_path, "--json")
     assert done.code == 0, done.err
     dom = opened(Path(done.json["files"]["html"]), tmp_path, width, scheme)
     assert_drawn(dom, {"confidence", "reliability", "corruptions"}, width)
@@ -124,10 +114,10 @@ def test_the_report_shows_what_was_evaluated(run: Run, runs: Path, tmp_path: Pat
     assert "ECE" not in page_of(run, folder)
     kd = sorted(path.parent for path in folder.rglob("summary.json") if "-kd-" in str(path))
     assert len(kd) == 2
-    assert run("evaluate", kd[0], "--device", "cpu").code == 0
+    assert run("evaluate", kd[0], *CPU).code == 0
     assert "ECE" not in page_of(run, folder)  # of one seed only
     for path in kd:
-        assert run("evaluate", path, "--device", "cpu").code == 0
+        assert run("evaluate", path, *CPU).code == 0
     errors = [json.loads((path / "evaluation.json").read_text())["ece"] for path in kd]
     page = page_of(run, folder)
     assert f"{100 * np.mean(errors):.2f} ± {100 * np.std(errors, ddof=1):.2f}" in page

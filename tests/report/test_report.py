@@ -30,6 +30,7 @@ from richkd.training.run_folders import load_run
 Run = Callable[..., Any]
 INTERRUPTED = "a-run-of-resnet8"  # comes first
 Fails = Callable[..., Refusal]
+CPU = ("--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,7 @@ def test_the_command_repeats_the_run(run: Run, runs: Path, tmp_path: Path) -> No
     assert read is not None
     words = shlex.split(read.command([1]))
     assert words[0] == "richkd" and words[-2:] == ["--seed", "1"]
-    done = run(*words[1:], "--out", tmp_path / "again", "--device", "cpu")
+    done = run(*words[1:], "--out", tmp_path / "again", *CPU)
     assert done.code == 0, done.err
     same = (path / "last.safetensors").read_bytes()
     assert (tmp_path / "again" / "last.safetensors").read_bytes() == same
@@ -284,18 +285,7 @@ def test_refusals(fails: Fails, runs: Path, make_store: Any, tmp_path: Path, run
     folder = tmp_path / "mixed"
     shutil.copytree(runs / "shapes-resnet8-ce-s0", folder / "mine")
     other = make_store(limit=40, out=str(tmp_path / "other.zarr"))
-    words = [
-        "--cache",
-        other,
-        "--student",
-        "resnet8",
-        "--method",
-        "kd",
-        "--epochs",
-        1,
-        "--device",
-        "cpu",
-    ]
+    words = ["--cache", other, "--student", "resnet8", "--method", "kd", "--epochs", 1, *CPU]
     assert run("distill", *words, "--out", folder / "other").code == 0
     refused("runs-of-several-caches", folder, says=(folder, other, "--cache"))
     done = run("report", folder, "--cache", other, "--json")
