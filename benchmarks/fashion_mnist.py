@@ -1,8 +1,8 @@
-"""Make the store that the Fashion-MNIST tables start from: 500 labels and a CLIP of other images.
+"""Make the cache for the Fashion-MNIST tables: 500 labels, and a CLIP trained on other images.
 
 A resnet20 learns from the first 500 images. A small CLIP learns from captions of images 20,000 to
-50,000, of which 15 % name a wrong class. The store holds all 162 views of the 500 images, so that
-fewer views and a teacher in the loop are parts of it.
+50,000, of which 15 % name a wrong class. The cache holds all 162 views of the 500 images, which
+include those of every smaller cache and of a teacher in the loop.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WRONG = 0.15
 
 
 def train_clip(out: Path) -> None:
-    """Train a small CLIP for two epochs on captions of images that no student sees."""
+    """Train a small CLIP for two epochs on captions of images that students never see."""
     dataset = load_dataset(Images(dataset="fashion-mnist"))
     rng = np.random.default_rng(0)
     labels = dataset.train.labels[20_000:50_000].numpy().copy()
@@ -51,12 +51,12 @@ def train_clip(out: Path) -> None:
 
 
 def main() -> None:
-    """Write clip/, teachers/ and all-views.zarr to the folder."""
+    """Write clip/, teachers/ and all-views.zarr to a folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     folder: Path = parser.parse_args().out
     folder.mkdir(parents=True, exist_ok=True)
-    os.chdir(folder)  # the teacher's weights go to teachers/ below it
+    os.chdir(folder)  # where precompute makes teachers/
     if not Path("clip").is_dir():
         train_clip(Path("clip"))
     content = recipes.load("fashion-mnist")

@@ -1,4 +1,4 @@
-"""Train students by each method and target from one store, and put them side by side.
+"""Train students by each method and target from one cache, and compare them.
 
 Every run holds out a fifth of the test images, on which `--alpha auto` chooses its blend, and is
 tested on the others. Differences to KD are paired by seed.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,17 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def folder_of(out: Path, name: str, seed: int) -> Path:
-    """The run folder of a configuration and seed."""
+def run_name(name: str, seed: int) -> str:
+    """Return the name of the run folder of a configuration and seed."""
     words = "".join(c if c.isalnum() or c in "+-" else " " for c in name).split()
-    return out / "runs" / f"{'-'.join(words)}-s{seed}"
+    return f"{'-'.join(words)}-s{seed}"
 
 
 def train(job: tuple[argparse.Namespace, str, int]) -> str:
-    """Train one student, or find it trained already; what was done."""
+    """Train one student, unless it is trained already, and return its name."""
     options, name, seed = job
     torch.set_num_threads(options.threads)
-    folder = folder_of(options.out, name, seed)
+    folder = options.out / "runs" / run_name(name, seed)
     if not (folder / "summary.json").is_file():
         distill(
             Distill(
@@ -78,14 +79,18 @@ def train(job: tuple[argparse.Namespace, str, int]) -> str:
     return folder.name
 
 
-def table(out: Path, seeds: int) -> str:
-    """Mean ± standard deviation of each configuration, and its difference to KD."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return mean ± standard deviation of each configuration, and its difference to KD.
+
+    Args:
+        results: summaries of runs, with the names of their folders under `run`.
+    """
+    by_name = {result["run"]: result for result in results}
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}
     for name in CONFIGURATIONS:
-        for seed in range(seeds):
-            summary = folder_of(out, name, seed) / "summary.json"
-            if summary.is_file():
-                found.setdefault(name, {})[seed] = json.loads(summary.read_text())
+        for seed in sorted({result["seed"] for result in results}):
+            if run_name(name, seed) in by_name:
+                found.setdefault(name, {})[seed] = by_name[run_name(name, seed)]
     lines = ["| method | n | target's top-1 | student's top-1, % | − KD |", f"|{'---|' * 5}"]
     for name, runs in found.items():
         target = next(iter(runs.values()))["target"]
@@ -101,7 +106,7 @@ def table(out: Path, seeds: int) -> str:
 
 
 def main() -> None:
-    """Train what is not trained yet, and write methods.json and methods.md."""
+    """Train the students that are missing, and write methods.json and methods.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("store", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
@@ -125,8 +130,8 @@ def main() -> None:
     settings = {**vars(options), "store": options.store.name, "out": ""}
     found = {"settings": settings, "versions": versions(), "runs": runs}
     write(options.out / "methods.json", json.dumps(found) + "\n")
-    write(options.out / "methods.md", table(options.out, options.seeds))
-    print(table(options.out, options.seeds))
+    write(options.out / "methods.md", table(runs))
+    print(table(runs))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Compare the ways to run steps: what they lose of eager float32, by seed, and what they save.
+"""Compare ways to run training steps: their accuracy and speed against eager float32.
 
-    python benchmarks/precision.py STORE --out runs/precision
-    python benchmarks/precision.py STORE --out runs/gpu --modes eager/float32,captured/bfloat16
+    python benchmarks/precision.py CACHE --out runs/precision
+    python benchmarks/precision.py CACHE --out runs/gpu --modes eager/float32,captured/bfloat16
 
-Each way is a sweep of its own over the same seeds, so differences are paired; the first is what the
-others are compared with. Every sweep resumes.
+Each mode is a sweep over the same seeds, so differences to the first mode are paired by seed.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ MODES = "eager/float32,compiled/float32,eager/bfloat16,compiled/bfloat16"
 
 
 def main() -> None:
-    """Train what is missing and write the table."""
+    """Train the students that are missing, and write precision.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("store", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--modes", default=MODES, help="STEP/PRECISION with commas")
+    parser.add_argument("--modes", default=MODES, help="comma-separated STEP/PRECISION")
     parser.add_argument("--student", default="resnet8")
     parser.add_argument("--method", default="kd")
     parser.add_argument("--epochs", type=int, default=15)
@@ -49,7 +48,7 @@ def main() -> None:
 
 
 def train(mode: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The runs of one way, by seed."""
+    """Train and return the runs of one mode, by seed."""
     step, precision = mode.split("/")
     words = [
         sys.executable,
@@ -87,7 +86,7 @@ def train(mode: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Accuracy, the paired difference to the first way, and seconds, as Markdown."""
+    """Return accuracy, paired difference to the first mode, and speed, in Markdown."""
     first = next(iter(runs.values()))
     lines = [
         "| steps | n | top-1, % | difference [95 %], points | images/s |",

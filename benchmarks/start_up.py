@@ -1,8 +1,8 @@
-"""Seconds that commands take to start, against the imports that they cannot do without.
+"""Measure how long commands take to start, against the imports that they need.
 
-`distill` is timed to its first training step, the others to their end, on a small store. The bare
-imports happen in a command of typer's that does nothing else. Every round runs both, each in a
-process of its own; a figure is the median of the rounds.
+`distill` is timed to its first training step, the others to their end, on a small cache. The bare
+imports are timed in a typer command that does nothing else. Every round runs both, in separate
+processes; figures are medians over rounds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from statistics import median
 from richkd.core.versions import versions
 from richkd.training.device import choose_device, hardware
 
-# Ends where a network is called to train for the first time.
+# Exits when a network is called in training mode for the first time.
 TO_THE_FIRST_STEP = """
 import os
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -35,7 +35,7 @@ def command(argument: str) -> None:
     {needed}
 typer.run(command)
 """
-# PyTorch imports its compiler for its first optimizer, and where it counts operations.
+# PyTorch imports its compiler to make an optimizer, and to count operations.
 FOR_REPORT = """import jinja2, torch, plotly.graph_objects
     from torch.utils.flop_counter import FlopCounterMode
     plotly.graph_objects.Figure()
@@ -48,7 +48,7 @@ FOR_DISTILL = """import os, torch, zarr
 
 @dataclass(frozen=True)
 class Case:
-    """A command, and the statements that import what it needs in any case."""
+    """A command, and the statements that import what it needs."""
 
     name: str
     needed: str
@@ -56,12 +56,12 @@ class Case:
 
 
 def richkd(words: str, *paths: str) -> tuple[str, ...]:
-    """A command: words, and after them paths, which may have spaces."""
+    """Return a command line of words, and paths that may contain spaces."""
     return (sys.executable, "-m", "richkd", *words.split(), *paths)
 
 
 def cases(folder: Path) -> list[Case]:
-    """What is timed; writes a store and a run to the folder."""
+    """Write a cache and a run to the folder, and return the commands to time."""
     teacher, store, runs = (str(folder / name) for name in ("t.safetensors", "s.zarr", "runs"))
     data = "--dataset shapes --limit 200"
     stage_one = f"precompute {data} --teacher resnet8 --clip none --views 2 --teacher-weights"
@@ -83,7 +83,7 @@ def cases(folder: Path) -> list[Case]:
 
 
 def seconds(*command: str) -> float:
-    """Of one process, which has to succeed."""
+    """Return how long a command runs, which has to succeed."""
     start = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     return time.perf_counter() - start
@@ -91,30 +91,30 @@ def seconds(*command: str) -> float:
 
 @dataclass
 class Rounds:
-    """The seconds of every round."""
+    """The seconds of each round."""
 
     bare: list[float]
     command: list[float]
 
     @property
     def ratio(self) -> float:
-        """How many times as long the command takes; the median of the rounds' ratios."""
+        """The median ratio of command to bare imports."""
         return median(c / b for b, c in zip(self.bare, self.command, strict=True))
 
 
 def measure(case: Case, rounds: int) -> Rounds:
-    """Bare imports and command in turn; a round before the first warms up."""
+    """Time bare imports and command in turn, after a round to warm up."""
     bare = sys.executable, "-c", BARE.format(needed=case.needed), "argument"
     pairs = [(seconds(*bare), seconds(*case.command)) for _ in range(rounds + 1)]
     return Rounds(*map(list, zip(*pairs[1:], strict=True)))
 
 
 def main() -> None:
-    """Print the table, and write the rounds as JSON where that is asked for."""
+    """Print the table, and write all rounds as JSON with --json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--commands", help="only these, as in `inspect,distill`")
-    parser.add_argument("--json", type=Path, help="a file for the seconds of every round")
+    parser.add_argument("--commands", help="comma-separated, e.g. inspect,distill")
+    parser.add_argument("--json", type=Path, help="file for the seconds of every round")
     options = parser.parse_args()
     print("| command | bare imports, s | command, s | ratio |\n|---|---|---|---|")
     results = {}

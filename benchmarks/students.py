@@ -1,8 +1,8 @@
-"""Make the table of students under corruption from `richkd evaluate --corruptions`.
+"""Make the table of students under corruptions from `richkd evaluate --corruptions`.
 
     cd runs/methods/runs
     richkd evaluate KD-s* CE-s* RichKD-L-native-scale-s* RichKD-L+F-native-scale-s* --corruptions \\
-        --limit 1000 --cache STORE --out EVALUATION
+        --limit 1000 --cache CACHE --out EVALUATION
     python benchmarks/students.py EVALUATION/comparison.json
 """
 
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from richkd.analysis.results import mean_and_std, mean_std, minus_kd, paired_difference
 
-SCORES: dict[str, Callable[[dict[str, Any]], float]] = {
+SCORES: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "top-1": lambda run: run["top1"],
     "ECE": lambda run: run["ece"],
     "confident, right": lambda run: run["confident_correct"],
@@ -25,26 +25,38 @@ SCORES: dict[str, Callable[[dict[str, Any]], float]] = {
 }
 
 
-def main() -> None:
-    """Print mean ± standard deviation by method, and differences to KD paired by seed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("comparison", type=Path)
-    runs = json.loads(parser.parse_args().comparison.read_text())["runs"]
-    methods: dict[str, dict[int, Any]] = {}
+def table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return mean ± standard deviation by method, and differences to KD paired by seed."""
+    methods: dict[str, dict[int, Mapping[str, Any]]] = {}
     for run in runs:
         methods.setdefault(run["method"], {})[run["seed"]] = run
-    print(f"| method | n | {' | '.join(SCORES)} |\n|{'---|' * (len(SCORES) + 2)}")
+    lines = [f"| method | n | {' | '.join(SCORES)} |", f"|{'---|' * (len(SCORES) + 2)}"]
     for method, by_seed in methods.items():
         cells = [
             mean_std(mean_and_std([score(run) for run in by_seed.values()]))
             for score in SCORES.values()
         ]
-        print(f"| {method} | {len(by_seed)} | {' | '.join(cells)} |")
-    print()
+        lines.append(f"| {method} | {len(by_seed)} | {' | '.join(cells)} |")
+    lines += ["", f"| minus KD | {' | '.join(SCORES)} |", f"|{'---|' * (len(SCORES) + 1)}"]
     for method, by_seed in methods.items():
-        for name, score in SCORES.items() if method != "kd" else ():
-            pairs = [score(run) - score(methods["kd"][seed]) for seed, run in by_seed.items()]
-            print(f"{method} − kd, {name}: {minus_kd(paired_difference(pairs))}")
+        if method != "kd":
+            cells = [
+                minus_kd(
+                    paired_difference(
+                        [score(run) - score(methods["kd"][seed]) for seed, run in by_seed.items()]
+                    )
+                )
+                for score in SCORES.values()
+            ]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("comparison", type=Path)
+    print(table(json.loads(parser.parse_args().comparison.read_text())["runs"]))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Measure how many cached views each method needs, against the teacher in the loop.
 
-From a store of all 162 views come stores of fewer (their first V views are those that stage one
-draws for V) and the teacher in the loop: every epoch shows each image at a view drawn anew from all
-162, with the row of that very view. Students of one seed start from the same weights and see the
-samples in the same order, so differences are paired by seed.
+A cache of all 162 views contains smaller ones: its first V views are those that stage one draws for
+V. It also stands for a teacher in the loop: every epoch draws a new view of each image from all 162
+and reads the row of that view. Students of one seed start from the same weights and see the samples
+in the same order, so differences are paired by seed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Run = tuple[str, str, int]  # method, views, seed
 
 
 class Measure:
-    """A store on the device, and students trained from parts of it."""
+    """A cache on the device, and students trained from parts of it."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -48,10 +48,10 @@ class Measure:
         if cache.num_views != 162:
             raise SystemExit(f"{options.store} has {cache.num_views} views; all 162 are needed")
         self.ids = cache.read("train/view_ids").long()  # [162,N]
-        self.position = self.ids.argsort(dim=0)  # view id, sample -> which of its views that is
+        self.position = self.ids.argsort(dim=0)  # view id, sample -> index of the view
 
     def settings(self, method: str, seed: int) -> Distill:
-        """A run's settings: those of the published recipes but for what is asked for."""
+        """Return the settings of a run: defaults but for the options."""
         options = self.options
         return Distill(
             cache=str(options.store),
@@ -65,14 +65,14 @@ class Measure:
         )
 
     def rows(self, names: tuple[str, ...], settings: Distill) -> dict[str, Tensor]:
-        """What a method reads, of all views: [162,N,…], or [N,…] where views do not matter."""
+        """Return the rows of all views that a method reads: [162,N,…], or [N,…] without views."""
         cache, device = self.source.cache, self.source.device
         kind = method_of(settings)[0].target
         arrays = {TARGET: f"train/{kind}_logits"}
         return {name: cache.read(arrays.get(name, f"train/{name}")).to(device) for name in names}
 
     def epochs(self, views: str, rows: dict[str, Tensor], seed: int) -> Callable[[int], EpochRows]:
-        """The views and rows of each epoch, from 1."""
+        """Return a function from epoch, from 1, to its views and rows."""
         samples = torch.arange(self.ids.shape[1])
         space = self.source.splits["train"].view_space
 
@@ -90,7 +90,7 @@ class Measure:
         return epoch_rows
 
     def train(self, method: str, views: str, seed: int) -> dict[str, Any]:
-        """Train one student; its test accuracy after the last epoch."""
+        """Train one student and return its test accuracy after the last epoch."""
         settings = with_defaults(self.settings(method, seed), self.source.cache)
         kind, options = method_of(settings)
         model, width = build_student(settings, self.source.cache)
@@ -129,12 +129,12 @@ def _train(run: Run) -> dict[str, Any]:
 
 
 def file_of(folder: Path, run: Run) -> Path:
-    """Where the result of a run is."""
+    """Return the file for the result of a run."""
     return folder / "{}-{}-s{}.json".format(*run)
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Each method's accuracy online, and what fewer views take from it, paired by seed."""
+    """Return each method's accuracy online, and differences with fewer views, paired by seed."""
     top1 = {(r["method"], r["views"], r["seed"]): r["top1"] for r in results}
     lines = [
         f"| method | n | online, % | {' | '.join(f'{v} views' for v in VIEWS[:-1])} |",
@@ -158,7 +158,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Train what is not trained yet, until the time is up, and write views.json and views.md."""
+    """Train the students that are missing, and write views.json and views.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("store", type=Path, help="made by fashion_mnist.py")
     parser.add_argument("--out", type=Path, default=Path("runs/views"))
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="float32")
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after this time")
     options = parser.parse_args()
     runs_folder = options.out / "runs"
     runs_folder.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ def main() -> None:
             write(file_of(runs_folder, run), json.dumps(result))
             print(f"{done}/{len(todo)} {run}: {100 * result['top1']:.2f} %", flush=True)
             if time.monotonic() > deadline:
-                print("time is up; the same command does the rest")
+                print("time is up; rerun the same command to resume")
                 pool.terminate()
                 break
     results = [json.loads(path.read_text()) for path in sorted(runs_folder.glob("*.json"))]

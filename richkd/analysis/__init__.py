@@ -1,1 +1,1 @@
-"""Why it works: teachers and students by more than accuracy."""
+"""Analysis of teachers, students and results."""

@@ -1,8 +1,8 @@
 """Test images under 15 corruptions at five severities (Hendrycks and Dietterich, 2019).
 
-Either the published files, CIFAR-10-C and CIFAR-100-C, which hold the whole test split in order,
-or made here by the library imagecorruptions, whose severities are those of ImageNet-C: on images
-of 32 pixels they are harsher than CIFAR-C's, and figures of the two do not compare.
+The images are the published files of CIFAR-10-C and CIFAR-100-C, which hold the whole test split in
+order, or made here by the library imagecorruptions. Its severities are those of ImageNet-C, which
+on images of 32 pixels are harsher than CIFAR-C's: results on the two do not compare.
 """
 
 from __future__ import annotations
@@ -45,21 +45,26 @@ NAMES = (
     "pixelate",
     "jpeg_compression",
 )
-PUBLISHED = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}  # folders, as they unpack
+PUBLISHED = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}  # folders of the archives
 SEVERITIES = 5
-SMALLEST = 32  # pixels, of what the library takes
+SMALLEST = 32  # pixels; imagecorruptions refuses smaller images
 
-Cell = tuple[str, int, Batches]  # corruption, severity from 1, batches as those of an Inputs
+Cell = tuple[str, int, Batches]  # corruption, severity from 1, batches of images
 
 
 class PublishedCorruptions:
     """A folder of NAME.npy [5·N,H,W,3] uint8, severity after severity, and labels.npy [5·N]."""
 
     def __init__(self, folder: Path, labels: Tensor, side: int) -> None:
-        """`labels` [N] are those of the whole test split, in order; `side` is its images'.
+        """Open the files of a folder.
+
+        Args:
+            folder: the unpacked archive.
+            labels: labels [N] of the whole test split, in order.
+            side: height and width of the images.
 
         Raises:
-            RichKDError: a file is missing, of another shape, or for other labels.
+            RichKDError: a file is missing, has another shape, or other labels.
         """
         self.folder = folder
         self.about = f"the files in {folder}"
@@ -67,15 +72,15 @@ class PublishedCorruptions:
         found = _array(folder / "labels.npy", (count,))
         if not np.array_equal(found, np.tile(labels.numpy(), SEVERITIES)):
             raise RichKDError(
-                f"{folder / 'labels.npy'} holds other labels than the test images, five times; it "
-                f"is of another data set, or of another order",
+                f"{folder / 'labels.npy'} differs from the labels of the test images, repeated "
+                f"{SEVERITIES} times; pass the corruptions of this dataset, in its order",
                 code="corruption-labels-differ",
             )
         shape = (count, side, side, 3)
         self.arrays = {name: _array(folder / f"{name}.npy", shape) for name in NAMES}
 
     def cells(self, tested: Tensor, device: torch.device) -> Iterator[Cell]:
-        """Every corruption and severity of the samples `tested`."""
+        """Yield every corruption and severity of the samples `tested`."""
         for name, array in self.arrays.items():
             each = len(array) // SEVERITIES
             for severity in range(1, SEVERITIES + 1):
@@ -86,48 +91,62 @@ class PublishedCorruptions:
 
 
 def _array(path: Path, shape: tuple[int, ...]) -> Any:
-    """A memory-mapped .npy file of a shape, never one of pickles."""
+    """Map a .npy file of this shape; pickled objects are refused."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise RichKDError(
-            f"{path} is missing; CIFAR-10-C and CIFAR-100-C have a file for each of the "
-            f"{len(NAMES)} corruptions, and labels.npy: complete the folder, or move it away to "
-            f"have corruptions made here",
+            f"{path} is missing: CIFAR-10-C and CIFAR-100-C have one file per corruption "
+            f"({len(NAMES)}) and labels.npy; complete the folder, or move it away to make "
+            f"corruptions here",
             code="corruption-file-missing",
         ) from None
     except (OSError, ValueError, EOFError) as error:
         raise RichKDError(
-            f"cannot read {path}: {error}; fetch it again", code="corruption-file-unreadable"
+            f"cannot read {path}: {error}; download it again", code="corruption-file-unreadable"
         ) from None
     if not isinstance(array, np.ndarray):
         raise RichKDError(
-            f"cannot read {path}: it is an archive, no array; fetch it again",
+            f"cannot read {path}: it is an archive, not an array; download it again",
             code="corruption-file-unreadable",
         )
     if array.shape[:1] != shape[:1]:
         raise RichKDError(
-            f"{path} has {array.shape[0] if array.ndim else 0:,} rows; {SEVERITIES} severities of "
-            f"{shape[0] // SEVERITIES:,} test images are {shape[0]:,}",
+            f"{path} has {array.shape[0] if array.ndim else 0:,} rows instead of {shape[0]:,}, "
+            f"{SEVERITIES} severities of {shape[0] // SEVERITIES:,} test images; pass the "
+            f"corruptions of this dataset",
             code="corruption-file-mismatch",
         )
     if array.shape != shape or (len(shape) > 1 and array.dtype != np.uint8):
         raise RichKDError(
-            f"{path} is {array.dtype} {array.shape}, and should be uint8 {shape}; it is of other "
-            f"images",
+            f"{path} is {array.dtype} {array.shape} instead of uint8 {shape}; pass the corruptions "
+            f"of this dataset",
             code="corruption-file-mismatch",
         )
     return array
 
 
 class MadeCorruptions:
-    """Made on the way, by data-loader workers; the same bytes for the same seed and sample."""
+    """Corruptions made by data-loader workers; seed and sample determine every byte."""
 
-    def __init__(self, images: Tensor | ImageFiles, seed: int) -> None:
-        """Images of the test split, whole; `seed` is that of the noise.
+    def __init__(
+        self,
+        images: Tensor | ImageFiles,
+        seed: int,
+        *,
+        names: Sequence[str] = NAMES,
+        workers: int | None = None,
+    ) -> None:
+        """Prepare to corrupt images.
+
+        Args:
+            images: the whole test split.
+            seed: seed of the noise.
+            names: the corruptions to make.
+            workers: processes of the data loader; by default as many as the work needs.
 
         Raises:
-            RichKDError: the library is not installed, or the images are too small for it.
+            RichKDError: imagecorruptions is not installed, or the images are too small for it.
         """
         try:
             import imagecorruptions
@@ -138,33 +157,38 @@ class MadeCorruptions:
                 else "pip install 'richkd[corruptions]'"
             )
             raise RichKDError(
-                f"making corrupted images needs imagecorruptions ({error}); {remedy}, or name the "
-                f"published files by --corruption-files",
+                f"making corrupted images needs imagecorruptions ({error}); {remedy}, or pass the "
+                f"published files with --corruption-files",
                 code="extra-missing",
             ) from None
         side = images.image_size if isinstance(images, ImageFiles) else min(images.shape[1:3])
         if side < SMALLEST:
             raise RichKDError(
-                f"the test images have {side} pixels; imagecorruptions takes {SMALLEST} or more: "
-                f"name files of your own by --corruption-files",
+                f"the test images have {side} pixels and imagecorruptions needs at least "
+                f"{SMALLEST}; pass corrupted images with --corruption-files",
                 code="corruption-images-too-small",
             )
         self.images = images
         self.image_bytes = 3 * side**2 if isinstance(images, ImageFiles) else images[0].nbytes
         self.seed = seed
+        self.names = names
+        self.workers = workers
         self.about = f"made by imagecorruptions, severities of ImageNet-C, seed {seed}"
-        # compiles glass_blur's inner loop once, before there are workers
+        # compiles the inner loop of glass_blur once, before workers start
         imagecorruptions.corrupt(np.zeros((SMALLEST, SMALLEST, 3), np.uint8), 1, "glass_blur")
 
     def cells(self, tested: Tensor, device: torch.device) -> Iterator[Cell]:
-        """Every corruption and severity of the samples `tested`."""
+        """Yield every corruption and severity of the samples `tested`."""
         chunks = torch.split(tested.cpu(), EVAL_BATCH)
-        order = [(name, severity) for name in NAMES for severity in range(1, SEVERITIES + 1)]
-        cut = ([(*cell, int(sample)) for sample in chunk] for cell in order for chunk in chunks)
+        order = [(name, s) for name in self.names for s in range(1, SEVERITIES + 1)]
+        keys = ([(*cell, int(sample)) for sample in chunk] for cell in order for chunk in chunks)
+        workers = self.workers
+        if workers is None:
+            workers = num_workers(len(order) * len(tested), EVAL_BATCH)
         batches = load(
             _Corrupted(self.images, self.seed),
-            cut,
-            num_workers(len(order) * len(tested), EVAL_BATCH),
+            keys,
+            workers,
             EVAL_BATCH * self.image_bytes,
             pin_memory=device.type == "cuda",
         )
@@ -199,15 +223,15 @@ class _Corrupted(TorchDataset[tuple[int, Tensor]]):
 def corrupt(
     image: np.ndarray[Any, Any], name: str, severity: int, seed: int
 ) -> np.ndarray[Any, Any]:
-    """One image [H,W,3] uint8 under one corruption: the same bytes for the same seed."""
+    """Corrupt an image [H,W,3] uint8; the same seed gives the same bytes."""
     import imagecorruptions
 
     seed %= 2**32
     before = np.random.get_state()
     np.random.seed(seed)  # the library draws from numpy's own stream
-    takes = inspect.signature(imagecorruptions.corruption_dict[name]).parameters
-    own = {"seed": seed} if "seed" in takes else {}  # two of them have a stream beside it
-    corrupted = np.array(imagecorruptions.corrupt(image, severity, name, **own))
+    parameters = inspect.signature(imagecorruptions.corruption_dict[name]).parameters
+    own_stream = {"seed": seed} if "seed" in parameters else {}  # of two corruptions
+    corrupted = np.array(imagecorruptions.corrupt(image, severity, name, **own_stream))
     np.random.set_state(before)
     return corrupted
 
@@ -221,19 +245,18 @@ def relative_errors(
     base: Mapping[str, Sequence[int]],
     base_clean: int,
 ) -> tuple[float | None, float | None]:
-    """Robustness against another model's (Hendrycks and Dietterich, 2019, section 4).
+    """Compare the robustness of two models (Hendrycks and Dietterich, 2019, section 4).
 
     Args:
-        wrong: mistakes on the same images, by corruption and severity.
-        clean: mistakes on the clean images.
-        base: mistakes of the other model.
-        base_clean: its mistakes on the clean images.
+        wrong: number of mistakes by corruption and severity.
+        clean: number of mistakes on the clean images.
+        base: mistakes of the other model, on the same images.
+        base_clean: mistakes of the other model on the clean images.
 
     Returns:
-        The mean corruption error, normalised: of each corruption, the mistakes over severities by
-        those of the other model; averaged. And the relative one, of the mistakes that a corruption
-        adds to the clean ones. None where one of the corruptions makes the other model make none,
-        or adds none.
+        The mean corruption error: mistakes over all severities divided by the other model's,
+        averaged over corruptions; and the relative one, of the mistakes that corruptions add to
+        those on clean images. Either is None if it would divide by 0 for one of the corruptions.
     """
     ratios, relative = [], []
     for name, each in wrong.items():

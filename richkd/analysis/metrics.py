@@ -1,6 +1,8 @@
-"""How good predictions are beside being right: confident, calibrated, and wrong about what.
+"""Measures of predictions besides accuracy: confidence, calibration, mistakes and classes.
 
-Everything takes logits [N,C] and labels [N]; probabilities are their softmax, in f64.
+Every function takes logits [N,C] and labels [N]; probabilities are their softmax in float64.
+Confusion counts and calibration are computed here: importing torchmetrics takes longer than
+importing PyTorch, and its calibration error rounds to float32 and returns no bins.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ CELLS = ("confident_correct", "unsure_correct", "unsure_wrong", "confident_wrong
 
 
 def check_threshold(threshold: float) -> None:
-    """Refuse a confidence that is none."""
+    """Raise RichKDError unless the confidence threshold is between 0 and 1."""
     if not 0 < threshold < 1:
         raise RichKDError(
             f"threshold = {threshold}: must be between 0 and 1", code="value-out-of-range"
@@ -30,17 +32,17 @@ def check_threshold(threshold: float) -> None:
 
 
 def probabilities(logits: Tensor) -> Tensor:
-    """The softmax in f64: of large logits, f32 would round the smaller classes away."""
+    """Return the softmax in float64; float32 would round the small probabilities to 0."""
     return logits.double().softmax(1)
 
 
 def score(logits: Tensor, labels: Tensor, threshold: float) -> dict[str, float]:
-    """Top-1, top-5, NLL in nats, Brier score, calibration error, and the confidence table.
+    """Return top-1, top-5, NLL in nats, Brier score, calibration error and confidence table.
 
-    The Brier score is the squared distance of the probabilities from the label, summed over
-    classes (0 to 2; Brier, 1950). The calibration error is the expected one over 15 bins of equal
-    width (Guo et al., 2017, eq. 3). The four cells of the confidence table are shares of all
-    samples; confident is a top probability of at least `threshold`.
+    The Brier score is the squared distance between probabilities and one-hot label, summed over
+    classes (0 to 2; Brier, 1950). The expected calibration error has 15 bins of equal width (Guo et
+    al., 2017, eq. 3). The cells of the confidence table are shares of all samples; a prediction is
+    confident if its top probability is at least `threshold`.
     """
     probability = probabilities(logits)
     right = probability.gather(1, labels[:, None])[:, 0]
@@ -56,7 +58,7 @@ def score(logits: Tensor, labels: Tensor, threshold: float) -> dict[str, float]:
 
 
 def confidence_table(probability: Tensor, labels: Tensor, threshold: float) -> dict[str, float]:
-    """Shares of samples: right or wrong, with a top probability of at least `threshold` or not."""
+    """Return the shares of correct and wrong predictions above and below the threshold."""
     top, predicted = probability.max(1)
     confident, right = top >= threshold, predicted == labels
     cells = (confident & right, ~confident & right, ~confident & ~right, confident & ~right)
@@ -65,20 +67,20 @@ def confidence_table(probability: Tensor, labels: Tensor, threshold: float) -> d
 
 @dataclass(frozen=True)
 class Bin:
-    """Predictions of about the same confidence."""
+    """A bin of a reliability diagram: predictions of similar confidence."""
 
     count: int
-    confidence: float  # their mean
+    confidence: float  # mean of the bin
     accuracy: float
 
 
 def reliability(logits: Tensor, labels: Tensor, bins: int = BINS) -> list[Bin]:
-    """The reliability diagram: bins of equal width of the top probability; empty ones left out."""
+    """Return the non-empty bins (low, high] of the top probability, of equal width."""
     top, predicted = probabilities(logits).max(1)
     which = (top * bins).ceil().long().clamp(1, bins) - 1
     right = (predicted == labels).double()
     count, confidence, correct = (
-        torch.zeros(bins, dtype=torch.float64).index_add_(0, which, values)
+        torch.bincount(which, values, minlength=bins)
         for values in (torch.ones_like(top), top, right)
     )
     return [
@@ -88,105 +90,111 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = BINS) -> list[Bin]:
     ]
 
 
-def class_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Accuracy of each class [C] f64, NaN for a class without samples."""
-    num_classes = logits.shape[1]
-    right = (logits.argmax(1) == labels).double()
-    zeros = torch.zeros(num_classes, dtype=torch.float64)
-    count = zeros.index_add(0, labels, torch.ones_like(right))
-    return zeros.index_add(0, labels, right) / count
-
-
-def class_table(logits: Tensor, labels: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Of each class with samples: how many, how many found (recall), and how many so called were
-    (precision; None where nothing was called so)."""
-    counts = confusion(logits, labels)
-    found, called = counts.sum(1).tolist(), counts.sum(0).tolist()
-    right = counts.diagonal().tolist()
-    return [
-        {"class": name, "count": n, "recall": hit / n, "precision": hit / c if c else None}
-        for name, n, c, hit in zip(names, found, called, right, strict=True)
-        if n
-    ]
+# --- classes and mistakes ------------------------------------------------------------------------
 
 
 def confusion(logits: Tensor, labels: Tensor) -> Tensor:
-    """Counts [C,C]: a row a true class, a column a predicted one."""
-    from torchmetrics.functional.classification import multiclass_confusion_matrix
+    """Return counts [C,C]: one row per true class, one column per predicted class."""
+    num_classes = logits.shape[1]
+    pair = labels * num_classes + logits.argmax(1)
+    return torch.bincount(pair, minlength=num_classes**2).view(num_classes, num_classes)
 
-    return multiclass_confusion_matrix(
-        logits.argmax(1), labels, num_classes=logits.shape[1], validate_args=False
-    )
+
+def class_accuracy(counts: Tensor) -> Tensor:
+    """Return the accuracy (recall) of each class [C] f64 from confusion counts.
+
+    It is NaN for a class without samples. Transposed counts give the precision.
+    """
+    return counts.diagonal().double() / counts.sum(1)
+
+
+def class_table(logits: Tensor, labels: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return count, recall and precision of each class that has samples.
+
+    The precision is None for a class that is never predicted.
+    """
+    counts = confusion(logits, labels)
+    columns = counts.sum(1), class_accuracy(counts), class_accuracy(counts.T)
+    return [
+        {
+            "class": name,
+            "count": count,
+            "recall": recall,
+            "precision": None if math.isnan(precision) else precision,
+        }
+        for name, count, recall, precision in zip(
+            names, *(column.tolist() for column in columns), strict=True
+        )
+        if count
+    ]
 
 
 def confusion_pairs(
     logits: Tensor, labels: Tensor, names: Sequence[str], most: int = 10
 ) -> list[dict[str, Any]]:
-    """The most frequent mistakes: the true class, what it was taken for, how often, and the share
-    of the true class's samples."""
+    """Return the most frequent mistakes.
+
+    Each has the true class, the predicted class, the count, and its share of the true class.
+    """
     counts = confusion(logits, labels)
     per_class = counts.sum(1)
     wrong = counts.clone().fill_diagonal_(0)
     order = wrong.flatten().argsort(descending=True, stable=True)[:most].tolist()
-    pairs = []
-    for place in order:
-        true, taken = divmod(place, len(wrong))
-        count = int(wrong[true, taken])
-        if count:
-            pairs.append(
-                {
-                    "class": names[true],
-                    "taken_for": names[taken],
-                    "count": count,
-                    "share": count / int(per_class[true]),
-                }
-            )
-    return pairs
+    return [
+        {
+            "class": names[true],
+            "taken_for": names[predicted],
+            "count": int(wrong[true, predicted]),
+            "share": int(wrong[true, predicted]) / int(per_class[true]),
+        }
+        for true, predicted in (divmod(index, len(wrong)) for index in order)
+        if wrong[true, predicted]
+    ]
 
 
-# --- between classes -----------------------------------------------------------------------------
+# --- similarity of classes -----------------------------------------------------------------------
 
 
 def soft_label_similarity(logits: Tensor, labels: Tensor) -> Tensor:
-    """How alike a teacher's soft labels make two classes: [C,C] f64, symmetric.
+    """Return how similar a teacher's soft labels make two classes: [C,C] f64, symmetric.
 
-    The probability that images of one class have for the other, given that they are not of their
-    own (the non-target part of DKD, Zhao et al., 2022, eq. 4), averaged over the images of either
-    class. Rows of classes without samples are NaN.
+    This is the probability that images of one class are given to the other, provided that they are
+    not given to their own (the non-target part of DKD, Zhao et al., 2022, eq. 4), averaged over the
+    two directions. Rows of classes without samples are NaN.
     """
-    num_classes = logits.shape[1]
     others = logits.double().scatter(1, labels[:, None], -math.inf).softmax(1)
-    total = torch.zeros(num_classes, num_classes, dtype=torch.float64)
-    total.index_add_(0, labels, others)
-    mean = total / torch.bincount(labels, minlength=num_classes)[:, None]
+    mean = class_means(others, labels, logits.shape[1])
     return (mean + mean.T) / 2
 
 
 def mean_similarity(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Cosines [C,C] f64 of the classes' mean features, of [N,F]; NaN without samples."""
-    features = features.double()
-    total = torch.zeros(num_classes, features.shape[1], dtype=torch.float64)
-    total.index_add_(0, labels, features)
-    means = total / torch.bincount(labels, minlength=num_classes)[:, None]
-    return cosines(means)
+    """Return cosines [C,C] f64 between the mean features [N,F] of classes; NaN without samples."""
+    return cosines(class_means(features.double(), labels, num_classes))
+
+
+def class_means(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Return the mean row of each class: [N,F] f64 -> [C,F] f64; NaN without samples."""
+    total = torch.zeros(num_classes, rows.shape[1], dtype=torch.float64)
+    total.index_add_(0, labels, rows)
+    return total / torch.bincount(labels, minlength=num_classes)[:, None]
 
 
 def cosines(rows: Tensor) -> Tensor:
-    """[C,F] -> [C,C] f64."""
+    """Return the cosines between rows: [C,F] -> [C,C] f64."""
     unit = F.normalize(rows.double(), dim=1)
     return unit @ unit.T
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float | None:
-    """Spearman's correlation of two symmetric matrices [C,C] over pairs of different classes;
-    None where there are fewer than three pairs, or one matrix is the same everywhere."""
-    from scipy.stats import rankdata
+    """Return Spearman's correlation of two symmetric matrices [C,C] over pairs of classes.
+
+    It is None with fewer than three pairs, or if one matrix is constant.
+    """
+    from scipy.stats import spearmanr
 
     upper = torch.ones_like(a, dtype=torch.bool).triu(1)
-    x, y = a[upper], b[upper]
-    known = ~(x.isnan() | y.isnan())
-    if known.sum() < 3:
+    pairs = torch.stack([a[upper], b[upper]])
+    pairs = pairs[:, ~pairs.isnan().any(0)]
+    if pairs.shape[1] < 3 or (pairs == pairs[:, :1]).all(1).any():
         return None
-    ranks = torch.stack([torch.from_numpy(rankdata(values[known].numpy())) for values in (x, y)])
-    value = torch.corrcoef(ranks)[0, 1].item()
-    return None if math.isnan(value) else value
+    return float(spearmanr(*pairs.numpy()).statistic)

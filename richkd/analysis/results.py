@@ -1,4 +1,4 @@
-"""Results as people compare them: teachers and students in one table."""
+"""Comparisons of results: the table of teachers and students, and the leaderboard of many runs."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from richkd.config.settings import recorded_holdout
 from richkd.core.progress import Report, duration, percent
+from richkd.core.teacher_names import FULL_NAMES
 
 # Settings that say where a run is, not what it is.
 PLACES = ("seed", "out", "cache", "device", "step", "dataset", "data_root")
-# Settings of what a student is taught; the others are of how it is trained.
+# Settings of what a student is taught; the others are about how it is trained.
 TEACHING = ("method", "options", "target", "alpha", "scale", "prompts", "clip_head")
-# What is said of best epochs, by the images that they were chosen on.
+# How the best epoch is described, by the images that it was chosen on.
 CHOSEN_ON = {
     "test": "these very test images, which flatters it",
     "held-out test": "test images that were held out",
@@ -24,12 +26,10 @@ CHOSEN_ON = {
 
 
 def results_table(report: Report, title: str, summaries: Sequence[Mapping[str, Any]]) -> None:
-    """Teachers, then students, with their test accuracies in percent."""
-    teachers = summaries[0]["teacher"]
-    names = {"cnn": "CNN teacher", "clip": "CLIP zero-shot", "fused": "fused teacher"}
+    """Print the test accuracies of the teachers and then of the students, in percent."""
     rows: list[tuple[str, ...]] = [
-        (names[kind], percent(value), "", "", "", "")
-        for kind, value in teachers.items()
+        (FULL_NAMES[kind], percent(value), "", "", "", "")
+        for kind, value in summaries[0]["teacher"].items()
         if value is not None
     ]
     rows += [row for summary in summaries for row in _own_target(summary)]
@@ -51,14 +51,17 @@ def results_table(report: Report, title: str, summaries: Sequence[Mapping[str, A
 
 
 def about_best(summaries: Iterable[Mapping[str, Any]]) -> str:
-    """Which images the best epochs were chosen on; earlier versions chose on the test images."""
+    """Return a note on which images the best epochs were chosen on.
+
+    Summaries of earlier versions do not say; they chose on the test images.
+    """
     kinds = {summary.get("best_chosen_on", "test") for summary in summaries}
     images = ", or on ".join(text for kind, text in CHOSEN_ON.items() if kind in kinds)
     return f"“Best” is the best epoch on {images}."
 
 
 def _own_target(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A row for logits that are not the store's own: another blend, CLIP head, or test images."""
+    """Return a row for target logits that the cache does not hold: another blend or CLIP head."""
     target = summary.get("target")
     if target is None or target["top1"] in summary["teacher"].values():
         return []
@@ -69,7 +72,7 @@ def _own_target(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A paired difference of top-1 accuracies, by seed, with its 95 % interval (Student's t)."""
+    """A difference of accuracies over pairs, with its 95 % interval (Student's t)."""
 
     mean: float
     low: float
@@ -79,11 +82,11 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """A row of the leaderboard: the runs of one configuration, which differ in their seed only."""
+    """A configuration on the leaderboard: runs that differ in their seed only."""
 
     student: str
     method: str
-    settings: Mapping[str, Any]  # those in which configurations of one student and method differ
+    settings: Mapping[str, Any]  # in which configurations of the same student and method differ
     runs: Mapping[int, Mapping[str, Any]]  # summaries by seed
     last: tuple[float, float]  # mean and standard deviation (NaN for one run) of top-1 in 0..1
     best: tuple[float, float]
@@ -92,21 +95,27 @@ class Standing:
 
     @property
     def configuration(self) -> str:
-        """Method, and what else sets the row apart from others of its student."""
+        """The method, and the settings in which configurations of its student differ."""
         return ", ".join(
             [self.method, *(f"{name} {value}" for name, value in self.settings.items())]
         )
 
     @property
     def label(self) -> str:
-        """Student and configuration."""
+        """The student and configuration."""
         return f"{self.student} by {self.configuration}"
+
+    @property
+    def images(self) -> str:
+        """Which test images the runs were tested on; only equal ones compare."""
+        share = self.holdout
+        return f"without the {percent(share)} % held out" if share else "all test images"
 
 
 def leaderboard(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[Standing]:
-    """Configurations, the best mean of top-1 after the last epoch first.
+    """Group runs into configurations and sort them by mean top-1 after the last epoch.
 
-    Those that were tested on the same images stand together: their accuracies compare.
+    Configurations that were tested on the same images, whose accuracies compare, are adjacent.
 
     Args:
         runs: the resolved settings of each run (as in its recipe.toml), and its summary.
@@ -115,7 +124,7 @@ def leaderboard(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> 
     for settings, summary in runs:
         own = {name: value for name, value in settings.items() if name not in PLACES}
         own["holdout"] = recorded_holdout(settings)
-        if "tested" not in summary:  # which trained some methods otherwise
+        if "tested" not in summary:  # an earlier version, which trained some methods differently
             own["version"] = "an earlier one"
         group = groups.setdefault(repr(sorted(own.items())), (own, {}))
         group[1][summary["seed"]] = summary
@@ -144,22 +153,15 @@ def leaderboard(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> 
     return sorted(standings, key=lambda standing: (standing.holdout, -standing.last[0]))
 
 
-def by_images(standings: Sequence[Standing]) -> dict[str, list[Standing]]:
-    """The leaderboard in parts that were tested on the same images, and what these are."""
-    parts: dict[str, list[Standing]] = {}
-    for standing in standings:
-        share = standing.holdout
-        name = f"without the {percent(share)} % held out" if share else "all test images"
-        parts.setdefault(name, []).append(standing)
-    return parts
-
-
 def _minus_kd(
     own: Mapping[str, Any],
     by_seed: Mapping[int, Mapping[str, Any]],
     groups: Iterable[tuple[Mapping[str, Any], Mapping[int, Mapping[str, Any]]]],
 ) -> Difference | None:
-    """To KD from the CNN teacher, of the same student trained alike; None where there is none."""
+    """Return the difference to KD from the CNN teacher of the same student and training.
+
+    It is None for KD itself, and without such runs of KD.
+    """
 
     def training(settings: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in settings.items() if name not in TEACHING}
@@ -175,29 +177,31 @@ def _minus_kd(
 
 
 def paired_difference(differences: Sequence[float]) -> Difference | None:
-    """Mean and 95 % interval; the interval is infinite for one pair, None without any."""
+    """Return mean and 95 % interval; infinite bounds for one pair, None for none."""
     if not differences:
         return None
     mean, std = mean_and_std(differences)
     n = len(differences)
     if n == 1:
         return Difference(mean=mean, low=-math.inf, high=math.inf, n=1)
-    from scipy.special import stdtrit
+    from scipy.special import stdtrit  # imports faster than scipy.stats
 
     half = float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n)
     return Difference(mean=mean, low=mean - half, high=mean + half, n=n)
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation of a sample; of one value, NaN."""
+    """Return the mean and the sample standard deviation, which is NaN for one value."""
     std = statistics.stdev(values) if len(values) > 1 else math.nan
     return statistics.fmean(values), std
 
 
 def leaderboard_table(report: Report, title: str, standings: Sequence[Standing]) -> None:
-    """The leaderboard in a terminal: last and best top-1, and the paired difference to KD."""
+    """Print the leaderboard: last and best top-1, and the paired difference to KD."""
     header = ("student", "method", "n", "last, %", "best, %", "− KD [95 %]")
-    parts = by_images(standings)
+    parts = {
+        images: list(members) for images, members in groupby(standings, key=lambda s: s.images)
+    }
     for images, members in parts.items():
         rows = [
             (
@@ -218,13 +222,13 @@ def leaderboard_table(report: Report, title: str, standings: Sequence[Standing])
 
 
 def mean_std(pair: tuple[float, float]) -> str:
-    """Mean ± standard deviation in percent."""
+    """Format mean ± standard deviation in percent."""
     mean, std = pair
     return percent(mean) if math.isnan(std) else f"{percent(mean)} ± {percent(std)}"
 
 
 def minus_kd(difference: Difference | None) -> str:
-    """A difference with its interval, in points."""
+    """Format a difference with its interval, in percentage points."""
     if difference is None:
         return ""
     text = f"{100 * difference.mean:+.2f}"

@@ -1,10 +1,10 @@
-"""Students under the lens: what their test accuracy does not say.
+"""Evaluation of students beyond test accuracy.
 
     run folders ─▶ students ┐
     test images ────────────┴▶ logits ─▶ scores, classes, confusions
     corrupted, shifted images ─▶ logits ─▶ robustness
 
-Several runs see the very same images, so what sets them apart is paired, image by image.
+All runs see the same images, so differences between them are paired by image.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from richkd.training.targets import held_out
 
 @dataclass(frozen=True)
 class Student:
-    """A run's student, ready to predict."""
+    """A trained student, ready to predict."""
 
     run: Run
     model: nn.Module
@@ -61,7 +61,7 @@ class Student:
     device: torch.device
 
     def logits(self, batches: Batches) -> Tensor:
-        """[N,C] f32 on the CPU.
+        """Return logits [N,C] f32 on the CPU.
 
         Raises:
             RichKDError: they are not finite.
@@ -69,8 +69,8 @@ class Student:
         logits = predict(self.model, batches, self.normalize).cpu()
         if not torch.isfinite(logits).all():
             raise RichKDError(
-                f"the student of {self.run.path} gives NaN or infinity; it diverged: train it "
-                f"again, with a lower --lr",
+                f"the student of {self.run.path} outputs NaN or infinity: training diverged; train "
+                f"it again with a lower --lr",
                 code="student-diverged",
             )
         return logits
@@ -92,32 +92,33 @@ def evaluate(
     device: str = "auto",
     report: Report | None = None,
 ) -> dict[str, Any]:
-    """Evaluate the students of one or several runs on the test images of their data set.
+    """Evaluate the students of one or several runs on the test images of their dataset.
 
-    What concerns one run alone is written to its folder (`evaluation_file`), where reports find it.
+    The results of each run are also written to its folder (`evaluation_file`) for reports to read.
 
     Args:
-        folders: of complete runs on one data set; the others are compared with the first.
+        folders: run folders of complete runs on one dataset; all are compared with the first.
         weights: last or best.
-        threshold: the top probability from which a prediction counts as confident.
-        limit: only the first so many test images (of those that no run chose its α on).
-        cache: the store, where it is not at the place that the run names.
-        dataset: the data set, where it has moved since.
-        data_root: where data sets are, likewise.
-        corruptions: evaluate under corruptions: the published ones, where they lie beside the data
-            set (data/CIFAR-100-C), else some that are made here.
-        corruption_files: evaluate under those of CIFAR-10-C or CIFAR-100-C in this folder.
-        shift: a folder with a folder of other images a class, whose names are classes.
-        seed: of the noise in corruptions.
-        device: to predict on.
-        report: where progress goes.
+        threshold: the lowest top probability of a confident prediction.
+        limit: evaluate on the first `limit` test images, of those that no run holds out.
+        cache: the location of the cache, if it has moved since training.
+        dataset: the dataset, if it has moved since training.
+        data_root: the folder of datasets, if it has moved since training.
+        corruptions: also evaluate on corrupted images: the published files if they are in the data
+            root (e.g. data/CIFAR-100-C), else corruptions made here.
+        corruption_files: a folder with the published files of CIFAR-10-C or CIFAR-100-C.
+        shift: a folder of other images of the same classes, with one folder per class.
+        seed: seed of the noise in corruptions.
+        device: device to predict on.
+        report: receives progress.
 
     Returns:
-        The data set, and of each run its figures, with those of the comparison with the first under
-        `comparison`. Accuracies and shares are in 0..1.
+        The name of the dataset and the results of each run, with the comparison with the first run
+        under `comparison`. Accuracies and shares are in 0..1.
 
     Raises:
-        RichKDError: anything the user can mend, before anything long.
+        RichKDError: a setting, run, cache or folder of images cannot be used; raised before any
+            student predicts.
     """
     report = report or Report(quiet=True)
     check_settings(threshold, limit, seed)
@@ -164,16 +165,16 @@ def evaluate(
 
 
 def check_settings(threshold: float, limit: int | None, seed: int) -> None:
-    """Refuse settings out of range."""
+    """Raise RichKDError if a setting is out of range."""
     metrics.check_threshold(threshold)
     if limit is not None and limit < 1:
-        raise RichKDError(f"limit = {limit}: must be 1 or more", code="value-out-of-range")
+        raise RichKDError(f"limit = {limit}: must be at least 1", code="value-out-of-range")
     if not 0 <= seed < 2**32:
         raise RichKDError(f"seed = {seed}: must be in 0..2³²−1", code="value-out-of-range")
 
 
 def describe(student: Student) -> dict[str, Any]:
-    """Which run it is."""
+    """Return what identifies the run."""
     summary = student.run.complete
     return {
         "run": str(student.run.path),
@@ -184,7 +185,7 @@ def describe(student: Student) -> dict[str, Any]:
 def describe_logits(
     logits: Tensor, labels: Tensor, threshold: float, store: TeacherCache
 ) -> dict[str, Any]:
-    """What can be said of one student's logits on the clean test images."""
+    """Return the scores of one student's logits on the clean test images."""
     names = store.manifest["class_names"]
     return {
         "threshold": threshold,
@@ -225,22 +226,22 @@ def open_store_of(runs: Sequence[Run], cache: str | None) -> TeacherCache:
 
 
 def prepare(run: Run, store: TeacherCache, weights: str, device: torch.device) -> Student:
-    """Load a student as it was tested while it was trained."""
+    """Load a student and check that it was trained on images and classes like the cache's."""
     summary = run.complete
     pairs = zip(summary["class_names"], store.manifest["class_names"], strict=False)
     for number, (own, other) in enumerate(pairs):
         if own != other:
             raise RichKDError(
-                f"class {number} is {own!r} to {run.path} and {other!r} to {store.path}; name the "
-                f"store that the run was trained from with --cache",
+                f"class {number} is {own!r} in {run.path} and {other!r} in {store.path}; pass the "
+                f"cache that the run was trained from with --cache",
                 code="run-class-differs",
             )
     for what in ("image_size", "num_classes"):
         of_store = store.num_classes if what == "num_classes" else store.manifest["image_size"]
         if summary[what] != of_store:
             raise RichKDError(
-                f"{run.path} was trained with {what} = {summary[what]}, {store.path} has "
-                f"{of_store}; name the store that the run was trained from with --cache",
+                f"{run.path} was trained with {what} = {summary[what]}, but {store.path} has "
+                f"{of_store}; pass the cache that the run was trained from with --cache",
                 code="run-input-differs",
             )
     model = load_student(run, weights).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -251,8 +252,10 @@ def prepare(run: Run, store: TeacherCache, weights: str, device: torch.device) -
 def find_corruptions(
     test: Split, store: TeacherCache, data_root: str, make: bool, folder: str | None, seed: int
 ) -> Corruptions | None:
-    """The published files in the folder that is named; or, if corruptions are asked for at all,
-    those beside the data set's own files, else corruptions made here."""
+    """Return the published corruptions in `folder` or else, if `make`, in the data root.
+
+    If neither has them and `make`, corruptions are made from the test images; otherwise None.
+    """
     name = PUBLISHED.get(store.manifest["dataset"]["name"])
     if folder is None and make and name is not None and (Path(data_root) / name).is_dir():
         folder = str(Path(data_root) / name)
@@ -263,27 +266,27 @@ def find_corruptions(
 
 @dataclass(frozen=True)
 class Shift:
-    """Other images of some of a store's classes."""
+    """Other images of some of the cache's classes."""
 
     images: ImageFiles
-    views: Tensor  # [N,5], the clean ones
-    labels: Tensor  # [N], among the store's classes
-    classes: Tensor  # which of them there are, ascending
+    views: Tensor  # [N,5], clean
+    labels: Tensor  # [N], classes of the cache
+    classes: Tensor  # the classes that have images, ascending
 
 
 def load_shift(folder: Path, store: TeacherCache, test: Split, report: Report) -> Shift:
-    """Other images of the same classes: a folder a class.
+    """Load other images of the same classes from a folder with one folder per class.
 
-    A folder is of the class whose own folder has its name, else of the class of that name, or, for
-    all, number. They are seen as the store's own images are: small ones whole, photographs without
-    their rim.
+    A folder belongs to the class whose training folder has the same name, else to the class of that
+    name. If all folders are numbers, they are the numbers of classes. Images are framed as the
+    cache's own are: small ones whole, photographs by their central crop.
 
     Raises:
-        RichKDError: no folder, or one in it that is no class of the store, or of several.
+        RichKDError: the folder is missing, or a folder in it matches no class or several.
     """
     if not folder.is_dir():
         raise RichKDError(
-            f"no folder {folder}; it should hold a folder of images a class",
+            f"no folder {folder}; pass a folder that has one folder of images per class",
             code="shift-folder-missing",
         )
     found = find_images(folder)
@@ -292,65 +295,65 @@ def load_shift(folder: Path, store: TeacherCache, test: Split, report: Report) -
         report.log(line)
     listing = list_images(folder, "refuse", found=found, remedy="remove such files")
     decoding = shift_decoding(listing, store)
-    origin = "as in the store, else by their values"
+    origin = "as in the cache, else by their values"
     for line in describe_decoding(decoding, [listing.values], listing.traits, origin):
         report.log(line)
     split = files_split(listing, store.manifest["image_size"], decoding)
     assert isinstance(split.images, ImageFiles)
     space = ResizedCropFlip(split.images.sizes, split.images.image_size)
     views = space.clean(len(split), 1 if store.manifest["dataset"]["embedded"] else CLEAN_SHARE)
-    there = torch.tensor(sorted({*numbers}))
-    return Shift(split.images, views_tensor(views), torch.tensor(numbers)[split.labels], there)
+    present = torch.tensor(sorted({*numbers}))
+    return Shift(split.images, views_tensor(views), torch.tensor(numbers)[split.labels], present)
 
 
 def shift_classes(
     found: Sequence[str], folder: Path, store: TeacherCache, test: Split
 ) -> list[int]:
-    """The class of each folder of other images; errors are those of `load_shift`."""
+    """Return the class of each folder of other images; errors are those of `load_shift`."""
     names = store.manifest["class_names"]
-    by_folder: dict[str, set[int]] = defaultdict(set)  # also such a name without its number, …
+    by_folder: dict[str, set[int]] = defaultdict(set)  # normalised: without a number, …
     by_name: dict[str, set[int]] = defaultdict(set)
     own = class_folders(test)
-    for place, name in enumerate(names):
-        by_name[text_key(name)].add(place)
-        by_name[plain(name)].add(place)
-    for place, name in own.items():
-        by_folder[plain(name)].add(place)
-    exact = {name: {place} for place, name in own.items()}
-    numbers = {str(place): {place} for place in range(len(names))}
+    for number, name in enumerate(names):
+        by_name[text_key(name)].add(number)
+        by_name[normalised(name)].add(number)
+    for number, name in own.items():
+        by_folder[normalised(name)].add(number)
+    exact = {name: {number} for number, name in own.items()}
+    numbers = {str(number): {number} for number in range(len(names))}
     if {*found} == {*numbers} and not {*found} & {*exact, *by_name}:
-        exact = numbers  # as ImageNet-V2 has them
+        exact = numbers  # as in ImageNet-V2
     classes = [
         exact.get(name)
         or by_name.get(text_key(name))
-        or by_name.get(plain(name))
-        or by_folder[plain(name)]
+        or by_name.get(normalised(name))
+        or by_folder[normalised(name)]
         for name in found
     ]
-    strange = [name for name, places in zip(found, classes, strict=True) if not places]
-    if strange:
-        more = f", nor have {len(strange) - 1} more" if len(strange) > 1 else ""
+    unknown = [name for name, matches in zip(found, classes, strict=True) if not matches]
+    if unknown:
+        more = f" (and {len(unknown) - 1} more folders)" if len(unknown) > 1 else ""
         raise RichKDError(
-            f"{folder / strange[0]}: no class of {store.path} has this name "
-            f"({nearest(plain(strange[0]), by_name)}){more}; name the folders as the classes, or "
-            f"all of them by numbers from 0",
+            f"{folder / unknown[0]}: {store.path} has no class of this name{more}, "
+            f"{nearest(normalised(unknown[0]), by_name)}; name the folders after the classes, or "
+            f"all of them by class number from 0",
             code="shift-class-unknown",
         )
-    for name, places in zip(found, classes, strict=True):
-        if len(places) > 1:
+    for name, matches in zip(found, classes, strict=True):
+        if len(matches) > 1:
             which = " and ".join(
-                f"{number} ({own.get(number, names[number])})" for number in sorted(places)
+                f"{number} ({own.get(number, names[number])})" for number in sorted(matches)
             )
             raise RichKDError(
-                f"{folder / name}: the classes {which} of {store.path} have this name; name the "
-                f"folder as that of the class",
+                f"{folder / name} matches the classes {which} of {store.path}; give the folder "
+                f"the name of the class's training folder",
                 code="shift-class-ambiguous",
             )
-    return [min(places) for places in classes]
+    return [min(matches) for matches in classes]
 
 
 def class_folders(split: Split) -> dict[int, str]:
-    """The names of the folders that a split's images are in, by class; none of an array's."""
+    """Return the folder of each class that the split's files are in; empty for arrays."""
     if not isinstance(split.images, ImageFiles):
         return {}
     labels, first = np.unique(split.labels.numpy(), return_index=True)
@@ -361,7 +364,7 @@ def class_folders(split: Split) -> dict[int, str]:
 
 
 def shift_decoding(listing: Listing, store: TeacherCache) -> Decoding:
-    """As the store's own files were decoded; kinds of files that it has not, by their values."""
+    """Return the decoding of the cache's own files; files of other kinds decode by their values."""
     own = Decoding.of("white", None, [listing.values])
     entry = store.manifest["dataset"].get("decoding")
     if entry is None:
@@ -370,8 +373,8 @@ def shift_decoding(listing: Listing, store: TeacherCache) -> Decoding:
     return replace(known, ranges={**own.ranges, **known.ranges})
 
 
-def plain(name: str) -> str:
-    """A class name without what folders write differently."""
+def normalised(name: str) -> str:
+    """Return a class name without case, numbers and separators, in which folders differ."""
     return text_key(class_words(name))
 
 
@@ -380,10 +383,10 @@ def plain(name: str) -> str:
 
 @dataclass
 class Mistakes:
-    """Of one student under corruptions."""
+    """The mistakes of one student under corruptions."""
 
     wrong: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in NAMES})
-    right: list[Tensor] = field(default_factory=list)  # [M] bool, a corruption and severity
+    right: list[Tensor] = field(default_factory=list)  # [M] bool, by cell
 
 
 def under_corruptions(
@@ -395,7 +398,7 @@ def under_corruptions(
     logits: Sequence[Tensor],
     report: Report,
 ) -> None:
-    """Add each student's accuracies by corruption and severity; images are made once for all."""
+    """Add each student's accuracies by corruption and severity; students share the images."""
     found = [Mistakes() for _ in students]
     total = len(NAMES) * SEVERITIES * len(tested)
     with report.track("corruptions", total, "images") as tick:
@@ -434,26 +437,26 @@ def under_shift(
     threshold: float,
     report: Report,
 ) -> None:
-    """Add each student's scores on other images, and on the clean ones of the same classes.
+    """Add each student's scores on other images, and its accuracy on clean ones of these classes.
 
-    Of classes that the other images lack, nobody guesses one in either.
+    Only classes that the other images have can be predicted, in both.
     """
     count = len(shift.labels)
-    place = torch.full((logits[0].shape[1],), -1)
-    place[shift.classes] = torch.arange(len(shift.classes))
-    kept = place[labels] >= 0
+    column = torch.full((logits[0].shape[1],), -1)  # class -> column of the logits kept
+    column[shift.classes] = torch.arange(len(shift.classes))
+    kept = column[labels] >= 0
     right = []
     with report.track("shift", len(students) * count, "images") as tick:
         for part, student, own in zip(parts, students, logits, strict=True):
             images = make_inputs(shift.images, student.device)
             batches = images.batches(torch.arange(count), shift.views, EVAL_BATCH)
             shifted = student.logits(batches)[:, shift.classes]
-            right.append(right_of(shifted, place[shift.labels]))
+            right.append(right_of(shifted, column[shift.labels]))
             part["shift"] = {
                 "samples": count,
                 "classes": len(shift.classes),
-                **metrics.score(shifted, place[shift.labels], threshold),
-                "clean_top1": right_of(own[kept][:, shift.classes], place[labels[kept]])
+                **metrics.score(shifted, column[shift.labels], threshold),
+                "clean_top1": right_of(own[kept][:, shift.classes], column[labels[kept]])
                 .double()
                 .mean()
                 .item()
@@ -468,19 +471,19 @@ def under_shift(
 
 
 def right_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which samples were classified correctly, [N] bool."""
+    """Return which samples are classified correctly, [N] bool."""
     return logits.argmax(1) == labels
 
 
 def compare(parts: list[dict[str, Any]], name: str, right: Sequence[Tensor]) -> None:
-    """Add to each run but the first how its accuracy differs, paired by image."""
+    """Add the difference of every other run's accuracy to the first run's, paired by image."""
     for part, own in zip(parts[1:], right[1:], strict=True):
         difference = paired_difference((own.double() - right[0].double()).tolist())
         part["comparison"][name] = difference and finite(difference)
 
 
 def finite(difference: Difference) -> dict[str, float | int | None]:
-    """A difference as JSON has it: without infinities."""
+    """Return a difference for JSON, which has no infinity."""
     known = difference.n > 1
     return {
         **asdict(difference),
@@ -489,11 +492,11 @@ def finite(difference: Difference) -> dict[str, float | int | None]:
     }
 
 
-# --- what a run folder keeps, and reports show ---------------------------------------------------
+# --- evaluations in run folders ------------------------------------------------------------------
 
 
 class Scores(TypedDict):
-    """What a report reads of an evaluation."""
+    """The part of an evaluation that reports read."""
 
     samples: int
     held_out: float
@@ -501,20 +504,22 @@ class Scores(TypedDict):
 
 
 class Robustness(TypedDict):
-    """And of its corruptions, where it has them."""
+    """The part of an evaluation's corruptions that reports read."""
 
     source: str
     mean_error: float
 
 
 def evaluation_file(folder: Path, weights: str) -> Path:
-    """Where the evaluation of a run's last or best weights is."""
+    """Return the file for the evaluation of a run's last or best weights."""
     return folder / ("evaluation.json" if weights == "last" else f"evaluation-{weights}.json")
 
 
 def keep(part: Mapping[str, Any], path: Path) -> None:
-    """Write what concerns the run alone; corruptions of an earlier evaluation on the same images
-    stay."""
+    """Write an evaluation without its comparison.
+
+    Results under corruptions of an earlier evaluation on the same images are kept.
+    """
     kept = {key: value for key, value in part.items() if key != "comparison"}
     earlier = read_json(path) or {}
     alike = all(earlier.get(key) == part[key] for key in ("samples", "held_out"))
@@ -524,7 +529,7 @@ def keep(part: Mapping[str, Any], path: Path) -> None:
 
 
 def read_evaluation(folder: Path) -> tuple[Scores, Robustness | None] | None:
-    """What an earlier evaluation of a run's last weights found; None where there is none.
+    """Return the evaluation of a run's last weights and its corruptions; None without one.
 
     Raises:
         RichKDError: the file is damaged.

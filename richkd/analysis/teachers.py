@@ -1,10 +1,10 @@
-"""The teachers under the lens, from a store alone: no model is loaded.
+"""Analysis of the teachers from a cache alone: no model is loaded.
 
-    stored rows ─▶ logits of each teacher ─▶ scores, reliability, disagreement, class similarity
+    cached rows ─▶ logits of each teacher ─▶ scores, reliability, disagreement, class similarity
     parts of the blend ─▶ the effect of α, scale and prompts
 
-Every teacher is judged on the same samples: all test images, or the training images in their
-first view, which is what students are told about.
+All teachers are compared on the same samples: all test images, or the training images in their
+first view, from which students learn.
 """
 
 from __future__ import annotations
@@ -26,32 +26,26 @@ from richkd.core.accuracy import accuracy
 from richkd.core.choices import Scale
 from richkd.core.errors import RichKDError, unknown
 from richkd.core.progress import Report
+from richkd.core.teacher_names import NAMES
 from richkd.store.reader import TeacherCache
 
 ALPHAS = tuple(round(0.05 * step, 2) for step in range(21))
 SCALES = tuple(2.0**step for step in range(-4, 5))  # times CLIP's own
-SUBSETS = 8  # of prompts, of each size, at most
-CHANGED = 10  # classes that gain, and that lose
-EXAMPLES = 4  # images of each of them
-NAMES = {
-    "cnn": "CNN teacher",
-    "clip": "CLIP",
-    "fused": "fused",
-    "raw": "fused, raw scale",
-    "native": "fused, native scale",
-}
+SUBSETS = 8  # random subsets of the prompts of each size
+CHANGED = 10  # classes shown that gain, and that lose
+EXAMPLES = 4  # images of each
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What a store has on one split."""
+    """The cached arrays of one split."""
 
     labels: Tensor  # [N]
     teacher: Tensor  # logits [N,C] f32
     features: Tensor  # [N,F]
     clip_features: Tensor | None  # [N,D]
     similarity: Tensor | None  # CLIP's cosines [N,C]
-    fused: Tensor | None  # the stored blend [N,C]
+    fused: Tensor | None  # the cached blend [N,C]
 
 
 def analyze(
@@ -61,20 +55,20 @@ def analyze(
     split: str = "test",
     report: Report | None = None,
 ) -> dict[str, Any]:
-    """Everything that can be read from a store about its teachers.
+    """Analyze the teachers of a cache.
 
     Args:
-        cache: an open store.
-        threshold: the top probability from which a prediction counts as confident.
-        split: test, train (its first view), or validation where the store has one.
-        report: where progress goes.
+        cache: an open cache.
+        threshold: the lowest top probability of a confident prediction.
+        split: test, train (in its first view), or validation if the cache has it.
+        report: receives progress.
 
     Returns:
-        What report.analysis writes as JSON; accuracies and shares in 0..1, NLL in nats. What needs
-        CLIP is None of a store without it.
+        The analysis, as `richkd analyze` writes it to JSON: accuracies and shares in 0..1, NLL in
+        nats. Entries that need CLIP are None for a cache without CLIP.
 
     Raises:
-        RichKDError: a setting out of range, or damaged rows.
+        RichKDError: a setting is out of range, or cached logits are not finite.
     """
     metrics.check_threshold(threshold)
     if split not in cache.splits:
@@ -115,7 +109,7 @@ def analyze(
 
 
 def blend_scale(cache: TeacherCache) -> float | None:
-    """The number that stands for the store's scale of CLIP's cosines; None without CLIP."""
+    """Return the scale of CLIP's cosines in the cached blend; None without CLIP."""
     clip = cache.manifest["clip"]
     if clip is None:
         return None
@@ -123,7 +117,7 @@ def blend_scale(cache: TeacherCache) -> float | None:
 
 
 def read_rows(cache: TeacherCache, split: str) -> Rows:
-    """The arrays of a split, in f32."""
+    """Read the arrays of a split, as float32."""
     view = 0 if split == "train" else None
     has_clip = cache.manifest["clip"] is not None
     return Rows(
@@ -137,7 +131,7 @@ def read_rows(cache: TeacherCache, split: str) -> Rows:
 
 
 def teacher_logits(cache: TeacherCache, rows: Rows) -> dict[str, Tensor]:
-    """Logits of each teacher: CNN, CLIP at its own scale, their blend as stored, raw and native."""
+    """Return the logits of the CNN, of CLIP at its own scale, and of the blends."""
     clip = cache.manifest["clip"]
     if clip is None or rows.similarity is None or rows.fused is None:
         return {"cnn": rows.teacher}
@@ -153,8 +147,8 @@ def teacher_logits(cache: TeacherCache, rows: Rows) -> dict[str, Tensor]:
     for name, own in logits.items():
         if not torch.isfinite(own).all():
             raise RichKDError(
-                f"{cache.location}: logits of {NAMES[name]} hold NaN or infinity; richkd verify "
-                f"says where",
+                f"{cache.location}: the logits of {NAMES[name]} contain NaN or infinity; run "
+                f"richkd verify {cache.location} to find them",
                 code="logits-not-finite",
             )
     return logits
@@ -163,7 +157,7 @@ def teacher_logits(cache: TeacherCache, rows: Rows) -> dict[str, Tensor]:
 def disagreement(
     cache: TeacherCache, rows: Rows, logits: Mapping[str, Tensor]
 ) -> list[dict[str, Any]]:
-    """Where the two teachers are right, alone or both, and where they err: what the blend says."""
+    """Return how often each teacher is right, alone or with the other, and the blend's accuracy."""
     right = {kind: logits[kind].argmax(1) == rows.labels for kind in ("cnn", "clip", "fused")}
     same = logits["cnn"].argmax(1) == logits["clip"].argmax(1)
     cnn, clip = right["cnn"], right["clip"]
@@ -187,41 +181,44 @@ def disagreement(
 def consistency(
     cache: TeacherCache, rows: Rows, logits: Mapping[str, Tensor]
 ) -> dict[str, dict[str, float | None]]:
-    """Whether classes that are alike get probability: by teacher, the rank correlation of the
-    similarity of its soft labels with that of the CNN's mean features, and of text embeddings."""
-    yardsticks = {
+    """Return how well each teacher's soft labels reflect which classes are similar.
+
+    This is the rank correlation, over pairs of classes, of the similarity of soft labels with that
+    of the CNN's mean features, and with that of text embeddings.
+    """
+    references = {
         "features": metrics.mean_similarity(rows.features, rows.labels, cache.num_classes),
     }
     if cache.manifest["clip"] is not None:
-        yardsticks["text"] = metrics.cosines(fusion.class_embeddings(cache.text_embeddings))
-    alike = {kind: metrics.soft_label_similarity(own, rows.labels) for kind, own in logits.items()}
+        references["text"] = metrics.cosines(fusion.class_embeddings(cache.text_embeddings))
+    similarity = {
+        kind: metrics.soft_label_similarity(own, rows.labels) for kind, own in logits.items()
+    }
     return {
-        kind: {
-            name: metrics.rank_correlation(own, yardstick) for name, yardstick in yardsticks.items()
-        }
-        for kind, own in alike.items()
+        kind: {name: metrics.rank_correlation(own, other) for name, other in references.items()}
+        for kind, own in similarity.items()
     }
 
 
 def class_changes(
     cache: TeacherCache, rows: Rows, logits: Mapping[str, Tensor]
 ) -> dict[str, list[dict[str, Any]]]:
-    """The classes whose accuracy gains, and loses, most by the blend, with samples that changed."""
+    """Return the classes that gain and lose most accuracy by fusion, with samples that changed."""
     cnn, clip, fused = (
-        metrics.class_accuracy(logits[kind], rows.labels) for kind in ("cnn", "clip", "fused")
+        metrics.class_accuracy(metrics.confusion(logits[kind], rows.labels))
+        for kind in ("cnn", "clip", "fused")
     )
     change = (fused - cnn).nan_to_num(0)
-    was = logits["cnn"].argmax(1) == rows.labels
-    now = logits["fused"].argmax(1) == rows.labels
+    before, after = (logits[kind].argmax(1) == rows.labels for kind in ("cnn", "fused"))
 
-    def table(order: list[int], turned: Tensor) -> list[dict[str, Any]]:
+    def table(order: list[int], changed: Tensor) -> list[dict[str, Any]]:
         return [
             {
                 "class": cache.manifest["class_names"][number],
                 "cnn": cnn[number].item(),
                 "clip": clip[number].item(),
                 "fused": fused[number].item(),
-                "samples": torch.nonzero(turned & (rows.labels == number))[:EXAMPLES, 0].tolist(),
+                "samples": torch.nonzero(changed & (rows.labels == number))[:EXAMPLES, 0].tolist(),
             }
             for number in order
         ]
@@ -229,15 +226,15 @@ def class_changes(
     gains = [n for n in change.argsort(descending=True, stable=True).tolist() if change[n] > 0]
     losses = [n for n in change.argsort(stable=True).tolist() if change[n] < 0]
     return {
-        "gain": table(gains[:CHANGED], ~was & now),
-        "lose": table(losses[:CHANGED], was & ~now),
+        "gain": table(gains[:CHANGED], ~before & after),
+        "lose": table(losses[:CHANGED], before & ~after),
     }
 
 
 def blend_effects(
     cache: TeacherCache, rows: Rows, logits: Mapping[str, Tensor]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Accuracy and NLL of the blend by α, by scale, by the number of prompts, and by prompt."""
+    """Return accuracy and NLL of the blend by α, scale, number of prompts, and prompt."""
     clip = cache.manifest["clip"]
     assert clip is not None and rows.similarity is not None
     alpha, native = cache.manifest["alpha"], clip["logit_scale"]
@@ -271,7 +268,7 @@ def _fit(rows: Rows, similarity: Tensor, alpha: float, scale: float) -> dict[str
 def _by_num_prompts(
     cache: TeacherCache, rows: Rows, alone: list[dict[str, Any]], alpha: float, scale: float
 ) -> list[dict[str, Any]]:
-    """Means over subsets of the prompts, of each size: each one alone, some random ones, all."""
+    """Return mean accuracies over single prompts, random subsets of each size, and all prompts."""
     count = len(alone)
     generator = np.random.default_rng(0)
     by_size = {1: alone}
@@ -292,7 +289,7 @@ def _by_num_prompts(
 
 
 def _by_prompt(cache: TeacherCache, rows: Rows, alpha: float, scale: float) -> list[dict[str, Any]]:
-    """Each prompt alone, CLIP's best first."""
+    """Return accuracies with each prompt alone, in the order of CLIP's."""
     found = [
         {"prompt": prompt, **_by_prompts(cache, rows, [number], alpha, scale)}
         for number, prompt in enumerate(cache.manifest["prompts"])
@@ -303,7 +300,7 @@ def _by_prompt(cache: TeacherCache, rows: Rows, alpha: float, scale: float) -> l
 def _by_prompts(
     cache: TeacherCache, rows: Rows, prompts: list[int], alpha: float, scale: float
 ) -> dict[str, float]:
-    """Accuracies of CLIP and of the blend with only some of the prompts."""
+    """Return the accuracies of CLIP and of the blend with some of the prompts."""
     assert rows.clip_features is not None
     classes = fusion.class_embeddings(cache.text_embeddings, prompts)
     similarity = fusion.clip_similarity(rows.clip_features, classes)
@@ -313,8 +310,8 @@ def _by_prompts(
     }
 
 
-def pictures(cache: TeacherCache, split: str, samples: list[int]) -> dict[int, str]:
-    """Images of some samples as PNG data URIs; none where the store has no images."""
+def images_as_png(cache: TeacherCache, split: str, samples: list[int]) -> dict[int, str]:
+    """Return images of samples as PNG data URIs; empty if the cache has no images."""
     if not cache.manifest["dataset"]["embedded"] or not samples:
         return {}
     from PIL import Image

@@ -1,17 +1,19 @@
-"""What an analysis of a store's teachers looks like: tables in a terminal, and a page."""
+"""The output of `richkd analyze`: tables in a terminal, and a page."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from richkd.analysis.metrics import CELLS
-from richkd.analysis.teachers import NAMES, analyze, pictures
+from richkd.analysis.teachers import analyze, images_as_png
 from richkd.core.errors import local_path
 from richkd.core.files import check_replaceable, write, write_json
 from richkd.core.ownership import has_keys, is_page
 from richkd.core.progress import Report, percent
+from richkd.core.teacher_names import NAMES
 from richkd.report import lens_plots
 from richkd.report.page import as_json, fill
 from richkd.store.folder import Folder
@@ -20,24 +22,31 @@ from richkd.store.reader import TeacherCache, open_cache
 
 SCORES = ("top-1, %", "top-5, %", "NLL", "Brier", "ECE, %")
 CELL_HEADS = tuple(lens_plots.CELL_NAMES[cell] for cell in CELLS)
+CONSISTENCY_HEAD = ("rank correlation of classes", "with CNN features", "with the text")
+DISAGREEMENT_HEAD = ("samples, %", "how many", "blend right")
+CHANGE_HEAD = ("class accuracy, %", "CNN", "CLIP", "fused", "fused − CNN")
+BEST_HEAD = ("best setting of", "by top-1", "top-1, %", "by NLL", "NLL")
+PROMPT_HEAD = ("prompt alone, top-1 in %", "CLIP", "fused")
 WITHOUT_CLIP = (
-    "The store has no CLIP: what needs one (disagreement, gains and losses, the effect of α, scale "
-    "and prompts) is left out."
+    "The cache has no CLIP, so there is no disagreement, no gain or loss by class, and no effect "
+    "of α, scale and prompts to show."
 )
 
 
 def write_analysis(
     cache: str, report: Report, *, threshold: float, split: str, out: str | None
 ) -> dict[str, Any]:
-    """Analyze a store and write NAME-analysis.html and .json; arguments and errors of `analyze`.
+    """Analyze a cache and write NAME-analysis.html and .json.
+
+    Arguments and errors are those of `analyze`; `out` is a folder, beside the cache by default.
 
     Returns:
         The analysis, and the paths of the two files.
     """
-    place = open_location(cache)
-    beside = place.path.parent if isinstance(place, Folder) else Path()
+    location = open_location(cache)
+    beside = location.path.parent if isinstance(location, Folder) else Path()
     folder = beside if out is None else local_path(out)
-    files = {kind: folder / f"{place.stem}-analysis.{kind}" for kind in ("html", "json")}
+    files = {kind: folder / f"{location.stem}-analysis.{kind}" for kind in ("html", "json")}
     check_replaceable(files["html"], is_page)
     check_replaceable(files["json"], has_keys("store", "teachers", "threshold"))
     opened = open_cache(cache)
@@ -48,7 +57,7 @@ def write_analysis(
 
 
 def score_row(name: str, scores: Mapping[str, float]) -> tuple[str, ...]:
-    """A model's scores as text."""
+    """Return a model's scores as text."""
     return (
         name,
         percent(scores["top1"]),
@@ -60,32 +69,31 @@ def score_row(name: str, scores: Mapping[str, float]) -> tuple[str, ...]:
 
 
 def cell_row(name: str, scores: Mapping[str, float]) -> tuple[str, ...]:
-    """A model's confidence table as text."""
+    """Return a model's confidence table as text."""
     return (name, *(percent(scores[cell]) for cell in CELLS))
 
 
-def what_fusion_does(teachers: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """In words, how the blends change confident-correct and confidently wrong predictions."""
-    cnn = teachers["cnn"]
-    said = []
+def effects_of_fusion(teachers: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return how each blend changes the shares of confident predictions, in words."""
+    lines = []
     for kind in ("fused", "native", "raw"):
         if kind in teachers:
             right, wrong = (
-                _change(cnn[cell], teachers[kind][cell])
+                _change(teachers["cnn"][cell], teachers[kind][cell])
                 for cell in ("confident_correct", "confident_wrong")
             )
-            said.append(f"{NAMES[kind]}: confident and correct {right}, confidently wrong {wrong}")
-    return said
+            lines.append(f"{NAMES[kind]}: confident and correct {right}, confidently wrong {wrong}")
+    return lines
 
 
-def _change(was: float, now: float) -> str:
-    relative = f" ({100 * (now / was - 1):+.1f} % of it)" if was else ""
-    points = f"{100 * (now - was):+.2f} points"
+def _change(before: float, after: float) -> str:
+    points = f"{100 * (after - before):+.2f} points"
+    relative = f" ({100 * (after / before - 1):+.1f} % of it)" if before else ""
     return (points + relative).replace("-", "−")
 
 
 def disagreement_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Cases, how often, and how often the blend is right."""
+    """Return the cases of disagreement with their shares and the accuracy of the blend."""
     return [
         (row["case"], percent(row["share"]), percent(row["fused_top1"]))
         for row in result["disagreement"]
@@ -93,7 +101,7 @@ def disagreement_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def consistency_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Rank correlations by teacher."""
+    """Return the rank correlations of each teacher."""
     return [
         (
             NAMES[kind],
@@ -107,12 +115,12 @@ def consistency_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def changed_classes(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """From the largest gain to the largest loss."""
+    """Return the classes from the largest gain to the largest loss."""
     return [*result["class_changes"]["gain"], *result["class_changes"]["lose"][::-1]]
 
 
 def change_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The classes that gain and lose most."""
+    """Return the classes that gain and lose most."""
     return [
         (
             row["class"],
@@ -126,52 +134,40 @@ def change_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def best_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The best of each setting of the blend; on these very samples, so a ceiling."""
+    """Return the best α and scale; chosen on these very samples, so an upper bound."""
     blend = result["blend"]
-    rows: list[tuple[str, ...]] = []
-    for name in dict.fromkeys(row["scale"] for row in blend["alpha"]):
-        own = [row for row in blend["alpha"] if row["scale"] == name]
-        best, likely = max(own, key=lambda r: r["top1"]), min(own, key=lambda r: r["nll"])
-        rows.append(
-            (
-                f"α, {name} scale",
-                f"{best['alpha']:g}",
-                percent(best["top1"]),
-                f"{likely['alpha']:g}",
-                f"{likely['nll']:.3f}",
-            )
-        )
-    best = max(blend["scale"], key=lambda r: r["top1"])
-    likely = min(blend["scale"], key=lambda r: r["nll"])
-    rows.append(
-        (
-            f"scale, α {result['alpha']:g}",
-            f"{best['scale']:.3g}",
-            percent(best["top1"]),
-            f"{likely['scale']:.3g}",
-            f"{likely['nll']:.3f}",
-        )
+    rows = [
+        _best_row(f"α, {name} scale", list(group), lambda row: f"{row['alpha']:g}")
+        for name, group in groupby(blend["alpha"], key=lambda row: row["scale"])
+    ]
+    title = f"scale, α {result['alpha']:g}"
+    return [*rows, _best_row(title, blend["scale"], lambda row: f"{row['scale']:.3g}")]
+
+
+def _best_row(
+    title: str, rows: Sequence[Mapping[str, Any]], setting: Callable[[Mapping[str, Any]], str]
+) -> tuple[str, ...]:
+    accurate = max(rows, key=lambda row: row["top1"])
+    likely = min(rows, key=lambda row: row["nll"])
+    return (
+        title,
+        setting(accurate),
+        percent(accurate["top1"]),
+        setting(likely),
+        f"{likely['nll']:.3f}",
     )
-    return rows
 
 
 def prompt_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Each prompt alone."""
+    """Return the accuracies of CLIP and of the blend with each prompt alone."""
     return [
         (row["prompt"], percent(row["clip_top1"]), percent(row["fused_top1"]))
         for row in result["blend"]["prompt"]
     ]
 
 
-CONSISTENCY_HEAD = ("rank correlation of classes", "with CNN features", "with the text")
-DISAGREEMENT_HEAD = ("samples, %", "how many", "blend right")
-CHANGE_HEAD = ("class accuracy, %", "CNN", "CLIP", "fused", "fused − CNN")
-BEST_HEAD = ("best setting of", "by top-1", "top-1, %", "by NLL", "NLL")
-PROMPT_HEAD = ("prompt alone, top-1 in %", "CLIP", "fused")
-
-
 def show_scores(result: Mapping[str, Any], report: Report) -> None:
-    """How good the teachers are and what fusion did, as tables on standard output."""
+    """Print the scores of the teachers and the effects of fusion."""
     teachers = result["teachers"]
     title = (
         f"{result['store']}: {result['samples']:,} {result['split']} images, "
@@ -185,12 +181,12 @@ def show_scores(result: Mapping[str, Any], report: Report) -> None:
         ("teacher", *(head.replace(", ", "\n") for head in CELL_HEADS)),
         [cell_row(NAMES[kind], row) for kind, row in teachers.items()],
     )
-    for line in what_fusion_does(teachers):
+    for line in effects_of_fusion(teachers):
         report.log(line)
 
 
 def show(result: Mapping[str, Any], report: Report) -> None:
-    """The whole analysis as tables on standard output."""
+    """Print the whole analysis."""
     show_scores(result, report)
     report.table("", CONSISTENCY_HEAD, consistency_rows(result))
     if result["disagreement"] is None:
@@ -203,20 +199,25 @@ def show(result: Mapping[str, Any], report: Report) -> None:
 
 
 def render(cache: TeacherCache, result: Mapping[str, Any]) -> str:
-    """The whole page."""
-    teachers = result["teachers"]
-    named = {NAMES[kind]: row for kind, row in teachers.items()}
+    """Return the whole page."""
+    teachers = {NAMES[kind]: row for kind, row in result["teachers"].items()}
     bins = {NAMES[kind]: bins for kind, bins in result["reliability"].items()}
-    groups = {
-        "confidence": {"confidence": lens_plots.confidence_bars(named)},
+    tables = {
+        "scores": (("teacher", *SCORES), [score_row(*pair) for pair in teachers.items()]),
+        "consistency": (CONSISTENCY_HEAD, consistency_rows(result)),
+    }
+    figures = {
+        "confidence": {"confidence": lens_plots.confidence_bars(teachers)},
         "reliability": {"reliability": lens_plots.reliability_diagram(bins)},
     }
     has_clip = result["disagreement"] is not None
     if has_clip:
-        groups["blend"] = blend_figures(result)
-        changes = changed_classes(result)
-        if changes:
-            groups["changes"] = {"class-changes": lens_plots.class_changes(changes)}
+        tables["disagreement"] = (DISAGREEMENT_HEAD, disagreement_rows(result))
+        tables["best"] = (BEST_HEAD, best_rows(result))
+        tables["prompts"] = (PROMPT_HEAD, prompt_rows(result))
+        figures["blend"] = blend_figures(result)
+        if changes := changed_classes(result):
+            figures["changes"] = {"class-changes": lens_plots.class_changes(changes)}
     return fill(
         "analysis",
         title=f"Teachers of {Path(result['store']).name}",
@@ -226,32 +227,20 @@ def render(cache: TeacherCache, result: Mapping[str, Any]) -> str:
         cells=lens_plots.CELL_NAMES,
         cell_colours=lens_plots.CELL_COLOURS,
         without_clip=None if has_clip else WITHOUT_CLIP,
-        fusion=what_fusion_does(teachers),
-        tables={
-            "scores": (("teacher", *SCORES), [score_row(*pair) for pair in named.items()]),
-            "consistency": (CONSISTENCY_HEAD, consistency_rows(result)),
-            **(
-                {}
-                if not has_clip
-                else {
-                    "disagreement": (DISAGREEMENT_HEAD, disagreement_rows(result)),
-                    "best": (BEST_HEAD, best_rows(result)),
-                    "prompts": (PROMPT_HEAD, prompt_rows(result)),
-                }
-            ),
-        },
+        fusion=effects_of_fusion(result["teachers"]),
+        tables=tables,
         changed=examples(cache, result) if has_clip else {},
-        figures={name: as_json(group) for name, group in groups.items()},
+        figures={name: as_json(group) for name, group in figures.items()},
     )
 
 
 def blend_figures(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The effect of α, scale and prompts."""
+    """Return the plots of α, scale and prompts."""
     blend = result["blend"]
     stored = [(result["alpha"], "stored")]
     counted = [
         {"kind": name, "prompts": row["prompts"], "top1": row[key]}
-        for name, key in (("CLIP", "clip_top1"), ("fused", "fused_top1"))
+        for name, key in ((NAMES["clip"], "clip_top1"), (NAMES["fused"], "fused_top1"))
         for row in blend["num_prompts"]
     ]
     return {
@@ -285,10 +274,12 @@ def blend_figures(result: Mapping[str, Any]) -> dict[str, Any]:
 def examples(
     cache: TeacherCache, result: Mapping[str, Any]
 ) -> dict[str, list[tuple[str, list[str]]]]:
-    """Class names with pictures of samples that are now right, and now wrong."""
+    """Return classes with images of the samples that fusion turned right, or wrong."""
     changes = result["class_changes"]
     samples = [sample for rows in changes.values() for row in rows for sample in row["samples"]]
-    found = pictures(cache, result["split"], samples)
+    found = images_as_png(cache, result["split"], samples)
+    if not found:  # the cache has no images
+        return {}
     titles = {"gain": "now right", "lose": "now wrong"}
     return {
         titles[kind]: [
@@ -297,5 +288,4 @@ def examples(
             if row["samples"]
         ]
         for kind, rows in changes.items()
-        if found
     }

@@ -1,4 +1,4 @@
-"""What a student costs to run: parameters, multiply-adds, and latency on the CPU at hand."""
+"""The cost of running a student: parameters, multiply-adds, and latency on this CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WARM_UP, TIMED = 3, 20
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one image."""
+    """The cost of one image."""
 
     parameters: int
     multiply_adds: int
@@ -26,14 +26,14 @@ class Cost:
 
 @torch.inference_mode()
 def student_cost(run: Run) -> Cost:
-    """Measure the student of a run with fresh weights, which cost what trained ones do."""
-    settings = run.settings
-    if run.summary is not None:
-        num_classes, side = run.summary["num_classes"], run.summary["image_size"]
-    else:  # of its weights so far only the shapes count, and a report can do without them
-        num_classes, side = 10, 32
+    """Measure the student of a complete run, with fresh weights: they cost the same."""
+    summary, settings = run.complete, run.settings
+    side = summary["image_size"]
     model = create_model(
-        settings["student"], num_classes, image_size=side, **settings.get("student_options", {})
+        settings["student"],
+        summary["num_classes"],
+        image_size=side,
+        **settings.get("student_options", {}),
     ).eval()
     image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter:

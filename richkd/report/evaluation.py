@@ -1,14 +1,13 @@
-"""What an evaluation of students looks like: tables in a terminal, and a page."""
+"""The output of `richkd evaluate`: tables in a terminal, and a page."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from richkd.analysis.results import Difference, Standing, mean_and_std, minus_kd
-from richkd.analysis.students import evaluate, read_evaluation
+from richkd.analysis.results import Difference, minus_kd
+from richkd.analysis.students import evaluate
 from richkd.core.errors import local_path
 from richkd.core.files import check_replaceable, write, write_json
 from richkd.core.ownership import ABOUT_RUN
@@ -28,7 +27,9 @@ CLASS_HEAD = ("class", "images", "recall, %", "precision, %")
 def write_evaluation(
     folders: Sequence[str], report: Report, *, out: str | None, **settings: Any
 ) -> dict[str, Any]:
-    """Evaluate runs and write evaluation.html and comparison.json; the rest is `evaluate`'s.
+    """Evaluate runs and write evaluation.html and comparison.json.
+
+    Settings and errors are those of `evaluate`; `out` is a folder, by default the first run's.
 
     Returns:
         The evaluation, and the paths of the files.
@@ -43,55 +44,8 @@ def write_evaluation(
     return {**result, "files": {kind: str(path) for kind, path in files.items()}}
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """What evaluations found of a configuration's runs: means and standard deviations."""
-
-    ece: tuple[float, float]
-    corrupted: tuple[float, float] | None  # top-1 under corruptions
-
-
-def evaluated(standings: Sequence[Standing]) -> tuple[list[Evaluated | None], str]:
-    """Calibration and robustness of the leaderboard's rows, and on what they were measured.
-
-    Figures compare on the same images only: rows stand beside the first row that has them if all
-    of their runs were evaluated as its were.
-    """
-    images: tuple[int, float] | None = None
-    source: str | None = None
-    rows: list[Evaluated | None] = []
-    for standing in standings:
-        found = [read_evaluation(Path(str(run["run"]))) for run in standing.runs.values()]
-        known = [one for one in found if one is not None]
-        seen = {(scores["samples"], scores["held_out"]) for scores, _ in known}
-        images = images or (min(seen) if len(known) == len(found) and len(seen) == 1 else None)
-        if len(known) < len(found) or seen != {images}:
-            rows.append(None)
-            continue
-        robust = [robustness for _, robustness in known if robustness is not None]
-        sources = {one["source"] for one in robust}
-        complete = len(robust) == len(known) and len(sources) == 1
-        source = source or (min(sources) if complete else None)
-        rows.append(
-            Evaluated(
-                ece=mean_and_std([scores["ece"] for scores, _ in known]),
-                corrupted=mean_and_std([1 - one["mean_error"] for one in robust])
-                if complete and sources == {source}
-                else None,
-            )
-        )
-    if images is None:
-        return rows, ""
-    about = f"ECE (expected calibration error) is on {images[0]:,} test images"
-    if source is not None:
-        about += f", corrupted is top-1 on these under 15 corruptions, {source}"
-    lacking = sum(row is None for row in rows)
-    left_out = f"; {lacking} rows were not evaluated, or otherwise" if lacking else ""
-    return rows, f"{about}; both by richkd evaluate{left_out}."
-
-
 def labels(parts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What to call each run: by student, method and seed where that tells them apart."""
+    """Return a label for each run: student, method and seed, or else the run folder."""
     short = [f"{part['student']} by {part['method']}, seed {part['seed']}" for part in parts]
     if len(set(short)) == len(short):
         return short
@@ -99,25 +53,25 @@ def labels(parts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def difference(part: Mapping[str, Any], name: str) -> str:
-    """How a run's accuracy differs from the first's, paired by image, with its interval."""
+    """Format the difference between a run's accuracy and the first run's, paired by image."""
     found = part["comparison"].get(name)
     if found is None:
         return ""
-    infinite = {"low": float("-inf"), "high": float("inf")}
+    unbounded = {"low": -math.inf, "high": math.inf}
     known = {key: value for key, value in found.items() if value is not None}
-    return minus_kd(Difference(**{**infinite, **known}))
+    return minus_kd(Difference(**(unbounded | known)))
 
 
 def difference_rows(parts: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Every run but the first against it."""
-    return [
-        (name, difference(part, "top1"))
-        for name, part in list(zip(labels(parts), parts, strict=True))[1:]
+    """Return the difference of every other run to the first."""
+    rows: list[tuple[str, ...]] = [
+        (name, difference(part, "top1")) for name, part in zip(labels(parts), parts, strict=True)
     ]
+    return rows[1:]
 
 
 def corruption_rows(parts: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Robustness under corruptions; errors relative to the first run's."""
+    """Return the accuracies under corruptions, and errors relative to the first run's."""
     return [
         (
             name,
@@ -133,7 +87,7 @@ def corruption_rows(parts: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]
 
 
 def shift_rows(parts: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Scores on other images, beside those on the clean images of the same classes."""
+    """Return the scores on shifted images, and the accuracy on clean ones of the same classes."""
     return [
         (
             name,
@@ -149,7 +103,7 @@ def shift_rows(parts: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def class_rows(part: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Classes, the worst recall first."""
+    """Return the classes, with the lowest recall first."""
     return [
         (row["class"], f"{row['count']:,}", percent(row["recall"]), percent(row["precision"]))
         for row in sorted(part["classes"], key=lambda row: row["recall"])
@@ -157,7 +111,7 @@ def class_rows(part: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def confusion_rows(part: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The most frequent mistakes."""
+    """Return the most frequent mistakes."""
     return [
         (row["class"], row["taken_for"], f"{row['count']:,}", percent(row["share"]))
         for row in part["confusions"]
@@ -165,7 +119,7 @@ def confusion_rows(part: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def show(result: Mapping[str, Any], report: Report) -> None:
-    """The evaluation as tables on standard output."""
+    """Print the evaluation."""
     parts = result["runs"]
     names = labels(parts)
     report.table(
@@ -191,28 +145,23 @@ def show(result: Mapping[str, Any], report: Report) -> None:
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """The whole page."""
-    parts = result["runs"]
-    names = labels(parts)
-    figures = {
-        "confidence": lens_plots.confidence_bars(dict(zip(names, parts, strict=True))),
-        "reliability": lens_plots.reliability_diagram(
-            {name: part["reliability"] for name, part in zip(names, parts, strict=True)}
-        ),
-    }
+    """Return the whole page."""
+    by_name = dict(zip(labels(result["runs"]), result["runs"], strict=True))
+    parts = [*by_name.values()]
     tables: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {
-        "scores": (
-            ("student", *SCORES),
-            [score_row(*pair) for pair in zip(names, parts, strict=True)],
-        )
+        "scores": (("student", *SCORES), [score_row(*pair) for pair in by_name.items()])
+    }
+    bins = {name: part["reliability"] for name, part in by_name.items()}
+    figures = {
+        "confidence": lens_plots.confidence_bars(by_name),
+        "reliability": lens_plots.reliability_diagram(bins),
     }
     if len(parts) > 1:
         tables["differences"] = (DIFFERENCE_HEAD, difference_rows(parts))
     if "corruptions" in parts[0]:
         tables["corruptions"] = (CORRUPTION_HEAD, corruption_rows(parts))
-        figures["corruptions"] = lens_plots.corruption_dots(
-            {name: part["corruptions"]["top1"] for name, part in zip(names, parts, strict=True)}
-        )
+        top1 = {name: part["corruptions"]["top1"] for name, part in by_name.items()}
+        figures["corruptions"] = lens_plots.corruption_dots(top1)
     if "shift" in parts[0]:
         tables["shift"] = (SHIFT_HEAD, shift_rows(parts))
     return fill(
@@ -222,7 +171,7 @@ def render(result: Mapping[str, Any]) -> str:
         parts=parts,
         cells=lens_plots.CELL_NAMES,
         cell_colours=lens_plots.CELL_COLOURS,
-        key=lens_plots.key(names),
+        key=lens_plots.key([*by_name]),
         tables=tables,
         details=[
             {
@@ -231,7 +180,7 @@ def render(result: Mapping[str, Any]) -> str:
                 "classes": (CLASS_HEAD, class_rows(part)),
                 "confusions": (CONFUSION_HEAD, confusion_rows(part)),
             }
-            for name, part in zip(names, parts, strict=True)
+            for name, part in by_name.items()
         ],
         figures={name: as_json({name: figure}) for name, figure in figures.items()},
     )

@@ -1,4 +1,4 @@
-"""The plots of the pages on teachers and on students, by plotly."""
+"""The plots of the pages of `richkd analyze` and `richkd evaluate`, by plotly."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 import plotly.graph_objects as go
 
 from richkd.analysis.metrics import CELLS
-from richkd.report.plots import COLOURS, apart, plain, ticks, widened
+from richkd.core.teacher_names import NAMES
+from richkd.report.plots import COLOURS, GREY, label_ends, log_ticks, room_for, styled, widened
 
-# right to wrong, each firm and faint
+# blue for correct and orange for wrong, dark for confident and pale for unsure
 CELL_COLOURS = dict(zip(CELLS, ("#0072B2", "#8FC1E0", "#F0B68A", "#D55E00"), strict=True))
 FEW = 10  # samples
 CELL_NAMES = {
@@ -24,13 +25,13 @@ CELL_NAMES = {
 
 
 def confidence_bars(shares: Mapping[str, Mapping[str, float]]) -> go.Figure:
-    """The confidence table of each model as a bar from confident and correct to confidently wrong.
+    """Plot the confidence table of each model as one stacked bar.
 
     Args:
-        shares: by model, the four cells.
+        shares: the four cells, by model.
     """
     figure = go.Figure()
-    models = list(shares)[::-1]  # plotly draws from below
+    models = list(shares)[::-1]  # plotly draws from the bottom
     for cell in CELLS:
         values = [100 * shares[model][cell] for model in models]
         figure.add_bar(
@@ -46,17 +47,16 @@ def confidence_bars(shares: Mapping[str, Mapping[str, float]]) -> go.Figure:
         )
     figure.update_layout(barmode="stack", bargap=0.35)
     figure.update_xaxes(title="samples, %", range=(0, 100))
-    figure.update_yaxes(automargin=True, ticksuffix=" ", type="category")
-    return plain(figure, height=110 + 38 * len(models))
+    return by_name(figure, 110 + 38 * len(models))
 
 
 def reliability_diagram(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> go.Figure:
-    """Accuracy against confidence; on the diagonal, a model is as often right as it says.
+    """Plot accuracy against confidence; a calibrated model lies on the diagonal.
 
-    Bins of fewer than ten samples are left out: they say nothing.
+    Bins of fewer than ten samples are too noisy to show.
 
     Args:
-        bins: by model, as `metrics.reliability` gives them.
+        bins: the bins of `metrics.reliability`, by model.
     """
     figure = go.Figure()
     figure.add_scatter(
@@ -64,34 +64,35 @@ def reliability_diagram(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> go
         y=[0, 100],
         mode="lines",
         hoverinfo="skip",
-        line={"color": "#888888", "dash": "dot", "width": 1},
+        line={"color": GREY, "dash": "dot", "width": 1},
     )
     ends = []
-    most = max(bin["count"] for everything in bins.values() for bin in everything)
-    for number, (model, everything) in enumerate(bins.items()):
+    largest = max(bin["count"] for all_bins in bins.values() for bin in all_bins)
+    for number, (model, all_bins) in enumerate(bins.items()):
         colour = colour_of(number)
-        own = [bin for bin in everything if bin["count"] >= FEW]
-        if not own:
+        shown = [bin for bin in all_bins if bin["count"] >= FEW]
+        if not shown:
             continue
         figure.add_scatter(
-            x=[100 * bin["confidence"] for bin in own],
-            y=[100 * bin["accuracy"] for bin in own],
+            x=[100 * bin["confidence"] for bin in shown],
+            y=[100 * bin["accuracy"] for bin in shown],
             mode="lines+markers",
             line={"color": colour, "width": 1.5},
-            marker={"size": [4 + 10 * (bin["count"] / most) ** 0.5 for bin in own]},
+            marker={"size": [4 + 10 * (bin["count"] / largest) ** 0.5 for bin in shown]},
             hovertext=[
                 f"{model}<br>confidence {100 * bin['confidence']:.1f} %, right "
                 f"{100 * bin['accuracy']:.1f} %<br>{bin['count']:,} samples"
-                for bin in own
+                for bin in shown
             ],
             hoverinfo="text",
         )
-        ends.append((100 * own[-1]["accuracy"], 100 * own[-1]["confidence"], model, colour))
-    # of many, hovering tells the names
-    places = _label_ends(figure, ends, (0, 100)) if len(ends) <= len(COLOURS) else []
+        ends.append((100 * shown[-1]["accuracy"], 100 * shown[-1]["confidence"], model, colour))
+    if len(ends) > len(COLOURS):  # too many to label; hovering gives the names
+        ends = []
+    places = label_ends(figure, ends, (0, 100))
     figure.update_xaxes(title="confidence, %", range=(0, 101))
     figure.update_yaxes(title="right, %", range=(0, max([104.0, *places]) + 3))
-    return plain(figure, right=14 + 7 * max(len(model) for model in bins))
+    return styled(figure, right=room_for(bins))
 
 
 def lines(
@@ -102,18 +103,17 @@ def lines(
     log: bool = False,
     marks: Sequence[tuple[float, str]] = (),
 ) -> go.Figure:
-    """Curves with their names at their ends, in the order of the palette.
+    """Plot curves with their names at their ends.
 
     Args:
         curves: points (x, y) by name.
-        x_title: of the axis.
-        y_title: of the axis.
-        log: whether the axis of x is logarithmic.
-        marks: values of x to draw a line at, with what they are.
+        x_title: title of the x axis.
+        y_title: title of the y axis.
+        log: whether the x axis is logarithmic.
+        marks: values of x for vertical lines, with their labels.
     """
     figure = go.Figure()
-    seen = [y for points in curves.values() for _, y in points]
-    bottom, top = widened(seen, 0.06)
+    bottom, top = widened([y for points in curves.values() for _, y in points], 0.06)
     ends = []
     for number, (name, points) in enumerate(curves.items()):
         colour = colour_of(number)
@@ -127,47 +127,25 @@ def lines(
             hovertemplate=f"{name}<br>{x_title} %{{x:.4g}}: %{{y:.2f}}<extra></extra>",
         )
         ends.append((y[-1], x[-1], name, colour))
-    places = _label_ends(figure, ends, (bottom, top), log=log)
-    for x_mark, text in marks:
+    places = label_ends(figure, ends, (bottom, top), log=log)
+    for mark, text in marks:
         figure.add_vline(
-            x=x_mark,
-            line={"color": "#888888", "dash": "dot", "width": 1},
+            x=mark,
+            line={"color": GREY, "dash": "dot", "width": 1},
             annotation={"text": text, "font": {"size": 11}},
         )
     figure.update_xaxes(title=x_title, type="log" if log else "linear")
     if log:
         low, high = widened([math.log10(x) for points in curves.values() for x, _ in points], 0.03)
-        figure.update_xaxes(range=(low, high), **ticks(low, high))
+        figure.update_xaxes(range=(low, high), **log_ticks(low, high))
     figure.update_yaxes(title=y_title, range=(min(bottom, *places), max(top, *places)))
-    return plain(figure, right=14 + 7 * max(len(name) for name in curves))
-
-
-def _label_ends(
-    figure: go.Figure,
-    ends: Sequence[tuple[float, float, str, str]],
-    within: tuple[float, float],
-    log: bool = False,
-) -> list[float]:
-    """Names at the ends (y, x, name, colour) of lines, moved off each other; where they went."""
-    if not ends:
-        return []
-    places = apart([end[0] for end in ends], 0.075 * (within[1] - within[0]))
-    for y, (_, x, name, colour) in zip(places, ends, strict=True):
-        figure.add_annotation(
-            x=math.log10(x) if log else x,
-            y=y,
-            text=f" {name}",
-            showarrow=False,
-            xanchor="left",
-            font={"color": colour},
-        )
-    return places
+    return styled(figure, right=room_for(curves))
 
 
 def class_changes(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Accuracy of some classes with the CNN teacher alone, and with the blend: an arrow each."""
+    """Plot the accuracy of classes with the CNN teacher alone and fused, joined by a line."""
     figure = go.Figure()
-    shown = list(rows)[::-1]
+    shown = list(rows)[::-1]  # plotly draws from the bottom
     names = [row["class"] for row in shown]
     colours = [COLOURS[0] if row["fused"] >= row["cnn"] else COLOURS[1] for row in shown]
     for row, colour in zip(shown, colours, strict=True):
@@ -178,11 +156,7 @@ def class_changes(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
             line={"color": colour, "width": 2},
             hoverinfo="skip",
         )
-    for kind, symbol, name in (
-        ("cnn", "circle-open", "CNN teacher"),
-        ("clip", "x-thin-open", "CLIP"),
-        ("fused", "circle", "fused"),
-    ):
+    for kind, symbol in (("cnn", "circle-open"), ("clip", "x-thin-open"), ("fused", "circle")):
         figure.add_scatter(
             x=[100 * row[kind] for row in shown],
             y=names,
@@ -191,37 +165,26 @@ def class_changes(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
                 "symbol": symbol,
                 "size": 9,
                 "line": {"width": 1.5},
-                "color": "#888888" if kind == "clip" else colours,
+                "color": GREY if kind == "clip" else colours,
             },
-            hovertemplate=f"%{{y}}<br>{name}: %{{x:.2f}} %<extra></extra>",
+            hovertemplate=f"%{{y}}<br>{NAMES[kind]}: %{{x:.2f}} %<extra></extra>",
         )
     figure.update_xaxes(title="accuracy, %")
-    figure.update_yaxes(automargin=True, ticksuffix=" ", type="category")
-    return plain(figure, height=100 + 24 * len(shown))
-
-
-def key(names: Sequence[str]) -> dict[str, str]:
-    """The colour of each of several models, as in the plots."""
-    return {name: colour_of(number) for number, name in enumerate(names)}
-
-
-def colour_of(number: int) -> str:
-    """The palette, over and over."""
-    return COLOURS[number % len(COLOURS)]
+    return by_name(figure, 100 + 24 * len(shown))
 
 
 def corruption_dots(top1: Mapping[str, Mapping[str, Sequence[float]]]) -> go.Figure:
-    """Mean accuracy over severities, by corruption, a colour a run; hovering gives each severity.
+    """Plot each run's mean accuracy over severities by corruption; hovering gives every severity.
 
     Args:
-        top1: by run, by corruption, the five accuracies in 0..1.
+        top1: by run and corruption, the five accuracies in 0..1.
     """
     figure = go.Figure()
-    for number, (run, by_name) in enumerate(top1.items()):
-        names = [name.replace("_", " ") for name in by_name][::-1]
-        each = list(by_name.values())[::-1]
+    for number, (run, by_corruption) in enumerate(top1.items()):
+        names = [name.replace("_", " ") for name in by_corruption][::-1]
+        severities = list(by_corruption.values())[::-1]
         figure.add_scatter(
-            x=[100 * sum(values) / len(values) for values in each],
+            x=[100 * sum(values) / len(values) for values in severities],
             y=names,
             mode="markers",
             marker={
@@ -231,19 +194,34 @@ def corruption_dots(top1: Mapping[str, Mapping[str, Sequence[float]]]) -> go.Fig
             },
             hovertext=[
                 f"{run}<br>{name}: " + ", ".join(f"{100 * v:.1f}" for v in values) + " %"
-                for name, values in zip(names, each, strict=True)
+                for name, values in zip(names, severities, strict=True)
             ],
             hoverinfo="text",
         )
     figure.update_xaxes(title="top-1, mean of five severities, %")
+    return by_name(figure, 420)
+
+
+def by_name(figure: go.Figure, height: int) -> go.Figure:
+    """Finish a plot whose y axis has names."""
     figure.update_yaxes(automargin=True, ticksuffix=" ", type="category")
-    return plain(figure, height=420)
+    return styled(figure, height=height)
+
+
+def key(names: Sequence[str]) -> dict[str, str]:
+    """Return the colour of each of several models in the plots."""
+    return {name: colour_of(number) for number, name in enumerate(names)}
+
+
+def colour_of(number: int) -> str:
+    """Return a colour of the palette, which repeats."""
+    return COLOURS[number % len(COLOURS)]
 
 
 def series(
     rows: Sequence[Mapping[str, Any]], by: str, x: str, y: str, factor: float = 1.0
 ) -> dict[str, list[tuple[float, float]]]:
-    """Rows as curves: grouped by one entry, points of two others; `factor` is that of y."""
+    """Return rows as curves: grouped by one entry, points of two others, y times `factor`."""
     return {
         str(name): [(row[x], factor * row[y]) for row in group]
         for name, group in groupby(rows, key=lambda row: row[by])

@@ -1,4 +1,4 @@
-"""Pages: one HTML file with everything in it, from the templates beside this module."""
+"""Self-contained HTML pages from the templates in this folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 
 def fill(template: str, **values: Any) -> str:
-    """A whole page from a template's name; every name in it is escaped."""
+    """Render a template; all values are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -25,7 +25,7 @@ def fill(template: str, **values: Any) -> str:
 
 
 def as_json(figures: Mapping[str, go.Figure | None]) -> dict[str, str]:
-    """Figures that there are, to stand in a script element; the page draws them."""
+    """Return the figures that are not None as JSON for a script element, which draws them."""
     return {
         name: figure.to_json().replace("<", "\\u003c")
         for name, figure in figures.items()

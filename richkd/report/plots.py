@@ -1,23 +1,24 @@
-"""The plots of the page, by plotly: labels at the points and lines, details on hovering."""
+"""The plots of a report, by plotly: labels beside points and lines, details on hovering."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import plotly.graph_objects as go
 
 from richkd.analysis.results import Standing, mean_std, minus_kd
-from richkd.report.cost import Cost
+from richkd.report.rows import Row
 from richkd.training.loop import score_of
 from richkd.training.run_folders import Run
 
-# Okabe and Ito's palette, which colour-blind people tell apart, without black and yellow
+# Okabe and Ito's palette for colour-blind readers, without black and yellow
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 SYMBOLS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "x": "✖", "star": "★"}
+GREY = "#888888"
 HEIGHT = 340
 COSTS = {
     "parameters": ("parameters, millions", 1e-6),
@@ -25,46 +26,37 @@ COSTS = {
     "latency_ms": ("latency of one image on the CPU, ms", 1.0),
 }
 
+Looks = dict[str, tuple[str, str]]  # method -> colour and symbol
+Point = tuple[float, float, Standing]  # cost, top-1 in percent
+End = tuple[float, float, str, str]  # of a curve: y, x, name and colour
 
-Looks = dict[str, tuple[str, str]]  # colour and symbol by method
 
-
-def look_of(standings: Sequence[Standing]) -> Looks:
-    """Colour and symbol of each method, the same in every plot."""
-    methods = dict.fromkeys(sorted(standing.method for standing in standings))
+def looks_of(methods: Iterable[str]) -> Looks:
+    """Return the colour and symbol of each method, for all plots of a page."""
+    symbols = [*SYMBOLS]
     return {
-        method: (COLOURS[number % len(COLOURS)], [*SYMBOLS][number // len(COLOURS) % len(SYMBOLS)])
-        for number, method in enumerate(methods)
+        method: (COLOURS[number % len(COLOURS)], symbols[number // len(COLOURS) % len(symbols)])
+        for number, method in enumerate(sorted({*methods}))
     }
 
 
-def key(standings: Sequence[Standing]) -> dict[str, tuple[str, str]]:
-    """Colour and mark of each method, for text."""
-    return {
-        method: (colour, SYMBOLS[symbol]) for method, (colour, symbol) in look_of(standings).items()
-    }
-
-
-def pareto(
-    standings: Sequence[Standing], costs: Sequence[Cost], cost: str, looks: Looks, heading: str = ""
-) -> go.Figure:
-    """Accuracy against one cost; the line joins students that no cheaper one surpasses."""
+def pareto(rows: Sequence[Row], cost: str, looks: Looks, heading: str = "") -> go.Figure:
+    """Plot accuracy against cost; a line joins the students that no cheaper one surpasses."""
     title, factor = COSTS[cost]
-    figure = go.Figure()
-    points = [
-        (factor * getattr(c, cost), 100 * s.last[0], s)
-        for s, c in zip(standings, costs, strict=True)
+    points: list[Point] = [
+        (factor * getattr(row.cost, cost), 100 * row.standing.last[0], row.standing) for row in rows
     ]
-    front: list[tuple[float, float]] = []
-    for x, y, _ in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or y > front[-1][1]:
-            front.append((x, y))
+    figure = go.Figure()
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
     figure.add_scatter(
-        x=[x for x, _ in front],
-        y=[y for _, y in front],
+        x=[x for x, _, _ in front],
+        y=[y for _, y, _ in front],
         mode="lines",
         hoverinfo="skip",
-        line={"color": "#888888", "dash": "dot", "width": 1},
+        line={"color": GREY, "dash": "dot", "width": 1},
     )
     for method, (colour, symbol) in looks.items():
         own = [point for point in points if point[2].method == method]
@@ -80,30 +72,29 @@ def pareto(
             marker={"color": colour, "symbol": symbol, "size": 9},
             error_y={
                 "type": "data",
-                "array": [_spread(s.last) for _, _, s in own],
+                "array": [_spread(s) for _, _, s in own],
                 "thickness": 1,
                 "width": 3,
             },
         )
     low, high = widened([math.log10(x) for x, _, _ in points], 0.18)
-    for names, x, y in _labels(points, 0.2 * (high - low)):
+    labels = _column_labels(points, 0.2 * (high - low))
+    for names, x, y in labels:
         figure.add_annotation(
             x=x, y=y, text="<br>".join(names), showarrow=False, yanchor="bottom", yshift=6
         )
-    figure.update_xaxes(title=title, type="log", range=(low, high), **ticks(low, high))
     bottom, top = widened(
-        [y + sign * (_spread(s.last) or 0) for _, y, s in points for sign in (-1, 1)], 0.08
+        [y + sign * (_spread(s) or 0) for _, y, s in points for sign in (-1, 1)], 0.08
     )
-    room = 0.09 * max(len(names) for names, _, _ in _labels(points, 0.2 * (high - low)))
+    room = 0.09 * max(len(names) for names, _, _ in labels)
+    figure.update_xaxes(title=title, type="log", range=(low, high), **log_ticks(low, high))
     figure.update_yaxes(title="top-1, %", range=(bottom, top + room * (top - bottom)))
-    return plain(figure, title=heading)
+    return styled(figure, title=heading)
 
 
-def _labels(
-    points: Sequence[tuple[float, float, Standing]], near: float
-) -> list[tuple[list[str], float, float]]:
-    """Students' names above their columns of points: (names, log x, y); near columns share one."""
-    columns: list[list[tuple[float, float, Standing]]] = []
+def _column_labels(points: Sequence[Point], near: float) -> list[tuple[list[str], float, float]]:
+    """Return labels (students, log x, y) above columns of points; near columns share one."""
+    columns: list[list[Point]] = []
     for point in sorted(points, key=lambda point: point[0]):
         if columns and math.log10(point[0] / columns[-1][0][0]) < near:
             columns[-1].append(point)
@@ -111,85 +102,58 @@ def _labels(
             columns.append([point])
     labels = []
     for column in columns:
-        ranked = sorted(column, key=lambda point: -point[1])
+        best_first = sorted(column, key=lambda point: -point[1])
         x = statistics.fmean({math.log10(x) for x, _, _ in column})
-        y = max(y + (_spread(s.last) or 0.0) for _, y, s in column)
-        labels.append((list(dict.fromkeys(s.student for _, _, s in ranked)), x, y))
+        y = max(y + (_spread(s) or 0.0) for _, y, s in column)
+        labels.append((list(dict.fromkeys(s.student for _, _, s in best_first)), x, y))
     return labels
 
 
-def widened(values: Sequence[float], share: float) -> tuple[float, float]:
-    """The range of values with some room on both sides."""
-    low, high = min(values), max(values)
-    room = share * (high - low) or 0.3
-    return low - room, high + room
-
-
-def ticks(low: float, high: float) -> dict[str, Any]:
-    """1, 2, 5, 10, … within a logarithmic range; plotly's own ticks are 2 to 9 without a decade."""
-    values = [
-        digit * 10.0**decade
-        for decade in range(math.floor(low), math.ceil(high) + 1)
-        for digit in (1, 2, 5)
-    ]
-    shown = [value for value in values if low <= math.log10(value) <= high]
-    return {"tickvals": shown, "ticktext": [f"{value:g}" for value in shown]}
-
-
-def differences(standings: Sequence[Standing]) -> go.Figure | None:
-    """Paired differences to KD with their intervals; None where there is none."""
-    looks = look_of(standings)
-    shown = [s for s in standings if s.minus_kd is not None and s.minus_kd.n > 1]
-    if not shown:
-        return None
-    shown.reverse()  # plotly draws from below
+def differences(standings: Sequence[Standing], looks: Looks) -> go.Figure | None:
+    """Plot paired differences to KD with their intervals; None if there are none."""
     figure = go.Figure()
-    for standing in shown:
+    for standing in reversed(standings):  # plotly draws from the bottom
         difference = standing.minus_kd
-        assert difference is not None
+        if difference is None or difference.n < 2:
+            continue
+        colour, symbol = looks[standing.method]
         half = 100 * (difference.high - difference.mean)
         figure.add_scatter(
             x=[100 * difference.mean],
             y=[standing.label],
             mode="markers",
-            marker={
-                "color": looks[standing.method][0],
-                "symbol": looks[standing.method][1],
-                "size": 9,
-            },
+            marker={"color": colour, "symbol": symbol, "size": 9},
             error_x={"type": "data", "array": [half], "thickness": 1.5, "width": 4},
             hovertext=f"{standing.label}<br>{minus_kd(difference)} points, n = {difference.n}",
             hoverinfo="text",
         )
-    figure.add_vline(x=0, line={"color": "#888888", "width": 1})
+    if not figure.data:
+        return None
+    height = 90 + 26 * len(figure.data)
+    figure.add_vline(x=0, line={"color": GREY, "width": 1})
     figure.update_xaxes(title="top-1 minus KD's, points")
     figure.update_yaxes(automargin=True)
-    return plain(figure, height=90 + 26 * len(shown))
+    return styled(figure, height=height)
 
 
 def learning_curves(
-    standings: Sequence[Standing],
-    runs: Sequence[Run],
-    student: str,
-    looks: Looks,
-    heading: str = "",
+    rows: Sequence[Row], student: str, looks: Looks, heading: str = ""
 ) -> go.Figure | None:
-    """Accuracy by epoch, the mean over seeds, a line a configuration of one student.
+    """Plot accuracy by epoch, the mean over seeds: one line per configuration of a student.
 
-    On validation images where a run has them, else on test images.
+    The accuracy is that of the images for choices if the runs have any, else of the test images.
     """
-    by_path = {str(run.path): run for run in runs}
     figure = go.Figure()
-    ends = []
+    ends: list[End] = []
     seen: list[float] = []
-    for standing in (s for s in standings if s.student == student):
-        curves = [_scores(by_path[str(summary["run"])]) for summary in standing.runs.values()]
+    for row in (row for row in rows if row.standing.student == student):
+        curves = [_scores(run) for run in row.runs]
         epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
         if not epochs:
             continue
         means = [100 * statistics.fmean(curve[epoch] for curve in curves) for epoch in epochs]
-        name = standing.configuration
-        colour = looks[standing.method][0]
+        name = row.standing.configuration
+        colour = looks[row.standing.method][0]
         figure.add_scatter(
             x=epochs,
             y=means,
@@ -203,23 +167,20 @@ def learning_curves(
     if not ends:
         return None
     bottom, top = widened(seen, 0.05)
-    places = apart([end[0] for end in ends], 0.075 * (top - bottom))
-    for y, (_, x, name, colour) in zip(places, ends, strict=True):
-        figure.add_annotation(
-            x=x, y=y, text=f" {name}", showarrow=False, xanchor="left", font={"color": colour}
-        )
-    figure.update_xaxes(title="epoch")
-    shown = [by_path[str(summary["run"])] for s in standings for summary in s.runs.values()]
+    places = label_ends(figure, ends, (bottom, top))
     chosen = any(
-        record.get("validation_accuracy") is not None for run in shown for record in run.metrics
+        record.get("validation_accuracy") is not None
+        for row in rows
+        for run in row.runs
+        for record in run.metrics
     )
+    figure.update_xaxes(title="epoch")
     figure.update_yaxes(
         title="top-1 on images for choices, %" if chosen else "top-1, %",
         range=(bottom, max(top, *places)),
     )
-    widest = max(len(name) for _, _, name, _ in ends)
     title = f"{student} ({heading})" if heading else student
-    return plain(figure, right=14 + 7 * widest, title=title)
+    return styled(figure, right=room_for(name for _, _, name, _ in ends), title=title)
 
 
 def _scores(run: Run) -> dict[int, float]:
@@ -227,12 +188,57 @@ def _scores(run: Run) -> dict[int, float]:
     return {epoch: score for epoch, score in scores.items() if score is not None}
 
 
-def _spread(pair: tuple[float, float]) -> float | None:
-    return None if pair[1] != pair[1] else 100 * pair[1]
+def _spread(standing: Standing) -> float | None:
+    """Return the standard deviation over seeds in percent; None for one seed."""
+    std = standing.last[1]
+    return None if math.isnan(std) else 100 * std
+
+
+# --- for all plots -------------------------------------------------------------------------------
+
+
+def widened(values: Sequence[float], share: float) -> tuple[float, float]:
+    """Return the range of values with some room on both sides."""
+    low, high = min(values), max(values)
+    room = share * (high - low) or 0.3
+    return low - room, high + room
+
+
+def log_ticks(low: float, high: float) -> dict[str, Any]:
+    """Return ticks at 1, 2, 5, 10, … for a logarithmic axis.
+
+    Plotly's own would be single digits from 2 to 9, without the power of ten that they multiply.
+    """
+    values = [
+        digit * 10.0**decade
+        for decade in range(math.floor(low), math.ceil(high) + 1)
+        for digit in (1, 2, 5)
+    ]
+    shown = [value for value in values if low <= math.log10(value) <= high]
+    return {"tickvals": shown, "ticktext": [f"{value:g}" for value in shown]}
+
+
+def label_ends(
+    figure: go.Figure, ends: Sequence[End], within: tuple[float, float], log: bool = False
+) -> list[float]:
+    """Write names at the ends of curves, moved apart; return the y where each was placed."""
+    places = apart([end[0] for end in ends], 0.075 * (within[1] - within[0]))
+    for y, (_, x, name, colour) in zip(places, ends, strict=True):
+        figure.add_annotation(
+            x=math.log10(x) if log else x,
+            y=y,
+            text=f" {name}",
+            showarrow=False,
+            xanchor="left",
+            font={"color": colour},
+        )
+    return places
 
 
 def apart(values: Sequence[float], gap: float) -> list[float]:
-    """Where labels go so that they do not lie on each other, about the middle of the values."""
+    """Move values to be at least `gap` apart, and keep their mean."""
+    if not values:
+        return []
     order = sorted(range(len(values)), key=values.__getitem__)
     placed = list(values)
     for lower, upper in pairwise(order):
@@ -241,15 +247,21 @@ def apart(values: Sequence[float], gap: float) -> list[float]:
     return [value - shift for value in placed]
 
 
-def plain(figure: go.Figure, **looks: Any) -> go.Figure:
-    """No background of its own, so that it goes with a light and a dark page."""
-    title = looks.get("title", "")
+def room_for(names: Iterable[str]) -> int:
+    """Return the right margin for names at the ends of curves, in pixels."""
+    return 14 + 7 * max(map(len, names))
+
+
+def styled(
+    figure: go.Figure, *, title: str = "", height: int = HEIGHT, right: int = 16
+) -> go.Figure:
+    """Apply the common layout, without a background: pages are light or dark."""
     figure.update_layout(
         template="none",
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        height=looks.get("height", HEIGHT),
-        margin={"l": 58, "r": looks.get("right", 16), "t": 44 if title else 16, "b": 52},
+        height=height,
+        margin={"l": 58, "r": right, "t": 44 if title else 16, "b": 52},
         title={"text": title, "font": {"size": 15}, "x": 0, "xanchor": "left"},
         font={"family": "system-ui, sans-serif", "size": 13},
         showlegend=False,

@@ -1,4 +1,4 @@
-"""The same runs as TensorBoard's event files, for people who have it open."""
+"""TensorBoard event files of runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from richkd.training.run_folders import Run
 
 
 def write_tensorboard(runs: Sequence[Run], folder: Path) -> None:
-    """A log directory a run, named as its folder: losses, accuracies and learning rate by epoch.
+    """Write losses, accuracies and learning rate by epoch: one log directory per run.
 
     Raises:
         RichKDError: TensorBoard is not installed.
@@ -25,7 +25,7 @@ def write_tensorboard(runs: Sequence[Run], folder: Path) -> None:
         ) from None
     for run in runs:
         logs = folder / run.path.name
-        for old in logs.glob(EVENTS):  # event files only ever grow
+        for old in logs.glob(EVENTS):  # a writer adds a file and never replaces one
             old.unlink()
         with SummaryWriter(logs) as writer:
             for record in run.metrics:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from richkd.core.progress import harmless, percent, size
+from richkd.core.teacher_names import FULL_NAMES
 from richkd.data.entries import describe_splits
 from richkd.store import schema
 from richkd.tools.inspect import summarize
@@ -79,11 +80,10 @@ def store_card(folder: Path, repo_id: str) -> str:
             ("Prompts", ", ".join(map(text, manifest["prompts"]))),
             ("Blend", f"alpha {manifest['alpha']}, scale {text(manifest['scale'])}"),
         ]
-    kinds = {"cnn": "CNN teacher", "clip": "CLIP, zero-shot", "fused": "fused"}
     rows = [
-        (kinds[kind], percent(share))
+        (FULL_NAMES[kind], percent(share))
         for kind, share in accuracy.items()
-        if kind in kinds and share is not None
+        if kind in FULL_NAMES and share is not None
     ]
     arrays = [
         (
@@ -152,7 +152,6 @@ def student_card(folder: Path, repo_id: str) -> str:
         eval_results=results,
     )
     teachers = about["teacher"]
-    kinds = {"cnn": "the CNN teacher", "clip": "CLIP, zero-shot", "fused": "both fused"}
     accuracy = [
         ("this student, last epoch", percent(about["top1_last"])),
         (
@@ -161,9 +160,9 @@ def student_card(folder: Path, repo_id: str) -> str:
             percent(about["top1_best"]),
         ),
         *(
-            (kinds[kind], percent(share))
+            (FULL_NAMES[kind], percent(share))
             for kind, share in teachers.items()
-            if kind in kinds and share is not None
+            if kind in FULL_NAMES and share is not None
         ),
     ]
     target = about.get("target") or {}

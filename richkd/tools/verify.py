@@ -18,6 +18,7 @@ from torch import Tensor
 
 from richkd.config.settings import Precompute, resolve
 from richkd.core import fusion
+from richkd.core.accuracy import accuracy
 from richkd.core.errors import RichKDError
 from richkd.core.memory import spans
 from richkd.core.progress import Report
@@ -376,14 +377,9 @@ def check_accuracies(cache: TeacherCache) -> Iterator[str]:
     labels = cache.read("test/labels")
     for kind, stored in teacher_accuracies(cache.manifest).items():
         if stored is not None and kind in arrays:
-            counted = top1(cache.read(f"test/{arrays[kind]}"), labels)
+            counted = accuracy(cache.read(f"test/{arrays[kind]}"), labels, 1)
             if abs(counted - stored) > 1e-6:
                 yield f"manifest: accuracy of {kind} is {stored}, its rows have {counted}"
-
-
-def top1(logits: Tensor, labels: Tensor) -> float:
-    """Accuracy in 0..1; torchmetrics, which counts the same, takes longer to import than this."""
-    return float((logits.float().argmax(1) == labels).float().mean())
 
 
 VALUES: tuple[tuple[str, str, Callable[[TeacherCache], Iterator[str]]], ...] = (

@@ -1,4 +1,4 @@
-"""Each figure against another reading of it: scipy's, or loops in float64."""
+"""The figures of `richkd.analysis.metrics` against scipy, torchmetrics, or loops in float64."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
-from torchmetrics.functional.classification import multiclass_calibration_error
+from torchmetrics.functional import classification
 
 from richkd.analysis import metrics
 from richkd.analysis.corruptions import relative_errors
+from richkd.core.accuracy import accuracy
 
 N, C = 400, 7
+Drawn = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @pytest.fixture
-def drawn(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logits [N,C], labels [N] without class 5, and probabilities of their own reckoning."""
+def drawn(rng: np.random.Generator) -> Drawn:
+    """Logits [N,C], labels [N] without class 5, and probabilities by scipy."""
     logits = rng.normal(0, 2, (N, C)).astype(np.float32)
     labels = rng.choice([0, 1, 2, 3, 4, 6], N)
     logits[np.arange(N), labels] += 1.5
     return logits, labels, scipy.special.softmax(logits.astype(np.float64), axis=1)
 
 
-def test_scores(drawn: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+def test_scores(drawn: Drawn) -> None:
     logits, labels, p = drawn
     found = metrics.score(torch.from_numpy(logits), torch.from_numpy(labels), 0.6)
     order = np.argsort(-logits, axis=1)
@@ -54,39 +56,70 @@ def test_scores(drawn: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     assert sum(found[cell] for cell in metrics.CELLS) == pytest.approx(1)
 
 
-def test_the_reliability_diagram_adds_up(drawn: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+def test_reliability_diagram(drawn: Drawn) -> None:
     logits, labels, p = drawn
     bins = metrics.reliability(torch.from_numpy(logits), torch.from_numpy(labels))
-    score = metrics.score(torch.from_numpy(logits), torch.from_numpy(labels), 0.5)
     assert sum(bin.count for bin in bins) == N
-    assert sum(bin.count * bin.accuracy for bin in bins) / N == pytest.approx(score["top1"])
-    error = sum(bin.count / N * abs(bin.confidence - bin.accuracy) for bin in bins)
-    assert error == pytest.approx(score["ece"], abs=1e-6)
     for bin in bins:
         low = math.ceil(bin.confidence * 15 - 1e-9) - 1
         inside = (p.max(1) > low / 15) & (p.max(1) <= (low + 1) / 15)
         assert bin.count == inside.sum()
         assert bin.confidence == pytest.approx(p.max(1)[inside].mean())
+        assert bin.accuracy == pytest.approx((logits.argmax(1) == labels)[inside].mean())
 
 
-def test_classes_and_confusions(drawn: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+def test_certain_predictions_fall_into_the_last_bin() -> None:
+    """A probability that float32 rounds to 1 shares the last bin with 0.95."""
+    logits = torch.zeros(200, 2)
+    logits[:100, 0] = 30.0
+    logits[100:, 0] = math.log(0.95 / 0.05)
+    labels = torch.zeros(200, dtype=torch.int64)
+    labels[:10] = 1
+    score = metrics.score(logits, labels, 0.5)
+    assert score["ece"] == pytest.approx(abs(0.95 - (0.5 * 1.0 + 0.5 * 0.95)), abs=1e-6)
+    assert score["top5"] == 1.0 and score["confident_wrong"] == 0.05
+
+
+def test_torchmetrics_agrees(drawn: Drawn) -> None:
+    logits, labels, p = (torch.from_numpy(array) for array in drawn)
+    ties = logits.round()
+    for k in (1, 2, 5):
+        by_torchmetrics = classification.multiclass_accuracy(
+            ties, labels, num_classes=C, top_k=k, average="micro"
+        )
+        assert accuracy(ties, labels, k) == by_torchmetrics.item(), k
+    counts = metrics.confusion(logits, labels)
+    expected = classification.multiclass_confusion_matrix(logits, labels, num_classes=C)
+    assert torch.equal(counts, expected)
+    for name, found in (
+        ("recall", metrics.class_accuracy(counts)),
+        ("precision", metrics.class_accuracy(counts.T)),
+    ):
+        figures = getattr(classification, f"multiclass_{name}")(
+            logits, labels, num_classes=C, average=None
+        )
+        torch.testing.assert_close(found.nan_to_num(0).float(), figures, msg=name)
+    ece = classification.multiclass_calibration_error(p, labels, num_classes=C, n_bins=15)
+    assert metrics.score(logits, labels, 0.5)["ece"] == pytest.approx(ece.item(), abs=1e-6)
+
+
+def test_classes_and_confusions(drawn: Drawn) -> None:
     logits, labels, _ = drawn
     names = [f"class {c}" for c in range(C)]
     predicted = logits.argmax(1)
     given = torch.from_numpy(logits), torch.from_numpy(labels)
-    by_class = metrics.class_accuracy(*given)
+    counts = metrics.confusion(*given).numpy()
+    assert math.isnan(metrics.class_accuracy(torch.from_numpy(counts))[5])
     table = {row["class"]: row for row in metrics.class_table(*given, names)}
-    assert math.isnan(by_class[5]) and "class 5" not in table
+    assert table.keys() == {*names} - {"class 5"}
     for c in (0, 1, 2, 3, 4, 6):
         hits = ((predicted == c) & (labels == c)).sum()
-        assert by_class[c].item() == pytest.approx(hits / (labels == c).sum())
         row = table[names[c]]
         assert row["count"] == (labels == c).sum()
-        assert row["recall"] == pytest.approx(by_class[c].item())
+        assert row["recall"] == pytest.approx(hits / (labels == c).sum())
         assert row["precision"] == pytest.approx(hits / (predicted == c).sum())
-    counts = np.zeros((C, C), int)
-    np.add.at(counts, (labels, predicted), 1)
-    assert metrics.confusion(*given).tolist() == counts.tolist()
+    (never,) = metrics.class_table(torch.tensor([[0.0, 1.0]]), torch.tensor([0]), ["a", "b"])
+    assert never == {"class": "a", "count": 1, "recall": 0.0, "precision": None}
     pairs = metrics.confusion_pairs(*given, names, most=5)
     np.fill_diagonal(counts, 0)
     assert [pair["count"] for pair in pairs] == sorted(counts.ravel(), reverse=True)[:5]
@@ -96,9 +129,7 @@ def test_classes_and_confusions(drawn: tuple[np.ndarray, np.ndarray, np.ndarray]
         assert pair["share"] == pytest.approx(pair["count"] / (labels == true).sum())
 
 
-def test_similarity_of_classes(
-    drawn: tuple[np.ndarray, np.ndarray, np.ndarray], rng: np.random.Generator
-) -> None:
+def test_similarity_of_classes(drawn: Drawn, rng: np.random.Generator) -> None:
     logits, labels, p = drawn
     features = rng.normal(size=(N, 11)).astype(np.float32)
     given = torch.from_numpy(labels)
@@ -124,29 +155,8 @@ def test_similarity_of_classes(
     assert metrics.rank_correlation(torch.eye(2), torch.eye(2)) is None
 
 
-def test_confidence_that_is_all_but_certain() -> None:
-    """Probabilities that f32 rounds to one are of the last bin, with those of 0.95."""
-    logits = torch.zeros(200, 2)
-    logits[:100, 0] = 30.0
-    logits[100:, 0] = math.log(0.95 / 0.05)
-    labels = torch.zeros(200, dtype=torch.int64)
-    labels[:10] = 1
-    score = metrics.score(logits, labels, 0.5)
-    assert score["ece"] == pytest.approx(abs(0.95 - (0.5 * 1.0 + 0.5 * 0.95)), abs=1e-6)
-    assert score["top5"] == 1.0 and score["confident_wrong"] == 0.05
-
-
-def test_torchmetrics_says_the_same(drawn: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-    logits, labels, p = drawn
-    other = multiclass_calibration_error(
-        torch.from_numpy(p), torch.from_numpy(labels), num_classes=C, n_bins=15
-    )
-    found = metrics.score(torch.from_numpy(logits), torch.from_numpy(labels), 0.5)["ece"]
-    assert found == pytest.approx(other.item(), abs=1e-6)
-
-
 def test_corruption_errors(rng: np.random.Generator) -> None:
-    """As Hendrycks and Dietterich (2019) define them, on two models' mistakes."""
+    """mCE and relative mCE as Hendrycks and Dietterich (2019) define them, of two models."""
     names = ["snow", "frost", "fog"]
     ours, theirs = ({name: rng.integers(200, 700, 5).tolist() for name in names} for _ in range(2))
     clean, other = 90, 150

@@ -1,4 +1,4 @@
-"""`richkd analyze`: every figure again from the plain arrays, and stores that lack something."""
+"""`richkd analyze`: its figures computed from the plain arrays, and caches without CLIP."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ import pytest
 import scipy.special
 import scipy.stats
 import zarr
+from helpers import Refusal
 from PIL import Image
 
-from richkd.analysis.teachers import ALPHAS, analyze, pictures
+from richkd.analysis.teachers import ALPHAS, analyze, images_as_png
+from richkd.report.analysis import WITHOUT_CLIP
 from richkd.store.reader import open_cache
 
 Run = Callable[..., Any]
-Fails = Callable[..., str]
+Fails = Callable[..., Refusal]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +117,7 @@ def test_classes_that_change(store: Path, analysis: dict[str, Any], arrays: dict
                 assert names[labels[sample]] == row["class"]
                 right = fused[sample].argmax() == labels[sample]
                 assert right == (kind == "gain")
-    shown = pictures(cache, "test", [3])
+    shown = images_as_png(cache, "test", [3])
     image = Image.open(io.BytesIO(b64decode(shown[3].partition(",")[2])))
     assert np.array_equal(np.array(image), cache.read("test/images")[3].numpy())
 
@@ -193,9 +195,13 @@ def test_the_command(run: Run, fails: Fails, store: Path, tmp_path: Path) -> Non
     shown = run("analyze", store, "--out", tmp_path)
     assert shown.out.splitlines()[-1] == str(tmp_path / f"{store.stem}-analysis.html")
     assert max(map(len, shown.out.splitlines()[:-1])) <= 80
-    assert "threshold = 1.5" in fails("analyze", store, "--threshold", 1.5)
-    assert "unknown split 'val'" in fails("analyze", store, "--split", "val")
-    assert "no store at" in fails("analyze", tmp_path / "nothing.zarr")
+    for words, code, value in (
+        ((store, "--threshold", 1.5), "value-out-of-range", "threshold = 1.5"),
+        ((store, "--split", "val"), "unknown-name", "'val'"),
+        ((tmp_path / "nothing.zarr",), "cache-missing", tmp_path / "nothing.zarr"),
+    ):
+        line = fails("analyze", *words)
+        assert line.code == code and str(value) in line
 
 
 def test_a_store_without_clip_says_what_it_can(
@@ -207,8 +213,8 @@ def test_a_store_without_clip_says_what_it_can(
     assert list(done.json["teachers"]) == ["cnn"] and done.json["blend"] is None
     assert done.json["consistency"]["cnn"].keys() == {"features"}
     page = (tmp_path / "plain-analysis.html").read_text()
-    assert "The store has no CLIP" in page
-    assert "has no CLIP" in run("analyze", store).err
+    assert 'id="scores"' in page and 'id="disagreement"' not in page
+    assert WITHOUT_CLIP in page and WITHOUT_CLIP in run("analyze", store).err
 
 
 @pytest.mark.slow

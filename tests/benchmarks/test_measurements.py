@@ -1,4 +1,4 @@
-"""The measurements in benchmarks/, small: what they train is what the product trains."""
+"""The scripts of benchmarks/ at a small size: they train what the commands train, and resume."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from test_distill import train
 
 ROOT = Path(__file__).parents[2]
 Make = Callable[..., Path]
+CPU = ("--device", "cpu")
 
 
 def script(name: str, *words: Any) -> str:
@@ -24,7 +25,7 @@ def script(name: str, *words: Any) -> str:
 
 
 @pytest.mark.slow
-def test_fewer_views_are_what_a_smaller_store_has(make_store: Make, tmp_path: Path) -> None:
+def test_fewer_views_are_those_of_a_smaller_cache(make_store: Make, tmp_path: Path) -> None:
     store, few = make_store(views=162), make_store(views=8)
     words = (
         store,
@@ -38,8 +39,7 @@ def test_fewer_views_are_what_a_smaller_store_has(make_store: Make, tmp_path: Pa
         "ce,kd",
         "--views",
         "8,162,online",
-        "--device",
-        "cpu",
+        *CPU,
     )
     out = script("views.py", *words)
     runs = json.loads((tmp_path / "v" / "views.json").read_text())["runs"]
@@ -62,7 +62,7 @@ def test_fewer_views_are_what_a_smaller_store_has(make_store: Make, tmp_path: Pa
 
 @pytest.mark.slow
 def test_the_table_of_methods(make_store: Make, tmp_path: Path) -> None:
-    store, few = make_store(limit=120), ("--epochs", 1, "--seeds", 1, "--device", "cpu")
+    store, few = make_store(limit=120), ("--epochs", 1, "--seeds", 1, *CPU)
     words = (store, "--out", tmp_path / "m", *few)
     out = script("methods.py", *words)
     rows = [line for line in out.splitlines() if line.startswith("| ")]
@@ -74,7 +74,7 @@ def test_the_table_of_methods(make_store: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_seconds_to_start(tmp_path: Path) -> None:
+def test_start_up_times_every_command(tmp_path: Path) -> None:
     out = script("start_up.py", "--rounds", 1, "--json", tmp_path / "s.json")
     commands = json.loads((tmp_path / "s.json").read_text())["commands"]
     assert [*commands] == ["--help", "inspect", "verify", "report", "distill"]
@@ -93,8 +93,7 @@ def test_steps_are_compared_by_seed(store: Path, tmp_path: Path) -> None:
         1,
         "--seeds",
         2,
-        "--device",
-        "cpu",
+        *CPU,
         "--modes",
         "eager/float32,eager/bfloat16",
     )

@@ -1,4 +1,4 @@
-"""The pages of `richkd analyze` and `richkd evaluate` in a browser, and in a sweep's report."""
+"""The pages of `richkd analyze` and `richkd evaluate` in a browser, and evaluations in reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from richkd.core.progress import Report
 from richkd.sweep.run import run_sweep
 
 Run = Callable[..., Any]
-VIEWS = [(1280, "light"), (500, "dark")]  # Chromium's least
+CPU = ("--device", "cpu")
+VIEWS = [(1280, "light"), (500, "dark")]  # Chromium has no narrower windows
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +33,15 @@ def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(page: Path, tmp_path: Path, width: int, scheme: str) -> str:
-    """The page's elements in a window of a width; its scripts have nothing to complain of."""
+    """The page's elements in a window of a width, after scripts that log nothing."""
     dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
     dom, console = chromium(page, tmp_path, f"--window-size={width},4000", *dark)
     assert console == ""
     return dom
 
 
-def drawn(dom: str, names: set[str], width: int) -> None:
-    """Each plot is there, was drawn, and fits the window."""
+def assert_drawn(dom: str, names: set[str], width: int) -> None:
+    """Assert that exactly these plots were drawn and fit the window."""
     tags = [tag for tag in re.finditer(r"<div[^>]*>", dom) if "js-plotly-plot" in tag[0]]
     by_name = {re.findall(r' id="([^"]+)"', tag[0])[0]: tag for tag in tags}
     assert by_name.keys() == names
@@ -68,7 +69,7 @@ def test_the_analysis_in_a_browser(
     assert done.code == 0, done.err
     page = Path(done.json["files"]["html"])
     dom = opened(page, tmp_path, width, scheme)
-    drawn(
+    assert_drawn(
         dom,
         {
             "confidence",
@@ -96,21 +97,10 @@ def test_the_evaluation_in_a_browser(
     run: Run, runs: Path, tmp_path: Path, width: int, scheme: str
 ) -> None:
     paths = sorted(path.parent for path in runs.rglob("summary.json"))
-    done = run(
-        "evaluate",
-        *paths,
-        "--corruptions",
-        "--limit",
-        5,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path,
-        "--json",
-    )
+    done = run("evaluate", *paths, "--corruptions", "--limit", 5, *CPU, "--out", tmp_path, "--json")
     assert done.code == 0, done.err
     dom = opened(Path(done.json["files"]["html"]), tmp_path, width, scheme)
-    drawn(dom, {"confidence", "reliability", "corruptions"}, width)
+    assert_drawn(dom, {"confidence", "reliability", "corruptions"}, width)
     assert len(cells(dom, "scores")) == len(cells(dom, "corruptions")) == 4
     assert len(cells(dom, "differences")) == 3
     assert len(cells(dom, "classes-1")) == len(done.json["runs"][0]["classes"])
@@ -118,16 +108,16 @@ def test_the_evaluation_in_a_browser(
 
 @pytest.mark.slow
 def test_the_report_shows_what_was_evaluated(run: Run, runs: Path, tmp_path: Path) -> None:
-    """Mean over seeds, of rows whose runs were all evaluated."""
+    """As means over seeds, for rows whose runs were all evaluated."""
     ignore = shutil.ignore_patterns("evaluation.*")
     folder = Path(shutil.copytree(runs, tmp_path / "runs", ignore=ignore))
     assert "ECE" not in page_of(run, folder)
     kd = sorted(path.parent for path in folder.rglob("summary.json") if "-kd-" in str(path))
     assert len(kd) == 2
-    assert run("evaluate", kd[0], "--device", "cpu").code == 0
+    assert run("evaluate", kd[0], *CPU).code == 0
     assert "ECE" not in page_of(run, folder)  # of one seed only
     for path in kd:
-        assert run("evaluate", path, "--device", "cpu").code == 0
+        assert run("evaluate", path, *CPU).code == 0
     errors = [json.loads((path / "evaluation.json").read_text())["ece"] for path in kd]
     page = page_of(run, folder)
     assert f"{100 * np.mean(errors):.2f} ± {100 * np.std(errors, ddof=1):.2f}" in page

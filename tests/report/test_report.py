@@ -1,4 +1,4 @@
-"""The report: its statistics against scipy's, the page in a browser, and what it refuses."""
+"""`richkd report`: its statistics against scipy's, the page in a browser, and refusals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import math
 import re
 import shlex
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,25 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from helpers import chromium
+from helpers import Refusal, chromium
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from richkd.analysis.results import leaderboard, paired_difference
 from richkd.models import create_model
 from richkd.report.cost import student_cost
+from richkd.report.rows import Evaluated, comparable
 from richkd.training.run_folders import Run as RunFolderRead
 from richkd.training.run_folders import load_run
 
 Run = Callable[..., Any]
-Fails = Callable[..., str]
+INTERRUPTED = "a-run-of-resnet8"  # comes first
+Fails = Callable[..., Refusal]
+CPU = ("--device", "cpu")
 
 
 @pytest.fixture(scope="module")
 def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two students by three methods with two seeds, and a run that was cut off."""
+    """Two students by three methods with two seeds, and an interrupted run before them."""
     from richkd.config.settings import Sweep
     from richkd.core.progress import Report
     from richkd.sweep.run import run_sweep
@@ -44,9 +46,8 @@ def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         students=("resnet8", "wrn_16_1"), methods=("ce", "kd", "richkd"), seeds=2, out=str(folder)
     )
     run_sweep(grid, None, flags, report=Report(quiet=True))
-    cut = folder / "shapes-resnet14-kd-s0"
-    shutil.copytree(folder / "shapes-resnet8-kd-s0", cut)
-    (cut / "summary.json").unlink()
+    shutil.copytree(folder / "shapes-resnet8-kd-s0", folder / INTERRUPTED)
+    (folder / INTERRUPTED / "summary.json").unlink()
     return folder
 
 
@@ -77,7 +78,7 @@ def test_the_page_in_a_browser(
     for row, record in zip(rows, expected, strict=True):
         mean, std = (100 * record[f"top1_last_{part}"] for part in ("mean", "std"))
         assert row[2] == f"{mean:.2f} ± {std:.2f}" and row[5] == "2"
-    # three costs, the differences and a curve a student, each drawn
+    # every plot was drawn: three costs, the differences, and the curves of each student
     assert len(re.findall(r'class="main-svg"[^>]*>', dom)) >= 6
     for name in (
         "pareto-parameters",
@@ -92,7 +93,7 @@ def test_the_page_in_a_browser(
         drawn = re.compile(r'class="main-svg"[^>]* width="(\d+)').search(dom, tag.end())
         columns = 1 if width < 700 or name == "differences" else 2  # at least
         assert drawn and int(drawn[1]) <= width / columns, name
-    assert "shapes-resnet14-kd-s0 (3 of 3 epochs)" in dom
+    assert f"{INTERRUPTED} (3 of 3 epochs)" in dom
     assert "src=" not in page.read_text().split("</head>")[0].split("<script>")[0]
 
 
@@ -152,10 +153,12 @@ def test_csv_and_json_say_the_same(run: Run, runs: Path, tmp_path: Path) -> None
         assert line["minus_kd_mean"] == (
             "" if row["minus_kd_mean"] is None else str(row["minus_kd_mean"])
         )
-    assert saved["incomplete"] == [
-        {"run": str(runs / "shapes-resnet14-kd-s0"), "epochs_done": 3, "epochs": 3}
-    ]
+    assert saved["incomplete"] == [{"run": str(runs / INTERRUPTED), "epochs_done": 3, "epochs": 3}]
     assert saved["teachers"].keys() == {"cnn", "clip", "fused"}
+    parameters = {row["student"]: row["parameters"] for row in saved["leaderboard"]}
+    for student, found in parameters.items():
+        summary = json.loads((runs / f"shapes-{student}-kd-s0" / "summary.json").read_text())
+        assert found == summary["parameters"], student
 
 
 def test_the_command_repeats_the_run(run: Run, runs: Path, tmp_path: Path) -> None:
@@ -164,7 +167,7 @@ def test_the_command_repeats_the_run(run: Run, runs: Path, tmp_path: Path) -> No
     assert read is not None
     words = shlex.split(read.command([1]))
     assert words[0] == "richkd" and words[-2:] == ["--seed", "1"]
-    done = run(*words[1:], "--out", tmp_path / "again", "--device", "cpu")
+    done = run(*words[1:], "--out", tmp_path / "again", *CPU)
     assert done.code == 0, done.err
     same = (path / "last.safetensors").read_bytes()
     assert (tmp_path / "again" / "last.safetensors").read_bytes() == same
@@ -208,6 +211,19 @@ def test_the_command_repeats_the_run(run: Run, runs: Path, tmp_path: Path) -> No
     ]
 
 
+def test_evaluations_compare_on_the_same_images_only() -> None:
+    def found(images: tuple[int, float], source: str | None = None) -> Evaluated:
+        corrupted = (0.5, 0.1) if source else None
+        return Evaluated(images=images, ece=(0.1, 0.0), source=source, corrupted=corrupted)
+
+    ours, others = (100, 0.0), (50, 0.2)
+    given = [None, found(ours), found(others, "y"), found(ours, "x"), found(ours, "y")]
+    kept, note = comparable(given)
+    assert kept == [None, found(ours), None, found(ours, "x"), found(ours)]
+    assert all(value in note for value in ("100", "x", "2 rows"))
+    assert comparable([None]) == ([None], "")
+
+
 def test_costs_are_counted(runs: Path) -> None:
     read = load_run(runs / "shapes-resnet8-ce-s0")
     assert read is not None
@@ -228,14 +244,7 @@ def test_costs_are_counted(runs: Path) -> None:
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
             module.register_forward_hook(count)
     model.eval()(torch.zeros(1, 3, 32, 32))
-    assert cost.multiply_adds == adds
-    model.eval()
-    start = time.perf_counter()
-    with torch.inference_mode():
-        for _ in range(20):
-            model(torch.zeros(1, 3, 32, 32))
-    own = (time.perf_counter() - start) / 20 * 1000
-    assert own / 10 < cost.latency_ms < own * 10
+    assert cost.multiply_adds == adds and cost.latency_ms > 0
 
 
 def test_tensorboard_files_hold_the_metrics(run: Run, runs: Path, tmp_path: Path) -> None:
@@ -260,45 +269,39 @@ def test_names_are_text_on_the_page(run: Run, runs: Path, tmp_path: Path) -> Non
     assert evil not in page and html.escape(evil) in page
 
 
-# --- mistakes ------------------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------------
 
 
-def test_mistakes(fails: Fails, runs: Path, make_store: Any, tmp_path: Path, run: Run) -> None:
-    assert "no folder nowhere; richkd sweep makes runs" in fails("report", "nowhere")
+def test_refusals(fails: Fails, runs: Path, make_store: Any, tmp_path: Path, run: Run) -> None:
+    def refused(code: str, *words: object, says: tuple[object, ...]) -> None:
+        line = fails("report", *words)
+        assert line.code == code, line
+        assert all(str(value) in line for value in says), line
+
+    refused("runs-missing", "nowhere", says=("nowhere", "richkd sweep"))
     (tmp_path / "empty").mkdir()
-    assert "no runs in" in fails("report", tmp_path / "empty")
+    refused("runs-missing", tmp_path / "empty", says=(tmp_path / "empty",))
 
     folder = tmp_path / "mixed"
     shutil.copytree(runs / "shapes-resnet8-ce-s0", folder / "mine")
     other = make_store(limit=40, out=str(tmp_path / "other.zarr"))
-    words = [
-        "--cache",
-        other,
-        "--student",
-        "resnet8",
-        "--method",
-        "kd",
-        "--epochs",
-        1,
-        "--device",
-        "cpu",
-    ]
+    words = ["--cache", other, "--student", "resnet8", "--method", "kd", "--epochs", 1, *CPU]
     assert run("distill", *words, "--out", folder / "other").code == 0
-    line = fails("report", folder)
-    assert "different stores" in line and str(other) in line and "--cache" in line
+    refused("runs-of-several-caches", folder, says=(folder, other, "--cache"))
     done = run("report", folder, "--cache", other, "--json")
     assert [row["method"] for row in done.json["leaderboard"]] == ["kd"]
     third = make_store(limit=32, out=str(tmp_path / "third.zarr"))
-    assert "was trained on" in fails("report", folder, "--cache", third)
+    refused("runs-missing", folder, "--cache", third, says=(folder, third))
 
     (folder / "mine" / "summary.json").write_text("{}")
-    assert "is damaged (summary.json lacks" in fails("report", folder)
+    refused("run-damaged", folder, says=(folder / "mine", "summary.json", "top1_last"))
     (folder / "mine" / "summary.json").write_text("{")
-    assert "is damaged" in fails("report", folder)
+    refused("run-damaged", folder, says=(folder / "mine",))
 
 
-def test_runs_that_are_not_complete_make_a_page_too(run: Run, runs: Path, tmp_path: Path) -> None:
-    shutil.copytree(runs / "shapes-resnet14-kd-s0", tmp_path / "runs" / "cut")
+def test_incomplete_runs_alone_make_a_page(run: Run, runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / INTERRUPTED, tmp_path / "runs" / "cut")
     done = run("report", tmp_path / "runs", "--json")
     assert done.code == 0 and done.json["leaderboard"] == []
-    assert "No run is complete yet" in (tmp_path / "runs" / "report.html").read_text()
+    page = (tmp_path / "runs" / "report.html").read_text()
+    assert 'id="leaderboard"' not in page and "runs/cut (3 of 3 epochs)" in page
