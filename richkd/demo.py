@@ -20,7 +20,7 @@ from richkd.report.analysis import show_scores, write_analysis
 from richkd.store.locations import open_location
 from richkd.store.writer import check_target
 from richkd.teachers.cnn import check_output, remove_trained
-from richkd.training.checkpoint import RunFolder
+from richkd.training.run_folder import RunFolder
 
 LABELLED = 1000
 TEACHER_EPOCHS = 24
@@ -112,7 +112,7 @@ def check_folder(folder: Path, seed: int, *, overwrite: bool) -> None:
     if overwrite:
         check_target(open_location(folder / STORE), overwrite)
         for method in METHODS:
-            RunFolder(folder / f"resnet8-{method}-s{seed}").check({}, "", overwrite=True)
+            RunFolder(folder / f"resnet8-{method}-s{seed}").check_place(overwrite=True)
         remove_trained(teacher)
     elif teacher.is_file() and (was := read_note(teacher).get("seed")) != str(seed):
         raise RichKDError(

@@ -113,9 +113,9 @@ def test_resumed_run_ends_in_the_same_weights(
     whole = train(store, tmp_path / "whole", method=method, epochs=4)
     target, after = {
         "in an epoch": ("richkd.training.loop.Trainer.end_epoch", 2),
-        "before the first checkpoint": ("richkd.training.checkpoint.save_tensors", 1),
-        "before a checkpoint": ("richkd.training.checkpoint.save_tensors", 4),
-        "before the summary": ("richkd.training.checkpoint.RunFolder.finish", 0),
+        "before the first checkpoint": ("richkd.training.checkpoint.save_tensors", 0),
+        "before a checkpoint": ("richkd.training.checkpoint.save_tensors", 2),
+        "before the summary": ("richkd.training.run_folder.RunFolder.finish", 0),
     }[where]
     module, _, name = target.rpartition(".")
     original = getattr(sys.modules.get(module) or _resolve(module), name)

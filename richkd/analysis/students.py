@@ -45,9 +45,10 @@ from richkd.data.inputs import Batches, Normalize, make_inputs
 from richkd.data.views import ResizedCropFlip, views_tensor
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.training.device import choose_device
+from richkd.training.identity import RunIdentity
 from richkd.training.images import load_images
 from richkd.training.loop import EVAL_BATCH, predict
-from richkd.training.run_folders import Run, complete_run, load_student
+from richkd.training.run_folder import Run, complete_run, load_student
 from richkd.training.targets import held_out
 
 
@@ -213,9 +214,9 @@ def open_store_of(runs: Sequence[Run], cache: str | None) -> TeacherCache:
             code="run-cache-missing",
         )
     store = open_cache(named)
-    fingerprint = store.manifest["dataset"]["fingerprint"][:16]
+    of_cache = RunIdentity.of(store)
     for run in runs:
-        if run.identity.split(", ")[0] != fingerprint:
+        if run.identity.dataset != of_cache.dataset:
             raise RichKDError(
                 f"{run.path} was trained on other data than {named} holds; evaluate runs of one "
                 f"data set at a time, and with a store of it",

@@ -15,7 +15,7 @@ from richkd.report.cost import Cost, student_cost
 from richkd.report.evaluation import Evaluated, evaluated
 from richkd.report.sweep import render
 from richkd.report.tensorboard import write_tensorboard
-from richkd.training.run_folders import load_runs
+from richkd.training.run_folder import load_runs
 
 FILES: dict[str, Ours] = {
     "report.html": is_page,

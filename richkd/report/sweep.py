@@ -14,7 +14,7 @@ from richkd.report.cost import Cost
 from richkd.report.evaluation import Evaluated
 from richkd.report.page import as_json, fill
 from richkd.training.device import hardware
-from richkd.training.run_folders import Run
+from richkd.training.run_folder import Run
 
 
 def render(

@@ -20,14 +20,14 @@ from richkd.core.progress import percent
 from richkd.losses.method import METHODS, TARGET
 from richkd.store.reader import TeacherCache
 from richkd.sweep.entries import Entry
-from richkd.training.checkpoint import RunFolder
+from richkd.training.identity import RunIdentity
 from richkd.training.loop import score_of
+from richkd.training.run_folder import RunFolder
 from richkd.training.source import method_of
 from richkd.training.student import (
     check_reads,
     check_version,
     choice_images,
-    identity,
     with_defaults,
 )
 from richkd.training.targets import choice_samples
@@ -93,7 +93,7 @@ def check_grid(grid: Sequence[Distill], cache: TeacherCache) -> list[Entry]:
         check_reads(cache, settings)
         folder = RunFolder(Path(settings.out))
         check_version(folder, settings)
-        recorded = to_table(settings), identity(cache)
+        recorded = to_table(settings), RunIdentity.of(cache)
         folder.check(*recorded, overwrite=False)
         if settings.holdout:
             choice_samples(cache, settings.holdout)  # refuses a share that leaves no image

@@ -36,9 +36,10 @@ from richkd.store.reader import TeacherCache
 from richkd.sweep.board import Board
 from richkd.sweep.entries import FAILURES, Entry, describe_failure
 from richkd.sweep.grid import scores_until
-from richkd.training.checkpoint import RunFolder
+from richkd.training.identity import RunIdentity
+from richkd.training.run_folder import RunFolder
 from richkd.training.source import Source, build_student
-from richkd.training.student import StudentRun, identity
+from richkd.training.student import StudentRun
 
 ATTEMPTS = 4  # of a run whose worker is lost each time
 CONNECT_S = 10.0
@@ -368,7 +369,7 @@ def train(
             wait_until_free(run.path)
         source = shared_source(settings.cache, settings.dataset, settings.data_root, share.device)
         if run.complete:  # and the driver was not told
-            run.check_same(to_table(settings), identity(source.cache))
+            run.check_same(to_table(settings), RunIdentity.of(source.cache))
         else:
             yield from train_run(source, settings, last)
         summary = run.summary()

@@ -29,7 +29,7 @@ from richkd.sweep.board import Board, Engine, show_plan
 from richkd.sweep.entries import Entry
 from richkd.sweep.grid import check_grid, first_settings, make_grid, rungs, stop_hopeless
 from richkd.sweep.local import LocalEngine
-from richkd.training.checkpoint import RunFolder
+from richkd.training.run_folder import RunFolder
 from richkd.training.source import Source
 from richkd.training.student import (
     log_few_views,

@@ -18,21 +18,22 @@ from richkd.core.errors import RichKDError
 from richkd.core.files import locked
 from richkd.core.progress import Advance, Report, percent
 from richkd.core.versions import versions
-from richkd.data.framing import NetworkInput
 from richkd.losses.method import TARGET
 from richkd.store.reader import TeacherCache
-from richkd.store.schema import student_input, teacher_accuracies, teacher_input
-from richkd.training.checkpoint import Best, Progress, RunFolder, Saving
+from richkd.store.schema import teacher_accuracies
+from richkd.training.checkpoint import Best, Progress, Saving
 from richkd.training.data import EpochRows
 from richkd.training.device import (
     cuda,
     hardware,
 )
+from richkd.training.identity import RunIdentity
 from richkd.training.loop import (
     EpochRecord,
     Trainer,
 )
 from richkd.training.precision import advice, is_open, time_precisions
+from richkd.training.run_folder import RunFolder
 from richkd.training.source import Source, method_of
 from richkd.training.targets import describe_target
 
@@ -61,7 +62,7 @@ class StudentRun:
         self.folder = RunFolder(Path(settings.out))
         if not overwrite:
             check_version(self.folder, settings)
-        recorded = to_table(settings), identity(cache)
+        recorded = to_table(settings), RunIdentity.of(cache)
         self.folder.check(*recorded, overwrite=overwrite)
         self.trainer, self.rows, self.target = source.trainer(settings, self._say)
         with ExitStack() as stack:
@@ -69,7 +70,7 @@ class StudentRun:
             resumed = self.folder.begin(*recorded, overwrite=overwrite)
             self.progress = self._resume() if resumed else Progress()
             self._held = stack.pop_all()
-        self._saving = Saving(beside=cuda(source.device))
+        self._saving = Saving(threaded=cuda(source.device))
         self.record: EpochRecord | None = None  # of the last epoch trained here
         self._before = self.progress  # what was done when this process began
 
@@ -239,7 +240,7 @@ def completed(settings: Distill, cache: TeacherCache, report: Report) -> dict[st
     if not run.complete:
         return None
     check_version(run, settings)
-    run.check(to_table(settings), identity(cache), overwrite=False)
+    run.check(to_table(settings), RunIdentity.of(cache), overwrite=False)
     run.tidy()
     report.log(f"{run.path} is complete already; --overwrite begins it anew")
     return run.summary()
@@ -287,24 +288,6 @@ def check_reads(cache: TeacherCache, settings: Distill) -> None:
             f"--target out",
             code="target-not-taken",
         )
-
-
-def identity(cache: TeacherCache) -> str:
-    """What a run trains on: the data, the teachers and the views."""
-    manifest = cache.manifest
-    clip = manifest["clip"]
-    parts = [
-        manifest["dataset"]["fingerprint"][:16],
-        manifest["teacher"]["sha256"][:16],
-        clip["sha256"][:16] if clip else "none",
-        f"{manifest['views']['count']} views of seed {manifest['views']['seed']}",
-        f"alpha {manifest['alpha']} scale {manifest['scale']} {manifest['dtype']}",
-    ]
-    if (seen := teacher_input(manifest)) != student_input(manifest):
-        parts.append(f"the teacher sees {NetworkInput.of(seen)}")
-    if "keep" in manifest:
-        parts.append(f"top {manifest['keep']} at {manifest['keep_temperature']:g}")
-    return ", ".join(parts)
 
 
 def choice_images(cache: TeacherCache, settings: Distill) -> str:

@@ -29,7 +29,7 @@ from richkd.data.folders import Paths
 from richkd.distill import distill
 
 Run = Callable[..., Any]
-Fails = Callable[..., str]
+Fails = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -523,7 +523,7 @@ def test_what_cannot_be_evaluated(
     tmp_path: Path,
     make_store: Callable[..., Path],
 ) -> None:
-    assert "is no run folder" in fails("evaluate", tmp_path)
+    assert fails("evaluate", tmp_path).code == "run-missing"
     assert "threshold = 0.0" in fails("evaluate", runs[0], "--threshold", 0)
     assert "limit = 0" in fails("evaluate", runs[0], "--limit", 0)
     assert "seed = -1" in fails("evaluate", runs[0], "--corruptions", "--seed", -1)
@@ -540,7 +540,7 @@ def test_what_cannot_be_evaluated(
     cut = tmp_path / "cut"
     shutil.copytree(runs[0], cut)
     (cut / "summary.json").unlink()
-    assert "is not complete" in fails("evaluate", cut)
+    assert fails("evaluate", cut).code == "run-incomplete"
     (moved / "evaluation.json").write_text('{"held_out": 0.0, "samples": 3}')
     assert "evaluation.json is damaged (ece is missing)" in fails("report", moved)
     summary = json.loads((moved / "summary.json").read_text())

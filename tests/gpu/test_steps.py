@@ -15,7 +15,7 @@ from test_distill import metrics, train, weights
 
 from richkd.losses import METHODS
 from richkd.models import create_model
-from richkd.training.checkpoint import RunFolder
+from richkd.training.run_folder import RunFolder
 from richkd.training.source import Placement, Source
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

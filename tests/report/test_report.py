@@ -24,11 +24,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from richkd.analysis.results import leaderboard, paired_difference
 from richkd.models import create_model
 from richkd.report.cost import student_cost
-from richkd.training.run_folders import Run as RunFolderRead
-from richkd.training.run_folders import load_run
+from richkd.training.run_folder import Run as RunFolderRead
+from richkd.training.run_folder import load_run
 
 Run = Callable[..., Any]
-Fails = Callable[..., str]
+Fails = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_the_command_repeats_the_run(run: Run, runs: Path, tmp_path: Path) -> No
     assert loop.startswith("for seed in 0 1; do richkd distill") and loop.endswith("$seed; done")
     odd = RunFolderRead(
         path=path,
-        identity="i",
+        identity=read.identity,
         metrics=[],
         summary=None,
         settings={
@@ -264,9 +264,9 @@ def test_names_are_text_on_the_page(run: Run, runs: Path, tmp_path: Path) -> Non
 
 
 def test_mistakes(fails: Fails, runs: Path, make_store: Any, tmp_path: Path, run: Run) -> None:
-    assert "no folder nowhere; richkd sweep makes runs" in fails("report", "nowhere")
+    assert (line := fails("report", "nowhere")).code == "runs-missing" and "nowhere" in line
     (tmp_path / "empty").mkdir()
-    assert "no runs in" in fails("report", tmp_path / "empty")
+    assert fails("report", tmp_path / "empty").code == "runs-missing"
 
     folder = tmp_path / "mixed"
     shutil.copytree(runs / "shapes-resnet8-ce-s0", folder / "mine")
@@ -285,11 +285,11 @@ def test_mistakes(fails: Fails, runs: Path, make_store: Any, tmp_path: Path, run
     ]
     assert run("distill", *words, "--out", folder / "other").code == 0
     line = fails("report", folder)
-    assert "different stores" in line and str(other) in line and "--cache" in line
+    assert line.code == "runs-of-several-caches" and str(other) in line and "--cache" in line
     done = run("report", folder, "--cache", other, "--json")
     assert [row["method"] for row in done.json["leaderboard"]] == ["kd"]
     third = make_store(limit=32, out=str(tmp_path / "third.zarr"))
-    assert "was trained on" in fails("report", folder, "--cache", third)
+    assert fails("report", folder, "--cache", third).code == "runs-missing"
 
     (folder / "mine" / "summary.json").write_text("{}")
     assert "is damaged (summary.json lacks" in fails("report", folder)

@@ -20,8 +20,8 @@ from richkd.config.settings import Distill
 from richkd.core.progress import Report
 from richkd.models import create_model
 from richkd.training import runners
-from richkd.training.checkpoint import RunFolder
 from richkd.training.loop import Trainer, epoch_order, learning_rate
+from richkd.training.run_folder import RunFolder
 from richkd.training.source import Source
 from richkd.training.student import StudentRun, with_defaults
 
@@ -298,7 +298,7 @@ def test_checkpoints_beside_the_next_epoch(
 
     train(store, tmp_path / "at once", method="richkd", epochs=4)
     original = checkpoint.Saving.__init__
-    monkeypatch.setattr(checkpoint.Saving, "__init__", lambda self, beside: original(self, True))
+    monkeypatch.setattr(checkpoint.Saving, "__init__", lambda self, threaded: original(self, True))
     train(store, tmp_path / "beside", method="richkd", epochs=4)
     assert same(weights(tmp_path / "at once"), weights(tmp_path / "beside"))
     assert tree(tmp_path / "at once").keys() == tree(tmp_path / "beside").keys()
