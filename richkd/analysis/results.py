@@ -8,11 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from richkd.config.settings import recorded_holdout
 from richkd.core.progress import Report, duration, percent
+from richkd.training.run_folder import configuration
 
-# Settings that say where a run is, not what it is.
-PLACES = ("seed", "out", "cache", "device", "step", "dataset", "data_root")
 # Settings of what a student is taught; the others are of how it is trained.
 TEACHING = ("method", "options", "target", "alpha", "scale", "prompts", "clip_head")
 # What is said of best epochs, by the images that they were chosen on.
@@ -113,8 +111,7 @@ def leaderboard(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> 
     """
     groups: dict[str, tuple[dict[str, Any], dict[int, Mapping[str, Any]]]] = {}
     for settings, summary in runs:
-        own = {name: value for name, value in settings.items() if name not in PLACES}
-        own["holdout"] = recorded_holdout(settings)
+        own = configuration(settings)
         if "tested" not in summary:  # which trained some methods otherwise
             own["version"] = "an earlier one"
         group = groups.setdefault(repr(sorted(own.items())), (own, {}))

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from richkd.config.settings import (
-    Distill,
-)
+from richkd.config.settings import Distill, to_table
 from richkd.core.errors import RichKDError, machine_fault
 from richkd.training.precision import StepTimes
+from richkd.training.run_folder import configuration
 
 # What may befall one run and leave the others whole: divergence, too little memory, …
 FAILURES = (RichKDError, RuntimeError, MemoryError)
@@ -46,6 +45,11 @@ class Entry:
     def label(self) -> str:
         """The run in a few words."""
         return Path(self.settings.out).name
+
+    @property
+    def configuration(self) -> str:
+        """A key that runs share which differ in their seed only."""
+        return repr(sorted(configuration(to_table(self.settings)).items()))
 
     @property
     def progress(self) -> str:

@@ -142,9 +142,8 @@ def stop_hopeless(entries: Sequence[Entry], epoch: int, halving: int) -> None:
     students: dict[str, dict[str, list[Entry]]] = {}
     for entry in entries:
         if entry.state != "failed":
-            configuration = entry.label.rpartition("-s")[0]
             of_student = students.setdefault(entry.settings.student, {})
-            of_student.setdefault(configuration, []).append(entry)
+            of_student.setdefault(entry.configuration, []).append(entry)
     for configurations in students.values():
         accuracies = {
             name: statistics.fmean(entry.scores[epoch] for entry in runs)

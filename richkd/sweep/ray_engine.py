@@ -238,7 +238,7 @@ class RayEngine:
         self.task = ray.remote(
             num_cpus=share.cpus, num_gpus=share.gpus, num_returns="streaming", max_retries=0
         )(train)
-        self.losses = Counter[str]()  # workers, by the label of the run
+        self.losses = Counter[str]()  # of workers, by run folder
         self.said: set[str] = set()
 
     def describe(self, entries: Sequence[Entry]) -> str:
@@ -269,7 +269,7 @@ class RayEngine:
 
     def hand_out(self, entry: Entry, last: int) -> Any:
         """The stream of what the run's worker tells, once it has one."""
-        again = self.losses[entry.label] > 0
+        again = self.losses[entry.settings.out] > 0
         return self.task.remote(entry.settings, last, self.folder, self.share, again)
 
     def follow(self, stream: Any, entry: Entry, board: Board) -> bool:
@@ -293,7 +293,7 @@ class RayEngine:
 
     def note(self, progress: Progress, entry: Entry, board: Board) -> None:
         """A run is that far; a worker's lines are said once, whichever worker says them."""
-        if progress.epoch_s is None and self.losses[entry.label]:
+        if progress.epoch_s is None and self.losses[entry.settings.out]:
             goes_on = f"goes on after epoch {progress.done}" if progress.done else "begins anew"
             board.log(f"{entry.label} {goes_on}")
         entry.state, entry.done, entry.scores = "training", progress.done, {**progress.scores}
@@ -306,9 +306,9 @@ class RayEngine:
 
     def lose(self, entry: Entry, error: RayError, board: Board) -> None:
         """A run's worker is gone; after too many of them the run has failed."""
-        self.losses[entry.label] += 1
+        self.losses[entry.settings.out] += 1
         reason = str(error).splitlines()[0].partition(". ")[0]
-        if self.losses[entry.label] < ATTEMPTS:
+        if self.losses[entry.settings.out] < ATTEMPTS:
             entry.state = "waiting"
             board.log(f"{entry.label}: its worker was lost ({reason}); another one takes over")
         else:
