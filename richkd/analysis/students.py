@@ -43,6 +43,8 @@ from richkd.data.decoding import Decoding, describe_decoding
 from richkd.data.folders import Listing, find_images, list_images
 from richkd.data.inputs import Batches, Normalize, make_inputs
 from richkd.data.views import ResizedCropFlip, views_tensor
+from richkd.store.folder import Folder
+from richkd.store.locations import open_location
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.training.device import choose_device
 from richkd.training.identity import RunIdentity
@@ -201,16 +203,17 @@ def describe_logits(
 
 
 def open_store_of(runs: Sequence[Run], cache: str | None) -> TeacherCache:
-    """The store that the first run names, or `cache`; it and all runs are of the same data.
+    """Open the cache that the first run names, or `cache`, and check that all runs are of its data.
 
     Raises:
-        RichKDError: it is gone, or of other data than a run.
+        RichKDError: it is missing or cannot be opened, or a run was trained on other data.
     """
     named = cache or str(runs[0].settings["cache"])
-    if not Path(named).exists():
+    location = open_location(named)
+    if isinstance(location, Folder) and not Path(named).exists():
         raise RichKDError(
-            f"{runs[0].path} was trained from {named}, which is gone; say where the store is with "
-            f"--cache",
+            f"{runs[0].path} was trained from {named}, which does not exist; give the cache's "
+            f"location with --cache",
             code="run-cache-missing",
         )
     store = open_cache(named)
@@ -232,15 +235,15 @@ def prepare(run: Run, store: TeacherCache, weights: str, device: torch.device) -
     for number, (own, other) in enumerate(pairs):
         if own != other:
             raise RichKDError(
-                f"class {number} is {own!r} to {run.path} and {other!r} to {store.path}; name the "
-                f"store that the run was trained from with --cache",
+                f"class {number} is {own!r} to {run.path} and {other!r} to {store.location}; name "
+                f"the cache that the run was trained from with --cache",
                 code="run-class-differs",
             )
     for what in ("image_size", "num_classes"):
         of_store = store.num_classes if what == "num_classes" else store.manifest["image_size"]
         if summary[what] != of_store:
             raise RichKDError(
-                f"{run.path} was trained with {what} = {summary[what]}, {store.path} has "
+                f"{run.path} was trained with {what} = {summary[what]}, {store.location} has "
                 f"{of_store}; name the store that the run was trained from with --cache",
                 code="run-input-differs",
             )
@@ -332,7 +335,7 @@ def shift_classes(
     if strange:
         more = f", nor have {len(strange) - 1} more" if len(strange) > 1 else ""
         raise RichKDError(
-            f"{folder / strange[0]}: no class of {store.path} has this name "
+            f"{folder / strange[0]}: no class of {store.location} has this name "
             f"({nearest(plain(strange[0]), by_name)}){more}; name the folders as the classes, or "
             f"all of them by numbers from 0",
             code="shift-class-unknown",
@@ -343,8 +346,8 @@ def shift_classes(
                 f"{number} ({own.get(number, names[number])})" for number in sorted(places)
             )
             raise RichKDError(
-                f"{folder / name}: the classes {which} of {store.path} have this name; name the "
-                f"folder as that of the class",
+                f"{folder / name}: the classes {which} of {store.location} have this name; name "
+                f"the folder as that of the class",
                 code="shift-class-ambiguous",
             )
     return [min(places) for places in classes]

@@ -10,11 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fake_hub
+import fake_s3
 import numpy as np
+import obstore
 import pytest
 import scipy.stats
 import torch
-from helpers import write_teacher
+from helpers import tree, write_teacher
+from obstore.store import from_url
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -498,7 +502,7 @@ SHIFTS = [
 def test_folders_are_matched_by_folder_then_by_name(
     names: tuple[str, ...], folders: tuple[str, ...] | None, found: str, wanted: int | str
 ) -> None:
-    store: Any = SimpleNamespace(manifest={"class_names": [*names]}, path="s.zarr")
+    store: Any = SimpleNamespace(manifest={"class_names": [*names]}, location="s.zarr")
     images: Any = torch.zeros(len(names), 3, 32, 32)
     if folders is not None:
         paths = Paths.of(f"{name}/0.png" for name in folders)
@@ -510,6 +514,30 @@ def test_folders_are_matched_by_folder_then_by_name(
     else:
         with pytest.raises(richkd.RichKDError, match=re.escape(wanted)):
             shift_classes([found], Path("x"), store, test)
+
+
+@pytest.mark.parametrize("kind", ["s3", "hf"])
+def test_a_run_is_evaluated_from_a_cache_elsewhere(
+    run: Run, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("RICHKD_HOME", str(tmp_path / "home"))
+    with fake_s3.serving(monkeypatch) if kind == "s3" else fake_hub.serving() as server:
+        if kind == "s3":
+            url = f"s3://{fake_s3.BUCKET}/evaluated/shapes.zarr"
+            remote = from_url(url, client_options={"allow_http": True})
+            for name, content in tree(store).items():
+                obstore.put(remote, name, content)
+        else:
+            monkeypatch.setenv("HF_ENDPOINT", server.url)
+            url = "hf://datasets/me/teachers"
+            server.add("dataset", "me/teachers", tree(store))
+        folder = tmp_path / "run"
+        words = ["--student", "resnet8", "--method", "ce", "--epochs", 1, "--device", "cpu"]
+        assert run("distill", "--cache", url, *words, "--out", folder).code == 0
+        done = run("evaluate", folder, "--device", "cpu", "--json")
+        assert done.code == 0, done.err
+        summary = json.loads((folder / "summary.json").read_text())
+        assert done.json["runs"][0]["top1"] == summary["top1_last"]
 
 
 # --- what cannot be ------------------------------------------------------------------------------
@@ -533,7 +561,7 @@ def test_what_cannot_be_evaluated(
     recipe = (moved / "recipe.toml").read_text().replace(str(store), "/gone/s.zarr")
     (moved / "recipe.toml").write_text(recipe)
     line = fails("evaluate", moved)
-    assert "was trained from /gone/s.zarr, which is gone" in line and "--cache" in line
+    assert line.code == "run-cache-missing" and "/gone/s.zarr" in line and "--cache" in line
     assert run("evaluate", moved, "--cache", store, "--device", "cpu").code == 0
     other = make_store(limit=16, views=1)
     assert "trained on other data" in fails("evaluate", moved, "--cache", other)
