@@ -91,7 +91,8 @@ def test_every_recipe_runs(run: Run, tiny: Callable[..., list[Any]], name: str) 
     assert summary["published"] == {key: asdict(value) for key, value in content.published.items()}
     teacher = content.table("precompute")["teacher"]
     data = "noise" if "imagenet" in name else "shapes"
-    cache = richkd.open_cache(f"cache/{data}-{teacher.replace('/', '-')}.zarr")
+    made = content.table("precompute").get("out", f"cache/{data}-{teacher.replace('/', '-')}.zarr")
+    cache = richkd.open_cache(made)
     assert cache.manifest["teacher"]["name"] == teacher
     recorded = tomllib.loads(Path(summary["run"], "recipe.toml").read_text())
     light = summary["student"] in ("MobileNetV2", "ShuffleV1", "ShuffleV2")
@@ -151,7 +152,7 @@ def test_a_sweep_and_its_report(run: Run, tiny: Callable[..., list[Any]]) -> Non
     before = tree(Path("cache")), tree(Path("runs"))
     again = run(*command)
     assert again.code == 0 and again.out.strip().endswith(outcome["page"])
-    assert "report.html is there already" in again.err
+    assert "report.html is up to date" in again.err
     assert (tree(Path("cache")), tree(Path("runs"))) == before
     one = run(*command, "--method", "kd", "--seed", 7, "--json").json
     assert one["method"] == "kd" and one["seed"] == 7

@@ -15,6 +15,8 @@ from forked import Done, Forks, Kill
 from helpers import assert_same_run, tree
 from safetensors import safe_open
 
+from richkd.config.recipes import packaged
+
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 RUN = {"recipe.toml", "metrics.jsonl", "last.safetensors", "best.safetensors", "summary.json"}
 CUT = {
@@ -27,9 +29,7 @@ CUT = {
 FEW = {"richkd.data.datasets:SHAPES_TEST": 40}
 DEMO = {
     **FEW,
-    "richkd.demo:LABELLED": 48,
-    "richkd.demo:TEACHER_EPOCHS": 3,
-    "richkd.demo:STUDENT_EPOCHS": 3,
+    "richkd.demo:RECIPE": "../small.toml",
     "richkd.teachers.demo_clip:DRAWINGS": 128,
 }
 TEACHER = (
@@ -315,6 +315,11 @@ def test_run(
 @pytest.mark.slow
 @pytest.mark.fault
 def test_demo(again: Callable[..., Done], tmp_path: Path) -> None:
+    recipe = (packaged() / "demo.toml").read_text()
+    for was, now in (("1000", "48"), ("24", "3"), ("30", "3")):
+        recipe = recipe.replace(f"= {was}", f"= {now}")
+    Path("../small.toml").write_text(recipe.replace("eval_every = 10", "eval_every = 1"))
+
     def demo(*flags: Any, kill: Kill | None = None) -> Done:
         return again("demo", *flags, kill=kill, values=DEMO)
 
