@@ -35,7 +35,9 @@ def test_what_is_missing_or_too_old_is_named(run: Run, monkeypatch: pytest.Monke
     monkeypatch.setenv("COLUMNS", "80")
     done = run("doctor")
     assert done.code == 2
-    assert re.search(r"richkd: zarr: \d.*, not >=99; pip install 'zarr>=99' \[doctor-missing\]\n$", done.err)
+    assert re.search(
+        r"richkd: zarr: \d.*, not >=99; pip install 'zarr>=99' \[doctor-missing\]\n$", done.err
+    )
     said = " ".join(done.out.split())
     for name in ("zarr>=99", "no-such-package>=1", "richkd[onnx]"):
         assert f"pip install '{name}'" in said
