@@ -220,7 +220,7 @@ def test_a_network_that_cannot_be_captured_trains_eagerly(
         )
         assert done["step"] == "eager"
         said = capfd.readouterr().err
-        assert f"the step cannot be {step} (" in said and "going on eager" in said
+        assert f"the step cannot be {step} (" in said and "continuing with eager" in said
 
 
 def test_too_little_memory_for_graphs(
