@@ -1,7 +1,7 @@
-"""Stage two: train a student from a store, one slab an epoch. No teacher is ever loaded here.
+"""Stage two: train a student from a cache, one slab per epoch. No teacher is loaded here.
 
-What runs may share (`Source`: store, images, slabs, targets) is apart from what is a run's own
-(`StudentRun`: student, method, optimizer, run folder). `distill` has one run, a sweep has many.
+`Source` holds what runs can share: cache, images, slabs and targets. `StudentRun` holds what is a
+run's own: student, method, optimizer and run folder. `distill` has one run, a sweep has many.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ def distill(
 ) -> dict[str, Any]:
     """Train one student to the end and write its run folder.
 
-    A run that was interrupted is resumed, and one that is complete is left as it is.
+    An interrupted run is resumed; a complete run is left as it is.
 
     Args:
-        settings: store, student, method and training.
-        resume: changes nothing, for resuming is the default; it contradicts `overwrite`.
-        overwrite: begin anew where there is a run. Files of others in its folder stay.
+        settings: cache, student, method and training.
+        resume: no effect, since resuming is the default; not allowed with `overwrite`.
+        overwrite: start over if there is a run. Files of others in its folder stay.
         report: where progress goes.
 
     Returns:
-        The run's summary, which is also in its summary.json. Accuracies are in 0..1.
+        The content of the run's summary.json. Accuracies are in 0..1.
 
     Raises:
-        RichKDError: anything the user can mend; found before training starts, unless the
+        RichKDError: anything the user can mend; raised before training starts, unless the
             student diverges.
     """
     check_resume(resume, overwrite)

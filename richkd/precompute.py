@@ -74,8 +74,8 @@ from richkd.teachers.cnn import (
 )
 from richkd.teachers.framing import check_from_elsewhere, check_unsaid, resolve_input
 from richkd.teachers.rows import BlockRows, Preview, Teachers, batch_size
-from richkd.training.checkpoint import TeacherFolder
 from richkd.training.device import choose_device
+from richkd.training.run_folder import TeacherFolder
 
 # Settings that do not change what is in the store; weights and images are compared by content.
 NOT_IN_STORE = {"device", "batch_size", "data_root", "out", "teacher_weights", "dataset"}

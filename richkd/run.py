@@ -1,6 +1,6 @@
-"""A recipe from end to end: CNN teacher, stage one, stage two or a sweep, report.
+"""A recipe from end to end: CNN teacher, stage one, stage two or a sweep, and the report.
 
-What is done is not done again.
+What is complete is not repeated.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.sweep.run import run_sweep
+from richkd.training.run_folder import SUMMARY
 from richkd.training.student import with_defaults
 
-# Flags that name one run where the recipe has a grid.
+# Flags that name one run of a recipe that has a grid.
 ONE_RUN = ("student", "method", "target", "seed", "options")
 
 
 def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict[str, Any]:
-    """Make the store unless it is there, train what is not trained yet, and write the report.
+    """Make the cache and train the students that do not exist yet, and write the report.
 
-    A recipe with a `[sweep]` trains its grid, unless flags name one run of their own.
+    A recipe with a `[sweep]` trains its grid, unless the flags name one run.
 
     Args:
-        recipe: settings of each stage.
-        flags: what overrides them, by the names of the settings; `cache` is the store, `out` the
-            run folder (of a sweep, the folder of the run folders) and `seed` the student's.
+        recipe: the settings of each stage.
+        flags: values that override them, by the names of the settings; `cache` is the cache, `out`
+            the run folder (of a sweep, the folder of the run folders) and `seed` the student's.
         report: where progress goes.
 
     Returns:
@@ -53,33 +54,10 @@ def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict
         report's `page`.
 
     Raises:
-        RichKDError: anything the user can mend; a store or run of other settings among it.
+        RichKDError: anything the user can mend, e.g. a cache or run of other settings.
     """
-    one = recipe.table("precompute")
-    stage_one = resolve(
-        Precompute,
-        one,
-        {
-            **_flags_of(Precompute, flags, without={"out", "seed"}),
-            "out": flags.get("cache"),
-        },
-    )
-    if not flags.get("cache") and "out" not in one:
-        out = Path(stage_one.out)  # the default, which is no URL
-        teacher = stage_one.teacher.replace("/", "-")  # timm/resnet34
-        validation = f"val{stage_one.validation:g}" if stage_one.validation else ""
-        parts = filter(None, [out.stem, teacher, validation])
-        named = out.with_name("-".join(parts) + out.suffix)
-        stage_one = replace(stage_one, out=str(named))
-    two = recipe.table("distill")
-    stage_two = resolve(
-        Distill,
-        two,
-        {
-            **_flags_of(Distill, flags, without={"dataset"}),
-            "cache": stage_one.out,
-        },
-    )
+    stage_one = cache_settings(recipe, flags)
+    stage_two = run_settings(recipe, flags, stage_one.out)
     check_names(stage_two)
     folder = Path("runs") / recipe.name
     if stage_one.validation:
@@ -87,28 +65,22 @@ def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict
 
     grid = None
     if "sweep" in recipe.tables and not any(flags.get(name) is not None for name in ONE_RUN):
-        grid = resolve(
-            Sweep,
-            {"out": str(folder), **recipe.table("sweep")},
-            {
-                "out": flags.get("out"),
-            },
-        )
+        table = {"out": str(folder), **recipe.table("sweep")}
+        grid = resolve(Sweep, table, {"out": flags.get("out")})
         folder = Path(grid.out)
-    elif flags.get("out") or "out" in two:
+    elif stage_two.out:
         folder = Path(stage_two.out)
     check_files(folder)
 
-    cache = make_store(stage_one, recipe, report)
+    cache = make_cache(stage_one, recipe, report)
     if grid is not None:
         shared = {**_flags_of(Distill, flags, without={"dataset", "out"}), "cache": stage_one.out}
         result = run_sweep(grid, recipe, shared, report=report)
     else:
-        stage_two = with_defaults(stage_two, cache)
-        if not flags.get("out") and "out" not in two:
-            name = f"{stage_two.student}-{stage_two.method}-s{stage_two.seed}"
-            stage_two = replace(stage_two, out=str(folder / name.replace("/", "-")))
-        result = distill(stage_two, report=report)
+        settings = with_defaults(stage_two, cache)
+        if not stage_two.out:
+            settings = replace(settings, out=str(folder / run_name(settings)))
+        result = distill(settings, report=report)
     page = write_page(folder, cache, report)
     for line in published_lines(recipe.published):
         report.log(line)
@@ -116,8 +88,33 @@ def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict
     return {**result, "recipe": recipe.name, "published": figures, "page": page}
 
 
+def cache_settings(recipe: Recipe, flags: Mapping[str, Any]) -> Precompute:
+    """Resolve the settings of stage one, with a name for the cache if none is given."""
+    table = recipe.table("precompute")
+    own = _flags_of(Precompute, flags, without={"out", "seed"})
+    settings = resolve(Precompute, table, {**own, "out": flags.get("cache")})
+    if flags.get("cache") or "out" in table:
+        return settings
+    out = Path(settings.out)  # the default, which is not a URL
+    teacher = settings.teacher.replace("/", "-")  # timm/resnet34
+    validation = f"val{settings.validation:g}" if settings.validation else ""
+    parts = filter(None, [out.stem, teacher, validation])
+    return replace(settings, out=str(out.with_name("-".join(parts) + out.suffix)))
+
+
+def run_settings(recipe: Recipe, flags: Mapping[str, Any], cache: str) -> Distill:
+    """Resolve the settings of one run from a cache."""
+    own = _flags_of(Distill, flags, without={"dataset"})
+    return resolve(Distill, recipe.table("distill"), {**own, "cache": cache})
+
+
+def run_name(settings: Distill) -> str:
+    """Return the name of a run's folder among the runs of its recipe."""
+    return f"{settings.student}-{settings.method}-s{settings.seed}".replace("/", "-")
+
+
 def published_lines(published: Mapping[str, Figure]) -> Iterator[str]:
-    """The figures of others in a line a kind of epoch, with what of ours each compares with."""
+    """Yield the published figures, a line for each kind of epoch, with what they compare to."""
     kinds = {
         "last": "after the last epoch (compare with top-1 last)",
         "best": "of the best epoch on the test images (compare with best)",
@@ -134,7 +131,7 @@ def published_lines(published: Mapping[str, Figure]) -> Iterator[str]:
 
 
 def check_names(settings: Distill) -> None:
-    """Refuse a student or method that does not exist before stage one takes its time."""
+    """Check that student and method exist, before stage one takes its time."""
     method_class(settings.method, method_options(settings.options, settings.method))
     if settings.student:
         check_trainable(settings.student)
@@ -142,17 +139,24 @@ def check_names(settings: Distill) -> None:
             create_model(settings.student, 2, **settings.student_options)
 
 
-def make_store(settings: Precompute, recipe: Recipe, report: Report) -> TeacherCache:
-    """The store of these settings: one that is complete, or what stage one makes of it.
+def make_cache(
+    settings: Precompute, recipe: Recipe, report: Report, *, overwrite: bool = False
+) -> TeacherCache:
+    """Open the cache of these settings, or run stage one if it is not complete.
 
     Raises:
-        RichKDError: a complete store of other settings or teacher weights is in its place.
+        RichKDError: a complete cache of other settings or teacher weights is in its place.
     """
     out = open_location(settings.out)
-    if not out.exists or not read_manifest(out.name)["complete"]:
-        return precompute(settings, teacher_recipe=recipe.table("train-teacher"), report=report)
+    if overwrite or not out.exists or not read_manifest(out.name)["complete"]:
+        return precompute(
+            settings,
+            teacher_recipe=recipe.table("train-teacher"),
+            overwrite=overwrite,
+            report=report,
+        )
     cache = open_cache(out.name)
-    remedy = "choose another store with --cache"
+    remedy = "choose another cache with --cache"
     check_same_settings(cache.manifest, settings, out, remedy)
     if settings.dataset != cache.manifest["dataset"]["name"]:
         was = cache.manifest["dataset"]["name"]
@@ -168,15 +172,15 @@ def make_store(settings: Precompute, recipe: Recipe, report: Report) -> TeacherC
 
 
 def write_page(folder: Path, cache: TeacherCache, report: Report) -> str:
-    """The report on a folder of runs, written anew where a run is younger than it."""
+    """Write the report on a folder of runs, unless it is newer than all of them."""
     page = folder / "report.html"
     files = [folder / name for name in FILES]
-    whole = all(file.is_file() for file in files)
-    written = min(file.stat().st_mtime for file in files) if whole else 0.0
-    if any(run.stat().st_mtime > written for run in folder.rglob("summary.json")):
+    complete = all(file.is_file() for file in files)
+    written = min(file.stat().st_mtime for file in files) if complete else 0.0
+    if any(run.stat().st_mtime > written for run in folder.rglob(SUMMARY)):
         write_report([folder], report, cache=cache.location.name)
     else:
-        report.log(f"{page} is there already")
+        report.log(f"{page} is up to date")
     return str(page)
 
 

@@ -28,9 +28,9 @@ from richkd.models import forward
 from richkd.precompute import precompute
 from richkd.store.schema import split_sizes
 from richkd.teachers.cnn import train_teacher
-from richkd.training.checkpoint import RunFolder
 from richkd.training.loop import epoch_order
 from richkd.training.probe import fit_probe, stratified_folds
+from richkd.training.run_folder import RunFolder
 from richkd.training.source import Source
 
 Make = Callable[..., Path]

@@ -9,6 +9,33 @@ from pathlib import Path
 
 import pytest
 
+from richkd.config import recipes
+from richkd.config.settings import Distill, Precompute
+from richkd.demo import in_folder
+from richkd.run import cache_settings, run_settings
+
+
+def test_the_recipe_is_put_in_a_folder_with_a_seed(tmp_path: Path) -> None:
+    recipe = in_folder(recipes.load("demo"), tmp_path, 3)
+    out = str(tmp_path / "shapes.zarr")
+    assert cache_settings(recipe, {}) == Precompute(dataset="shapes", limit=1000, views=30, out=out)
+    assert recipe.table("train-teacher") == {
+        "epochs": 24,
+        "schedule": "cosine",
+        "eval_every": 24,
+        "seed": 3,
+        "out": str(tmp_path / "teacher.safetensors"),
+    }
+    assert run_settings(recipe, {"method": "kd", "seed": 3}, out) == Distill(
+        cache=out,
+        student="resnet8",
+        method="kd",
+        epochs=30,
+        schedule="cosine",
+        seed=3,
+        eval_every=10,
+    )
+
 
 @pytest.mark.slow
 def test_demo_from_nothing(tmp_path: Path) -> None:

@@ -15,13 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_run, tree, write_random_store
+from helpers import assert_same_run, refuses, tree, write_random_store
 from safetensors.torch import load_file
 
 import richkd
 from richkd.config.settings import Distill
 from richkd.core import fusion
-from richkd.core.errors import RichKDError
 from richkd.core.progress import Report
 from richkd.data.inputs import Normalize
 from richkd.distill import distill
@@ -113,9 +112,9 @@ def test_resumed_run_ends_in_the_same_weights(
     whole = train(store, tmp_path / "whole", method=method, epochs=4)
     target, after = {
         "in an epoch": ("richkd.training.loop.Trainer.end_epoch", 2),
-        "before the first checkpoint": ("richkd.training.checkpoint.save_tensors", 1),
-        "before a checkpoint": ("richkd.training.checkpoint.save_tensors", 4),
-        "before the summary": ("richkd.training.checkpoint.RunFolder.finish", 0),
+        "before the first checkpoint": ("richkd.training.checkpoint.save_tensors", 0),
+        "before a checkpoint": ("richkd.training.checkpoint.save_tensors", 2),
+        "before the summary": ("richkd.training.run_folder.RunFolder.finish", 0),
     }[where]
     module, _, name = target.rpartition(".")
     original = getattr(sys.modules.get(module) or _resolve(module), name)
@@ -267,7 +266,7 @@ def test_another_blend_in_stage_two_trains_like_a_store_of_that_blend(
     train(store, tmp_path / "own", method="richkd-l")
     own = metrics(tmp_path / "own")[0]["loss"]
     assert abs(own - metrics(tmp_path / "stored")[0]["loss"]) > 0.02 * own
-    with pytest.raises(RichKDError, match="from 0 to 11"):
+    with refuses("prompts-out-of-range", "[12]", 11):
         train(store, tmp_path / "x", method="richkd-l", prompts=(12,))
 
 
@@ -359,7 +358,7 @@ def test_milestones_say_when_the_step_schedule_divides(store: Path, tmp_path: Pa
     assert rates == pytest.approx([0.2, 0.02, 0.02, 0.002, 0.002])
     recorded = tomllib.loads((tmp_path / "a" / "recipe.toml").read_text())
     assert recorded["milestones"] == [1, 3]
-    with pytest.raises(RichKDError, match=r"milestones was \[1, 3\] and is now None"):
+    with refuses("run-settings-differ", "milestones was [1, 3] and is now None"):
         train(store, tmp_path / "a", method="ce", epochs=5, lr=0.2, resume=True, eval_every=5)
 
 
@@ -377,7 +376,7 @@ def test_the_default_learning_rate_is_the_students_and_recorded(
 def test_a_diverging_student_stops_with_the_epoch_and_the_setting(
     store: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(RichKDError, match=r"diverged: the loss of epoch \d.*--lr \(it is 1e\+20\)"):
+    with refuses("student-diverged", "epoch", "--lr", "1e+20"):
         train(store, tmp_path / "a", method="kd", lr=1e20, epochs=5)
 
 
@@ -388,19 +387,19 @@ def test_a_last_batch_of_one_is_dropped() -> None:
 
 
 def test_bad_settings_leave_nothing(store: Path, make_store: Make, tmp_path: Path) -> None:
-    for settings, message in (
-        ({"student": "resnet9"}, "unknown model 'resnet9'"),
-        ({"student": "inception_v3"}, "does not fit images of 32×32"),
-        ({"method": "richkdd"}, "unknown method"),
-        ({"options": {"richkd": {"tau": 3}}}, "no option 'tau'"),
-        ({"device": "cuda:77"}, "device 'cuda:77'"),
-        ({"device": "warp"}, "device 'warp'"),
-        ({"prompts": (99,)}, "from 0 to 11"),
+    for settings, code, value in (
+        ({"student": "resnet9"}, "unknown-model", "resnet9"),
+        ({"student": "inception_v3"}, "model-does-not-fit", "32×32"),
+        ({"method": "richkdd"}, "unknown-name", "richkdd"),
+        ({"options": {"richkd": {"tau": 3}}}, "unknown-option", "tau"),
+        ({"device": "cuda:77"}, "device-unusable", "cuda:77"),
+        ({"device": "warp"}, "device-unusable", "warp"),
+        ({"prompts": (99,)}, "prompts-out-of-range", 99),
     ):
-        with pytest.raises(RichKDError, match=message):
+        with refuses(code, value):
             train(store, tmp_path / "run", **settings)
         assert not (tmp_path / "run").exists(), settings
-    with pytest.raises(RichKDError, match="--clip none"):
+    with refuses("cache-without-clip", "--clip none"):
         train(make_store(clip="none"), tmp_path / "run", method="richkd-f")
     assert not (tmp_path / "run").exists()
 
@@ -409,20 +408,20 @@ def test_a_run_is_not_replaced_or_mixed(store: Path, make_store: Make, tmp_path:
     run = tmp_path / "run"
     train(store, run, method="ce", epochs=1)
     before = tree(run)
-    for settings, message in (
+    for settings, difference in (
         ({}, "epochs was 1 and is now"),
         ({"resume": True, "method": "kd", "epochs": 1}, "method was 'ce' and is now 'kd'"),
-        ({"method": "ce", "epochs": 2}, "epochs was 1 and is now 2; .*cannot be extended"),
+        ({"method": "ce", "epochs": 2}, "epochs was 1 and is now 2"),
     ):
-        with pytest.raises(RichKDError, match=message):
+        with refuses("run-settings-differ", run, difference, "--overwrite"):
             train(store, run, **settings)
     other = make_store(seed=3)
-    with pytest.raises(RichKDError, match="trained on another store"):
+    with refuses("run-cache-differs", run, "view_seed"):
         train(other, run, method="ce", epochs=1, resume=True)
     assert tree(run) == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("precious")
-    with pytest.raises(RichKDError, match="is no run"):
+    with refuses("foreign-file", tmp_path / "mine", "--out"):
         train(store, tmp_path / "mine")
     assert tree(tmp_path / "mine") == {"notes.txt": b"precious"}
 
@@ -450,18 +449,18 @@ def test_an_image_folder_is_checked_against_the_store(tmp_path: Path, make_store
     train(path, tmp_path / "b", options=options)
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     (tmp_path / "p").rename(tmp_path / "q")
-    with pytest.raises(RichKDError, match="no such folder"):
+    with refuses("dataset-folder-missing", tmp_path / "p"):
         train(path, tmp_path / "c")
     train(path, tmp_path / "c", dataset=f"imagefolder:{tmp_path / 'q'}", options=options)
     assert same(weights(tmp_path / "a"), weights(tmp_path / "c"))
     (tmp_path / "q/train/cat/0.png").write_bytes(
         (tmp_path / "q/train/dog/1.png").read_bytes() + b"x"
     )
-    with pytest.raises(RichKDError, match="fingerprint differs"):
+    with refuses("images-differ", path):
         train(path, tmp_path / "d", dataset=f"imagefolder:{tmp_path / 'q'}")
     for part in ("train", "val"):
         (tmp_path / "q" / part / "dog").rename(tmp_path / "q" / part / "wolf")
-    with pytest.raises(RichKDError, match="fingerprint differs"):
+    with refuses("images-differ", path):
         train(path, tmp_path / "d", dataset=f"imagefolder:{tmp_path / 'q'}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import tree, write_teacher
+from helpers import Refusal, tree, write_teacher
 from PIL import Image
 
 import richkd
@@ -19,7 +19,7 @@ from richkd.config import recipes
 from richkd.run import published_lines
 
 Run = Callable[..., Any]
-Fails = Callable[..., str]
+Fails = Callable[..., Refusal]
 NAMES = sorted(path.stem for path in recipes.packaged().glob("*.toml"))
 
 
@@ -91,7 +91,8 @@ def test_every_recipe_runs(run: Run, tiny: Callable[..., list[Any]], name: str) 
     assert summary["published"] == {key: asdict(value) for key, value in content.published.items()}
     teacher = content.table("precompute")["teacher"]
     data = "noise" if "imagenet" in name else "shapes"
-    cache = richkd.open_cache(f"cache/{data}-{teacher.replace('/', '-')}.zarr")
+    made = content.table("precompute").get("out", f"cache/{data}-{teacher.replace('/', '-')}.zarr")
+    cache = richkd.open_cache(made)
     assert cache.manifest["teacher"]["name"] == teacher
     recorded = tomllib.loads(Path(summary["run"], "recipe.toml").read_text())
     light = summary["student"] in ("MobileNetV2", "ShuffleV1", "ShuffleV2")
@@ -151,7 +152,7 @@ def test_a_sweep_and_its_report(run: Run, tiny: Callable[..., list[Any]]) -> Non
     before = tree(Path("cache")), tree(Path("runs"))
     again = run(*command)
     assert again.code == 0 and again.out.strip().endswith(outcome["page"])
-    assert "report.html is there already" in again.err
+    assert "report.html is up to date" in again.err
     assert (tree(Path("cache")), tree(Path("runs"))) == before
     one = run(*command, "--method", "kd", "--seed", 7, "--json").json
     assert one["method"] == "kd" and one["seed"] == 7
@@ -166,13 +167,18 @@ def test_a_store_or_run_of_other_settings_is_named(
     command = tiny("kd-t4")
     assert run(*command).code == 0
     before = tree(Path())
-    assert "unknown model 'resnet9'" in fails(*command, "--student", "resnet9", "--cache", "x.zarr")
-    assert "unknown method 'kdd'" in fails(*command, "--method", "kdd", "--cache", "x.zarr")
-    assert "limit was 32 and is now 16" in fails(*command, "--limit", 16)
-    assert "epochs was 1 and is now 2" in fails(*command, "--epochs", 2)
+    for words, code, value in (
+        (["--student", "resnet9", "--cache", "x.zarr"], "unknown-model", "resnet9"),
+        (["--method", "kdd", "--cache", "x.zarr"], "unknown-name", "kdd"),
+        (["--limit", 16], "cache-settings-differ", "limit was 32 and is now 16"),
+        (["--epochs", 2], "run-settings-differ", "epochs was 1 and is now 2"),
+    ):
+        line = fails(*command, *words)
+        assert line.code == code and value in line
     write_teacher(Path("other.safetensors"), "resnet32x4", 16, seed=1)
     line = fails(*command, "--teacher-weights", "other.safetensors")
-    assert "other teacher weights than other.safetensors; choose another store" in line
+    assert line.code == "cache-teacher-differs"
+    assert "other.safetensors" in line and "--cache" in line
     Path("other.safetensors").unlink()
     assert tree(Path()) == before
 
@@ -202,8 +208,12 @@ def test_listings(run: Run, fails: Fails) -> None:
     assert len(zoo) == 23 and zoo["resnet8x4"]["parameters"] == 1_233_540
     found = run("models", "mobilenet*", "--json").json
     assert found["MobileNetV2"]["zoo"] and not found["mobilenetv3_small_050"]["zoo"]
-    assert "no model matches 'nothing*'" in fails("models", "nothing*")
-    assert "unknown method 'kdd'" in fails("methods", "kdd")
-    assert "no recipe 'kd-t3'" in fails("run", "kd-t3")
+    for words, code in (
+        (("models", "nothing*"), "unknown-model"),
+        (("methods", "kdd"), "unknown-name"),
+        (("run", "kd-t3"), "recipe-missing"),
+    ):
+        line = fails(*words)
+        assert line.code == code and words[1] in line
     for command in (("recipes",), ("methods",), ("methods", "richkd"), ("models",)):
         assert run(*command).out

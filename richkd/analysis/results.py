@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from richkd.config.settings import recorded_holdout
 from richkd.core.progress import Report, duration, percent
 from richkd.core.teacher_names import FULL_NAMES
+from richkd.training.run_folder import configuration
 
-# Settings that say where a run is, not what it is.
-PLACES = ("seed", "out", "cache", "device", "step", "dataset", "data_root")
 # Settings of what a student is taught; the others are about how it is trained.
 TEACHING = ("method", "options", "target", "alpha", "scale", "prompts", "clip_head")
 # How the best epoch is described, by the images that it was chosen on.
@@ -122,8 +120,7 @@ def leaderboard(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> 
     """
     groups: dict[str, tuple[dict[str, Any], dict[int, Mapping[str, Any]]]] = {}
     for settings, summary in runs:
-        own = {name: value for name, value in settings.items() if name not in PLACES}
-        own["holdout"] = recorded_holdout(settings)
+        own = configuration(settings)
         if "tested" not in summary:  # an earlier version, which trained some methods differently
             own["version"] = "an earlier one"
         group = groups.setdefault(repr(sorted(own.items())), (own, {}))

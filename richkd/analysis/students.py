@@ -43,11 +43,14 @@ from richkd.data.decoding import Decoding, describe_decoding
 from richkd.data.folders import Listing, find_images, list_images
 from richkd.data.inputs import Batches, Normalize, make_inputs
 from richkd.data.views import ResizedCropFlip, views_tensor
+from richkd.store.folder import Folder
+from richkd.store.locations import open_location
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.training.device import choose_device
+from richkd.training.identity import RunIdentity
 from richkd.training.images import load_images
 from richkd.training.loop import EVAL_BATCH, predict
-from richkd.training.run_folders import Run, complete_run, load_student
+from richkd.training.run_folder import Run, complete_run, load_student
 from richkd.training.targets import held_out
 
 
@@ -201,22 +204,23 @@ def describe_logits(
 
 
 def open_store_of(runs: Sequence[Run], cache: str | None) -> TeacherCache:
-    """The store that the first run names, or `cache`; it and all runs are of the same data.
+    """Open the cache that the first run names, or `cache`, and check that all runs are of its data.
 
     Raises:
-        RichKDError: it is gone, or of other data than a run.
+        RichKDError: it is missing or cannot be opened, or a run was trained on other data.
     """
     named = cache or str(runs[0].settings["cache"])
-    if not Path(named).exists():
+    location = open_location(named)
+    if isinstance(location, Folder) and not Path(named).exists():
         raise RichKDError(
-            f"{runs[0].path} was trained from {named}, which is gone; say where the store is with "
-            f"--cache",
+            f"{runs[0].path} was trained from {named}, which does not exist; give the cache's "
+            f"location with --cache",
             code="run-cache-missing",
         )
     store = open_cache(named)
-    fingerprint = store.manifest["dataset"]["fingerprint"][:16]
+    of_cache = RunIdentity.of(store)
     for run in runs:
-        if run.identity.split(", ")[0] != fingerprint:
+        if run.identity.dataset != of_cache.dataset:
             raise RichKDError(
                 f"{run.path} was trained on other data than {named} holds; evaluate runs of one "
                 f"data set at a time, and with a store of it",
@@ -232,15 +236,15 @@ def prepare(run: Run, store: TeacherCache, weights: str, device: torch.device) -
     for number, (own, other) in enumerate(pairs):
         if own != other:
             raise RichKDError(
-                f"class {number} is {own!r} in {run.path} and {other!r} in {store.path}; pass the "
-                f"cache that the run was trained from with --cache",
+                f"class {number} is {own!r} in {run.path} and {other!r} in {store.location}; pass "
+                f"the cache that the run was trained from with --cache",
                 code="run-class-differs",
             )
     for what in ("image_size", "num_classes"):
         of_store = store.num_classes if what == "num_classes" else store.manifest["image_size"]
         if summary[what] != of_store:
             raise RichKDError(
-                f"{run.path} was trained with {what} = {summary[what]}, but {store.path} has "
+                f"{run.path} was trained with {what} = {summary[what]}, but {store.location} has "
                 f"{of_store}; pass the cache that the run was trained from with --cache",
                 code="run-input-differs",
             )
@@ -334,7 +338,7 @@ def shift_classes(
     if unknown:
         more = f" (and {len(unknown) - 1} more folders)" if len(unknown) > 1 else ""
         raise RichKDError(
-            f"{folder / unknown[0]}: {store.path} has no class of this name{more}, "
+            f"{folder / unknown[0]}: {store.location} has no class of this name{more}, "
             f"{nearest(normalised(unknown[0]), by_name)}; name the folders after the classes, or "
             f"all of them by class number from 0",
             code="shift-class-unknown",
@@ -345,7 +349,7 @@ def shift_classes(
                 f"{number} ({own.get(number, names[number])})" for number in sorted(matches)
             )
             raise RichKDError(
-                f"{folder / name} matches the classes {which} of {store.path}; give the folder "
+                f"{folder / name} matches the classes {which} of {store.location}; give the folder "
                 f"the name of the class's training folder",
                 code="shift-class-ambiguous",
             )

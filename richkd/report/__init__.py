@@ -11,7 +11,7 @@ from richkd.core.progress import Report
 from richkd.report.rows import as_record, read_rows, write_csv
 from richkd.report.sweep import render
 from richkd.report.tensorboard import write_tensorboard
-from richkd.training.run_folders import load_runs
+from richkd.training.run_folder import load_runs
 
 FILES: dict[str, Ours] = {
     "report.html": is_page,

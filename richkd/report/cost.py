@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from richkd.models import create_model
-from richkd.training.run_folders import Run
+from richkd.training.run_folder import Run
 
 WARM_UP, TIMED = 3, 20
 

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from richkd.analysis.results import Standing, mean_std, minus_kd
 from richkd.report.rows import Row
 from richkd.training.loop import score_of
-from richkd.training.run_folders import Run
+from richkd.training.run_folder import Run
 
 # Okabe and Ito's palette for colour-blind readers, without black and yellow
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -14,7 +14,7 @@ from richkd.analysis.students import read_evaluation
 from richkd.core.files import replacing
 from richkd.core.progress import Report
 from richkd.report.cost import Cost, student_cost
-from richkd.training.run_folders import Run
+from richkd.training.run_folder import Run
 
 
 @dataclass(frozen=True, kw_only=True)

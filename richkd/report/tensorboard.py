@@ -7,7 +7,7 @@ from pathlib import Path
 
 from richkd.core.errors import RichKDError
 from richkd.core.ownership import EVENTS
-from richkd.training.run_folders import Run
+from richkd.training.run_folder import Run
 
 
 def write_tensorboard(runs: Sequence[Run], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs: a row a run in a terminal, plain lines elsewhere."""
+"""The progress of a sweep: a row for each run in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ STYLES = {"training": "bold", "done": "green", "failed": "red", "stopped": "dim"
 
 
 class Board:
-    """The state of all runs, for people. A context manager; without a terminal it prints lines."""
+    """A context manager that shows the state of all runs; without a terminal it prints lines."""
 
     def __init__(self, entries: Sequence[Entry], report: Report, lanes: int = 1) -> None:
-        """Of `entries`, so many train side by side without slowing each other."""
+        """Show `entries`, of which `lanes` train side by side without slowing each other."""
         self.entries = entries
         self.report = report
         self.lanes = lanes
@@ -47,14 +47,14 @@ class Board:
             self._live.stop()
 
     def log(self, message: str) -> None:
-        """A line that stays, above the rows."""
+        """Print a line that stays, above the rows."""
         if self._live is not None:
             self._live.console.print(message, markup=False, highlight=False, emoji=False)
         else:
             self.report.log(message)
 
     def log_line(self, entry: Entry) -> None:
-        """What has become of a run."""
+        """Print how a run ended, or how far it is."""
         if entry.state == "failed":
             self.log(f"{entry.label} failed: {entry.reason}")
         else:
@@ -63,7 +63,7 @@ class Board:
             )
 
     def tick(self, entry: Entry, images: int) -> None:
-        """Some images of a run's epoch have been trained on."""
+        """Count images that a run has trained on, and print a line from time to time."""
         entry.images += images
         now = time.perf_counter()
         if self._live is None and now - self._last_line >= LINE_EVERY_S:
@@ -71,7 +71,7 @@ class Board:
             self.report.log(f"sweep: {self.summary()}; {entry.label} at {entry.progress}")
 
     def summary(self) -> str:
-        """All runs in a line."""
+        """Summarise all runs in one line."""
         count = {state: sum(entry.state == state for entry in self.entries) for state in STYLES}
         done = f"{count['done']} of {len(self.entries)} runs done"
         other = [f"{count[state]} {state}" for state in ("failed", "stopped") if count[state]]
@@ -79,13 +79,13 @@ class Board:
         return ", ".join([done, *other, *([f"about {duration(left)} left"] if left else [])])
 
     def seconds_left(self) -> float | None:
-        """Until all runs are over; None while that is not known."""
+        """Estimate the seconds until all runs have ended; None if a run's cost is not known."""
         left = [entry.seconds_left for entry in self.entries]
         known = [seconds for seconds in left if seconds is not None]
         return max(*known, sum(known) / self.lanes) if len(known) == len(left) else None
 
     def render(self) -> RenderableType:
-        """A row a run: those that train, then as many of the others as there is room for."""
+        """Render a row for each run in training, and for as many others as there is room for."""
         from rich import box
         from rich.table import Table
         from rich.text import Text
@@ -114,14 +114,14 @@ class Board:
         return table
 
     def _shown(self, room: int) -> list[Entry]:
-        """Those that train come first into the choice; the order is that of the grid."""
+        """Choose the runs to show, those in training first; keep the order of the grid."""
         urgency = {"training": 0, "failed": 1, "done": 2, "waiting": 3, "stopped": 4}
         numbered = sorted(enumerate(self.entries), key=lambda pair: urgency[pair[1].state])
         return [entry for _, entry in sorted(numbered[:room], key=lambda pair: pair[0])]
 
 
 def show_plan(entries: Sequence[Entry], title: str, engine: Engine, report: Report) -> None:
-    """The grid, a row a configuration, with what is left to do and what of its cost is known."""
+    """Print the grid, a row for each configuration, with what is left to do and what it costs."""
     rows: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
         settings = entry.settings
@@ -159,12 +159,12 @@ def show_plan(entries: Sequence[Entry], title: str, engine: Engine, report: Repo
 
 
 class Engine(Protocol):
-    """What trains the runs of a sweep."""
+    """The interface of what trains the runs of a sweep."""
 
-    lanes: int  # runs that train side by side without slowing each other
+    lanes: int  # how many runs train side by side without slowing each other
 
     def describe(self, entries: Sequence[Entry]) -> str:
-        """How many runs it trains at once, and where; what is known of how long that takes."""
+        """Say how many runs train at once and where, and how long that takes, if known."""
 
     def train(self, entries: Sequence[Entry], last: int, board: Board) -> None:
-        """Train runs up to epoch `last`, each in its folder; a failure is a run's own."""
+        """Train runs up to epoch `last`, each in its folder; one that fails leaves the others."""

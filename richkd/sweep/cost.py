@@ -1,4 +1,4 @@
-"""What the runs of a sweep cost: time and memory, from a few steps of each student."""
+"""Estimate time and memory of the runs of a sweep, from a few steps of each student."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from richkd.config.settings import (
-    Distill,
-)
+from richkd.config.settings import Distill
 from richkd.models import forward
 from richkd.store.schema import split_sizes
 from richkd.sweep.entries import Entry, Estimate
@@ -21,7 +19,7 @@ from richkd.training.source import Source, build_student, method_of
 
 
 def estimate(entries: Sequence[Entry], source: Source) -> None:
-    """Time and memory of every run that is not complete, from two steps of its student on noise.
+    """Set the cost of every entry, from two steps of its student on noise.
 
     Raises:
         RichKDError: a student does not fit the images.
@@ -36,7 +34,7 @@ def estimate(entries: Sequence[Entry], source: Source) -> None:
 
 
 def try_student(settings: Distill, source: Source) -> Estimate:
-    """Two training steps on noise and a test; the second step is timed, what it saves counted."""
+    """Train two steps on noise and test once; time the second step and count what it saves."""
     cache, device = source.cache, source.device
     model, width = build_student(settings, cache)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -57,7 +55,7 @@ def try_student(settings: Distill, source: Source) -> Estimate:
     for stage in ("train", "train", "test"):
         model.train(stage == "train")
         if stage == "train":
-            saved.clear()  # of one step: the next one's tensors may lie elsewhere
+            saved.clear()  # count one step: the tensors of the next may have other addresses
         wait_for(device)
         start = time.perf_counter()
         with (
@@ -89,7 +87,7 @@ def try_student(settings: Distill, source: Source) -> Estimate:
 
 
 def method_memory(settings: Distill, student: Estimate, source: Source) -> int:
-    """Bytes of a method's memory banks and the like."""
+    """Return the bytes of a method's buffers, such as memory banks."""
     kind, options = method_of(settings)
     widths = source.widths(student.features, alpha=0.5)  # which may read the images
     with torch.device("meta"):
@@ -98,5 +96,5 @@ def method_memory(settings: Distill, student: Estimate, source: Source) -> int:
 
 
 def total_left(entries: Sequence[Entry]) -> float:
-    """Seconds that the runs take one after the other, as far as is known."""
+    """Return the seconds that the runs take one after the other, as far as is known."""
     return sum(entry.seconds_left or 0.0 for entry in entries)

@@ -1,4 +1,4 @@
-"""The grid of a sweep: which runs there are, and which are done."""
+"""The grid of a sweep: its runs, and the state in which it finds them."""
 
 from __future__ import annotations
 
@@ -9,32 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from richkd.config.recipes import Recipe
-from richkd.config.settings import (
-    Distill,
-    Sweep,
-    resolve,
-    to_table,
-)
+from richkd.config.settings import Distill, Sweep, resolve, to_table
 from richkd.core.errors import RichKDError
 from richkd.core.progress import percent
 from richkd.losses.method import METHODS, TARGET
 from richkd.store.reader import TeacherCache
 from richkd.sweep.entries import Entry
-from richkd.training.checkpoint import RunFolder
+from richkd.training.identity import RunIdentity
 from richkd.training.loop import score_of
+from richkd.training.run_folder import RunFolder
 from richkd.training.source import method_of
 from richkd.training.student import (
     check_reads,
     check_version,
     choice_images,
-    identity,
     with_defaults,
 )
 from richkd.training.targets import choice_samples
 
 
 def first_settings(sweep: Sweep, recipe: Recipe | None, flags: Mapping[str, Any]) -> Distill:
-    """The settings of the grid's first run; what all runs share is in any of them."""
+    """Return the settings of the grid's first run, for those that all runs share."""
     own = {"student": sweep.students[0], "method": sweep.methods[0]}
     return resolve(Distill, recipe.table("distill") if recipe else {}, {**flags, **own})
 
@@ -42,15 +37,15 @@ def first_settings(sweep: Sweep, recipe: Recipe | None, flags: Mapping[str, Any]
 def make_grid(
     sweep: Sweep, recipe: Recipe | None, flags: Mapping[str, Any], cache: TeacherCache
 ) -> list[Distill]:
-    """Students × methods × α × seeds; α only where the method blends.
+    """Return the runs: students × methods × α × seeds, with α only if the method blends.
 
     Raises:
-        RichKDError: methods that do not exist (all of them are named), or a setting out of range.
+        RichKDError: unknown methods (the error names all of them), or a setting out of range.
     """
     unknown = [name for name in sweep.methods if name not in METHODS]
     if unknown:
         raise RichKDError(
-            f"unknown methods: {', '.join(map(repr, unknown))}; there are {', '.join(METHODS)}",
+            f"unknown methods: {', '.join(map(repr, unknown))}; choose from {', '.join(METHODS)}",
             code="unknown-name",
         )
     base = recipe.table("distill") if recipe else {}
@@ -65,7 +60,7 @@ def make_grid(
                     settings = resolve(Distill, base, {**flags, **own})
                     if not blends(settings):
                         settings = replace(settings, alpha=None)
-                    # all are tested on the same images
+                    # all runs are tested on the same images
                     settings = settings.with_holdout("validation" in cache.splits, choosing)
                     settings = with_defaults(replace(settings, out=""), cache, sweep.out)
                     grid[settings.out] = settings
@@ -73,7 +68,7 @@ def make_grid(
 
 
 def blends(settings: Distill) -> bool:
-    """Whether the method trains on a blend of the teachers, so that α matters."""
+    """Whether α matters: the method trains on a blend of the teachers."""
     method, options = method_of(settings)
     reads = method.reads(options)
     target = settings.target or method.target
@@ -83,20 +78,20 @@ def blends(settings: Distill) -> bool:
 
 
 def check_grid(grid: Sequence[Distill], cache: TeacherCache) -> list[Entry]:
-    """Find what is done already, and refuse what cannot be trained; nothing is touched.
+    """Find which runs are complete, and check that the others can be trained; touches nothing.
 
     Raises:
-        RichKDError: a method asks for what the store lacks, a folder holds another run, …
+        RichKDError: the cache lacks what a method reads, a folder holds another run, …
     """
     entries = []
     for settings in grid:
         check_reads(cache, settings)
         folder = RunFolder(Path(settings.out))
         check_version(folder, settings)
-        recorded = to_table(settings), identity(cache)
+        recorded = to_table(settings), RunIdentity.of(cache)
         folder.check(*recorded, overwrite=False)
         if settings.holdout:
-            choice_samples(cache, settings.holdout)  # refuses a share that leaves no image
+            choice_samples(cache, settings.holdout)  # raises if the share leaves no image
         done = settings.epochs if folder.complete else folder.epochs_done()
         entry = Entry(
             settings=settings,
@@ -112,13 +107,13 @@ def check_grid(grid: Sequence[Distill], cache: TeacherCache) -> list[Entry]:
 
 
 def scores_until(epoch: int, folder: RunFolder) -> dict[int, float]:
-    """What the evaluated epochs of a run are chosen by, up to an epoch."""
+    """Return the scores of a run's evaluated epochs, up to an epoch."""
     scores = {record["epoch"]: score_of(record) for record in folder.metrics()[:epoch]}
     return {number: score for number, score in scores.items() if score is not None}
 
 
 def rungs(halving: int, epochs: int, eval_every: int) -> list[int]:
-    """The epochs after which hopeless runs are stopped, and the last: …, E/η², E/η, E.
+    """Return the epochs after which the worse runs are stopped, and the last: …, E/η², E/η, E.
 
     Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943) with η = `halving`.
     """
@@ -133,18 +128,17 @@ def rungs(halving: int, epochs: int, eval_every: int) -> list[int]:
 
 
 def stop_hopeless(entries: Sequence[Entry], epoch: int, halving: int) -> None:
-    """Keep the better 1/η of each student's configurations, by their mean score at an epoch.
+    """Stop all but the better 1/η of each student's configurations, by mean score at an epoch.
 
-    The score is the accuracy on images that no survivor is reported on: validation images, or test
-    images that were held out.
-    Students are not compared with each other: a small one is not hopeless for being small.
+    The score is the accuracy on images that no final result is reported on: validation images, or
+    test images that were held out. Students are not compared with each other: a small student is
+    not hopeless because it is small.
     """
     students: dict[str, dict[str, list[Entry]]] = {}
     for entry in entries:
         if entry.state != "failed":
-            configuration = entry.label.rpartition("-s")[0]
             of_student = students.setdefault(entry.settings.student, {})
-            of_student.setdefault(configuration, []).append(entry)
+            of_student.setdefault(entry.configuration, []).append(entry)
     for configurations in students.values():
         accuracies = {
             name: statistics.fmean(entry.scores[epoch] for entry in runs)

@@ -1,4 +1,4 @@
-"""The engine that trains runs in this process, with one copy of images and slabs for all."""
+"""The engine that trains runs in this process, which share one copy of images and slabs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from richkd.config.settings import (
-    Sweep,
-)
+from richkd.config.settings import Sweep
 from richkd.core.progress import Advance, Report, duration
 from richkd.sweep.board import Board
 from richkd.sweep.cost import estimate, total_left
@@ -19,57 +17,53 @@ from richkd.training.data import EpochRows
 from richkd.training.device import cuda, free_memory, wait_for
 from richkd.training.loop import Trainer
 from richkd.training.source import Source
-from richkd.training.student import (
-    StudentRun,
-)
+from richkd.training.student import StudentRun
 
 MOST_AT_ONCE = 8
+TRIAL_STEPS = 50  # of each run, to choose how many train at once
+WORTH_TRYING_S = 60.0  # seconds of training; below that, a trial does not pay
 
 
-TRIED = 50  # steps of each run that the number of runs at once is chosen by
+def choose_concurrent(
+    sweep: Sweep, entries: Sequence[Entry], source: Source, worth_trying_s: float = WORTH_TRYING_S
+) -> int:
+    """Choose how many runs train at once: as asked, or as many as half of the free memory holds.
 
-
-WORTH_TRYING_S = 60.0
-
-
-def choose_concurrent(sweep: Sweep, entries: Sequence[Entry], source: Source) -> int:
-    """How many train at once: as asked, or as many as half of the free memory holds.
-
-    On a GPU, no more than make it faster, by trying.
+    On a GPU, a trial finds how many make it faster, if the runs take `worth_trying_s` or more.
     """
     if sweep.concurrent != "auto":
         return int(sweep.concurrent)
     widest = max(1, *(entry.memory for entry in entries))
     most = max(1, min(MOST_AT_ONCE, int(free_memory(source.device) / 2 / widest)))
     waiting = [entry for entry in entries if entry.state == "waiting"][:most]
-    if not cuda(source.device) or len(waiting) < 2 or total_left(waiting) < WORTH_TRYING_S:
+    if not cuda(source.device) or len(waiting) < 2 or total_left(waiting) < worth_trying_s:
         return most
     report, source.report = source.report, Report(quiet=True)
     try:
         return try_together(waiting, source)
-    except FAILURES:  # a run's own, which will be told when its turn comes
+    except FAILURES:  # of one run, which reports it when its turn comes
         return 1
     finally:
         source.report = report
 
 
 def try_together(entries: Sequence[Entry], source: Source) -> int:
-    """The least number of runs side by side that is nearly the fastest, by some steps of each.
+    """Find the smallest number of runs side by side that is nearly the fastest, by a few steps.
 
-    What these steps take alone becomes their cost, which two eager steps overestimate.
+    The time of the steps alone replaces the runs' cost, which two eager steps overestimate.
     """
     made = [source.trainer(entry.settings) for entry in entries]
     names = {name for _, rows, _ in made for name in rows.values()}
     shared, _ = next(source.epochs(names, 1, 1))
 
     def seconds(runs: Sequence[tuple[Trainer, dict[str, str], Any]]) -> float:
-        """Seconds of a round of steps, one of each run."""
+        """Time a round of steps, one of each run."""
         steps = [trainer.steps(1, source.own(shared, rows, 0, 1)) for trainer, rows, _ in runs]
-        for each in steps:  # which captures them, the first time
+        for each in steps:  # the first time, this captures them
             next(each)
         wait_for(source.device)
         start, rounds = time.perf_counter(), 0
-        while rounds < TRIED and None not in {next(each, None) for each in steps}:
+        while rounds < TRIAL_STEPS and None not in {next(each, None) for each in steps}:
             rounds += 1
         wait_for(source.device)
         return (time.perf_counter() - start) / max(rounds, 1)
@@ -87,7 +81,7 @@ def try_together(entries: Sequence[Entry], source: Source) -> int:
 
 
 class LocalEngine:
-    """This process, on one device, with one copy of images and slabs for all runs."""
+    """Trains runs in this process, on one device, from one copy of images and slabs."""
 
     lanes = 1
 
@@ -97,18 +91,16 @@ class LocalEngine:
         self.at_once = choose_concurrent(sweep, entries, source)
 
     def describe(self, entries: Sequence[Entry]) -> str:
-        """How many at once and how long, by two steps of each student."""
         left = duration(total_left(entries))
         return f"{self.at_once} at once: about {left} on {self.source.device}"
 
     def train(self, entries: Sequence[Entry], last: int, board: Board) -> None:
-        """So many at a time, each group up to the epoch."""
         for start in range(0, len(entries), self.at_once):
             train_together(self.source, entries[start : start + self.at_once], last, board)
 
 
 def train_together(source: Source, entries: Sequence[Entry], last: int, board: Board) -> None:
-    """Train runs up to epoch `last`, each in a folder that is this process's meanwhile."""
+    """Train runs together up to epoch `last`, each in its folder, which is locked meanwhile."""
     runs: list[tuple[Entry, StudentRun]] = []
     try:
         for entry in entries:
@@ -123,14 +115,14 @@ def train_together(source: Source, entries: Sequence[Entry], last: int, board: B
 def train_in_step(
     source: Source, runs: list[tuple[Entry, StudentRun]], last: int, board: Board
 ) -> None:
-    """Epoch by epoch, so that all share a slab. A failure is a run's own, and ends it here."""
+    """Train epoch by epoch, so that all runs share a slab; one that fails leaves the others."""
     for entry, run in runs:
         entry.state, entry.done = "training", run.done
     names = {name for _, run in runs for name in run.rows.values()}
     first = 1 + min((run.done for _, run in runs), default=last)
     for epoch, (rows, waited) in enumerate(source.epochs(names, first, last), first):
-        due = [(entry, run) for entry, run in runs if run.done < epoch]  # others came further
-        # small students leave most of a GPU idle, and none of a CPU
+        due = [(entry, run) for entry, run in runs if run.done < epoch]  # the others are further
+        # small students leave most of a GPU idle, but nothing of a CPU
         groups = [due] if cuda(source.device) else [[each] for each in due]
         for group in groups:
             train_side_by_side(group, rows, waited / len(runs), board)
@@ -153,7 +145,7 @@ def train_in_step(
 def train_side_by_side(
     runs: Sequence[tuple[Entry, StudentRun]], rows: EpochRows, waited: float, board: Board
 ) -> None:
-    """One epoch of each run, whose steps take turns; on a GPU they overlap."""
+    """Train one epoch of each run; their steps take turns, and overlap on a GPU."""
     start = time.perf_counter()
     going = []
     for entry, run in runs:
@@ -178,7 +170,7 @@ def train_side_by_side(
 
 @contextmanager
 def watching(entry: Entry, board: Board) -> Iterator[Advance]:
-    """Some work of one run; when it fails, the entry says so and the others go on."""
+    """Do some work of one run; if it fails, mark its entry and let the others continue."""
     try:
         yield lambda images: board.tick(entry, images)
     except FAILURES as error:

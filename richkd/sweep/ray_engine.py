@@ -1,8 +1,10 @@
-"""Sweeps on Ray: a task a run, on a cluster or on this machine.
+"""The engine that trains runs on Ray, a task for each, on a cluster or on this machine.
 
-The driver is the process that the user started: it hands out the runs and shows how far they are. A
-worker trains one run in the run's own folder and streams what happens to the driver. A run whose
-worker is lost is handed out again and goes on from its checkpoint.
+The driver is the process that the user started: it submits the runs and shows their progress. A
+worker trains one run in its run folder and streams its progress to the driver. If a worker is lost,
+its run is submitted again and resumes from its checkpoint. Ray's own retries cannot do that: they
+skip as many items of the repeated stream as the driver had received, so the shorter stream of a
+resumed run would end without its result.
 """
 
 from __future__ import annotations
@@ -36,43 +38,44 @@ from richkd.store.reader import TeacherCache
 from richkd.sweep.board import Board
 from richkd.sweep.entries import FAILURES, Entry, describe_failure
 from richkd.sweep.grid import scores_until
-from richkd.training.checkpoint import RunFolder
+from richkd.training.identity import RunIdentity
+from richkd.training.run_folder import RunFolder
 from richkd.training.source import Source, build_student
-from richkd.training.student import StudentRun, identity
+from richkd.training.student import StudentRun
 
-ATTEMPTS = 4  # of a run whose worker is lost each time
+ATTEMPTS = 4  # workers that a run may lose
 CONNECT_S = 10.0
-LOCK_S = 60.0  # how long the lock of a lost worker may outlive it
-CHECK_EVERY_S = 0.5  # whether to stop: inside Ray, signals wait
+LOCK_S = 60.0  # for which the lock of a lost worker may remain
+CHECK_EVERY_S = 0.5  # for a signal: inside Ray, signals wait
 CANCEL_S = 10.0
-STOPPED = "interrupted; the same command goes on, each run from its last epoch"
+STOPPED = "interrupted; the same command resumes each run from its last epoch"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a worker is with its run: before the first epoch, and after each."""
+    """What a worker reports before the first epoch, and after each."""
 
     done: int
     scores: Mapping[int, float]
     epoch_s: float | None
-    said: Sequence[str]  # lines for people
+    lines: Sequence[str]  # for the log
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """A worker has done its part. After that of a complete run, it sends the run's files."""
+    """What a worker reports last; of a complete run, its files follow."""
 
-    summary: dict[str, Any] | None = None  # of a run that is complete
-    reason: str = ""  # of one that failed
+    summary: dict[str, Any] | None = None  # if the run is complete
+    reason: str = ""  # if the run failed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What of a cluster one run has to itself."""
+    """The part of a cluster that one run has to itself."""
 
     cpus: int
     gpus: float
-    device: str  # of the settings; the CPU where there are no GPUs
+    device: str  # of the settings; the CPU without GPUs
 
     def __str__(self) -> str:
         return f"{_count(self.cpus, 'CPU')} and {_count(self.gpus, 'GPU')}"
@@ -83,10 +86,10 @@ class Share:
 
 @contextmanager
 def open_ray(sweep: Sweep, entries: Sequence[Entry], cache: TeacherCache) -> Iterator[RayEngine]:
-    """A cluster that trains runs: that of the settings, or one of this machine for the time being.
+    """Connect to the cluster that the settings name, or start one on this machine.
 
     Raises:
-        RichKDError: a student does not fit the images, the device is none that Ray hands out, the
+        RichKDError: a student does not fit the images, Ray does not assign such a device, the
             cluster cannot be reached, or it has no room for a run.
     """
     for settings in {entry.settings.student: entry.settings for entry in entries}.values():
@@ -115,12 +118,12 @@ def open_ray(sweep: Sweep, entries: Sequence[Entry], cache: TeacherCache) -> Ite
 
 @contextmanager
 def connected(address: str) -> Iterator[str]:
-    """Be a driver of the cluster at an address, of which this gives a name for people.
+    """Connect to the cluster at an address, and yield its name for messages.
 
     Raises:
-        RichKDError: it cannot be reached.
+        RichKDError: the cluster cannot be reached.
     """
-    if ray.is_initialized():  # by whoever called run_sweep, and stays so
+    if ray.is_initialized():  # by the caller of run_sweep, who also shuts it down
         yield "the Ray cluster of this process"
         return
     address = address or os.environ.get("RAY_ADDRESS", "") or "local"
@@ -135,8 +138,8 @@ def connected(address: str) -> Iterator[str]:
 
 
 def start(address: str) -> None:
-    """Join the cluster at an address, or start one for `local`; errors of `connected`."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # a cluster of ours reports nothing to anyone
+    """Join the cluster at an address, or start one for `local`; errors are those of `connected`."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # our own cluster sends no statistics
     try:
         cpus = usable_cpus() if address == "local" else None
         ray.init(
@@ -153,10 +156,10 @@ def start(address: str) -> None:
 
 
 def check_address(address: str) -> None:
-    """Refuse what Ray would take minutes to refuse.
+    """Check an address, which takes Ray minutes if nobody listens there.
 
     Raises:
-        RichKDError: the address of a Ray client, or nobody listens there.
+        RichKDError: it is the address of a Ray client, or nobody listens there.
     """
     if "://" in address:
         raise RichKDError(
@@ -177,17 +180,17 @@ def check_address(address: str) -> None:
 
 def _unreachable(address: str, reason: str) -> RichKDError:
     return RichKDError(
-        f"no Ray cluster at {address} ({reason}); see --address, and start the sweep on a node of "
-        f"the cluster",
+        f"no Ray cluster at {address} ({reason}); check --address, and start the sweep on a node "
+        f"of the cluster",
         code="ray-unreachable",
     )
 
 
 def choose_share(sweep: Sweep, device: str, nodes: Sequence[Mapping[str, float]]) -> Share:
-    """What a run gets, as asked or by what the cluster has.
+    """Choose what a run gets, as asked or by what the cluster has.
 
     Raises:
-        RichKDError: the device is a GPU, and a run gets none.
+        RichKDError: the device is a GPU, but a run gets none.
     """
     gpus = sweep.gpus_per_run
     if gpus is None:
@@ -195,13 +198,13 @@ def choose_share(sweep: Sweep, device: str, nodes: Sequence[Mapping[str, float]]
         gpus = 1.0 if device == "cuda" or (device == "auto" and any_gpu) else 0.0
     if device == "cuda" and gpus == 0:
         raise RichKDError(
-            "device = 'cuda': a run has no GPU; set --gpus-per-run above 0", code="ray-device"
+            "device = 'cuda': a run gets no GPU; set --gpus-per-run above 0", code="ray-device"
         )
     return Share(cpus=sweep.cpus_per_run or 1, gpus=gpus, device=device if gpus else "cpu")
 
 
 def room(node: Mapping[str, float], share: Share) -> int:
-    """How many runs a node holds at once; a run with a part of a GPU has it on one GPU."""
+    """Return how many runs a node holds at once; a share of a GPU is a share of one GPU."""
     gpus = int(node.get("GPU", 0))
     if share.gpus == 0:
         by_gpu = inf
@@ -228,7 +231,7 @@ class RayEngine:
     def __init__(
         self, share: Share, lanes: int, cluster: str, check: Callable[[str], None]
     ) -> None:
-        """`check` raises Interrupted where a signal came; inside Ray, signals have to wait."""
+        """Take a `check` that raises Interrupted after a signal; inside Ray, signals wait."""
         self.share = share
         self.lanes = lanes
         self.cluster = cluster
@@ -237,16 +240,15 @@ class RayEngine:
         self.task = ray.remote(
             num_cpus=share.cpus, num_gpus=share.gpus, num_returns="streaming", max_retries=0
         )(train)
-        self.losses = Counter[str]()  # workers, by the label of the run
-        self.said: set[str] = set()
+        self.losses = Counter[str]()  # of workers, by run folder
+        self.logged: set[str] = set()
 
     def describe(self, entries: Sequence[Entry]) -> str:
-        """How many at once, and what the cluster has; how long that takes is not known."""
         return f"{self.lanes} at once, each with {self.share}, on {self.cluster}"
 
     def train(self, entries: Sequence[Entry], last: int, board: Board) -> None:
-        """All are handed out; Ray starts as many as there is room for."""
-        streams = {self.hand_out(entry, last): entry for entry in entries}
+        """Submit all runs; Ray starts as many as there is room for."""
+        streams = {self.submit(entry, last): entry for entry in entries}
         with quiet(), cancelled_at_the_end(streams):
             while streams:
                 ready, _ = ray.wait(list(streams), timeout=CHECK_EVERY_S, fetch_local=False)
@@ -263,53 +265,53 @@ class RayEngine:
                     except RayError as error:
                         self.lose(entry, error, board)
                         if entry.state != "failed":
-                            streams[self.hand_out(entry, last)] = entry
+                            streams[self.submit(entry, last)] = entry
                     del streams[stream]
 
-    def hand_out(self, entry: Entry, last: int) -> Any:
-        """The stream of what the run's worker tells, once it has one."""
-        again = self.losses[entry.label] > 0
+    def submit(self, entry: Entry, last: int) -> Any:
+        """Submit a run, and return the stream of what its worker will report."""
+        again = self.losses[entry.settings.out] > 0
         return self.task.remote(entry.settings, last, self.folder, self.share, again)
 
     def follow(self, stream: Any, entry: Entry, board: Board) -> bool:
-        """Take in the next thing that a run's worker tells; whether it goes on."""
-        told: Progress | Ended = ray.get(next(stream))
-        if isinstance(told, Progress):
-            self.note(told, entry, board)
-        elif told.reason:
-            entry.fail(told.reason)
+        """Handle the next report of a run's worker; return whether more will follow."""
+        report: Progress | Ended = ray.get(next(stream))
+        if isinstance(report, Progress):
+            self.note(report, entry, board)
+        elif report.reason:
+            entry.fail(report.reason)
             board.log_line(entry)
-        elif told.summary is None:
+        elif report.summary is None:
             entry.state = "waiting"
         else:
             folder = RunFolder(Path(entry.settings.out))
-            if not folder.complete:  # the worker's disk is another
+            if not folder.complete:  # the worker has another disk
                 with locked(folder.path):
                     folder.receive(ray.get(next(stream)))
-            entry.finish(told.summary)
+            entry.finish(report.summary)
             board.log_line(entry)
-        return isinstance(told, Progress)
+        return isinstance(report, Progress)
 
     def note(self, progress: Progress, entry: Entry, board: Board) -> None:
-        """A run is that far; a worker's lines are said once, whichever worker says them."""
-        if progress.epoch_s is None and self.losses[entry.label]:
-            goes_on = f"goes on after epoch {progress.done}" if progress.done else "begins anew"
-            board.log(f"{entry.label} {goes_on}")
+        """Note how far a run is, and log the lines that no worker has sent before."""
+        if progress.epoch_s is None and self.losses[entry.settings.out]:
+            again = f"resumes after epoch {progress.done}" if progress.done else "starts over"
+            board.log(f"{entry.label} {again}")
         entry.state, entry.done, entry.scores = "training", progress.done, {**progress.scores}
         entry.epoch_s = progress.epoch_s or entry.epoch_s
-        for line in progress.said:
-            if line not in self.said:
-                self.said.add(line)
+        for line in progress.lines:
+            if line not in self.logged:
+                self.logged.add(line)
                 board.log(line)
         board.tick(entry, 0)
 
     def lose(self, entry: Entry, error: RayError, board: Board) -> None:
-        """A run's worker is gone; after too many of them the run has failed."""
-        self.losses[entry.label] += 1
+        """Count a lost worker; after too many, the run has failed."""
+        self.losses[entry.settings.out] += 1
         reason = str(error).splitlines()[0].partition(". ")[0]
-        if self.losses[entry.label] < ATTEMPTS:
+        if self.losses[entry.settings.out] < ATTEMPTS:
             entry.state = "waiting"
-            board.log(f"{entry.label}: its worker was lost ({reason}); another one takes over")
+            board.log(f"{entry.label}: its worker was lost ({reason}); another takes over")
         else:
             entry.fail(f"{ATTEMPTS} workers were lost, the last because: {reason}")
             board.log_line(entry)
@@ -317,15 +319,15 @@ class RayEngine:
 
 def _foreign(reason: str) -> RichKDError:
     return RichKDError(
-        f"a worker cannot take a run ({reason.splitlines()[0]}); every node needs the richkd, Ray "
-        f"and Python of this one",
+        f"a worker cannot read a run ({reason.splitlines()[0]}); install the same versions of "
+        f"richkd, Ray and Python on every node",
         code="ray-worker-differs",
     )
 
 
 @contextmanager
 def cancelled_at_the_end(streams: Mapping[Any, Entry]) -> Iterator[None]:
-    """Tasks that are left when this is left are stopped, and given the time to do so."""
+    """On exit, cancel the tasks that are left, and wait a moment for them to end."""
     try:
         yield
     finally:
@@ -337,7 +339,7 @@ def cancelled_at_the_end(streams: Mapping[Any, Entry]) -> Iterator[None]:
 
 
 def quiet() -> AbstractContextManager[Any]:
-    """Ray prints on standard output, which is for results, what has befallen its workers."""
+    """Silence what Ray prints about its workers on standard output, which is for results."""
     return redirect_stdout(io.StringIO())
 
 
@@ -347,18 +349,18 @@ def quiet() -> AbstractContextManager[Any]:
 def train(
     settings: Distill, last: int, folder: str, share: Share, again: bool
 ) -> Iterator[Progress | Ended | dict[str, bytes]]:
-    """Train one run up to an epoch, from its checkpoint where there is one.
+    """Train one run up to an epoch, resuming from its checkpoint if it has one.
 
     Args:
-        settings: the run's own, as the user gave them.
-        last: the epoch.
-        folder: the driver's working directory, from which paths start.
-        share: what the run has to itself.
-        again: whether another worker had the run before and was lost.
+        settings: of the run.
+        last: the epoch to train up to.
+        folder: the driver's working directory, to which paths are relative.
+        share: the part of the cluster that the run has to itself.
+        again: whether a worker of this run was lost before.
 
     Yields:
-        Progress, then Ended; of a complete run also its files, which travel only if they are asked
-        for.
+        Progress, then Ended; of a complete run also its files, which are sent only if the driver
+        asks for them.
     """
     run = RunFolder(Path(settings.out))
     try:
@@ -367,8 +369,8 @@ def train(
         if again:
             wait_until_free(run.path)
         source = shared_source(settings.cache, settings.dataset, settings.data_root, share.device)
-        if run.complete:  # and the driver was not told
-            run.check_same(to_table(settings), identity(source.cache))
+        if run.complete:  # and the driver does not know
+            run.check_same(to_table(settings), RunIdentity.of(source.cache))
         else:
             yield from train_run(source, settings, last)
         summary = run.summary()
@@ -381,32 +383,31 @@ def train(
 
 
 def train_run(source: Source, settings: Distill, last: int) -> Iterator[Progress]:
-    """The epochs of a run, and its end where that is due; how far it is before and after each."""
+    """Train the epochs of a run, and finish it after its last; yield Progress around each."""
     with StudentRun(source, settings) as run:
         scores = scores_until(run.done, run.folder)
-        yield Progress(done=run.done, scores=scores, epoch_s=None, said=LINES.take())
+        yield Progress(done=run.done, scores=scores, epoch_s=None, lines=LINES.take())
         for rows, waited in source.epochs(run.rows.values(), run.done + 1, last):
             record = run.train_epoch(rows, waited)
             if record.score is not None:
                 scores[record.epoch] = record.score
-            yield Progress(done=run.done, scores=scores, epoch_s=run.epoch_s, said=LINES.take())
+            yield Progress(done=run.done, scores=scores, epoch_s=run.epoch_s, lines=LINES.take())
         if run.done == settings.epochs:
             run.finish()
 
 
 class Lines(Report):
-    """What a worker has to say to people, until the driver hears of it."""
+    """Collects a worker's log until the driver receives it."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
         self.lines: list[str] = []
 
     def log(self, message: str) -> None:
-        """The driver will say it."""
         self.lines.append(message)
 
     def take(self) -> list[str]:
-        """The lines since the last time."""
+        """Return the lines since the last call."""
         lines, self.lines = self.lines, []
         return lines
 
@@ -416,30 +417,30 @@ LINES = Lines()
 
 @lru_cache(maxsize=1)
 def shared_source(cache: str, dataset: str, data_root: str, device: str) -> Source:
-    """The store, images and slabs, kept for this worker's next run: see `Source`."""
+    """Open cache, images and slabs, and keep them for this worker's next run; see `Source`."""
     settings = Distill(cache=cache, dataset=dataset, data_root=data_root, device=device)
     return Source(settings, LINES)
 
 
 def work_in(folder: str) -> None:
-    """Make relative paths mean what they mean to the driver.
+    """Change to the driver's working directory, so that relative paths are the same.
 
     Raises:
-        RichKDError: this node has no such folder, and it cannot be made.
+        RichKDError: this node has no such folder and cannot create it.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         os.chdir(folder)
     except OSError as error:
         raise RichKDError(
-            f"{socket.gethostname()} cannot work in {folder} ({error.strerror}); start the sweep "
-            f"in a folder that every node has",
+            f"{socket.gethostname()} cannot use the folder {folder} ({error.strerror}); start "
+            f"the sweep in a folder that every node has",
             code="ray-folder",
         ) from None
 
 
 def wait_until_free(path: Path) -> None:
-    """A worker that was lost may still be ending; errors of `check_unlocked`, if it does not."""
+    """Wait for a lost worker to release its lock; errors are those of `check_unlocked`."""
     patience = time.monotonic() + LOCK_S
     while True:
         try:

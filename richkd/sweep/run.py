@@ -1,9 +1,9 @@
-"""Many students from one store: the grid, what it will cost, and the runs, several at a time.
+"""A sweep: show the grid and its cost, and train its runs, several at a time.
 
-An engine trains the runs: this process, or a Ray cluster (ray_engine.py). In this process, runs
-that train together go through the epochs in step, so that they share the images and every slab.
-Each gives the numbers that it gives alone: everything random in an epoch follows from the run's
-own seed, and nothing of one run enters another.
+An engine trains the runs: this process (local.py), or a Ray cluster (ray_engine.py). In this
+process, runs that train together share the images and the slab of each epoch. Each run gives
+exactly the results it would give alone: everything random in an epoch follows from the run's own
+seed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ from typing import Any
 
 from richkd.analysis.results import Standing, leaderboard, leaderboard_table
 from richkd.config.recipes import Recipe
-from richkd.config.settings import (
-    Sweep,
-    to_table,
-)
+from richkd.config.settings import Sweep, to_table
 from richkd.core.errors import RichKDError
 from richkd.core.progress import Report
 from richkd.models import check_names, check_trainable
@@ -29,11 +26,9 @@ from richkd.sweep.board import Board, Engine, show_plan
 from richkd.sweep.entries import Entry
 from richkd.sweep.grid import check_grid, first_settings, make_grid, rungs, stop_hopeless
 from richkd.sweep.local import LocalEngine
-from richkd.training.checkpoint import RunFolder
+from richkd.training.run_folder import RunFolder
 from richkd.training.source import Source
-from richkd.training.student import (
-    log_few_views,
-)
+from richkd.training.student import log_few_views
 
 
 def run_sweep(
@@ -44,22 +39,22 @@ def run_sweep(
     dry_run: bool = False,
     report: Report,
 ) -> dict[str, Any]:
-    """Train every student of the grid that is not trained yet.
+    """Train every run of the grid that is not complete.
 
     Args:
         sweep: students, methods, seeds, α.
-        recipe: of its `[distill]` table come the settings that all runs have.
-        flags: what overrides them.
+        recipe: its `[distill]` table has the settings that all runs share.
+        flags: values that override them.
         dry_run: show the grid and its cost, and train nothing.
         report: where the grid and the progress go.
 
     Returns:
-        `runs` (the summaries of those that are complete), their `leaderboard`, and which runs are
+        `runs` (the summaries of the complete runs), their `leaderboard`, and which runs are
         `waiting`, `failed` or `stopped`.
 
     Raises:
-        RichKDError: anything the user can mend, before the first run; a run that fails on the way
-            is in `failed`, and the others go on.
+        RichKDError: anything the user can mend, before the first run. A run that fails later is in
+            `failed`, and the others continue.
     """
     check_names(sweep.students)
     for student in sweep.students:
@@ -77,7 +72,7 @@ def run_sweep(
                 RunFolder(Path(entry.settings.out)).tidy()
         with Board(entries, report, engine.lanes) as board:
             for last in rungs(sweep.halving, first.epochs, first.eval_every):
-                final = last == first.epochs  # those that only lack their summary are due as well
+                final = last == first.epochs  # a run that lacks only its summary is due as well
                 to_train = [e for e in entries if e.state == "waiting" and (final or e.done < last)]
                 engine.train(to_train, last, board)
                 if not final:
@@ -87,12 +82,12 @@ def run_sweep(
 
 
 def standings(entries: Sequence[Entry]) -> list[Standing]:
-    """The leaderboard of the runs that are complete."""
+    """Return the leaderboard of the complete runs."""
     return leaderboard([(to_table(e.settings), e.summary) for e in entries if e.summary])
 
 
 def outcome(entries: Sequence[Entry]) -> dict[str, Any]:
-    """What a sweep returns."""
+    """Return the result of a sweep."""
     summaries = [entry.summary for entry in entries if entry.summary is not None]
     return {
         "runs": summaries,
@@ -112,11 +107,11 @@ def outcome(entries: Sequence[Entry]) -> dict[str, Any]:
 def open_engine(
     sweep: Sweep, entries: Sequence[Entry], cache: TeacherCache, report: Report
 ) -> Iterator[Engine]:
-    """The engine that the settings name, ready to train.
+    """Open the engine that the settings name.
 
     Raises:
-        RichKDError: it cannot train the runs: a student does not fit the images, Ray is not
-            installed, the cluster has no room, …
+        RichKDError: it cannot train the runs, e.g. because a student does not fit the images, Ray
+            is not installed, or the cluster has no room.
     """
     if sweep.engine == "local":
         yield LocalEngine(sweep, entries, Source(entries[0].settings, report, cache))

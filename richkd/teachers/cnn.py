@@ -35,10 +35,12 @@ from richkd.data.views import views_tensor
 from richkd.losses import Widths, method_class
 from richkd.models import check_fit, check_trainable, create_model, forward
 from richkd.models.weights import file_sha256, load_into, read_note, read_weights, save_tensors
-from richkd.training.checkpoint import PLACES, Progress, TeacherFolder
+from richkd.training.checkpoint import Progress
 from richkd.training.data import Data, EpochRows, EvalSet
 from richkd.training.device import choose_device
+from richkd.training.identity import TeacherIdentity
 from richkd.training.loop import Trainer
+from richkd.training.run_folder import PLACES, TeacherFolder
 
 Outputs = tuple[int, ...]  # the teacher's output of each class, where its order is another
 
@@ -117,7 +119,7 @@ def check_output(path: Path, overwrite: bool) -> None:
     check_replaceable(summary_file(path), has_keys("weights", "model", "top1_last"))
     check_unlocked(path)
     if overwrite:
-        TeacherFolder(path).check({}, "", overwrite=True)
+        TeacherFolder(path).check_place(overwrite=True)
 
 
 def is_trained_here(path: Path) -> bool:
@@ -179,7 +181,7 @@ def train_teacher(
     device = choose_device(settings.device)
     trainer = make_trainer(settings, dataset, device, report.log)
     folder = TeacherFolder(out)
-    recorded = training_of(settings), identity(dataset)
+    recorded = training_of(settings), TeacherIdentity.of(dataset)
     folder.check(*recorded, overwrite=overwrite)
     with locked(out):
         if out.exists() and not overwrite:  # by a process that had the lock just now
@@ -306,12 +308,6 @@ def training_of(settings: TrainTeacher) -> dict[str, Any]:
     """The settings that the weights follow from, besides the images."""
     names = {field.name for field in fields(Training)} | {"model", "validation"}
     return {name: value for name, value in to_table(settings).items() if name in names - PLACES}
-
-
-def identity(dataset: Dataset) -> str:
-    """What a teacher learns from."""
-    seen = f"images of {dataset.network_input}"
-    return f"{dataset.fingerprint[:16]}, {len(dataset.class_names)} classes, {seen}"
 
 
 def completed(settings: TrainTeacher, dataset: Dataset, report: Report) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def devices() -> Iterator[Finding]:
     from richkd.data.workers import SHARED_MEMORY, free_shared_memory
     from richkd.models import create_model
     from richkd.training.device import free_memory, has_bfloat16
-    from richkd.training.precision import TOLD_BELOW, time_precisions
+    from richkd.training.precision import WORTH_IT_BELOW, time_precisions
 
     machine, usable = os.cpu_count() or 1, usable_cpus()
     cores = f"{usable} cores" if usable == machine else f"{usable} of {machine} cores"
@@ -98,7 +98,7 @@ def devices() -> Iterator[Finding]:
     yield Finding("cpu", f"{cores}, {torch.get_num_threads()} threads, {size(free)} of memory free")
     if has_bfloat16(torch.device("cpu")):
         times = time_precisions(create_model("resnet20", 10), torch.randn(32, 3, 32, 32))
-        remedy = "try --precision bfloat16" if times.share < TOLD_BELOW else ""
+        remedy = "try --precision bfloat16" if times.share < WORTH_IT_BELOW else ""
         share = f"a step of resnet20 takes {times.share:.2f} of one in float32"
         yield Finding("bfloat16", share, remedy)
     shared = free_shared_memory()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from richkd.core.errors import RichKDError, local_path
 from richkd.core.files import check_replaceable, replacing
 from richkd.core.ownership import is_export
-from richkd.training.run_folders import complete_run, load_student
+from richkd.training.run_folder import complete_run, load_student
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 TOLERANCE = 1e-3  # of logits, relative to the largest

@@ -27,7 +27,7 @@ from richkd.store.manifest import read_manifest
 from richkd.store.reader import open_cache
 from richkd.tools.hub_cards import store_card, student_card
 from richkd.tools.verify import find_damage
-from richkd.training.run_folders import complete_run
+from richkd.training.run_folder import complete_run
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

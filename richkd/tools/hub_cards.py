@@ -16,7 +16,7 @@ from richkd.core.teacher_names import FULL_NAMES
 from richkd.data.entries import describe_splits
 from richkd.store import schema
 from richkd.tools.inspect import summarize
-from richkd.training.run_folders import complete_run
+from richkd.training.run_folder import complete_run
 
 TAGS = ["knowledge-distillation", "richkd"]
 MOST_NAMES = 200  # class names that a card lists
@@ -201,7 +201,7 @@ def student_card(folder: Path, repo_id: str) -> str:
             "## How to load it",
             f"After `richkd pull {repo_id}`:",
             "```python\nfrom pathlib import Path\n"
-            "from richkd.training.run_folders import complete_run, load_student\n"
+            "from richkd.training.run_folder import complete_run, load_student\n"
             f'student = load_student(complete_run(Path("runs/{name}")), "last")\n```',
             f"It takes images [B,3,{side},{side}] with values in 0..1, less {mean}, divided by "
             f"{std}. `richkd export runs/{name}` makes ONNX of it.",

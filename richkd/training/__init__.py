@@ -1,1 +1,1 @@
-"""The training loop, its device and its run folders. Knows neither teachers nor the store."""
+"""Training a student: device, data, loop, targets, and the run folder."""

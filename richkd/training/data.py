@@ -1,4 +1,4 @@
-"""What training reads: images and labels of a cache, and the views and rows of an epoch."""
+"""The data of a training: images and labels, and the views and rows of each epoch."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ StepBatch = tuple[Tensor, Tensor, dict[str, Tensor]]  # index, images, rows
 
 @dataclass(frozen=True)
 class EpochRows:
-    """What one epoch trains on: a view of every sample and the cached rows of those views."""
+    """The data of one epoch: a view of every sample and the cached rows of those views."""
 
     views: Tensor  # [N] or [N,5]
     rows: Mapping[str, Rows]  # name -> [N,…]
-    on_host: bool = False  # the rows stay there, and every batch of them goes to the device
+    on_host: bool = False  # rows stay on the host, and each batch is copied to the device
 
     def to(self, device: torch.device, buffers: dict[str, Rows] | None = None) -> EpochRows:
-        """The same on a device, for several runs; the views stay where samples are gathered.
+        """Copy the rows to a device; the views stay where samples are gathered.
 
         Args:
-            device: where to.
-            buffers: of earlier epochs by name, into which rows are copied.
+            device: to copy to.
+            buffers: rows of earlier epochs by name, which are overwritten.
         """
         if self.on_host:
             return self
@@ -46,12 +46,12 @@ class EpochRows:
         return EpochRows(self.views, rows)
 
     def pinned(self) -> EpochRows:
-        """The same in memory that a GPU copies from by itself."""
+        """Copy views and rows to pinned memory."""
         rows = {name: row.pin_memory() for name, row in self.rows.items()}
         return EpochRows(self.views.pin_memory(), rows)
 
     def batch(self, index: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        """The rows [B,…] f32 of the samples `index` on the device, the same `ids` on the host."""
+        """Gather rows [B,…] f32 of samples: `index` on the device, the same `ids` on the host."""
         if not self.on_host:
             return {name: row[index].float() for name, row in self.rows.items()}
         batch = {name: row[ids].float() for name, row in self.rows.items()}
@@ -61,7 +61,7 @@ class EpochRows:
 
 
 def timed(slabs: Iterator[EpochRows]) -> Iterator[tuple[EpochRows, float]]:
-    """Each slab with the seconds that were spent waiting for it."""
+    """Yield each slab with the seconds spent waiting for it."""
     start = time.perf_counter()
     for slab in slabs:
         yield slab, time.perf_counter() - start
@@ -69,32 +69,32 @@ def timed(slabs: Iterator[EpochRows]) -> Iterator[tuple[EpochRows, float]]:
 
 
 def all_rows(rows: Callable[[int], EpochRows], first: int, last: int) -> Iterator[EpochRows]:
-    """`rows(epoch)` for epochs first..last, each read by a thread while the one before trains."""
+    """Yield `rows(epoch)` for epochs first..last; a thread reads one ahead."""
     from concurrent.futures import ThreadPoolExecutor
 
     if first > last:
         return
     with ThreadPoolExecutor(1, thread_name_prefix="slab") as pool:
-        coming = pool.submit(rows, first)
+        pending = pool.submit(rows, first)
         for epoch in range(first, last + 1):
-            current = coming.result()
+            current = pending.result()
             if epoch < last:
-                coming = pool.submit(rows, epoch + 1)
+                pending = pool.submit(rows, epoch + 1)
             yield current
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSet:
-    """Images of a split that a network is evaluated on, and their labels, on the device."""
+    """Images of a split to evaluate a network on, and their labels, on the device."""
 
     images: Inputs  # of the whole split
     labels: Tensor  # [M], likewise
     views: Tensor  # the clean views, likewise
-    ids: Tensor  # of the samples that count, ascending
+    ids: Tensor  # of the samples to evaluate, ascending
 
     @classmethod
     def of(cls, split: Split, device: torch.device) -> EvalSet:
-        """All samples of a split."""
+        """Take all samples of a split."""
         return cls(
             images=make_inputs(split.images, device),
             labels=split.labels.to(device),
@@ -105,11 +105,11 @@ class EvalSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Everything that runs may share: images and labels of all splits, on the device."""
+    """Images and labels of all splits, on the device, which runs may share."""
 
     train: Inputs
     train_labels: Tensor  # [N]
     test: EvalSet
-    choice: EvalSet | None = None  # images that choices are made on, apart from those of `test`
+    choice: EvalSet | None = None  # to make choices on; no image of `test` is among them
     normalize: Normalize
     num_classes: int

@@ -1,4 +1,4 @@
-"""Which device to run on, and what it is called."""
+"""The device to run on: its choice, its capabilities and its name."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 
 
 def choose_device(name: str) -> torch.device:
-    """A device by name; `auto` is the first GPU there is, else the CPU, which is made ready.
+    """Choose a device by name; `auto` is the first GPU, or the CPU without one.
 
     Raises:
-        RichKDError: no such device, or it is not there.
+        RichKDError: the device does not exist or cannot be used.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,11 +37,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def keep_freed_memory(kept: int = 2**30) -> None:
-    """Ask glibc to keep blocks of up to so many bytes when they are freed.
+    """Ask glibc to keep freed blocks of up to `kept` bytes.
 
     Every training step on the CPU frees and allocates the same large tensors; by default, those
-    beyond 32 MiB are a fresh mapping each time, whose pages fault in one by one. No effect where
-    there is no glibc.
+    above 32 MiB get a new mapping each time, whose pages fault in one by one. No effect without
+    glibc.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -52,14 +52,14 @@ def keep_freed_memory(kept: int = 2**30) -> None:
 
 
 def half_precision(name: str, device: torch.device) -> bool:
-    """Whether networks run in bfloat16; `auto` says yes on a GPU that computes in it."""
+    """Return whether networks run in bfloat16; with `auto`, on a GPU that computes in it."""
     if name == "auto":
         return cuda(device) and has_bfloat16(device)
     return name == "bfloat16"
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether it computes in bfloat16, and does not emulate it: on CPUs, by AVX-512 or AMX."""
+    """Return whether a device computes in bfloat16 without emulation (CPUs: AVX-512 or AMX)."""
     if cuda(device):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
@@ -68,32 +68,32 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def cuda(device: torch.device) -> bool:
-    """Whether it is one of CUDA's GPUs."""
+    """Return whether a device is a CUDA GPU."""
     return device.type == "cuda"
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """What the random numbers of a GPU come from."""
+    """Return the default random generator of a GPU."""
     number = torch.cuda.current_device() if device.index is None else device.index
     generator: torch.Generator = torch.cuda.default_generators[number]
     return generator
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that more runs may take: of the GPU, or of the machine and this process's share."""
+    """Return the bytes free for more runs: on the GPU, or in this process's share of memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_memory()
 
 
 def hardware(device: torch.device) -> str:
-    """The device in words, for summaries."""
+    """Describe the device, for summaries."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {platform.machine()}, {usable_cpus()} cores"

@@ -1,4 +1,4 @@
-"""The images and labels that the rows of a cache belong to."""
+"""Loading the images and labels that the rows of a cache belong to."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from richkd.store.schema import Manifest
 def load_images(
     cache: TeacherCache, dataset: str = "", data_root: str = "data", report: Report | None = None
 ) -> dict[str, Split]:
-    """Load the images and labels of all splits, from the cache or from the data set that it names.
+    """Load the images and labels of all splits, from the cache or from the dataset that it names.
 
     Args:
         cache: the cache.
-        dataset: where the data set is now, if it moved.
-        data_root: the folder of the data sets.
+        dataset: where the dataset is now, if it moved.
+        data_root: the folder of the datasets.
         report: where progress goes.
 
     Raises:
-        RichKDError: the data set is gone, has other classes, or changed since stage one.
+        RichKDError: the dataset is missing, has other classes, or changed since stage one.
     """
     entry = cache.manifest["dataset"]
     labels_of = {split: cache.read(f"{split}/labels") for split in cache.splits}
@@ -37,7 +37,7 @@ def load_images(
         if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < cache.num_classes:
             raise RichKDError(
                 f"{cache.location}: {split}/labels are not in 0..{cache.num_classes - 1}; make the "
-                f"store again with richkd precompute --overwrite",
+                f"cache again with richkd precompute --overwrite",
                 code="cache-damaged",
             )
     if entry["embedded"]:
@@ -46,26 +46,26 @@ def load_images(
             for split, labels in labels_of.items()
         }
     found = load_again(cache.manifest, dataset, data_root, report)
-    photographs = catalog.split_name(found.name)[0] == catalog.IMAGE_FOLDER  # named at will
+    photographs = catalog.split_name(found.name)[0] == catalog.IMAGE_FOLDER  # names are free
     if len(found.class_names) != cache.num_classes or (
         not photographs and list(found.class_names) != cache.manifest["class_names"]
     ):
         raise RichKDError(
-            f"{cache.location} is for other classes than {found.name}: "
-            f"{len(cache.manifest['class_names'])} against {len(found.class_names)}, or by other "
-            f"names; pass the --dataset that it was made from",
+            f"{cache.location} has other classes than {found.name}: "
+            f"{len(cache.manifest['class_names'])} and {len(found.class_names)}, or other names; "
+            f"pass the --dataset that it was made from",
             code="images-classes-differ",
         )
     if {*found.splits} != {*labels_of} or found.fingerprint != entry["fingerprint"]:
         raise RichKDError(
             f"{found.name} is not what {cache.location} was made from (its fingerprint differs); "
-            f"restore the files, or make the store again with richkd precompute",
+            f"restore the files, or make the cache again with richkd precompute",
             code="images-differ",
         )
     for split, labels in labels_of.items():
         if not torch.equal(found.splits[split].labels, labels):
             raise RichKDError(
-                f"the labels of {found.name} are not those in {cache.location}; make the store "
+                f"the labels of {found.name} are not those in {cache.location}; make the cache "
                 f"again with richkd precompute --overwrite",
                 code="images-differ",
             )
@@ -75,17 +75,17 @@ def load_images(
 def load_again(
     manifest: Manifest, dataset: str = "", data_root: str = "data", report: Report | None = None
 ) -> Dataset:
-    """Read the data set that a store was made from, as it was read then.
+    """Read the dataset that a cache was made from, as it was read then.
 
     Args:
-        manifest: of the store.
-        dataset: where it is now, if it moved.
-        data_root: the folder where data sets lie.
+        manifest: of the cache.
+        dataset: where the dataset is now, if it moved.
+        data_root: the folder of the datasets.
         report: where progress goes.
 
     Raises:
-        RichKDError: as `load_dataset`, or files that are decoded otherwise now. That they are the
-            same is for the fingerprint to say.
+        RichKDError: as `load_dataset`, or an earlier version decoded the files differently. The
+            caller compares the fingerprint.
     """
     entry = manifest["dataset"]
     settings = Images(
@@ -106,9 +106,9 @@ def load_again(
     found = load_dataset(settings, skipped, report, layout, decoding)
     if found.read_differently_in(entry["fingerprint"]):
         raise RichKDError(
-            f"{found.name}: an earlier version of richkd made the store, and read some of these "
-            f"files otherwise (those with an EXIF orientation, transparency or more than 8 bits); "
-            f"make it again with richkd precompute --overwrite",
+            f"{found.name}: an earlier version of richkd made the cache and read some of these "
+            f"files differently (with an EXIF orientation, transparency or more than 8 bits); make "
+            f"it again with richkd precompute --overwrite",
             code="images-read-otherwise",
         )
     return replace(found, skipped=tuple(skipped))

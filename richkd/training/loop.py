@@ -1,8 +1,8 @@
-"""The training loop: one slab an epoch, no host-device synchronisation inside it.
+"""The training loop: one slab per epoch, without host-device synchronisation inside an epoch.
 
-`Trainer.step` is the step; how steps are run, one by one or as CUDA graphs, is in runners.py.
-Everything random in epoch e follows from (seed, e), so a run that was cut off after any epoch goes
-on to the very same weights, and two students with one seed see the same samples in the same order.
+`Trainer.step` is the step; runners.py runs the steps, one by one or as CUDA graphs. Everything
+random in epoch e follows from (seed, e), so a run that was interrupted after any epoch resumes to
+the same weights, and two students with one seed see the same samples in the same order.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from richkd.training.device import cuda, default_generator, half_precision
 from richkd.training.runners import Objective, Runner, check_step, make_runner
 
 EVAL_BATCH = 256
-EVAL_PIXELS = 2**21  # of a batch on a GPU, where small images would be bound by launching kernels
+EVAL_PIXELS = 2**21  # of a batch on a GPU; with less, launching kernels takes longest
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRecord:
-    """The metrics of one epoch; accuracies are None where the epoch was not evaluated on them."""
+    """The metrics of one epoch; accuracies that were not evaluated are None."""
 
     epoch: int  # from 1
     lr: float
@@ -50,24 +50,24 @@ class EpochRecord:
     images_per_second: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For metrics.jsonl."""
+        """Return the line of metrics.jsonl."""
         return asdict(self)
 
     @property
     def score(self) -> float | None:
-        """What epochs are chosen by; None where the epoch was not evaluated."""
+        """The accuracy that epochs are chosen by; None if the epoch was not evaluated."""
         return score_of(self.as_dict())
 
 
 def score_of(record: Mapping[str, Any]) -> float | None:
-    """Validation accuracy, else test accuracy, of a line of metrics.jsonl."""
+    """Return the validation accuracy of a line of metrics.jsonl, else its test accuracy."""
     validation: float | None = record.get("validation_accuracy")
     test: float | None = record["test_accuracy"]
     return test if validation is None else validation
 
 
 class Trainer:
-    """A student, its method and their optimizer."""
+    """Trains a student with a method."""
 
     def __init__(
         self,
@@ -78,18 +78,18 @@ class Trainer:
         device: torch.device,
         log: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Make the optimizer; how steps are run is chosen when the first epoch begins.
+        """Create the optimizer; the runner of the steps is chosen when the first epoch starts.
 
         Args:
-            model: the student, which is moved to the device.
-            method: likewise.
+            model: the student; it is moved to the device.
+            method: what it learns by; likewise.
             data: images and labels, on the device.
             settings: how to train.
-            device: where.
-            log: is told how the steps are run.
+            device: where to train.
+            log: called with a message about how the steps run.
 
         Raises:
-            RichKDError: the settings ask for steps that the device cannot run.
+            RichKDError: the device cannot run the steps that the settings ask for.
         """
         check_step(settings.step, device)
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -105,26 +105,26 @@ class Trainer:
         self.wanted = settings.step
         self.runner: Runner | None = None
         self.ran = "eager"  # the runner of the steps so far, here or before an interruption
-        # of a GPU, so that trainers whose steps take turns draw what each would draw alone
+        # of a GPU: trainers whose steps take turns draw what each would draw alone
         self.generator = default_generator(device).clone_state() if cuda(device) else None
         self.epoch = torch.zeros((), dtype=epoch_dtype(device), device=device)
-        self.sums: Tensor | None = None  # of an epoch: correct ones, and each term
-        self.terms: tuple[str, ...] = ()  # their names
-        self._begun: tuple[int, int, float] | None = None  # epoch, samples, when
+        self.sums: Tensor | None = None  # over an epoch: correct predictions, and each loss term
+        self.terms: tuple[str, ...] = ()  # names of the loss terms
+        self._begun: tuple[int, int, float] | None = None  # epoch, samples, start
 
     def train_epoch(
         self, epoch: int, source: EpochRows, tick: Callable[[int], None] = lambda _: None
     ) -> EpochRecord:
-        """Epoch number `epoch`, from 1; evaluates the student where the settings say so.
+        """Train epoch number `epoch`, from 1, and evaluate if the settings say so.
 
-        Where there are images to make choices on, those of the test split wait for the last epoch.
+        If there are images to make choices on, the test images wait for the last epoch.
         """
         for count in self.steps(epoch, source):
             tick(count)
         return self.end_epoch()
 
     def steps(self, epoch: int, source: EpochRows) -> Iterator[int]:
-        """The steps of an epoch; yields the size of each batch once its step is launched."""
+        """Run the steps of an epoch; yield the size of each batch once its step is launched."""
         order = epoch_order(self.settings.seed, epoch, len(self.data.train_labels))
         order = drop_lone_last(order, self.settings.batch_size)
         self._set_rate(epoch)
@@ -145,7 +145,7 @@ class Trainer:
         yield from self.runner.steps(order, source)
 
     def end_epoch(self) -> EpochRecord:
-        """Wait for the steps of the epoch that was begun, and evaluate."""
+        """Wait for the steps of the epoch that was started, and evaluate."""
         assert self._begun is not None and self.runner is not None and self.sums is not None
         epoch, count, start = self._begun
         self.runner.join()
@@ -170,11 +170,11 @@ class Trainer:
         )
 
     def batches(self, order: Tensor, source: EpochRows) -> Iterator[StepBatch]:
-        """What `step` takes, for each batch of an epoch.
+        """Yield what `step` takes for each batch of an epoch.
 
         Args:
             order: sample ids on the CPU.
-            source: views and rows of the epoch.
+            source: its views and rows.
         """
         size = self.settings.batch_size
         batches = self.data.train.batches(order, source.views, size)
@@ -182,7 +182,7 @@ class Trainer:
             yield index, images, source.batch(index, ids)
 
     def noise(self, order: Tensor, source: EpochRows) -> StepBatch:
-        """A batch whose images are noise, so that none has to be decoded."""
+        """Return a batch whose images are noise, so that no image has to be decoded."""
         ids = order[: self.settings.batch_size]
         index = ids.to(self.device)
         shape = len(ids), *self.data.train.shape
@@ -190,7 +190,7 @@ class Trainer:
         return index, images, source.batch(index, ids)
 
     def step(self, index: Tensor, images: Tensor, rows: Mapping[str, Tensor]) -> None:
-        """One step, whose metrics are added to `sums`; nothing waits for the device.
+        """Run one step and add its metrics to `sums`; nothing waits for the device.
 
         Args:
             index: sample ids [B].
@@ -213,9 +213,9 @@ class Trainer:
 
     @contextmanager
     def on_gpu(self) -> Iterator[None]:
-        """Draw from this trainer's generator, and let cuDNN measure; on the CPU, nothing.
+        """Use this trainer's generator and let cuDNN measure, on a GPU; do nothing on a CPU.
 
-        TF32 is for networks whose precision is not f32.
+        TF32 is only for networks whose precision is not f32.
         """
         if self.generator is None:
             yield
@@ -235,7 +235,7 @@ class Trainer:
             self.generator.manual_seed(seed)
 
     def _set_rate(self, epoch: int) -> None:
-        """Set the learning rate of an epoch, in place where steps read it from the device."""
+        """Set the learning rate of an epoch; in place if the steps read it from the device."""
         self.lr = learning_rate(self.settings, epoch)
         if self.rate is None:
             self.optimizer.param_groups[0]["lr"] = self.lr
@@ -243,7 +243,7 @@ class Trainer:
             self.rate.fill_(self.lr)
 
     def evaluate(self, on: EvalSet) -> tuple[float, float]:
-        """Top-1 and top-5 accuracy in 0..1, computed in f32."""
+        """Return top-1 and top-5 accuracy in 0..1, computed in f32."""
         self.model.eval()
         height, width, _ = on.images.shape
         size = max(EVAL_BATCH, EVAL_PIXELS // (height * width)) if cuda(self.device) else EVAL_BATCH
@@ -254,20 +254,20 @@ class Trainer:
         return accuracy(logits, labels, 1), accuracy(logits, labels, 5)
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Copies of all that steps change."""
+        """Copy everything that steps change."""
         return {name: tensor.clone() for name, tensor in self.state().items()}
 
     @torch.no_grad()
     def restore(self, saved: Mapping[str, Tensor]) -> None:
         """Undo all steps since a snapshot, in place."""
         for number, parameter in enumerate(self.parameters):
-            if f"momentum.{number}" not in saved:  # it began with the first step
+            if f"momentum.{number}" not in saved:  # the first step created it
                 self.optimizer.state[parameter].pop("momentum_buffer", None)
         for name, tensor in self.state().items():
             tensor.copy_(saved[name])
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that going on needs: weights, banks, momenta."""
+        """Return every tensor that resuming needs: weights, banks, momenta."""
         tensors = {f"student.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"method.{name}": value for name, value in self.method.state_dict().items()}
         for number, parameter in enumerate(self.parameters):
@@ -278,21 +278,21 @@ class Trainer:
 
     @property
     def ran_by(self) -> str:
-        """Which runner the steps had and on what kind of device; "" for the reference in f32."""
+        """The kind of device and the runner of the steps; "" for the reference in f32."""
         reference = self.ran == "eager" and not self.half
         return "" if reference else f"{self.device.type}:{self.ran}"
 
     def release(self) -> None:
-        """Let go of graphs and of whoever listens, which hold on to this trainer in turn."""
+        """Drop the runner and the log, which refer to this trainer in turn."""
         self.runner, self.log = None, lambda _: None
 
     def resume(self, tensors: Mapping[str, Tensor], folder: Path, ran_by: str = "") -> None:
-        """Resume from a checkpoint of a folder.
+        """Resume from a checkpoint.
 
         Args:
-            tensors: those of `state`.
-            folder: for the error.
-            ran_by: the runner so far, which `auto` goes on with on a device of the same kind.
+            tensors: the tensors of `state`.
+            folder: of the checkpoint, for the error.
+            ran_by: the runner so far, which `auto` keeps on a device of the same kind.
 
         Raises:
             RichKDError: the checkpoint is of another network.
@@ -306,13 +306,13 @@ class Trainer:
         except (RuntimeError, KeyError, IndexError) as error:
             reason = str(error).splitlines()[0]
             raise RichKDError(
-                f"the checkpoint in {folder} does not fit this network ({reason}); begin anew with "
+                f"the checkpoint in {folder} does not fit this network ({reason}); start over with "
                 f"--overwrite",
                 code="checkpoint-unreadable",
             ) from None
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave; raises RuntimeError or KeyError where it does not fit."""
+        """Load what `state` returned; raise RuntimeError or KeyError if it does not fit."""
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {
@@ -332,12 +332,12 @@ class Trainer:
 
 @torch.inference_mode()
 def predict(model: nn.Module, batches: Batches, normalize: Normalize) -> Tensor:
-    """Logits [N,C] of a model in eval mode, in f32 and on the device."""
+    """Return logits [N,C] of a model in eval mode, in f32 and on the device."""
     return torch.cat([model(normalize(images)) for _, images in batches])
 
 
 def make_objective(model: nn.Module, method: Method, normalize: Normalize, half: bool) -> Objective:
-    """Forward pass and losses as one function, which may be compiled.
+    """Return forward pass and losses as one function, which may be compiled.
 
     It takes images [B,H,W,3] uint8, labels [B], index [B], rows and the epoch, and returns logits
     [B,C] and the loss terms, f32.
@@ -357,8 +357,8 @@ def make_objective(model: nn.Module, method: Method, normalize: Normalize, half:
 def make_optimizer(
     parameters: Sequence[nn.Parameter], settings: Training, device: torch.device
 ) -> tuple[torch.optim.Optimizer, Tensor | None]:
-    """SGD; on a GPU in one kernel, with its learning rate on the device, which is returned."""
-    assert settings.lr is not None  # it depends on the network, and was found before
+    """Create SGD; on a GPU, fused, with its learning rate on the device, which is returned."""
+    assert settings.lr is not None  # resolved before, since it depends on the network
     optimizer = torch.optim.SGD(
         parameters,
         lr=settings.lr,
@@ -368,7 +368,7 @@ def make_optimizer(
     )
     if not cuda(device):
         return optimizer, None
-    for parameter in parameters:  # 0 is what the first step would begin with
+    for parameter in parameters:  # the first step would start from 0 as well
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     rate = torch.tensor(settings.lr, device=device)
     optimizer.param_groups[0]["lr"] = rate
@@ -376,16 +376,16 @@ def make_optimizer(
 
 
 def epoch_dtype(device: torch.device) -> torch.dtype:
-    """Of the epoch's number; the schedules of methods are computed in it."""
+    """Return the dtype of the epoch's number, in which methods compute their schedules."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def learning_rate(settings: Training, epoch: int) -> float:
-    """The rate of an epoch, from 1: ÷10 after each milestone, or a cosine from `lr` to 0.
+    """Return the rate of an epoch, from 1: ÷10 after each milestone, or a cosine from `lr` to 0.
 
-    Milestones are 62.5, 75 and 87.5 % of the epochs where none were given.
+    The default milestones are at 62.5, 75 and 87.5 % of the epochs.
     """
-    assert settings.lr is not None  # it depends on the network, and was found before
+    assert settings.lr is not None  # resolved before, since it depends on the network
     if settings.schedule == "cosine":
         return settings.lr * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / settings.epochs))
     milestones = settings.milestones or [
@@ -395,12 +395,12 @@ def learning_rate(settings: Training, epoch: int) -> float:
 
 
 def epoch_order(seed: int, epoch: int, num_samples: int) -> Tensor:
-    """The order [N] of the samples in an epoch: the same for every student and method."""
+    """Return the order [N] of the samples in an epoch, the same for every student and method."""
     generator = torch.Generator().manual_seed(derive_seed(seed, epoch, 0))
     return torch.randperm(num_samples, generator=generator)
 
 
 def drop_lone_last(order: Tensor, batch_size: int) -> Tensor:
-    """Without a last batch of one sample, over which batch norm has no variance."""
+    """Drop a last batch of one sample, over which batch norm has no variance."""
     lone = len(order) % batch_size == 1 and len(order) > 1 and batch_size > 1
     return order[:-1] if lone else order

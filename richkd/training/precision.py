@@ -1,4 +1,4 @@
-"""What bfloat16 would save where networks are trained in f32: CPUs, on which f32 is the default."""
+"""Measuring what bfloat16 would save on a CPU, where f32 is the default."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from richkd.config.settings import Training
 from richkd.models import forward
 from richkd.training.device import has_bfloat16, wait_for
 
-LONG = 500  # steps; before that, measuring a few of them is not worth it
-TOLD_BELOW = 0.9
+LONG = 500  # steps of training; below that, measuring is not worth it
+WORTH_IT_BELOW = 0.9  # of the time in f32
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class StepTimes:
 
     @property
     def share(self) -> float:
-        """What is left of a step in bfloat16."""
+        """The time of a step in bfloat16 as a share of that in f32."""
         return self.bfloat16 / self.float32
 
 
 def time_precisions(model: nn.Module, images: torch.Tensor) -> StepTimes:
-    """Time a step in each precision, the second of two; the model stays as it is.
+    """Time a step in each precision, the second of two; the model is left unchanged.
 
     Args:
         model: a network, on the device of the images.
@@ -52,25 +52,26 @@ def time_precisions(model: nn.Module, images: torch.Tensor) -> StepTimes:
     return StepTimes(seconds[False], seconds[True])
 
 
-def is_open(settings: Training, device: torch.device, steps: int) -> bool:
-    """Whether the precision was left to richkd, which takes f32 on a CPU that has bfloat16."""
+def is_open(settings: Training, device: torch.device, steps: int, long: int = LONG) -> bool:
+    """Return whether a long training uses f32 by default, on a CPU that has bfloat16."""
     return (
         settings.precision == "auto"
         and device.type == "cpu"
-        and steps >= LONG
+        and steps >= long
         and has_bfloat16(device)
     )
 
 
 def advice(times: Mapping[str, StepTimes]) -> str:
-    """A line about students for which bfloat16 would be quicker; "" where it is for none."""
+    """Return a line about the students that bfloat16 would make faster, "" if there are none."""
     worth = [
-        f"{name} {each.bfloat16:.2g} s a step instead of {each.float32:.2g} s"
+        f"{name} {each.bfloat16:.2g} s per step instead of {each.float32:.2g} s"
         for name, each in times.items()
-        if each.share < TOLD_BELOW
+        if each.share < WORTH_IT_BELOW
     ]
     if not worth:
         return ""
     return (
-        f"in bfloat16 this CPU would take, by two steps: {', '.join(worth)} (--precision bfloat16)"
+        f"in bfloat16, this CPU would take, timed over two steps: {', '.join(worth)} (--precision "
+        f"bfloat16)"
     )

@@ -1,8 +1,8 @@
 """A linear probe on CLIP's image features: another CLIP head, fitted from the cache alone.
 
-Multinomial logistic regression, as in the CLIP paper (Radford et al. 2021, arXiv 2103.00020,
-section 3.2). It is fitted out of fold: a sample's logits come from heads that never saw it, so that
-they are as uncertain about training samples as about new ones.
+It is multinomial logistic regression, as in the CLIP paper (Radford et al. 2021, arXiv 2103.00020,
+section 3.2), fitted out of fold: a sample's logits come from heads that never saw it, so they are
+as uncertain about training samples as about new ones.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ STEPS = 100
 
 @dataclass(frozen=True)
 class Probe:
-    """Logits by heads that did not see the sample, and what the fit found."""
+    """The logits of heads that did not see the sample, and what the fit found."""
 
     train_logits: Tensor  # [N,C], each by the head of the other folds
     other_logits: Tensor  # [M,C], the mean of the heads
     penalty: float
     nll: float  # of the training samples, out of fold, nats
-    too_small: list[int]  # classes with fewer samples than folds: some heads hardly know them
+    too_small: list[int]  # classes with fewer samples than folds, which some heads hardly saw
 
 
 def fit_probe(
     train: Tensor, labels: Tensor, others: Tensor, num_classes: int, folds: int = 5, seed: int = 0
 ) -> Probe:
-    """Fit K heads, each on all folds but one; the penalty is chosen by the first fold's likelihood.
+    """Fit K heads, each on all folds but one; the first fold's likelihood chooses the penalty.
 
     Every class is spread evenly over the folds.
 
@@ -51,8 +51,8 @@ def fit_probe(
     """
     if len(train) < folds:
         raise RichKDError(
-            f"a probe of {folds} folds needs as many training samples, there are {len(train)}; use "
-            f"--clip-head zero-shot",
+            f"a probe of {folds} folds needs at least {folds} training samples, but there are "
+            f"{len(train)}; use --clip-head zero-shot",
             code="probe-too-few-samples",
         )
     train, others = train.float(), others.float()
@@ -62,7 +62,7 @@ def fit_probe(
 
     first = fold == 0
     penalty, best, head = PENALTIES[0], float("inf"), None
-    for candidate in PENALTIES:  # from stiff to loose, each from where the one before ended
+    for candidate in PENALTIES:  # from strong to weak, each starting from the head before
         head = _fit(train[~first], labels[~first], num_classes, candidate, head)
         nll = F.cross_entropy(_apply(head, train[first]), labels[first]).item()
         if nll < best:
@@ -86,7 +86,7 @@ def fit_probe(
 
 
 def stratified_folds(labels: Tensor, folds: int, seed: int) -> Tensor:
-    """The fold [N] of each sample, 0..K−1: at random, the classes evenly spread, sizes alike."""
+    """Draw the fold [N] of each sample, 0..K−1, with classes and sizes evenly spread."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[labels.cpu()[order].argsort(stable=True)]  # class by class
     fold = torch.empty(len(labels), dtype=torch.long)
@@ -97,7 +97,7 @@ def stratified_folds(labels: Tensor, folds: int, seed: int) -> Tensor:
 def _fit(
     x: Tensor, labels: Tensor, num_classes: int, penalty: float, start: Tensor | None
 ) -> Tensor:
-    """Weights and, in the last row, biases [D+1,C] that minimise cross-entropy and penalty."""
+    """Fit weights and, in the last row, biases [D+1,C] by cross-entropy and penalty."""
     head = x.new_zeros(x.shape[1] + 1, num_classes) if start is None else start.clone()
     head.requires_grad_()
     optimizer = torch.optim.LBFGS(

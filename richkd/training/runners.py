@@ -1,12 +1,12 @@
-"""How the steps of an epoch are run: one by one, compiled, or as CUDA graphs.
+"""Runners of the steps of an epoch: one by one, compiled, or as CUDA graphs.
 
-All runners train by `Trainer.step`, and draw the same random numbers:
+All runners train by `Trainer.step` and draw the same random numbers:
 
-- eager: PyTorch's own way, and the reference;
+- eager: as PyTorch runs them; the reference;
 - captured: the kernels of an eager step as a CUDA graph, so that a step is a single launch;
-- compiled: forward pass, losses and gradients by torch.compile, on a GPU as a CUDA graph, too.
+- compiled: forward pass, losses and gradients by torch.compile, on a GPU also as a CUDA graph.
 
-`auto` takes what pays on the device for as many steps as there are to go.
+`auto` chooses what pays on the device for the number of steps that are left.
 """
 
 from __future__ import annotations
@@ -30,16 +30,15 @@ from richkd.training.device import cuda, wait_for
 
 WARM_UP = 3  # steps before a capture, in which libraries allocate and choose their kernels
 # Compiling a network of the zoo takes half a minute and saves a fifth of a step or more
-# (docs/performance.md), so from five minutes of steps on it gives back twice what it takes.
+# (docs/performance.md): from five minutes of steps on, it saves twice the time that it takes.
 COMPILING_PAYS_S = 300.0
 MANY = 1000  # programs that the compiler keeps for students and methods, instead of eight
-
 
 Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 
 class Trainer(Protocol):
-    """What a runner needs of a trainer (loop.py)."""
+    """The interface of a trainer (loop.py) to its runner."""
 
     device: torch.device
     data: Data
@@ -57,29 +56,29 @@ class Trainer(Protocol):
 
 
 class Eager:
-    """One step after the other, as PyTorch runs them."""
+    """Runs one step after the other."""
 
     name = "eager"
 
     def __init__(self, trainer: Trainer, source: EpochRows) -> None:
-        """Make a runner; nothing runs yet.
+        """Create a runner; nothing runs yet.
 
         Args:
-            trainer: whose steps they are.
-            source: an epoch's views and rows, where those of all epochs will lie.
+            trainer: the trainer of the steps.
+            source: an epoch's views and rows, at the address that those of all epochs share.
         """
         self.trainer = trainer
 
     def prepare(self, order: Tensor, source: EpochRows) -> None:
-        """Do what takes time once; the training stands where it stood before.
+        """Prepare the steps, which may take long; the training is left unchanged.
 
         Args:
-            order: of an epoch.
+            order: sample ids [N] of an epoch, on the CPU.
             source: its views and rows.
         """
 
     def seconds(self, order: Tensor, source: EpochRows) -> float:
-        """Time a step on noise; the training stands where it stood before."""
+        """Time a step on noise, in seconds; the training is left unchanged."""
         saved = self.trainer.snapshot()
         batch = self.trainer.noise(order, source)
         taken = 0.0
@@ -95,7 +94,7 @@ class Eager:
         return taken
 
     def steps(self, order: Tensor, source: EpochRows) -> Iterator[int]:
-        """Train on all samples once; yields the size of each batch when its step is launched.
+        """Train on all samples once; yield the size of each batch when its step is launched.
 
         Args:
             order: sample ids [N] on the CPU.
@@ -107,31 +106,29 @@ class Eager:
             yield len(batch[0])
 
     def join(self) -> None:
-        """Let the current stream wait for the steps."""
+        """Make the current stream wait for the steps."""
 
 
 class Compiled(Eager):
-    """Eager steps with a compiled objective; batches of another size run as they are."""
+    """Runs eager steps with a compiled objective; batches of another size are not compiled."""
 
     name = "compiled"
 
     def prepare(self, order: Tensor, source: EpochRows) -> None:
-        """Compile."""
         compile_objective(self.trainer)
         self.seconds(order, source)
 
 
 class Captured:
-    """CUDA graphs of the step, one for each size of batch, on a stream of their own.
+    """Replays CUDA graphs of the step, one for each batch size, on a stream of their own.
 
-    Where images and rows lie on the device, a graph gathers its batch itself, at a position that it
-    moves on. Else every batch is copied to where the graph reads.
+    If images and rows are on the device, a graph gathers its batch itself, at a position that it
+    advances. Otherwise each batch is copied to where the graph reads.
     """
 
     name = "captured"
 
     def __init__(self, trainer: Trainer, source: EpochRows) -> None:
-        """As of every runner."""
         self.trainer = trainer
         self.device = trainer.device
         self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -143,10 +140,10 @@ class Captured:
         self.position = torch.zeros((), dtype=torch.int64, device=self.device)
         self.views = source.views.to(self.device, copy=True)
         self.rows = dict(source.rows)
-        self.batch: StepBatch | None = None  # where batches are copied to
+        self.batch: StepBatch | None = None  # that batches are copied into
 
     def prepare(self, order: Tensor, source: EpochRows) -> None:
-        """Capture a graph for every size of batch in the order."""
+        """Capture a graph for each batch size in the order."""
         size = self.trainer.settings.batch_size
         sizes = {min(size, len(order)), len(order) % size} - {0}
         saved = self.trainer.snapshot()
@@ -169,13 +166,13 @@ class Captured:
                 self._step(size)
         self.stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # errors by thread: another one reads the next slab into pinned memory meanwhile
+        # errors by thread, because another thread pins the memory of the next slab meanwhile
         with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
             self._step(size)
         self.graphs[size] = graph
 
     def _step(self, size: int) -> None:
-        """The step that is captured: all that it reads and writes stays where it lies."""
+        """Run the step that is captured: everything it reads and writes keeps its address."""
         inputs = self.trainer.data.train
         if self.batch is not None:
             index, images, rows = self.batch
@@ -188,7 +185,7 @@ class Captured:
             self.position += size
 
     def _load(self, order: Tensor, source: EpochRows) -> None:
-        """Copy what an epoch needs to where the graphs read it."""
+        """Copy what an epoch needs to the addresses that the graphs read."""
         self.order[: len(order)].copy_(order)
         self.position.zero_()
         if self.gathers:
@@ -198,7 +195,7 @@ class Captured:
                     row.copy_(source.rows[name])  # type: ignore[arg-type]  # of one kind
 
     def seconds(self, order: Tensor, source: EpochRows) -> float:
-        """Time a step; the training stands where it stood before."""
+        """Time a step, in seconds; the training is left unchanged."""
         saved = self.trainer.snapshot()
         self._load(order, source)
         torch.cuda.synchronize(self.device)
@@ -213,7 +210,6 @@ class Captured:
         return taken / replays
 
     def steps(self, order: Tensor, source: EpochRows) -> Iterator[int]:
-        """As of every runner."""
         self._load(order, source)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         batches = None if self.gathers else self.trainer.batches(order, source)
@@ -233,17 +229,15 @@ class Captured:
             rows[name][:size].copy_(row)
 
     def join(self) -> None:
-        """As of every runner."""
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
 
 class CompiledGraphs(Captured):
-    """CUDA graphs of compiled steps."""
+    """Replays CUDA graphs of compiled steps."""
 
     name = "compiled"
 
     def prepare(self, order: Tensor, source: EpochRows) -> None:
-        """Compile, and capture."""
         compile_objective(self.trainer)
         super().prepare(order, source)
 
@@ -252,11 +246,11 @@ Runner = Eager | Captured
 
 
 def compile_objective(trainer: Trainer) -> None:
-    """Compile forward pass and losses of whole batches; random numbers stay those of eager steps.
+    """Compile forward pass and losses of full batches, with the random numbers of eager steps.
 
-    The compiler runs when the first batch comes.
+    The compiler runs on the first batch.
     """
-    # what it has to say of the machine is not for those who train
+    # its messages about the machine are of no use here
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor
@@ -267,7 +261,7 @@ def compile_objective(trainer: Trainer) -> None:
     def objective(images: Tensor, *rest: Any) -> Any:
         if len(images) != size:
             return eager(images, *rest)
-        # one program for each student and method of a sweep; seeds of one share it
+        # one program for each student and method of a sweep, which all seeds share
         many = dynamo.patch(recompile_limit=MANY, accumulated_recompile_limit=MANY)
         with many, inductor.patch(fallback_random=True):
             return compiled(images, *rest)
@@ -276,30 +270,36 @@ def compile_objective(trainer: Trainer) -> None:
 
 
 def check_step(wanted: str, device: torch.device) -> None:
-    """Refuse a runner that the device lacks."""
+    """Check that the device has a runner; raise RichKDError if not."""
     if wanted == "captured" and not cuda(device):
         raise RichKDError(
-            f"step = 'captured' makes CUDA graphs, and the device is {device}; leave --step out, "
-            f"or choose eager or compiled",
+            f"step = 'captured' needs a CUDA device, but the device is {device}; remove --step, or "
+            f"choose eager or compiled",
             code="step-unsupported",
         )
 
 
 def make_runner(
-    trainer: Trainer, wanted: str, order: Tensor, source: EpochRows, steps_to_go: int
+    trainer: Trainer,
+    wanted: str,
+    order: Tensor,
+    source: EpochRows,
+    steps_to_go: int,
+    compiling_pays_s: float = COMPILING_PAYS_S,
 ) -> Runner:
-    """The runner that is wanted, ready to run; else an eager one, and the trainer says why.
+    """Make the wanted runner and prepare it; if that fails, log why and use an eager one.
 
     Args:
-        trainer: stands where it stood, afterwards.
+        trainer: of the steps; it is left unchanged.
         wanted: auto, eager, captured or compiled.
-        order: of the first epoch.
+        order: sample ids [N] of the first epoch, on the CPU.
         source: its views and rows, on the device.
-        steps_to_go: how many there are until the end; they decide whether compiling pays.
+        steps_to_go: how many steps are left.
+        compiling_pays_s: with `auto`, compile if these take as many seconds.
     """
     gpu = cuda(trainer.device)
     if wanted == "eager" or (wanted == "auto" and not gpu and not trainer.half):
-        return Eager(trainer, source)  # `auto` in f32 on a CPU is the reference, bit by bit
+        return Eager(trainer, source)  # `auto` in f32 on a CPU is the reference, bit for bit
     first: Runner = Eager(trainer, source)
     if gpu and wanted != "compiled":
         first = _prepared(Captured(trainer, source), first, order, source)
@@ -307,25 +307,27 @@ def make_runner(
         return first
     if wanted == "auto":
         to_go = steps_to_go * first.seconds(order, source)
-        if to_go < COMPILING_PAYS_S:
+        if to_go < compiling_pays_s:
             return first
-        trainer.log(f"{duration(to_go)} of {first.name} steps to go: compiling pays")
+        trainer.log(f"{duration(to_go)} of {first.name} steps left: compiling pays")
     trainer.log("compiling the step, which may take a minute")
     compiled = (CompiledGraphs if gpu else Compiled)(trainer, source)
     return _prepared(compiled, first, order, source)
 
 
 def _prepared(runner: Runner, otherwise: Runner, order: Tensor, source: EpochRows) -> Runner:
-    """A runner that is ready, or the other one where it cannot be made so."""
+    """Prepare a runner; return the other one if that fails."""
     trainer = runner.trainer
     objective, start = trainer.objective, time.perf_counter()
     try:
-        with warnings.catch_warnings(action="ignore"):  # what a compiler would have chosen
+        with warnings.catch_warnings(action="ignore"):  # of the compiler
             runner.prepare(order, source)
-    except Exception as error:  # of whatever a network, a method or a compiler does
+    except Exception as error:  # a network, a method or the compiler may raise anything
         trainer.objective = objective
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        trainer.log(f"the step cannot be {runner.name} ({lines[0]}); going on {otherwise.name}")
+        trainer.log(
+            f"the step cannot be {runner.name} ({lines[0]}); continuing with {otherwise.name}"
+        )
         if cuda(trainer.device):
             torch.cuda.empty_cache()
         return otherwise

@@ -1,4 +1,4 @@
-"""What runs on one cache share: its images, slabs and targets, each read once."""
+"""What the runs from one cache share: its images, slabs and targets, each read once."""
 
 from __future__ import annotations
 
@@ -24,39 +24,35 @@ from richkd.store import pages
 from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
 from richkd.store.topk import Rows
 from richkd.training.data import Data, EpochRows, EvalSet, all_rows, timed
-from richkd.training.device import (
-    choose_device,
-    cuda,
-    free_memory,
-)
+from richkd.training.device import choose_device, cuda, free_memory
 from richkd.training.images import load_images
 from richkd.training.loop import Trainer
 from richkd.training.targets import Target, choice_samples, choose_target, held_out
 
 
 class Source:
-    """A store and what all runs from it share: images, slabs and targets, each once.
+    """A cache and what all runs from it share: images, slabs and targets.
 
-    Runs whose settings differ in `cache`, `dataset`, `data_root` or `device` have sources of
-    their own.
+    Runs whose settings differ in `cache`, `dataset`, `data_root` or `device` need different
+    sources.
     """
 
     def __init__(
         self, settings: Distill, report: Report, cache: TeacherCache | None = None
     ) -> None:
-        """From the store that the settings name, or that store where it is open already."""
+        """Open the cache that the settings name, unless it is given."""
         self.settings = settings
         self.report = report
         self.device = choose_device(settings.device)
         self.cache = cache or open_cache(settings.cache)
-        self._targets: dict[str, Target] = {}  # by the name of its rows
-        self._on_gpu: dict[str, Rows] = {}  # of the epoch that trains: the same memory in each
+        self._targets: dict[str, Target] = {}  # by the name of their rows
+        self._on_gpu: dict[str, Rows] = {}  # rows of the current epoch, at the same address in each
         self._chosen: dict[tuple[Any, ...], str] = {}
         self._fixed: dict[str, Rows] = {}
 
     @cached_property
     def data(self) -> Data:
-        """Images and labels of all splits on the device; all test samples are tested on."""
+        """Images and labels of all splits on the device, with all test samples in `test`."""
         splits = self.splits
         manifest = self.cache.manifest
         return Data(
@@ -72,11 +68,11 @@ class Source:
 
     @cached_property
     def splits(self) -> dict[str, Split]:
-        """Images and labels of all splits; errors are those of `load_images`."""
+        """Images and labels of all splits, on the host; errors are those of `load_images`."""
         return load_images(self.cache, self.settings.dataset, self.settings.data_root, self.report)
 
     def data_for(self, settings: Distill) -> Data:
-        """The same for a run that may hold out test images, to make choices on them."""
+        """Return `data` for a run, which may hold out test images to make choices on."""
         if not settings.holdout:
             return self.data
         test = self.data.test
@@ -90,7 +86,7 @@ class Source:
         )
 
     def widths(self, student: int, alpha: float) -> Widths:
-        """The sizes that a method depends on, for a student's feature width and a blend."""
+        """Return the sizes that a method depends on, for a student's feature width and an α."""
         clip = self.cache.manifest["clip"]
         return Widths(
             labels=self.data.train_labels.cpu(),
@@ -101,7 +97,7 @@ class Source:
         )
 
     def target(self, settings: Distill, kind: str) -> tuple[str, Target]:
-        """What a run's settings make the target, and the name of its rows; chosen once for all.
+        """Choose the target of a run's settings, once for all runs; return its rows' name, too.
 
         Errors are those of `choose_target`.
         """
@@ -122,14 +118,14 @@ class Source:
     def trainer(
         self, settings: Distill, log: Callable[[str], None] = lambda _: None
     ) -> tuple[Trainer, dict[str, str], Target | None]:
-        """A new student with its method, as a run's settings ask for.
+        """Create a student and its method, as a run's settings say.
 
         Args:
             settings: resolved by `with_defaults`.
-            log: is told how its steps are run.
+            log: called with a message about how its steps run.
 
         Returns:
-            The trainer, the names of `epochs` by those of what its method reads, and the target.
+            The trainer; of each array that its method reads, the name for `epochs`; the target.
         """
         method_type, options = method_of(settings)
         reads = method_type.reads(options)
@@ -145,14 +141,14 @@ class Source:
         return Trainer(model, method, data, settings, self.device, log), rows, target
 
     def own(self, shared: EpochRows, rows: Mapping[str, str], seed: int, epoch: int) -> EpochRows:
-        """What a run's method reads of an epoch's rows.
+        """Select the rows of an epoch that a run's method reads.
 
-        A method that reads none is not held to the views that were cached: it sees a fresh view of
-        every image, as plain training does, whatever the store has.
+        A method that reads none is not limited to the cached views: it sees a fresh view of every
+        image, as in plain training.
 
         Args:
-            shared: of all runs.
-            rows: their names by those of the method, as `trainer` gave them.
+            shared: the rows of all runs.
+            rows: their names by those of the method, as `trainer` returned them.
             seed: the run's.
             epoch: from 1.
         """
@@ -164,11 +160,11 @@ class Source:
     def epochs(
         self, names: Collection[str], first: int, last: int
     ) -> Iterator[tuple[EpochRows, float]]:
-        """Views and named rows of epochs first..last, and the seconds spent waiting for them.
+        """Yield views and named rows of epochs first..last, and the seconds spent waiting for them.
 
-        On a GPU, rows of an epoch take the place of those of the epoch before. A thread reads an
-        epoch's slab while the epoch before trains. Names are arrays of the store
-        (`teacher_features`) and what `target` gave.
+        A thread reads an epoch's slab while the epoch before trains. On a GPU, the rows of an epoch
+        overwrite those of the epoch before. Names are arrays of the cache (`teacher_features`) and
+        those that `target` returned.
         """
         fixed_names = {name for name in names if self._is_fixed(name)}
         place = self._place(sorted({*names} - fixed_names), sorted(fixed_names))
@@ -179,16 +175,16 @@ class Source:
             yield replace(source, rows={**source.rows, **fixed}), waited
 
     def _is_fixed(self, name: str) -> bool:
-        """Whether rows are the same in every epoch: those of CLIP, which saw the clean images."""
+        """Return whether rows are the same in every epoch: CLIP's, which saw the clean images."""
         target = self._targets.get(name)
         return not target.reads if target else name not in SLAB_ARRAYS
 
     def _place(self, slab: Collection[str], fixed: Collection[str]) -> Placement:
-        """Where rows lie: the one choice between memory, disk and device.
+        """Choose where rows are kept: in memory, on the disk or on the device.
 
-        Slabs lie on the disk where two of them would take more than half of the memory that is
-        available. Rows go to a GPU as a whole, but not from the disk, nor where those of an epoch
-        would take more than half of what is free on it.
+        Slabs are kept on the disk if two of them would take more than half of the available memory.
+        Rows go to a GPU as a whole, unless they are on the disk or those of an epoch would take
+        more than half of its free memory.
         """
         on_disk = pages.beyond_memory(self._nbytes(slab))
         if self.device.type != "cuda":
@@ -197,7 +193,7 @@ class Source:
         return Placement(on_disk, on_host=on_disk or too_much)
 
     def _nbytes(self, names: Collection[str]) -> int:
-        """Bytes of the rows of an epoch, with those that blends are computed from."""
+        """Return the bytes of the rows of an epoch, with those that blends are computed from."""
         arrays = {name for name in names if name not in self._targets}
         targets = [self._targets[name] for name in names if name in self._targets]
         arrays |= {array for target in targets for array in target.reads}
@@ -219,10 +215,10 @@ class Source:
         return self._fixed[name]
 
     def _slab_rows(self, names: Collection[str], place: Placement) -> Callable[[int], EpochRows]:
-        """What reads the rows of an epoch, from 1: view (epoch − 1) mod V.
+        """Return a function that reads the rows of an epoch, from 1: view (epoch − 1) mod V.
 
-        Blended logits are rounded as stage one would have stored them; those that the store keeps
-        by their K largest stay so.
+        Blended logits are rounded to the cache's dtype; logits of which the cache keeps the K
+        largest are not filled up.
         """
         targets = {name: self._targets[name] for name in names if name in self._targets}
         features = {name for name in names if name not in targets}
@@ -230,7 +226,7 @@ class Source:
         empty = partial(place.empty, dtype=self.cache.manifest["dtype"])
         pin = self.device.type == "cuda" and not place.on_host
 
-        @lru_cache(maxsize=1)  # with one view, every epoch is the same slab
+        @lru_cache(maxsize=1)  # with one view, every epoch has the same slab
         def read(view: int) -> EpochRows:
             slab = self.cache.slab(view, sorted(features), place.on_disk)
             stored = {
@@ -248,23 +244,23 @@ class Source:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the rows of an epoch lie."""
+    """Where the rows of an epoch are kept."""
 
     on_disk: bool  # in a temporary file that is mapped into memory
-    on_host: bool  # and not on the device: every batch is gathered and sent there
+    on_host: bool  # not on the device: each batch is gathered and copied there
 
     def empty(self, shape: tuple[int, ...], dtype: str = "float32") -> Tensor:
-        """Rows to be filled."""
+        """Return uninitialised rows."""
         return torch.from_numpy(pages.empty(shape, np.dtype(dtype), self.on_disk))
 
 
 def method_of(settings: Distill) -> tuple[type[Method], Any]:
-    """The class and the options of the method that the settings name; errors of `method_class`."""
+    """Return class and options of the settings' method; errors are those of `method_class`."""
     return method_class(settings.method, method_options(settings.options, settings.method))
 
 
 def build_student(settings: Distill, cache: TeacherCache) -> tuple[torch.nn.Module, int]:
-    """The student, its weights drawn from the seed, and its feature width."""
+    """Create the student, with weights drawn from the seed; return its feature width, too."""
     check_trainable(settings.student)
     torch.manual_seed(derive_seed(settings.seed, 0, 2))
     size = cache.manifest["image_size"]

@@ -18,38 +18,36 @@ from richkd.core.errors import RichKDError
 from richkd.core.files import locked
 from richkd.core.progress import Advance, Report, percent
 from richkd.core.versions import versions
-from richkd.data.framing import NetworkInput
 from richkd.losses.method import TARGET
 from richkd.store.reader import TeacherCache
-from richkd.store.schema import student_input, teacher_accuracies, teacher_input
-from richkd.training.checkpoint import Best, Progress, RunFolder, Saving
+from richkd.store.schema import teacher_accuracies
+from richkd.training.checkpoint import Best, Progress, Saving
 from richkd.training.data import EpochRows
-from richkd.training.device import (
-    cuda,
-    hardware,
-)
-from richkd.training.loop import (
-    EpochRecord,
-    Trainer,
-)
+from richkd.training.device import cuda, hardware
+from richkd.training.identity import RunIdentity
+from richkd.training.loop import EpochRecord, Trainer
 from richkd.training.precision import advice, is_open, time_precisions
+from richkd.training.run_folder import RunFolder
 from richkd.training.source import Source, method_of
 from richkd.training.targets import describe_target
 
-# Methods whose settings are others than those of runs whose recipes name no hold-out.
+# Methods that changed since recipes began to record the hold-out.
 CHANGED = frozenset({"dist", "mlkd", "mlkd-ls"})
 
 
 class StudentRun:
-    """One student on its way: its method, trainer and run folder, and how far it is.
+    """A student in training: its method, trainer, run folder and progress.
 
-    A context manager; the run folder is this process's until it ends.
+    A context manager, which holds the lock of the run folder.
     """
 
     def __init__(self, source: Source, settings: Distill, *, overwrite: bool = False) -> None:
-        """Everything that can be refused is, before the run folder is touched.
+        """Check everything before the run folder is touched, then start or resume the run.
 
-        A run in the folder is resumed unless `overwrite` says to begin anew.
+        Args:
+            source: what runs of this cache share.
+            settings: of the run.
+            overwrite: start over if there is a run in the folder.
 
         Raises:
             RichKDError: anything the user can mend.
@@ -61,17 +59,17 @@ class StudentRun:
         self.folder = RunFolder(Path(settings.out))
         if not overwrite:
             check_version(self.folder, settings)
-        recorded = to_table(settings), identity(cache)
+        recorded = to_table(settings), RunIdentity.of(cache)
         self.folder.check(*recorded, overwrite=overwrite)
-        self.trainer, self.rows, self.target = source.trainer(settings, self._say)
+        self.trainer, self.rows, self.target = source.trainer(settings, self._log)
         with ExitStack() as stack:
             stack.enter_context(locked(self.folder.path))
             resumed = self.folder.begin(*recorded, overwrite=overwrite)
             self.progress = self._resume() if resumed else Progress()
-            self._held = stack.pop_all()
-        self._saving = Saving(beside=cuda(source.device))
-        self.record: EpochRecord | None = None  # of the last epoch trained here
-        self._before = self.progress  # what was done when this process began
+            self._lock = stack.pop_all()
+        self._saving = Saving(threaded=cuda(source.device))
+        self.record: EpochRecord | None = None  # of the last epoch that this process trained
+        self._before = self.progress  # when this process started
 
     def __enter__(self) -> StudentRun:
         return self
@@ -84,13 +82,13 @@ class StudentRun:
             self.close()
 
     def wait(self) -> None:
-        """Until the last checkpoint is written; raises what writing raised."""
+        """Wait until the last checkpoint is written; raise what writing raised."""
         self._saving.wait()
 
     def close(self) -> None:
-        """Give the run folder free, and what the student takes of a GPU."""
+        """Unlock the run folder, and free the GPU memory of the student."""
         self._saving.close()
-        self._held.close()
+        self._lock.close()
         self.trainer.release()
 
     def _resume(self) -> Progress:
@@ -99,28 +97,28 @@ class StudentRun:
         self.trainer.resume(tensors, self.folder.path, progress.step)
         return progress
 
-    def _say(self, message: str) -> None:
+    def _log(self, message: str) -> None:
         self.source.report.log(f"{self.folder.path.name}: {message}")
 
     @property
     def done(self) -> int:
-        """Epochs."""
+        """Epochs that are done."""
         return self.progress.epoch
 
     @property
     def epoch_s(self) -> float:
-        """Seconds an epoch that was trained here, with its tests and its checkpoint."""
+        """Seconds per epoch in this process, with tests and checkpoints."""
         return (self.progress.seconds - self._before.seconds) / (self.done - self._before.epoch)
 
     @property
     def images_to_go(self) -> int:
-        """How many will have been trained on at the end."""
+        """Images that are left to train on."""
         return (self.settings.epochs - self.done) * self.source.cache.num_samples
 
     def train_epoch(
         self, source: EpochRows, waited: float, tick: Advance = lambda _: None
     ) -> EpochRecord:
-        """The next epoch, with its checkpoint; `source` has the rows that `self.rows` names.
+        """Train the next epoch and save a checkpoint; `source` has the rows that `self.rows` names.
 
         Raises:
             RichKDError: the student diverged.
@@ -131,18 +129,18 @@ class StudentRun:
         return self.end_epoch(waited, start)
 
     def steps(self, source: EpochRows) -> Iterator[int]:
-        """The steps of the next epoch; yields the size of each batch once its step is launched."""
+        """Run the steps of the next epoch; yield each batch's size once its step is launched."""
         epoch = self.done + 1
         own = self.source.own(source, self.rows, self.settings.seed, epoch)
         return self.trainer.steps(epoch, own)
 
     def end_epoch(self, waited: float, start: float, runs: int = 1) -> EpochRecord:
-        """The end of an epoch whose steps were launched, with its checkpoint.
+        """End an epoch whose steps were launched: evaluate, and save a checkpoint.
 
         Args:
-            waited: seconds for its rows.
-            start: when it began, by time.perf_counter.
-            runs: that trained side by side, between which the seconds are shared.
+            waited: seconds spent waiting for its rows.
+            start: its start, by time.perf_counter.
+            runs: how many trained side by side and share the seconds.
 
         Raises:
             RichKDError: the student diverged.
@@ -166,14 +164,14 @@ class StudentRun:
         }
         line = {**record.as_dict(), "slab_wait_s": waited}
         self._saving.submit(partial(self.folder.save_epoch, progress, line, state, student))
-        # here with the time that its checkpoint took
+        # with the time that saving took
         seconds = before + waited + (time.perf_counter() - start) / runs
         self.progress = Progress(epoch, best, seconds, step)
         self.record = record
         return record
 
     def finish(self) -> dict[str, Any]:
-        """After the last epoch: weights and summary, with which the run is complete."""
+        """Write the weights and the summary after the last epoch; the run is then complete."""
         self._saving.wait()
         data = self.trainer.data
         if self.record is None:  # interrupted between the last epoch and the summary
@@ -183,7 +181,7 @@ class StudentRun:
             top1, top5 = self.record.test_accuracy, self.record.test_top5
         found = self.progress.best
         best = found.accuracy if data.choice is None else self.test_best(top1)
-        last = self.folder.metrics()[-1:]  # none where somebody removed them
+        last = self.folder.metrics()[-1:]  # empty if somebody removed them
         tested = data.test.ids.cpu()
         summary = {
             **describe_run(self.settings, self.source.cache, self.trainer),
@@ -204,7 +202,7 @@ class StudentRun:
         return summary
 
     def test_best(self, last: float) -> float:
-        """Top-1 on the test images after the best epoch, which other images chose."""
+        """Return top-1 on the test images after the best epoch; `last` is that after the last."""
         if self.progress.best.epoch == self.settings.epochs:
             return last
         model, state = self.trainer.model, self.trainer.model.state_dict()
@@ -215,7 +213,7 @@ class StudentRun:
         return top1
 
     def opening(self) -> str:
-        """The lines that say what is about to run."""
+        """Describe the run that is about to start."""
         settings, cache = self.settings, self.source.cache
         count = sum(parameter.numel() for parameter in self.trainer.model.parameters())
         resuming = f"; resuming after epoch {self.done} of {settings.epochs}" if self.done else ""
@@ -229,29 +227,29 @@ class StudentRun:
 
 
 def completed(settings: Distill, cache: TeacherCache, report: Report) -> dict[str, Any] | None:
-    """The summary of the run that the settings name, where it is complete.
+    """Return the summary of the run that the settings name, or None if it is not complete.
 
     Raises:
-        RichKDError: a complete run of other settings, or on another store, is in its place.
+        RichKDError: a complete run of other settings or on another cache is in its place.
     """
     settings = with_defaults(settings, cache)
     run = RunFolder(Path(settings.out))
     if not run.complete:
         return None
     check_version(run, settings)
-    run.check(to_table(settings), identity(cache), overwrite=False)
+    run.check(to_table(settings), RunIdentity.of(cache), overwrite=False)
     run.tidy()
-    report.log(f"{run.path} is complete already; --overwrite begins it anew")
+    report.log(f"{run.path} is complete already; --overwrite starts over")
     return run.summary()
 
 
 def with_defaults(settings: Distill, cache: TeacherCache, runs: str = "runs") -> Distill:
-    """The student that the data set suggests, its learning rate, and a name, where none were given.
+    """Fill in the student that the dataset suggests, its learning rate and a run folder.
 
     Args:
         settings: as given.
-        cache: the store.
-        runs: the folder for a run without a name.
+        cache: to train from.
+        runs: the folder of the run folder, if that has no name.
     """
     dataset = cache.manifest["dataset"]["name"]
     student = settings.student or catalog.networks(dataset, cache.manifest["image_size"])[1]
@@ -264,10 +262,10 @@ def with_defaults(settings: Distill, cache: TeacherCache, runs: str = "runs") ->
 
 
 def check_reads(cache: TeacherCache, settings: Distill) -> None:
-    """Refuse a store without what a method reads, and a target for a method that takes none.
+    """Check that the cache has what a method reads, and that it takes the target.
 
     Raises:
-        RichKDError: either of these.
+        RichKDError: one of them does not hold.
     """
     method_type, options = method_of(settings)
     reads = method_type.reads(options)
@@ -276,80 +274,62 @@ def check_reads(cache: TeacherCache, settings: Distill) -> None:
             cache.require(f"train/{name}")
     if cache.kept and method_type.needs_whole_rows(options):
         raise RichKDError(
-            f"method {settings.method} standardises whole rows of logits, and {cache.location} "
-            f"keeps the {cache.manifest['keep']} largest of {cache.num_classes}: choose a method "
-            f"that does not, or make the store with --keep all",
+            f"method {settings.method} standardises whole rows of logits, but {cache.location} "
+            f"keeps the {cache.manifest['keep']} largest of {cache.num_classes}; choose another "
+            f"method, or make the cache with --keep all",
             code="method-needs-whole-rows",
         )
     if settings.target and TARGET not in reads:
         raise RichKDError(
-            f"target = {settings.target!r}: method {settings.method} takes no target logits; leave "
-            f"--target out",
+            f"target = {settings.target!r}: method {settings.method} takes no target logits; "
+            f"remove --target",
             code="target-not-taken",
         )
 
 
-def identity(cache: TeacherCache) -> str:
-    """What a run trains on: the data, the teachers and the views."""
-    manifest = cache.manifest
-    clip = manifest["clip"]
-    parts = [
-        manifest["dataset"]["fingerprint"][:16],
-        manifest["teacher"]["sha256"][:16],
-        clip["sha256"][:16] if clip else "none",
-        f"{manifest['views']['count']} views of seed {manifest['views']['seed']}",
-        f"alpha {manifest['alpha']} scale {manifest['scale']} {manifest['dtype']}",
-    ]
-    if (seen := teacher_input(manifest)) != student_input(manifest):
-        parts.append(f"the teacher sees {NetworkInput.of(seen)}")
-    if "keep" in manifest:
-        parts.append(f"top {manifest['keep']} at {manifest['keep_temperature']:g}")
-    return ", ".join(parts)
-
-
 def choice_images(cache: TeacherCache, settings: Distill) -> str:
-    """The images that a run's best epoch is chosen on: validation, held-out test, or test."""
+    """Return which images a run's best epoch is chosen on: validation, held-out test, or test."""
     if "validation" in cache.splits:
         return "validation"
     return "held-out test" if settings.holdout else "test"
 
 
 def check_version(folder: RunFolder, settings: Distill) -> None:
-    """Refuse a run that an earlier version of richkd began and trained otherwise.
+    """Check that this version trains a run as the version that started it.
 
     Raises:
-        RichKDError: the method's settings or its views changed since, or what choices are made on.
+        RichKDError: the method's settings, its views or the images for choices have changed since.
     """
     method_type, options = method_of(settings)
     changed = not method_type.reads(options) or settings.method in CHANGED or settings.holdout
     if changed and folder.of_earlier_version:
         raise RichKDError(
-            f"the run in {folder.path} was begun by an earlier version of richkd, which trained "
-            f"{settings.method} otherwise, or made choices on other images (see the changelog); "
-            f"choose another --out, or remove it",
+            f"the run in {folder.path} was started by an earlier version of richkd, which trained "
+            f"{settings.method} differently, or made choices on other images (see the changelog); "
+            f"choose another --out, or remove the folder",
             code="run-of-earlier-version",
         )
 
 
 def log_few_views(runs: Collection[Distill], cache: TeacherCache, report: Report) -> None:
-    """Say which methods lose accuracy because the store has few views of an image, and how much."""
-    said: dict[str, str] = {}
+    """Log which methods lose accuracy because the cache has few views, and how much."""
+    messages: dict[str, str] = {}
     for settings in runs:
         method_type, options = method_of(settings)
         few = method_type.few_views
-        wanted = min(few.enough, settings.epochs)  # more than one an epoch is of no use
+        wanted = min(few.enough, settings.epochs)  # more than one per epoch are of no use
         if method_type.reads(options) and cache.num_views < wanted:
-            said[settings.method] = (
+            messages[settings.method] = (
                 f"{settings.method} learns from {cache.num_views} views of each image and wants "
                 f"{wanted}: {few.cost(cache.num_views)} (docs/comparisons.md); richkd precompute "
                 f"--views {wanted} makes them"
             )
-    for message in said.values():
+    for message in messages.values():
         report.log(message)
 
 
 def describe_precision(run: StudentRun, report: Report) -> None:
-    """Say what bfloat16 would save, where a CPU has it and the training is long."""
+    """Log what bfloat16 would save, if a CPU has it and the training is long."""
     trainer, settings = run.trainer, run.settings
     if is_open(settings, trainer.device, run.images_to_go // settings.batch_size):
         batch = min(settings.batch_size, run.source.cache.num_samples)
@@ -360,7 +340,7 @@ def describe_precision(run: StudentRun, report: Report) -> None:
 
 
 def check_finite(record: EpochRecord, settings: Distill) -> None:
-    """Stop a student that diverged."""
+    """Check that the loss of an epoch is finite; raise RichKDError if not."""
     if not abs(record.loss) < float("inf"):
         raise RichKDError(
             f"the student diverged: the loss of epoch {record.epoch} is {record.loss}; lower --lr "
@@ -370,7 +350,7 @@ def check_finite(record: EpochRecord, settings: Distill) -> None:
 
 
 def describe_run(settings: Distill, cache: TeacherCache, trainer: Trainer) -> dict[str, Any]:
-    """What a summary says besides the results."""
+    """Return what a summary has besides the results."""
     return {
         "student": settings.student,
         "method": settings.method,
@@ -391,7 +371,7 @@ def describe_run(settings: Distill, cache: TeacherCache, trainer: Trainer) -> di
 
 
 def epoch_line(record: EpochRecord, epochs: int) -> str:
-    """One epoch in one line."""
+    """Format one epoch as one line."""
     accuracies = {
         "train": record.train_accuracy,
         "validation": record.validation_accuracy,

@@ -1,7 +1,7 @@
-"""Whose logits the student is told: the CNN teacher's, CLIP's, or their blend, from the store.
+"""The target logits of a student: the CNN teacher's, CLIP's, or their blend, from the cache.
 
-The blend that the store was made with is read as it is; any other α, scale, set of prompts or CLIP
-head is arithmetic on the cached parts. No teacher is loaded.
+The blend that the cache was made with is read; any other α, scale, set of prompts or CLIP head is
+computed from the cached parts. No teacher is loaded.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ DOUBLINGS = 12  # of the scale, below its native value; 3 above
 
 @dataclass(frozen=True)
 class Target:
-    """Whose logits, resolved: nothing in it is `auto` or by name any more."""
+    """A resolved choice of target logits: no value is `auto` or a name of a scale."""
 
     kind: str  # teacher, clip or fused
     alpha: float  # of the blend, which fused features use too
     scale: float  # of CLIP's logits: of its cosines, or of the probe's logits
-    clip: Mapping[str, Tensor]  # split -> CLIP's logits before the scale [N,C], where they are used
+    clip: Mapping[str, Tensor]  # split -> CLIP's logits before the scale [N,C], if they are used
     about: Mapping[str, Any]  # for the summary
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The arrays of the store, one row a view and sample, that `logits` starts from."""
+        """The arrays of the cache, with a row per view and sample, that `logits` starts from."""
         if self.kind == "fused" and not self.clip:
             return ("fused_logits",)
         return () if self.kind == "clip" else ("teacher_logits",)
@@ -52,10 +52,10 @@ class Target:
     def logits(
         self, split: str, rows: Mapping[str, Rows], empty: Callable[..., Tensor] = torch.empty
     ) -> Rows:
-        """Target logits [N,C] of a split from the rows that `reads` names.
+        """Return target logits [N,C] of a split, from the rows that `reads` names.
 
-        Where they are not such rows, they are computed a span of samples at a time into what
-        `empty` makes of their shape, and rounded to its dtype.
+        If they are not such rows themselves, they are computed, a span of samples at a time, into
+        the tensor that `empty` creates of their shape, and rounded to its dtype.
         """
         if self.kind != "clip" and not self.clip:
             return rows[self.reads[0]]
@@ -72,16 +72,16 @@ class Target:
 
 
 def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Report) -> Target:
-    """Resolve which logits the settings ask for.
+    """Resolve the target that the settings ask for.
 
     Args:
-        cache: the store.
+        cache: to train from.
         settings: target, alpha, scale, prompts, clip_head and holdout are read.
-        kind: the method's own target, where the settings name none.
-        report: where the fit of a probe and the choice of α are told.
+        kind: the method's own target, if the settings name none.
+        report: where the fit of a probe and the choice of α are logged.
 
     Raises:
-        RichKDError: the store lacks what it takes, or a setting is out of range.
+        RichKDError: the cache lacks what it needs, or a setting is out of range.
     """
     kind = settings.target or kind
     settings = settings.with_holdout("validation" in cache.splits)
@@ -90,7 +90,7 @@ def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Rep
     if kind == "teacher":
         if alpha == "auto":
             raise RichKDError(
-                "alpha 'auto' chooses a blend, and the target is the CNN teacher alone; pass "
+                "alpha 'auto' chooses a blend, but the target is the CNN teacher alone; pass "
                 "--target fused",
                 code="alpha-auto-without-blend",
             )
@@ -120,12 +120,12 @@ def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Rep
 def _clip_logits(
     cache: TeacherCache, settings: Distill, report: Report
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """CLIP's logits of all splits before the scale, by the head that was asked for."""
+    """Return CLIP's logits of all splits before the scale, and what the fit of a probe found."""
     if settings.clip_head == "zero-shot":
         return {split: cache.similarity(split, settings.prompts) for split in cache.splits}, {}
     if settings.prompts is not None:
         raise RichKDError(
-            "prompts are of the zero-shot head; the probe has none, leave them out",
+            "prompts are for the zero-shot head, and the probe has none; remove --prompts",
             code="prompts-with-probe",
         )
     report.log(f"fitting a probe on CLIP's features of {cache.num_samples:,} images")
@@ -135,7 +135,7 @@ def _clip_logits(
     if probe.too_small:
         names = [cache.manifest["class_names"][number] for number in probe.too_small]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        report.log(f"the probe has fewer training images than folds of: {shown}")
+        report.log(f"these classes have fewer training images than the probe has folds: {shown}")
     others = torch.split(probe.other_logits, [len(each) for each in features.values()])
     found = {
         "penalty": probe.penalty,
@@ -146,30 +146,31 @@ def _clip_logits(
 
 
 def _number(cache: TeacherCache, native: float, settings: Distill) -> float:
-    """The scale as a number: of cosines, or a factor of the probe's logits."""
+    """Return the scale as a number, of cosines or of the probe's logits."""
     scale = cast(Scale, cache.manifest["scale"]) if settings.scale is None else settings.scale
     if settings.clip_head == "probe":
         if settings.scale is None:
-            return 1.0  # the store's scale is of cosines
+            return 1.0  # the cache's scale is of cosines
         if scale == "raw":
             raise RichKDError(
-                "scale 'raw' is of CLIP's cosines; the probe gives logits: leave --scale out, or "
-                "give a number that multiplies them",
+                "scale 'raw' is for CLIP's cosines, but the probe gives logits; remove --scale, or "
+                "give a number to multiply them by",
                 code="scale-with-probe",
             )
     return fusion.resolve_scale(scale, native)
 
 
 def _scales(native: float) -> Tensor:
-    """Candidates around a native scale, evenly in the logarithm."""
+    """Return candidates around a native scale, evenly spaced in the logarithm."""
     steps = torch.arange(-DOUBLINGS * SCALES_A_DOUBLING, 3 * SCALES_A_DOUBLING + 1)
     return native * 2 ** (steps / SCALES_A_DOUBLING)
 
 
 def held_out(num_test: int, share: float) -> tuple[Tensor, Tensor]:
-    """Split the test samples into those that α is chosen on and those that students are tested on.
+    """Split the test samples: to make choices on, and to test students on.
 
-    The same for every seed, student and method. Sample ids, ascending.
+    Returns:
+        Their ids, ascending: the same for every seed, student and method.
     """
     generator = torch.Generator().manual_seed(derive_seed(0, num_test, 4))
     order = torch.randperm(num_test, generator=generator)
@@ -178,10 +179,10 @@ def held_out(num_test: int, share: float) -> tuple[Tensor, Tensor]:
 
 
 def choice_samples(cache: TeacherCache, holdout: float) -> tuple[str, Tensor]:
-    """The samples that choices are made on: their split and their ids in it.
+    """Return the samples that choices are made on: their split, and their ids in it.
 
-    The store's validation images, else a share of the test images, which students are then not
-    tested on.
+    These are the cache's validation images, or else a share of the test images, which students are
+    then not tested on.
 
     Raises:
         RichKDError: the share leaves no sample to choose or to test on.
@@ -192,7 +193,7 @@ def choice_samples(cache: TeacherCache, holdout: float) -> tuple[str, Tensor]:
     chosen, tested = held_out(count, holdout)
     if not len(chosen) or not len(tested):
         raise RichKDError(
-            f"holdout = {holdout}: of {count} test images that leaves {len(chosen)} to choose on "
+            f"holdout = {holdout}: of {count} test images, this leaves {len(chosen)} to choose on "
             f"and {len(tested)} to test on; give another share",
             code="holdout-share",
         )
@@ -202,17 +203,17 @@ def choice_samples(cache: TeacherCache, holdout: float) -> tuple[str, Tensor]:
 def choose_blend(
     cache: TeacherCache, clip_logits: Tensor, scales: Tensor, split: str, index: Tensor
 ) -> tuple[float, float, float]:
-    """α and scale of the greatest likelihood on held-out samples, and their NLL in nats.
+    """Return α and scale of the highest likelihood on held-out samples, and their NLL in nats.
 
-    The CNN teacher has learnt the training labels by heart, so only samples that it never saw can
-    say how far to trust it.
+    The CNN teacher knows the training labels by heart, so only samples that it never saw can tell
+    how far to trust it.
 
     Args:
-        cache: the store.
+        cache: to train from.
         clip_logits: [M,C], of a split, before the scale.
-        scales: candidates.
+        scales: the candidates.
         split: validation or test.
-        index: the samples of it to choose on.
+        index: ids of the samples to choose on.
     """
     labels = cache.read(f"{split}/labels")[index]
     teacher, clip = cache.read(f"{split}/teacher_logits")[index], clip_logits[index]
@@ -227,7 +228,7 @@ def choose_blend(
 
 
 def describe_target(target: Target, cache: TeacherCache, tested: Tensor) -> dict[str, Any]:
-    """What a summary says of the target: its settings, and how it does on the tested samples."""
+    """Return what a summary has of the target: its settings, and its scores on tested samples."""
     rows = {name: cache.read(f"test/{name}") for name in target.reads}
     logits = target.logits("test", rows)[tested].float()
     labels = cache.read("test/labels")[tested]

@@ -9,11 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fake_hub
+import fake_s3
 import numpy as np
+import obstore
 import pytest
 import scipy.stats
 import torch
-from helpers import Refusal, refuses, write_teacher
+from helpers import Refusal, refuses, tree, write_teacher
+from obstore.store import from_url
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -467,7 +471,7 @@ SHIFTS = [
 def test_folders_are_matched_by_folder_then_by_name(
     names: tuple[str, ...], folders: tuple[str, ...] | None, found: str, wanted: int | str
 ) -> None:
-    store: Any = SimpleNamespace(manifest={"class_names": [*names]}, path="s.zarr")
+    store: Any = SimpleNamespace(manifest={"class_names": [*names]}, location="s.zarr")
     images: Any = torch.zeros(len(names), 3, 32, 32)
     if folders is not None:
         paths = Paths.of(f"{name}/0.png" for name in folders)
@@ -480,6 +484,30 @@ def test_folders_are_matched_by_folder_then_by_name(
         code = "shift-class-unknown" if found == "c" else "shift-class-ambiguous"
         with refuses(code, Path("x") / found, wanted, "s.zarr"):
             shift_classes([found], Path("x"), store, test)
+
+
+@pytest.mark.parametrize("kind", ["s3", "hf"])
+def test_a_run_is_evaluated_from_a_cache_elsewhere(
+    run: Run, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("RICHKD_HOME", str(tmp_path / "home"))
+    with fake_s3.serving(monkeypatch) if kind == "s3" else fake_hub.serving() as server:
+        if kind == "s3":
+            url = f"s3://{fake_s3.BUCKET}/evaluated/shapes.zarr"
+            remote = from_url(url, client_options={"allow_http": True})
+            for name, content in tree(store).items():
+                obstore.put(remote, name, content)
+        else:
+            monkeypatch.setenv("HF_ENDPOINT", server.url)
+            url = "hf://datasets/me/teachers"
+            server.add("dataset", "me/teachers", tree(store))
+        folder = tmp_path / "run"
+        words = ["--student", "resnet8", "--method", "ce", "--epochs", 1, "--device", "cpu"]
+        assert run("distill", "--cache", url, *words, "--out", folder).code == 0
+        done = run("evaluate", folder, "--device", "cpu", "--json")
+        assert done.code == 0, done.err
+        summary = json.loads((folder / "summary.json").read_text())
+        assert done.json["runs"][0]["top1"] == summary["top1_last"]
 
 
 # --- refusals ------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from richkd.training.source import method_of
 from richkd.training.student import with_defaults
 
 TABLES = Path(__file__).parent / "published"
-OWN = {"shapes", "fashion-mnist"}  # recipes of this project, that nobody else published
+OWN = {"demo", "shapes", "fashion-mnist"}  # recipes of this project, that nobody else published
 NAMES = {path.stem for path in recipes.packaged().glob("*.toml")} - OWN
 ABOUT = {"top1", "epoch", "source", "settings", "options", "alpha"}
 STORE: Any = SimpleNamespace(  # as much as the defaults ask of one

@@ -65,7 +65,7 @@ def test_logits_are_of_f32_under_autocast() -> None:
 
 
 def test_resumed_on_the_gpu(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from richkd.training.checkpoint import RunFolder
+    from richkd.training.run_folder import RunFolder
 
     class CutOff(BaseException):
         pass

@@ -15,7 +15,7 @@ from test_distill import metrics, train, weights
 
 from richkd.losses import METHODS
 from richkd.models import create_model
-from richkd.training.checkpoint import RunFolder
+from richkd.training.run_folder import RunFolder
 from richkd.training.source import Placement, Source
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -220,7 +220,7 @@ def test_a_network_that_cannot_be_captured_trains_eagerly(
         )
         assert done["step"] == "eager"
         said = capfd.readouterr().err
-        assert f"the step cannot be {step} (" in said and "going on eager" in said
+        assert f"the step cannot be {step} (" in said and "continuing with eager" in said
 
 
 def test_too_little_memory_for_graphs(

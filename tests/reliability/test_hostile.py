@@ -138,7 +138,7 @@ def test_pickle_bombs_as_a_checkpoint_and_as_weights_of_a_run(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("richkd.training.checkpoint.RunFolder.finish", cut)
+        patch.setattr("richkd.training.run_folder.RunFolder.finish", cut)
         assert run(*words).code == 130
     for name, file in zip(("checkpoint", "previous"), files, strict=True):
         shutil.copy(file, tmp_path / "run" / f"{name}.safetensors")

@@ -245,7 +245,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
 ) -> None:
     words = [*STAGE_TWO, "--cache", store, "--epochs", 4]
     assert run(*words, "--out", tmp_path / "whole").code == 0
-    from richkd.training.checkpoint import Progress, RunFolder
+    from richkd.training.checkpoint import Progress
+    from richkd.training.run_folder import RunFolder
 
     path = tmp_path / "run"
     original = RunFolder.save_epoch

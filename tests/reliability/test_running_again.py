@@ -15,6 +15,8 @@ from forked import Done, Forks, Kill
 from helpers import assert_same_run, tree
 from safetensors import safe_open
 
+from richkd.config.recipes import packaged
+
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 RUN = {"recipe.toml", "metrics.jsonl", "last.safetensors", "best.safetensors", "summary.json"}
 CUT = {
@@ -27,9 +29,7 @@ CUT = {
 FEW = {"richkd.data.datasets:SHAPES_TEST": 40}
 DEMO = {
     **FEW,
-    "richkd.demo:LABELLED": 48,
-    "richkd.demo:TEACHER_EPOCHS": 3,
-    "richkd.demo:STUDENT_EPOCHS": 3,
+    "richkd.demo:RECIPE": "../small.toml",
     "richkd.teachers.demo_clip:DRAWINGS": 128,
 }
 TEACHER = (
@@ -125,7 +125,7 @@ def test_train_teacher(again: Callable[..., Done], by: int) -> None:
 @pytest.mark.fault
 def test_a_teacher_killed_where_its_weights_are_written(again: Callable[..., Done]) -> None:
     cut_off(
-        again(*TEACHER, kill=Kill("richkd.training.checkpoint:TeacherFolder.remove", before=True)),
+        again(*TEACHER, kill=Kill("richkd.training.run_folder:TeacherFolder.remove", before=True)),
         signal.SIGKILL,
     )
     assert "t.safetensors" in left() and "t.training/recipe.toml" in left()
@@ -194,14 +194,14 @@ def test_distill_and_what_is_made_of_a_run(
     words = ("distill", "--cache", store, *STUDENT, "--method", "kd", "--out")
     whole = again(*words, "whole", "--json")
     assert whole.code == 0
-    at = "richkd.training.checkpoint:RunFolder.save_epoch"
+    at = "richkd.training.run_folder:RunFolder.save_epoch"
     cut_off(again(*words, "run", kill=Kill(at, 2, by)), by)
     assert left("run") == CUT and ((by == signal.SIGKILL) == (".run.lock" in left()))
     cut_off(
         again(
             *words,
             "run",
-            kill=Kill("richkd.training.checkpoint:RunFolder.finish", 1, by, before=True),
+            kill=Kill("richkd.training.run_folder:RunFolder.finish", 1, by, before=True),
         ),
         by,
     )
@@ -272,7 +272,7 @@ def test_sweep(again: Callable[..., Done], store: Path, by: int) -> None:
         "--json",
     )
     names = [f"runs/shapes-resnet8-{method}-s0" for method in ("ce", "kd")]
-    done = again(*words, kill=Kill("richkd.training.checkpoint:RunFolder.save_epoch", 6, by))
+    done = again(*words, kill=Kill("richkd.training.run_folder:RunFolder.save_epoch", 6, by))
     cut_off(done, by)
     lock = {"runs/.shapes-resnet8-kd-s0.lock"} if by == signal.SIGKILL else set()
     assert left() == of(names[0], RUN) | of(names[1], CUT) | lock
@@ -297,7 +297,7 @@ def test_run(
     words = ("run", recipe, "--device", "cpu", "--json")
     kills = (
         "richkd.store.writer:StoreWriter.flush",
-        "richkd.training.checkpoint:RunFolder.finish",
+        "richkd.training.run_folder:RunFolder.finish",
         "richkd.report:write_csv",
     )
     for at in kills:
@@ -315,6 +315,11 @@ def test_run(
 @pytest.mark.slow
 @pytest.mark.fault
 def test_demo(again: Callable[..., Done], tmp_path: Path) -> None:
+    recipe = (packaged() / "demo.toml").read_text()
+    for was, now in (("1000", "48"), ("24", "3"), ("30", "3")):
+        recipe = recipe.replace(f"= {was}", f"= {now}")
+    Path("../small.toml").write_text(recipe.replace("eval_every = 10", "eval_every = 1"))
+
     def demo(*flags: Any, kill: Kill | None = None) -> Done:
         return again("demo", *flags, kill=kill, values=DEMO)
 
@@ -328,7 +333,7 @@ def test_demo(again: Callable[..., Done], tmp_path: Path) -> None:
     cut_off(done, signal.SIGTERM)
     assert "training the demo CLIP" in done.err and "resuming after epoch 2 of 3" in done.err
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["demo-clip-1"]
-    cut_off(demo(kill=Kill("richkd.training.checkpoint:RunFolder.save_epoch", 2)), signal.SIGKILL)
+    cut_off(demo(kill=Kill("richkd.training.run_folder:RunFolder.save_epoch", 2)), signal.SIGKILL)
     first = demo()
     assert first.code == 0 and "resuming after epoch 2 of 3" in first.err, first.err
     files = left("runs/demo")

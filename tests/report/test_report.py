@@ -24,8 +24,8 @@ from richkd.analysis.results import leaderboard, paired_difference
 from richkd.models import create_model
 from richkd.report.cost import student_cost
 from richkd.report.rows import Evaluated, comparable
-from richkd.training.run_folders import Run as RunFolderRead
-from richkd.training.run_folders import load_run
+from richkd.training.run_folder import Run as RunFolderRead
+from richkd.training.run_folder import load_run
 
 Run = Callable[..., Any]
 INTERRUPTED = "a-run-of-resnet8"  # comes first
@@ -175,7 +175,7 @@ def test_the_command_repeats_the_run(run: Run, runs: Path, tmp_path: Path) -> No
     assert loop.startswith("for seed in 0 1; do richkd distill") and loop.endswith("$seed; done")
     odd = RunFolderRead(
         path=path,
-        identity="i",
+        identity=read.identity,
         metrics=[],
         summary=None,
         settings={

@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_run, tree
+from helpers import Refusal, assert_same_run, refusal, tree
 
 from richkd.config.settings import Sweep
 
 Run = Callable[..., Any]
-Fails = Callable[..., str]
+Fails = Callable[..., Refusal]
 COMMON = ["--students", "resnet8", "--batch-size", 16, "--device", "cpu", "--lr", 0.02]
 
 # Two nodes of one CPU each, the second with a GPU that it only says it has. They end with this
@@ -258,7 +258,7 @@ def test_a_run_whose_worker_is_killed_goes_on_from_its_checkpoint(
     out, said = driver.end()
     assert len(before) < 15
     assert f"{victim.name}: its worker was lost (" in said
-    went_on = re.search(rf"{victim.name} goes on after epoch (\d+)\n", said)
+    went_on = re.search(rf"{victim.name} resumes after epoch (\d+)\n", said)
     assert went_on and int(went_on[1]) in (len(before) - 1, len(before))
     kept = int(went_on[1])
     assert epochs(victim)[:kept] == before[:kept]  # their seconds, too: not trained again
@@ -281,7 +281,7 @@ def test_interrupted_it_leaves_no_process_and_goes_on(
     driver.process.send_signal(signal.SIGTERM)
     _, said = driver.end(code=128 + signal.SIGTERM)
     assert said.splitlines()[-1] == (
-        "richkd: interrupted; the same command goes on, each run from its last epoch"
+        "richkd: interrupted; the same command resumes each run from its last epoch"
     )
     assert alive(members) == []
     assert not [*(tmp_path / "ray").glob(".*.lock")]  # the workers could tidy up
@@ -307,7 +307,8 @@ def test_a_run_that_diverges_leaves_the_others_whole(
     out, said = driver.end(code=2)
     failure = re.search(r"^shapes-resnet8-kd-s0 failed: the student diverged: .*$", said, re.M)
     assert failure and failure[0] in here.err and here.code == 2
-    assert "1 of the runs failed: ray/shapes-resnet8-kd-s0; the same command tries" in said
+    line = refusal(said)
+    assert line.code == "sweep-runs-failed" and "ray/shapes-resnet8-kd-s0" in line
     assert (tmp_path / "ray" / "shapes-resnet8-ce-s0" / "summary.json").is_file()
     assert_same_sweep(tmp_path, out, here)
 
@@ -354,31 +355,31 @@ def test_files_come_back_from_a_disk_that_the_driver_does_not_see(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "code", "value"),
     [
-        ("--engine spark", "unknown engine 'spark'"),
-        ("--address auto", "address = 'auto': must be left out without --engine ray"),
-        ("--gpus-per-run 0.5", "gpus_per_run = 0.5: must be left out without --engine ray"),
-        ("--cpus-per-run 2", "cpus_per_run = 2: must be left out without --engine ray"),
-        ("--engine ray --concurrent 2", "concurrent = 2: must be left out with --engine ray"),
-        ("--engine ray --gpus-per-run 1.5", "gpus_per_run = 1.5: must be 0, in [0.001, 1), or a "),
-        ("--engine ray --gpus-per-run -1", "gpus_per_run = -1.0: must be 0, in [0.001, 1), or a "),
-        ("--engine ray --gpus-per-run nan", "gpus_per_run = nan: must be 0, in [0.001, 1), or a "),
-        ("--engine ray --cpus-per-run 0", "cpus_per_run = 0: must be at least 1"),
-        ("--engine ray --address 127.0.0.1:9", "no Ray cluster at 127.0.0.1:9 ("),
-        ("--engine ray --address ray://h:1", "address = 'ray://h:1': give HOST:PORT or auto"),
-        ("--engine ray --device cuda:1", "device = 'cuda:1': must be auto, cpu or cuda"),
-        ("--engine ray --students crossvit_9_240", "crossvit_9_240 does not fit images of 32×32"),
+        ("--engine spark", "unknown-name", "'spark'"),
+        ("--address auto", "value-out-of-range", "address = 'auto'"),
+        ("--gpus-per-run 0.5", "value-out-of-range", "gpus_per_run = 0.5"),
+        ("--cpus-per-run 2", "value-out-of-range", "cpus_per_run = 2"),
+        ("--engine ray --concurrent 2", "value-out-of-range", "concurrent = 2"),
+        ("--engine ray --gpus-per-run 1.5", "value-out-of-range", "gpus_per_run = 1.5"),
+        ("--engine ray --gpus-per-run -1", "value-out-of-range", "gpus_per_run = -1.0"),
+        ("--engine ray --gpus-per-run nan", "value-out-of-range", "gpus_per_run = nan"),
+        ("--engine ray --cpus-per-run 0", "value-out-of-range", "cpus_per_run = 0"),
+        ("--engine ray --address 127.0.0.1:9", "ray-unreachable", "127.0.0.1:9"),
+        ("--engine ray --address ray://h:1", "ray-address", "'ray://h:1'"),
+        ("--engine ray --device cuda:1", "ray-device", "'cuda:1'"),
+        ("--engine ray --students crossvit_9_240", "model-does-not-fit", "crossvit_9_240"),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(
-    fails: Fails, store: Path, tmp_path: Path, words: str, message: str
+    fails: Fails, store: Path, tmp_path: Path, words: str, code: str, value: str
 ) -> None:
     start = time.perf_counter()
     line = fails(
         "sweep", "--cache", store, "--out", tmp_path / "runs", *COMMON, *shlex.split(words)
     )
-    assert message in line
+    assert line.code == code and value in line
     assert not (tmp_path / "runs").exists()
     assert time.perf_counter() - start < 30
 
@@ -388,10 +389,10 @@ def test_a_cluster_without_room_is_refused(
     cluster: str, start: Callable[..., Driver], tmp_path: Path
 ) -> None:
     _, said = start("--address", cluster, "--cpus-per-run", 2).end(code=2)
-    assert said == (
-        f"richkd: no node of the Ray cluster at {cluster} can hold a run of 2 CPUs and 0 GPUs "
-        f"(they have 1 CPU, 0 GPUs; 1 CPU, 1 GPU); lower --cpus-per-run or --gpus-per-run\n"
-    )
+    line = refusal(said)
+    assert line.code == "ray-no-room" and cluster in line and len(said.splitlines()) == 1
+    for value in ("2 CPUs and 0 GPUs", "1 CPU, 0 GPUs; 1 CPU, 1 GPU", "--cpus-per-run"):
+        assert value in line
     assert not (tmp_path / "ray").exists()
 
 
@@ -400,7 +401,7 @@ def test_without_ray_the_remedy_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     line = fails("sweep", "--cache", store, "--out", tmp_path / "runs", *COMMON, "--engine", "ray")
-    assert line == "richkd: --engine ray needs Ray; pip install 'richkd[ray]' [extra-missing]"
+    assert line.code == "extra-missing" and "richkd[ray]" in line
 
 
 WITHOUT_RAY = """

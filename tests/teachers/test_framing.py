@@ -37,7 +37,7 @@ from richkd.store.checksums import write_sealed
 from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
 from richkd.teachers.framing import resolve_input
-from richkd.training.student import identity
+from richkd.training.identity import RunIdentity
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]
@@ -364,11 +364,11 @@ def test_a_student_of_a_run_is_a_teacher_that_says_itself_what_it_takes(
         resolve_input(settings, weights, photo_set(photos), QUIET)
 
     cache = richkd.open_cache(store)
-    was = identity(cache)
+    was = RunIdentity.of(cache)
     del cache.manifest["teacher"]["input"]
-    assert identity(cache) == was
+    assert RunIdentity.of(cache) == was
     cache.manifest["teacher"]["input"] = replace(shapes.network_input, crop=0.5).entry
-    assert identity(cache) != was
+    assert RunIdentity.of(cache) != was
 
 
 def test_bad_input(photos: str, run: Run, fails: Fails, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from richkd.config.settings import Distill
 from richkd.distill import distill
 
 Run = Callable[..., Any]
-Fails = Callable[..., str]
+Fails = Callable[..., Any]
 
 
 def train(store: Path, out: Path, student: str) -> Path:
@@ -90,11 +90,11 @@ def test_logits_that_differ_leave_no_file(
 
 
 def test_mistakes(fails: Fails, store: Path, tmp_path: Path) -> None:
-    assert "is no run folder" in fails("export", tmp_path)
+    assert fails("export", tmp_path).code == "run-missing"
     folder = train(store, tmp_path / "run", "resnet8")
     assert "unknown format 'tflite'; choose from onnx, torch" in fails(
         "export", folder, "--format", "tflite"
     )
     assert "unknown weights 'first'" in fails("export", folder, "--weights", "first")
     (folder / "summary.json").unlink()
-    assert "is not complete; the same richkd distill command resumes it" in fails("export", folder)
+    assert fails("export", folder).code == "run-incomplete"

@@ -23,7 +23,7 @@ import richkd
 from richkd.config.settings import Distill
 from richkd.distill import distill
 from richkd.tools.hub_cards import student_card, text
-from richkd.training.run_folders import complete_run, load_student
+from richkd.training.run_folder import complete_run, load_student
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 Run = Callable[..., Any]
-Fails = Callable[..., str]
+Fails = Callable[..., Any]
 
 
 @pytest.fixture
@@ -245,7 +245,7 @@ def test_damage_is_refused_and_nothing_is_kept(
     assert "is no whole store" in fails("pull", "me/shapes")
     hub.damaged = set()
     hub.add("model", "me/student", {"recipe.toml": b"[x]\ny = 1"})
-    assert "is no run folder" in fails("pull", "me/student")
+    assert fails("pull", "me/student").code == "run-missing"
     assert left() == []
 
 
@@ -266,7 +266,7 @@ def test_what_cannot_be_pushed(
     half = tmp_path / "half"
     shutil.copytree(trained, half)
     (half / "summary.json").unlink()
-    assert "is not complete" in fails("push", half, "me/x")
+    assert fails("push", half, "me/x").code == "run-incomplete"
     for wrong in ("x", "me/a--b", "me/x/y", "datasets/me/x", "me/ä", "/x", ""):
         assert "cannot be a repository; give OWNER/NAME" in fails("push", store, wrong)
     hub.add("dataset", "me/other", {"data.csv": b"1"})

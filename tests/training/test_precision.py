@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def test_timing_leaves_the_network_and_the_random_numbers() -> None:
 def test_only_what_saves_is_told() -> None:
     assert advice({}) == advice({"a": StepTimes(1.0, 0.95)}) == ""
     line = advice({"resnet20": StepTimes(0.23, 0.16), "vgg8": StepTimes(0.5, 0.6)})
-    assert "resnet20 0.16 s a step instead of 0.23 s (--precision bfloat16)" in line
+    assert "resnet20 0.16 s per step instead of 0.23 s (--precision bfloat16)" in line
     assert "vgg8" not in line
 
 
@@ -62,12 +63,12 @@ def test_distill_sweep_and_doctor_tell(
     plain = train(store, tmp_path / "plain", method="kd")
     for module in ("richkd.training.precision", "richkd.training.device"):
         monkeypatch.setattr(f"{module}.has_bfloat16", lambda device: device.type == "cpu")
-    monkeypatch.setattr(precision, "LONG", 1)
     for module in ("training.student", "sweep.cost"):
+        monkeypatch.setattr(f"richkd.{module}.is_open", partial(is_open, long=1))
         monkeypatch.setattr(f"richkd.{module}.time_precisions", lambda *_: StepTimes(0.4, 0.1))
     monkeypatch.setattr("richkd.training.precision.time_precisions", lambda *_: StepTimes(0.4, 0.1))
     common = ["--cache", store, "--epochs", 2, "--batch-size", 16, "--lr", 0.02, "--device", "cpu"]
-    told = "resnet8 0.1 s a step instead of 0.4 s (--precision bfloat16)"
+    told = "resnet8 0.1 s per step instead of 0.4 s (--precision bfloat16)"
     done = run(
         "distill", *common, "--student", "resnet8", "--method", "kd", "--out", tmp_path / "a"
     )

@@ -1,0 +1,136 @@
+"""What a training learns from, as recipe.toml records it: two trainings are compared by its fields.
+
+Earlier versions recorded a sentence in place of a table; it is read into the same fields.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Self
+
+from richkd.data.datasets import Dataset
+from richkd.data.framing import NetworkInput
+from richkd.store.reader import TeacherCache
+from richkd.store.schema import student_input, teacher_input
+
+DIGITS = 16  # of a fingerprint or SHA-256
+NUMBERS = {"views", "view_seed", "alpha", "scale", "keep", "keep_temperature", "classes"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """The base of both identities: fields of plain values, None for those that do not apply."""
+
+    SENTENCE: ClassVar[re.Pattern[str]]  # of earlier versions, with a group for each field
+
+    @classmethod
+    def read(cls, recorded: object) -> Self:
+        """Read what recipe.toml holds: a table, or the sentence of an earlier version.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        if isinstance(recorded, str) and (found := cls.SENTENCE.fullmatch(recorded)):
+            return cls(**{name: _value(name, text) for name, text in found.groupdict().items()})
+        known = {field.name for field in fields(cls)}
+        if isinstance(recorded, dict) and recorded.keys() <= known:
+            return cls(**recorded)
+        raise ValueError(f"{recorded!r} does not say what was trained on")
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """The fields that apply, for recipe.toml."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def difference(self, now: Identity) -> str:
+        """Name the fields in which another identity differs, each with both values."""
+        was, other = asdict(self), asdict(now)
+        return ", ".join(
+            f"{name} was {was[name]!r} and is now {other[name]!r}"
+            for name in was
+            if was[name] != other[name]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity(Identity):
+    """What a student is trained on: a dataset, its teachers, and the cached views."""
+
+    SENTENCE = re.compile(
+        r"(?P<dataset>\w*), (?P<teacher>\w*), (?P<clip>\w*), "
+        r"(?P<views>\d+) views of seed (?P<view_seed>\d+), "
+        r"alpha (?P<alpha>\S+) scale (?P<scale>\S+) (?P<dtype>\w+)"
+        r"(, the teacher sees (?P<teacher_input>.+?))?"
+        r"(, top (?P<keep>\d+) at (?P<keep_temperature>\S+))?"
+    )
+
+    dataset: str  # the first digits of its fingerprint
+    teacher: str  # of the SHA-256 of its weights
+    clip: str  # likewise, or none
+    views: int
+    view_seed: int
+    alpha: float
+    scale: float | str
+    dtype: str
+    teacher_input: str | None = None  # where the teacher takes other images than the student
+    keep: int | None = None  # logits of a row
+    keep_temperature: float | None = None
+
+    @classmethod
+    def of(cls, cache: TeacherCache) -> Self:
+        """Return the identity of the runs that are trained from a cache."""
+        manifest = cache.manifest
+        clip, views, seen = manifest["clip"], manifest["views"], teacher_input(manifest)
+        temperature = manifest["keep_temperature"] if "keep" in manifest else None
+        return cls(
+            dataset=manifest["dataset"]["fingerprint"][:DIGITS],
+            teacher=manifest["teacher"]["sha256"][:DIGITS],
+            clip=clip["sha256"][:DIGITS] if clip else "none",
+            views=views["count"],
+            view_seed=views["seed"],
+            alpha=manifest["alpha"],
+            scale=manifest["scale"],
+            dtype=manifest["dtype"],
+            teacher_input=None
+            if seen == student_input(manifest)
+            else describe_input(NetworkInput.of(seen)),
+            keep=manifest.get("keep"),
+            keep_temperature=None if temperature is None else float(f"{temperature:g}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherIdentity(Identity):
+    """What a teacher is trained on: the images of a dataset, as the network takes them."""
+
+    SENTENCE = re.compile(r"(?P<dataset>\w*), (?P<classes>\d+) classes, images of (?P<input>.+)")
+
+    dataset: str
+    classes: int
+    input: str
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Self:
+        """Return the identity of the teachers that are trained on a dataset."""
+        return cls(
+            dataset=dataset.fingerprint[:DIGITS],
+            classes=len(dataset.class_names),
+            input=describe_input(dataset.network_input),
+        )
+
+
+def describe_input(seen: NetworkInput) -> str:
+    """Render what a network takes; recorded, so the text must stay as it is."""
+    mean, std = (",".join(f"{number:g}" for number in each) for each in (seen.mean, seen.std))
+    return (
+        f"{seen.size}×{seen.size}, crop {100 * seen.crop:g} %, {seen.interpolation}, mean {mean}, "
+        f"std {std}"
+    )
+
+
+def _value(name: str, text: str | None) -> Any:
+    """Read a field of a sentence; hexadecimal digits stay text, whatever they look like."""
+    if text is None or name not in NUMBERS or text in ("native", "raw"):
+        return text
+    return int(text) if text.isdecimal() else float(text)
