@@ -42,8 +42,8 @@ from richkd.models import create_model, forward
 from richkd.models.weights import save_tensors
 from richkd.precompute import precompute
 from richkd.store import schema
+from richkd.store.encoding import round_bits
 from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
-from richkd.store.writer import round_bits
 from richkd.teachers.clip import load_clip
 from richkd.training.data import Data, EpochRows, EvalSet
 from richkd.training.device import (

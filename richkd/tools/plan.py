@@ -27,33 +27,23 @@ from torch import Tensor
 
 from richkd.config import catalog
 from richkd.config.settings import Precompute, TrainTeacher, resolve
-from richkd.core import fusion
 from richkd.core.checks import fits, hints
 from richkd.core.errors import RichKDError
 from richkd.core.interrupts import work_begins
 from richkd.core.progress import Report, duration, size
-from richkd.core.ranks import Ranks
 from richkd.core.versions import versions
 from richkd.data.datasets import Dataset, ImageFiles, Split, introduce, load_dataset
 from richkd.data.decoding import Decoding
 from richkd.data.folders import Paths
 from richkd.data.prompts import load_prompts
-from richkd.data.views import views_tensor
-from richkd.precompute import (
-    begin_store,
-    check_given,
-    finish,
-    make_manifest,
-    teacher_weights,
-    write_blocks,
-)
+from richkd.precompute import StageOne
 from richkd.store import schema
 from richkd.store.checksums import num_chunks
+from richkd.store.encoding import ROUNDED, blank_files, encoded_bytes, round_bits
 from richkd.store.folder import Folder
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.store.schema import ArraySpec, Manifest
 from richkd.store.topk import keep_top
-from richkd.store.writer import ROUNDED, blank_files, encoded_bytes, round_bits
 from richkd.teachers.class_order import check_teacher_classes, given_outputs
 from richkd.teachers.clip import (
     ClipTeacher,
@@ -65,8 +55,10 @@ from richkd.teachers.clip import (
 )
 from richkd.teachers.cnn import CNNTeacher, load_teacher
 from richkd.teachers.demo_clip import demo_clip
+from richkd.teachers.find import teacher_weights
 from richkd.teachers.framing import resolve_input
-from richkd.teachers.rows import BlockRows, Teachers
+from richkd.teachers.request import check_given
+from richkd.teachers.rows import Teachers
 from richkd.training.device import choose_device, hardware, wait_for
 
 ENOUGH_S = 5.0  # of stage one, to know its pace
@@ -251,7 +243,7 @@ class Trial:
         self.text: Tensor | None = None
         side, random = self.cnn.input.size, "" if trained else ", random weights"
         self.about = f"{settings.teacher} ({side}×{side}{random})"
-        self.store: Folder | None = None  # the last one written
+        self.cache_folder: Folder | None = None  # of the last cache written
         if self.clip is None:
             self.about += ", no CLIP"
         else:
@@ -315,31 +307,26 @@ class Trial:
         return (time.perf_counter() - start) / len(tokens)
 
     def run(self, count: int, views: int) -> float:
-        """Stage one on the first training images and one test image; the seconds it took."""
+        """Run stage one on the first training images and one test image; return its seconds."""
         first = replace(
             self.dataset, train=self.dataset.train.first(count), test=self.dataset.test.first(1)
         )
-        manifest = make_manifest(
-            replace(self.settings, views=views), first, self.cnn, self.clip, self.text
-        )
-        drawn = first.train.view_space.draw(self.settings.seed, len(first.train), views)
-        if self.store is not None:
-            shutil.rmtree(self.store.path)
-        self.store = Folder(self.folder / f"{count}-{views}.zarr")
-        classes = None if self.text is None else fusion.class_embeddings(self.text)
+        teachers = Teachers(replace(self.settings, views=views), self.cnn, self.clip, self.text)
+        stage = StageOne.of(first, teachers)
+        if self.cache_folder is not None:
+            shutil.rmtree(self.cache_folder.path)
+        self.cache_folder = Folder(self.folder / f"{count}-{views}.zarr")
         start = time.perf_counter()
-        with begin_store(self.store, manifest, drawn, self.text) as writer:
-            teachers = Teachers(self.settings, self.cnn, self.clip, classes)
-            rows = BlockRows(first, views_tensor(drawn), self.device, teachers, writer)
-            write_blocks(writer, rows, Ranks(0, 1), Report(quiet=True))
-        seconds = time.perf_counter() - start
-        finish(writer, manifest)
+        with stage.open(self.cache_folder) as writer:
+            stage.write(writer)
+            seconds = time.perf_counter() - start
+            stage.complete(writer)
         return seconds
 
     def cache(self) -> TeacherCache:
-        """The store of the largest trial."""
-        assert self.store is not None
-        return open_cache(self.store.path)
+        """Open the cache of the largest trial."""
+        assert self.cache_folder is not None
+        return open_cache(self.cache_folder.path)
 
 
 def planned_teacher(

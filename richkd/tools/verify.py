@@ -43,7 +43,6 @@ from richkd.store.schema import (
     LOGITS,
     Block,
     Manifest,
-    TeacherEntry,
     array_specs,
     blocks,
     describe_precision,
@@ -143,57 +142,49 @@ def show_checks(path: str | Path, checks: list[Check], report: Report, most: int
 
 
 def repair_store(path: str | Path, report: Report) -> list[str]:
-    """Compute the damaged blocks again, by the settings in the store; the names of the blocks.
+    """Compute the damaged blocks of a cache again, by its own settings; return their names.
 
-    Of a store that is not complete, as where a repair was interrupted, those that are missing.
+    If the cache is incomplete, e.g. because a repair was interrupted, compute the missing blocks.
 
     Raises:
-        RichKDError: as `verify_store` and `precompute`; the data and the teachers must be where
-            they were, and be the same.
+        RichKDError: as `verify_store` and `precompute`; the images and the teachers must still be
+            where they were, and be the same.
     """
-    place = open_location(path)
-    begun = read_manifest(path)
-    if not begun["complete"]:
-        return finish_store(place, begun, report)
-    manifest = sealed_manifest(place)
-    damage = list(find_damage(place, manifest, report))
-    if not damage:
-        report.log(f"{place}: every byte is as it was written; nothing to repair")
-        return []
-    damaged = {block for one in damage for block in one.blocks}
-    redo = [block for block in blocks(manifest) if block in damaged]
-    for one in damage:
-        report.log(f"{one.file}: {one.reason}")
-    settings = resolve(Precompute, manifest["recipe"], {"out": str(path)})
+    location, manifest = open_location(path), read_manifest(path)
+    complete = manifest["complete"]
+    if complete:
+        manifest = sealed_manifest(location)
+        damage = list(find_damage(location, manifest, report))
+        if not damage:
+            report.log(f"{location}: every byte is as it was written; nothing to repair")
+            return []
+        for one in damage:
+            report.log(f"{one.file}: {one.reason}")
+        damaged = {block for one in damage for block in one.blocks}
+        redo = [block for block in blocks(manifest) if block in damaged]
+    else:
+        done = written(location, manifest)
+        redo = [block for block, good in zip(blocks(manifest), done, strict=True) if not good]
     report.log(f"computing {len(redo)} of {len(blocks(manifest))} blocks again")
-    precompute_again(manifest, settings, report, redo)
+    compute_again(manifest, location, redo if complete else None, report)
     return [block.name for block in redo]
 
 
-def finish_store(place: Location, manifest: Manifest, report: Report) -> list[str]:
-    """Compute the blocks that a store lacks which is not complete; errors of `precompute`."""
-    done = written(place, manifest)
-    missing = [block.name for block, there in zip(blocks(manifest), done, strict=True) if not there]
-    settings = resolve(Precompute, manifest["recipe"], {"out": place.name})
-    precompute_again(manifest, settings, report)
-    return missing
-
-
-def precompute_again(
-    manifest: Manifest, settings: Precompute, report: Report, redo: list[Block] | None = None
+def compute_again(
+    manifest: Manifest, location: Location, damaged: Sequence[Block] | None, report: Report
 ) -> None:
-    """Compute blocks of a store by what it says of images and teachers, not by today's rules."""
-    from richkd.precompute import precompute
+    """Recompute blocks from the images and teachers that the manifest names."""
+    from richkd.precompute import recompute
     from richkd.training.images import load_again
 
-    recorded = TeacherEntry(**{**manifest["teacher"], "input": teacher_input(manifest)})
+    settings = resolve(Precompute, manifest["recipe"], {"out": location.name})
     dataset = None
     if not manifest["dataset"]["embedded"]:
         dataset = replace(
             load_again(manifest, settings.dataset, settings.data_root, report),
             class_names=tuple(manifest["class_names"]),
         )
-    precompute(settings, redo=redo, dataset=dataset, recorded=recorded, report=report)
+    recompute(manifest, settings, damaged, dataset=dataset, report=report)
 
 
 def sealed_manifest(place: Location) -> Manifest:
