@@ -151,9 +151,9 @@ def test_without_clip(make_store: Make) -> None:
     slab = cache.slab(0)
     assert slab.teacher_logits is not None and slab.fused_logits is None
     assert cache.manifest["clip"] is None and cache.manifest["prompts"] == []
-    with refuses("cache-without-clip", "--clip none"):
+    with refuses("array-absent", "clip_similarity", "--clip none"):
         cache.fuse(0)
-    with refuses("array-absent", "--clip none"):
+    with refuses("array-absent", "fused_logits", "--clip none"):
         cache.slab(0, ["fused_logits"])
 
 

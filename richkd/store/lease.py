@@ -145,7 +145,7 @@ class Lease:
         note = {
             "holder": f"process {os.getpid()} on {socket.gethostname()}",
             "token": self.token,
-            "system": _system(),
+            "system": this_system(),
             "pid": os.getpid(),
             "beat": beat,
         }
@@ -190,13 +190,13 @@ def _read(tag: str, content: bytes) -> Seen:
     try:
         note = json.loads(content)
         holder, token, pid = str(note["holder"]), str(note["token"]), int(note["pid"])
-        here = note["system"] is not None and note["system"] == _system()
+        here = note["system"] is not None and note["system"] == this_system()
     except (ValueError, TypeError, KeyError):
         return Seen(tag, "another process", "", gone=False)
     return Seen(tag, holder, token, gone=here and not _runs(pid))
 
 
-def _system() -> str | None:
+def this_system() -> str | None:
     """Identify the running system and its PID namespace; None if that is unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

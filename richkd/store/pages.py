@@ -23,9 +23,9 @@ from richkd.core.memory import available_memory
 from richkd.core.progress import size
 
 
-def beyond_memory(count: int) -> bool:
-    """Return whether twice as many bytes exceed half of the available memory."""
-    return 2 * count > available_memory() / 2
+def beyond_memory(count: int, available: int | None = None) -> bool:
+    """Return whether twice as many bytes exceed half of the available memory, if None measured."""
+    return 2 * count > (available_memory() if available is None else available) / 2
 
 
 def empty(

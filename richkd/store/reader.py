@@ -69,7 +69,9 @@ class TeacherCache:
     a copy of what was read so far.
     """
 
-    def __init__(self, copy: LocalCopy, group: zarr.Group, manifest: Manifest) -> None:
+    def __init__(
+        self, copy: LocalCopy, group: zarr.Group, manifest: Manifest, memory: int | None = None
+    ) -> None:
         self.location = copy.location
         self.path = copy.path
         self.manifest = manifest
@@ -77,6 +79,7 @@ class TeacherCache:
         self._copy = copy
         self.kept = schema.kept_logits(manifest)
         self._group = group
+        self._memory = memory
 
     def __repr__(self) -> str:
         dataset = self.manifest["dataset"]
@@ -160,6 +163,8 @@ class TeacherCache:
     def _read_here(self, name: str, view: int | None, on_disk: bool | None) -> NDArray[Any]:
         at = () if view is None else (view,)
         spec = self.specs[name]
+        if on_disk is None:
+            on_disk = pages.beyond_memory(spec.nbytes // (spec.shape[0] if at else 1), self._memory)
         values = pages.empty(spec.shape[len(at) :], np.dtype(spec.dtype), on_disk)
         step = spec.chunks[len(at)]
         try:
@@ -231,7 +236,8 @@ class TeacherCache:
             arrays = SLAB_ARRAYS[:2]
         views = "view_ids" if self.manifest["views"]["space"] == "pad-crop-flip" else "view_params"
         if on_disk is None:
-            on_disk = pages.beyond_memory(self.nbytes([f"train/{name}" for name in arrays]))
+            count = self.nbytes([f"train/{name}" for name in arrays])
+            on_disk = pages.beyond_memory(count, self._memory)
         return Slab(
             **{name: self.read(f"train/{name}", view, on_disk) for name in (views, *arrays)}
         )
@@ -278,7 +284,8 @@ class TeacherCache:
         classes = fusion.class_embeddings(self.text_embeddings, prompts)
         features = self.read(f"{split}/clip_features")
         shape = len(features), len(classes)
-        cosines = torch.from_numpy(pages.empty(shape, np.dtype(np.float32)))
+        on_disk = pages.beyond_memory(4 * len(features) * len(classes), self._memory)
+        cosines = torch.from_numpy(pages.empty(shape, np.dtype(np.float32), on_disk))
         for span in spans(len(features)):
             cosines[span] = fusion.clip_similarity(features[span], classes)
         return cosines
@@ -305,8 +312,13 @@ class TeacherCache:
         return ""
 
 
-def open_cache(path: str | Path) -> TeacherCache:
+def open_cache(path: str | Path, *, memory: int | None = None) -> TeacherCache:
     """Open a complete cache: a folder, or a URL (s3://, gs://, az://, hf://).
+
+    Args:
+        path: where the cache is.
+        memory: bytes of memory to assume available, which decides what is read into temporary
+            files; None measures it.
 
     Raises:
         RichKDError: there is no cache, or it is incomplete, of another schema, or damaged: arrays
@@ -326,7 +338,7 @@ def open_cache(path: str | Path) -> TeacherCache:
                 f"{REMEDY}",
                 code="cache-damaged",
             )
-    return TeacherCache(copy, group, manifest)
+    return TeacherCache(copy, group, manifest, memory)
 
 
 def _check_array(location: Location, group: zarr.Group, name: str, spec: ArraySpec) -> None:

@@ -119,7 +119,7 @@ def raise_faults(path: str | Path, checks: list[Check]) -> None:
     if not faults:
         return
     remedy = (
-        "run richkd repair to compute the damaged blocks again"
+        "richkd repair computes the damaged blocks again"
         if faults[0][0] == "files"
         else "it was written this way: write it again with richkd precompute --overwrite"
     )
