@@ -249,7 +249,7 @@ def test_the_error_is_told_and_kept(
     errors = cache.manifest["keep_kl"]
     assert errors == pytest.approx(kl_errors(cache.read("test/fused_logits"), 4, 2.0))
     told = ", ".join(f"{errors[tau]:.2g} nats at τ {tau}" for tau in ("1", "2"))
-    assert told in done.err and "of 16 logits a row the 4 largest are kept" in done.err
+    assert told in done.err and "the 4 largest of 16 logits per row" in done.err
     shown = run("inspect", tmp_path / "s.zarr")
     assert told in shown.out and "the 4 largest, the others alike at τ 2" in shown.out
 

@@ -233,7 +233,7 @@ def test_mistakes(fails: Fails, quick: None, tmp_path: Path) -> None:
     )
     assert "'ViT-nothing'" in line
     line = fails("plan", "--dataset", "shapes", "--teacher", "no-net")
-    assert line.code == "unknown-name" and "'no-net'" in line
+    assert line.code == "unknown-model" and "'no-net'" in line
     line = fails("plan", "--dataset", "shapes", "--teacher-weights", "no.pt", "--clip", "none")
     assert line.code == "weights-missing" and "no.pt" in line
 
