@@ -18,7 +18,7 @@ from richkd.precompute import precompute
 from richkd.report import check_files, write_report
 from richkd.report.analysis import show_scores, write_analysis
 from richkd.store.locations import open_location
-from richkd.store.writer import check_target
+from richkd.store.target import check_target
 from richkd.teachers.cnn import check_output, remove_trained
 from richkd.training.checkpoint import RunFolder
 

@@ -10,14 +10,12 @@ either may be lost, so `open_writer` checks both before it trusts them.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, cast
 
 import numpy as np
@@ -27,7 +25,6 @@ from torch import Tensor
 
 from richkd.core.cpus import usable_cpus
 from richkd.core.errors import RichKDError, first_line, machine_fault
-from richkd.core.files import is_temporary
 from richkd.core.interrupts import uninterrupted
 from richkd.core.ranks import Ranks
 from richkd.store import schema
@@ -39,10 +36,10 @@ from richkd.store.checksums import (
     write_sealed,
 )
 from richkd.store.encoding import CONFIG, ROUNDED, blank_files, round_bits
-from richkd.store.location import METADATA, Location
+from richkd.store.location import Location
 from richkd.store.schema import Block, Manifest
+from richkd.store.target import check_target
 
-SPLITS = ("train", "test", "validation")
 BLOCKS_IN_FLIGHT = 5  # between the computation and the disk; bounds memory
 MAX_ENCODERS = 8  # threads; more than one device keeps busy
 ALONE = Ranks(0, 1)
@@ -397,69 +394,6 @@ def written(location: Location, manifest: Manifest) -> list[bool]:
 def flag_files(manifest: Manifest) -> list[str]:
     """Return the chunk of `complete` of each block; it exists once the block is written."""
     return list(chunk_files("complete", schema.array_specs(manifest)["complete"]))
-
-
-def check_target(location: Location, overwrite: bool) -> Mapping[str, Any] | None:
-    """Return the manifest of the cache at a location; None if a new one may be created there.
-
-    Raises:
-        RichKDError: the location holds something that must not be replaced.
-    """
-    if not location.exists:
-        if location.vacant:
-            return None
-        raise _not_a_cache(location)
-    try:
-        attributes = dict(json.loads(location.read(METADATA))["attributes"])
-    except (ValueError, TypeError, KeyError):  # not a readable group
-        attributes = {}
-    if attributes.get("format") != schema.FORMAT:
-        raise _not_a_cache(location)
-    if not overwrite:
-        return attributes
-    own = files_of_a_cache(attributes)
-    foreign = sorted(file for file in location.sizes() if not own(file))
-    if foreign:
-        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        raise RichKDError(
-            f"{location} contains files that are not part of the cache ({foreign[0]}{more}); move "
-            f"them away, or choose another --out",
-            code="foreign-file",
-        )
-    return None
-
-
-def _not_a_cache(location: Location) -> RichKDError:
-    return RichKDError(
-        f"{location} exists and is not a richkd cache; choose another --out", code="foreign-file"
-    )
-
-
-def files_of_a_cache(attributes: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Return a function that tells whether richkd wrote a file, given its name in the cache.
-
-    Names are compared with the arrays of the manifest if it is sound, else with all known names.
-    """
-    arrays: set[str] | None = None
-    if schema.manifest_fault(attributes) is None:
-        specs = schema.array_specs(cast(Manifest, attributes))
-        arrays = {"", *specs, *(name.partition("/")[0] for name in specs)}
-
-    def own(file: str) -> bool:
-        array, is_chunk, chunk = file.rpartition("/c/")
-        if is_temporary(PurePosixPath(file)):
-            return True
-        if not is_chunk:
-            array, _, name = file.rpartition("/")
-            if name != METADATA:
-                return False
-        elif not set(chunk) <= set("0123456789/"):
-            return False
-        if arrays is None:
-            return array in ("", "complete") or array.partition("/")[0] in (*SPLITS, "text")
-        return array in arrays
-
-    return own
 
 
 def _open_arrays(location: Location, names: Iterable[str]) -> dict[str, zarr.Array[Any]]:

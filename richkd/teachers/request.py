@@ -24,8 +24,8 @@ from richkd.store.location import Location
 from richkd.store.manifest import read_manifest
 from richkd.store.reader import open_cache
 from richkd.store.schema import Manifest
+from richkd.store.target import check_target
 from richkd.store.topk import check_keep
-from richkd.store.writer import check_target
 from richkd.teachers.class_order import check_teacher_classes, given_outputs
 from richkd.teachers.clip import check_clip, load_clip, local_folder
 from richkd.teachers.find import teacher_weights
