@@ -20,7 +20,7 @@ from richkd.report import check_files, write_report
 from richkd.report.analysis import show_scores, write_analysis
 from richkd.run import cache_settings, make_cache, run_name, run_settings
 from richkd.store.locations import open_location
-from richkd.store.writer import check_target
+from richkd.store.target import check_target
 from richkd.teachers.cnn import check_output, remove_trained
 from richkd.training.run_folder import RunFolder
 

@@ -25,12 +25,13 @@ from richkd.distill import distill
 from richkd.losses import method_class, method_options
 from richkd.models import check_trainable, create_model
 from richkd.models.weights import file_sha256
-from richkd.precompute import check_same_settings, precompute, settings_differ
+from richkd.precompute import precompute
 from richkd.report import FILES, check_files, write_report
 from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.sweep.run import run_sweep
+from richkd.teachers.request import check_same_settings, settings_differ
 from richkd.training.run_folder import SUMMARY
 from richkd.training.student import with_defaults
 

@@ -58,9 +58,9 @@ def own_home(session_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def make_store(
     tmp_path_factory: pytest.TempPathFactory, clip_dir: Path, shapes_teacher: Path
 ) -> Callable[..., Path]:
-    """A function that writes a small store of `shapes`; settings as of Precompute."""
+    """A function that writes a small store of `shapes`; settings as of Precompute, and `block`."""
 
-    def make(**settings: Any) -> Path:
+    def make(block: int | None = None, **settings: Any) -> Path:
         given: dict[str, Any] = {
             "dataset": "shapes",
             "limit": 48,
@@ -73,7 +73,7 @@ def make_store(
         }
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("richkd.data.datasets.SHAPES_TEST", 40)
-            return precompute(Precompute(**{**given, **settings})).path
+            return precompute(Precompute(**{**given, **settings}), block=block).path
 
     return make
 

@@ -29,7 +29,7 @@ from richkd.data.views import PadCropFlip
 from richkd.models.weights import save_tensors
 from richkd.store import schema
 from richkd.store.locations import open_location
-from richkd.store.writer import StoreWriter
+from richkd.store.writer import open_writer
 
 
 class Refusal(str):
@@ -151,9 +151,11 @@ def write_random_store(
             "num_test": len(dataset.test),
         }
     views = f"train/{space.array}"
-    with StoreWriter.open(open_location(path), manifest, overwrite=False) as writer:
-        writer.put(views, space.draw(0, num_samples, manifest["views"]["count"]))
-        writer.put("text/embeddings", np.ones((num_classes, 12, 24), np.float32))
+    known = {
+        views: space.draw(0, num_samples, manifest["views"]["count"]),
+        "text/embeddings": np.ones((num_classes, 12, 24), np.float32),
+    }
+    with open_writer(open_location(path), manifest, known) as writer:
         for block in writer.blocks:
             rows: dict[str, torch.Tensor] = {}
             specs = schema.array_specs(manifest)
@@ -174,7 +176,7 @@ def write_random_store(
                 else:
                     rows[short] = torch.from_numpy(rng.normal(size=shape).astype(np.float32))
             writer.write(block, rows)
-    writer.finish(0.5, 0.5, 0.5)
+        writer.finish(0.5, 0.5, 0.5)
     return path
 
 

@@ -76,3 +76,8 @@ def test_storage_and_mathematics_do_not_know_the_settings() -> None:
         if room(module) in ("core", "store") and "richkd.config.settings" in GRAPH[module]
     ]
     assert not knowing
+
+
+def test_teachers_do_not_know_the_writer() -> None:
+    knowing = [module for module in MODULES if "richkd.store.writer" in GRAPH[module]]
+    assert not [module for module in knowing if room(module) == "teachers"]

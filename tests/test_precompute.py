@@ -1,4 +1,4 @@
-"""Stage one: every stored row is true, and a run that was cut off goes on to the same store."""
+"""Stage one: every stored row is right, and an interrupted run resumes to the same cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tree, write_clip, write_teacher
+from helpers import refuses, tree, write_clip, write_teacher
 
 import richkd
 from richkd.config.settings import Images
@@ -151,9 +151,10 @@ def test_without_clip(make_store: Make) -> None:
     slab = cache.slab(0)
     assert slab.teacher_logits is not None and slab.fused_logits is None
     assert cache.manifest["clip"] is None and cache.manifest["prompts"] == []
-    for call in (lambda: cache.fuse(0), lambda: cache.slab(0, ["fused_logits"])):
-        with pytest.raises(RichKDError, match="--clip none"):
-            call()
+    with refuses("array-absent", "clip_similarity", "--clip none"):
+        cache.fuse(0)
+    with refuses("array-absent", "fused_logits", "--clip none"):
+        cache.slab(0, ["fused_logits"])
 
 
 class CutOff(BaseException):
@@ -161,11 +162,10 @@ class CutOff(BaseException):
 
 
 @pytest.mark.parametrize("after", [0, 1, 4, 9])
-def test_cut_off_and_gone_on_is_the_same_store(
+def test_interrupted_and_resumed_is_the_same_cache(
     make_store: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    monkeypatch.setattr(schema, "choose_block", lambda widest, dtype: 16)
-    whole = tree(make_store(out=str(tmp_path / "whole.zarr")))
+    whole = tree(make_store(block=16, out=str(tmp_path / "whole.zarr")))
     out = str(tmp_path / "cut.zarr")
     write, count = StoreWriter.write, 0
 
@@ -179,8 +179,8 @@ def test_cut_off_and_gone_on_is_the_same_store(
     with monkeypatch.context() as patch:
         patch.setattr(StoreWriter, "write", cut)
         with pytest.raises(CutOff):
-            make_store(out=out)
-    with pytest.raises(RichKDError, match="incomplete"):
+            make_store(block=16, out=out)
+    with refuses("cache-incomplete", out, "richkd precompute"):
         richkd.open_cache(out)
     written: list[str] = []
 
@@ -189,14 +189,14 @@ def test_cut_off_and_gone_on_is_the_same_store(
         write(self, block, rows)
 
     monkeypatch.setattr(StoreWriter, "write", spy)
-    make_store(out=out)
+    make_store(block=16, out=out)
     assert len(written) == len(set(written)) == 3 + 3 * 4 - after  # nothing twice
-    gone_on = tree(Path(out))
-    different = {name for name in whole if whole[name] != gone_on.get(name)}
-    assert whole.keys() == gone_on.keys() and different <= {"zarr.json"}  # its recipe names `out`
+    resumed = tree(Path(out))
+    different = {name for name in whole if whole[name] != resumed.get(name)}
+    assert whole.keys() == resumed.keys() and different <= {"zarr.json"}  # its recipe names `out`
 
 
-def test_going_on_with_other_settings_is_refused(
+def test_resuming_with_other_settings_is_refused(
     make_store: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = str(tmp_path / "cut.zarr")
@@ -210,15 +210,15 @@ def test_going_on_with_other_settings_is_refused(
             make_store(out=out)
     before = tree(Path(out))
     other_teacher = write_teacher(tmp_path / "t.safetensors", "resnet8", len(CLASS_NAMES), seed=9)
-    for settings, message in (
-        ({"views": 4}, "views.count was 3 and is now 4"),
-        ({"alpha": 0.5}, "alpha was 0.7 and is now 0.5"),
-        ({"limit": 40}, "dataset.fingerprint was"),
-        ({"seed": 1}, "views.seed was 0 and is now 1"),
-        ({"teacher_weights": str(other_teacher)}, "teacher.sha256 was"),
-        ({"clip": str(write_clip(tmp_path / "clip", seed=5))}, "clip.model was|clip.sha256 was"),
+    for settings, values in (
+        ({"views": 4}, ("views.count", "3", "4")),
+        ({"alpha": 0.5}, ("alpha", "0.7", "0.5")),
+        ({"limit": 40}, ("dataset.fingerprint",)),
+        ({"seed": 1}, ("views.seed", "0", "1")),
+        ({"teacher_weights": str(other_teacher)}, ("teacher.sha256",)),
+        ({"clip": str(write_clip(tmp_path / "clip", seed=5))}, ("clip.",)),
     ):
-        with pytest.raises(RichKDError, match=message):
+        with refuses("cache-settings-differ", out, *values):
             make_store(out=out, **settings)
         assert tree(Path(out)) == before
     assert richkd.open_cache(make_store(out=out)).num_views == 3
@@ -229,7 +229,7 @@ def test_what_is_there_is_not_replaced_unasked(
 ) -> None:
     before = tree(store)
     make_store(out=str(store))
-    with pytest.raises(RichKDError, match="views was 3 and is now 2; .*--overwrite"):
+    with refuses("cache-settings-differ", store, "views", "3", "2", "--overwrite"):
         make_store(out=str(store), views=2)
     assert tree(store) == before
     mine = tmp_path / "photos"
@@ -239,7 +239,7 @@ def test_what_is_there_is_not_replaced_unasked(
     from richkd.precompute import precompute
 
     for overwrite in (False, True):
-        with pytest.raises(RichKDError, match="no richkd store"):
+        with refuses("foreign-file", mine, "--out"):
             precompute(Precompute(dataset="shapes", out=str(mine)), overwrite=overwrite)
     assert tree(mine) == {"a.jpg": b"precious"}
 
@@ -248,7 +248,7 @@ def test_a_disk_with_too_little_room(
     make_store: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("U", (), {"free": 1000})())
-    with pytest.raises(RichKDError, match=r"needs .* KiB and .* has 1000 bytes free"):
+    with refuses("disk-too-small", "KiB", "1000 bytes", "--views"):
         make_store(out=str(tmp_path / "s.zarr"))
     assert not list(tmp_path.iterdir())
 
@@ -261,9 +261,9 @@ def test_a_teacher_that_gives_nan_stops_stage_one(
     weights = read_weights(shapes_teacher)
     weights["fc.bias"][2] = float("nan")
     save_tensors(tmp_path / "nan.safetensors", weights)
-    with pytest.raises(RichKDError, match="teacher_logits of test.*NaN"):
+    with refuses("rows-not-finite", "teacher_logits of test"):
         make_store(out=str(tmp_path / "s.zarr"), teacher_weights=str(tmp_path / "nan.safetensors"))
-    with pytest.raises(RichKDError, match="incomplete"):
+    with refuses("cache-incomplete"):
         richkd.open_cache(tmp_path / "s.zarr")
 
 
@@ -350,10 +350,9 @@ def test_what_the_preview_computed_is_what_the_split_would_have(
     """With and without it the bytes are the same, whatever the blocks and batches are."""
     from richkd.teachers.rows import Preview
 
-    monkeypatch.setattr(schema, "choose_block", lambda widest, dtype: 32)
-    stores = [make_store(views=1, batch_size=batch_size)]
+    stores = [make_store(views=1, batch_size=batch_size, block=32)]
     monkeypatch.setattr(Preview, "of", lambda self, block, batch: Preview())
-    stores.append(make_store(views=1, batch_size=batch_size))
+    stores.append(make_store(views=1, batch_size=batch_size, block=32))
     kept, anew = (
         {name: content for name, content in tree(path).items() if name != "zarr.json"}
         for path in stores
@@ -422,13 +421,11 @@ def test_another_clip_precision_is_another_store(
             patch.setattr(StoreWriter, "write", cut)
             with pytest.raises(CutOff):
                 make_store(out=out, clip_precision=first)
-        with pytest.raises(
-            RichKDError, match=f"clip.precision was '{first}' and is now '{second}'"
-        ):
+        with refuses("cache-settings-differ", "clip.precision", first, second):
             make_store(out=out, clip_precision=second)
         make_store(out=out, clip_precision=first)  # it goes on
         make_store(out=out, clip_precision=first)  # it is complete
-        with pytest.raises(RichKDError, match=f"clip_precision was '{first}' and is now"):
+        with refuses("cache-settings-differ", "clip_precision", first, second):
             make_store(out=out, clip_precision=second)
 
 
@@ -436,16 +433,14 @@ def test_precisions_that_do_not_exist_or_are_not_there(
     fails: Callable[..., str], make_store: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = fails("precompute", "--dataset", "shapes", "--clip-precision", "float8")
-    assert "unknown CLIP precision 'float8'" in line
+    assert "'float8'" in line
     assert all(name in line for name in ("float32", "bfloat16", "float16"))
 
     def lacks(device: str, dtype: torch.dtype) -> None:
         raise RuntimeError(f"{device} does not support {dtype}.\nAt all.")
 
     monkeypatch.setattr(torch, "autocast", lacks)
-    with pytest.raises(RichKDError) as raised:
+    with refuses(
+        "clip-precision-unsupported", "bfloat16", "cpu does not support torch.bfloat16", "float32"
+    ):
         make_store(clip_precision="bfloat16")
-    assert str(raised.value) == (
-        "clip_precision = 'bfloat16': cpu does not have it (cpu does not support torch.bfloat16.); "
-        "choose another of float32, bfloat16, float16"
-    )

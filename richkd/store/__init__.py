@@ -1,1 +1,1 @@
-"""The Zarr store between the two stages. The reader never imports the writer."""
+"""The Zarr cache between the two stages. The reader never imports the writer."""

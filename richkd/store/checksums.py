@@ -1,9 +1,8 @@
-"""What a complete store is sealed with, so that no byte of it changes unseen.
+"""Checksums of a complete cache, which detect any change to any of its bytes.
 
-zarr puts a CRC-32C behind every chunk and checks it when it reads. That finds a chunk that was
-damaged, not one that is gone or lies in the place of another. So the manifest keeps a digest of
-the CRCs of each array (of each view, where it has views) and one of each metadata file, and last
-of all a seal over the file that the manifest is in.
+zarr appends a CRC-32C to every chunk and checks it when it reads. This detects damaged chunks, but
+not missing or swapped ones. So the manifest has a digest of the CRCs of each array (of each view,
+if it has views), a digest of each metadata file, and a seal over the manifest's own file.
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ from richkd.store.schema import (
     block_arrays,
 )
 
-_CRC = 4  # bytes behind a chunk
+_CRC = 4  # bytes at the end of a chunk
 _SEAL = re.compile(rb'("seal": ?")([0-9a-f]{64})(?=")')
 
 
 def metadata_files(specs: Mapping[str, ArraySpec]) -> list[str]:
-    """The metadata file of each array and of each group but the root, relative to the store."""
+    """Return the metadata file of each array and each group but the root, relative to the cache."""
     groups = {name.rpartition("/")[0] for name in specs} - {""}
     return [f"{name}/{METADATA}" for name in [*sorted(groups), *specs]]
 
 
 def chunk_files(name: str, spec: ArraySpec, view: int | None = None) -> Iterator[str]:
-    """The files of an array's chunks, or of one view's, in order, relative to the store."""
+    """Yield the files of an array's chunks, or of one view's, in order, relative to the cache."""
     grid = [range(-(-size // chunk)) for size, chunk in zip(spec.shape, spec.chunks, strict=True)]
     if view is not None:
         grid[0] = range(view, view + 1)
@@ -49,7 +48,7 @@ def chunk_files(name: str, spec: ArraySpec, view: int | None = None) -> Iterator
 
 
 def block_files(manifest: Manifest, block: Block) -> list[str]:
-    """The chunk of each array that a block is written to."""
+    """Return the chunk of each array that a block is written to."""
     specs = array_specs(manifest)
     view = [] if block.view is None else [block.view]
     return [
@@ -67,90 +66,90 @@ def block_files(manifest: Manifest, block: Block) -> list[str]:
 
 
 def num_chunks(spec: ArraySpec) -> int:
-    """How many chunks an array has, without listing them: a manifest may claim absurd sizes."""
+    """Return the number of chunks without listing them: a manifest may claim absurd sizes."""
     return math.prod(-(-size // n) for size, n in zip(spec.shape, spec.chunks, strict=True))
 
 
 def views_of(spec: ArraySpec) -> list[int | None]:
-    """The views of an array; one None where it has none."""
+    """Return the views of an array; a single None if it has no view axis."""
     return [*range(spec.shape[0])] if spec.dimensions[0] == "view" else [None]
 
 
 def num_digests(spec: ArraySpec) -> int:
-    """How many digests an array has, without listing its views."""
+    """Return the number of an array's digests without listing its views."""
     return spec.shape[0] if spec.dimensions[0] == "view" else 1
 
 
 def intact(chunk: bytes) -> bool:
-    """Whether a chunk's bytes are those that the CRC behind them was computed of."""
+    """Return whether a chunk matches the CRC at its end."""
     body, crc = chunk[:-_CRC], chunk[-_CRC:]
     return len(crc) == _CRC and google_crc32c.value(body) == int.from_bytes(crc, "little")
 
 
-def read_chunk(place: Location, file: str) -> bytes:
-    """A chunk's bytes, whole or not; FileNotFoundError where there is none.
+def read_chunk(location: Location, file: str) -> bytes:
+    """Return a chunk's bytes, intact or not; raise FileNotFoundError if it does not exist.
 
-    What arrives damaged from elsewhere is asked for again: it may lie there whole.
+    A chunk that arrives damaged from elsewhere is requested again: it may be intact there.
     """
-    content = place.read(file)
-    for _ in range(0 if isinstance(place, Folder) else ATTEMPTS - 1):
+    content = location.read(file)
+    for _ in range(0 if isinstance(location, Folder) else ATTEMPTS - 1):
         if intact(content):
             break
-        content = place.read(file)
+        content = location.read(file)
     return content
 
 
-def is_intact(place: Location, file: str) -> bool:
-    """Whether a chunk is there, and whole."""
+def is_intact(location: Location, file: str) -> bool:
+    """Return whether a chunk exists and is intact."""
     try:
-        return intact(read_chunk(place, file))
+        return intact(read_chunk(location, file))
     except OSError:
         return False
 
 
-def chunks_digest(place: Location, name: str, spec: ArraySpec, view: int | None = None) -> str:
-    """A digest of the CRCs of an array's chunks, or of one view's, as they lie in their places.
+def chunks_digest(location: Location, name: str, spec: ArraySpec, view: int | None = None) -> str:
+    """Return a digest of the CRCs of an array's chunks, or of one view's, in order.
 
     Raises:
         OSError: a chunk is missing.
     """
     files = list(chunk_files(name, spec, view))
-    return _digest(b"".join(place.map(lambda file: place.tail(file, _CRC), files)))
+    return _digest(b"".join(location.map(lambda file: location.tail(file, _CRC), files)))
 
 
-def metadata_digest(place: Location, file: str) -> str:
-    """A digest of a metadata file's bytes; OSError where it is missing."""
-    return _digest(place.read(file))
+def metadata_digest(location: Location, file: str) -> str:
+    """Return a digest of a metadata file's bytes; raise OSError if it is missing."""
+    return _digest(location.read(file))
 
 
-def take_checksums(place: Location, specs: Mapping[str, ArraySpec]) -> Checksums:
-    """The digests of a store as it lies there; reads 4 bytes a chunk."""
+def take_checksums(location: Location, specs: Mapping[str, ArraySpec]) -> Checksums:
+    """Compute the digests of a cache, from 4 bytes per chunk."""
     return {
-        "metadata": {file: metadata_digest(place, file) for file in metadata_files(specs)},
+        "metadata": {file: metadata_digest(location, file) for file in metadata_files(specs)},
         "chunks": {
-            name: [chunks_digest(place, name, spec, view) for view in views_of(spec)]
+            name: [chunks_digest(location, name, spec, view) for view in views_of(spec)]
             for name, spec in specs.items()
         },
     }
 
 
-def write_sealed(place: Location, manifest: Manifest) -> None:
-    """Put the manifest, with the seal, where the group's attributes are; whole or not at all."""
-    group: dict[str, Any] = json.loads(place.read(METADATA))
+def write_sealed(location: Location, manifest: Manifest) -> None:
+    """Write the manifest with its seal, as the attributes of the group, atomically."""
+    group: dict[str, Any] = json.loads(location.read(METADATA))
     group["attributes"] = {**manifest, "seal": "0" * 64}
     unsealed = json.dumps(group, indent=2).encode()
-    place.write(METADATA, _SEAL.sub(rb"\g<1>" + _seal_of(unsealed).encode(), unsealed))
+    location.write(METADATA, _SEAL.sub(rb"\g<1>" + _seal_of(unsealed).encode(), unsealed))
 
 
-def sealed(place: Location) -> bool:
-    """Whether the manifest's file is, to the byte, what was sealed."""
-    content = place.read(METADATA)
+def sealed(location: Location) -> bool:
+    """Return whether the manifest's file is, to the byte, what was sealed."""
+    content = location.read(METADATA)
     seals = _SEAL.findall(content)
     return len(seals) == 1 and seals[0][1].decode() == _seal_of(content)
 
 
 def _seal_of(content: bytes) -> str:
-    """The SHA-256 of the file with zeros in place of the seal."""
+    """Return the SHA-256 of the file with zeros in place of the seal."""
     return hashlib.sha256(_SEAL.sub(rb"\g<1>" + b"0" * 64, content)).hexdigest()
 
 

@@ -1,8 +1,8 @@
-"""What is read of a store, on this disk: the store itself, or a copy that grows as it is read.
+"""A cache on this disk: the cache itself, or a copy that grows as files are read.
 
-A copy lies in the user's cache folder. It is of one manifest: a store that was made anew has a copy
-of its own. A chunk is kept only if its bytes are those that its CRC was computed of; that they are
-the right ones is for the reader to check, as of any store.
+Copies are in RICHKD_HOME. Each belongs to one manifest, so a cache that is written anew gets a new
+copy. A chunk is kept only if it matches its own CRC; the reader checks that it is the right chunk,
+as in any cache.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ UNUSED_S = 7 * 86_400.0
 
 
 class LocalCopy:
-    """The files of a store that were read so far. `path` is a folder that zarr can open."""
+    """The files of a cache that were read so far; `path` is a folder that zarr can open."""
 
-    def __init__(self, place: Location, path: Path) -> None:
-        self.location = place
+    def __init__(self, location: Location, path: Path) -> None:
+        self.location = location
         self.path = path
 
     def fetch(self, names: Iterable[str]) -> None:
-        """Bring files here that are not; those that the store lacks stay missing.
+        """Download files that are not here yet; files that do not exist stay missing.
 
         Raises:
-            RichKDError: the place cannot be read, a chunk arrives damaged again and again, or
-                this disk is full.
+            RichKDError: the location cannot be read, a chunk repeatedly arrives damaged, or this
+                disk is full.
         """
         if not isinstance(self.location, Folder):
             missing = [name for name in names if not (self.path / name).exists()]
@@ -43,7 +43,7 @@ class LocalCopy:
                 pass
 
     def drop(self, names: Iterable[str]) -> bool:
-        """Forget files whose copies were damaged here; whether there is a place to ask again."""
+        """Delete damaged copies of files; return whether they can be downloaded again."""
         if isinstance(self.location, Folder):
             return False
         for name in names:
@@ -58,36 +58,37 @@ class LocalCopy:
             return
         if chunk and not intact(content):
             raise RichKDError(
-                f"{self.location}: {name} is damaged; richkd verify says what else is, and richkd "
-                f"repair mends it",
+                f"{self.location}: {name} is damaged; richkd verify lists all damage, and richkd "
+                f"repair fixes it",
                 code="cache-damaged",
             )
         keep(self.path / name, content)
 
 
-def open_copy(place: Location) -> LocalCopy:
-    """The folder itself, or the copy of a store elsewhere, its manifest newly read.
+def open_copy(location: Location) -> LocalCopy:
+    """Return a folder itself, or the copy of a cache elsewhere, after reading its manifest.
 
     Raises:
-        RichKDError: the place cannot be read; FileNotFoundError where no store is there.
+        RichKDError: the location cannot be read.
+        FileNotFoundError: there is no cache.
     """
-    if isinstance(place, Folder):
-        return LocalCopy(place, place.path)
-    manifest = place.read(METADATA)
+    if isinstance(location, Folder):
+        return LocalCopy(location, location.path)
+    manifest = location.read(METADATA)
     name, version = (
-        hashlib.sha256(part).hexdigest()[:16] for part in (place.name.encode(), manifest)
+        hashlib.sha256(part).hexdigest()[:16] for part in (location.name.encode(), manifest)
     )
-    copies = home() / "stores" / f"{place.stem}-{name}"
+    copies = home() / "stores" / f"{location.stem}-{name}"
     path = copies / f"{version}.zarr"
     keep(path / METADATA, manifest)
-    for other in copies.glob("*.zarr"):  # of a time when the store was another
+    for other in copies.glob("*.zarr"):  # of earlier manifests
         if other != path and _unused(other):
             shutil.rmtree(other, ignore_errors=True)
-    return LocalCopy(place, path)
+    return LocalCopy(location, path)
 
 
 def _unused(copy: Path) -> bool:
-    """Whether nobody has opened a copy for so long that nobody reads it any more."""
+    """Return whether a copy was last opened so long ago that nobody reads it any more."""
     try:
         return time.time() - (copy / METADATA).stat().st_mtime > UNUSED_S
     except OSError:
@@ -98,7 +99,7 @@ def keep(path: Path, content: bytes) -> None:
     """Write a file of a copy.
 
     Raises:
-        RichKDError: there is no room for it, or the folder is not ours to write.
+        RichKDError: the disk is full, or the folder is not writable.
     """
     try:
         with replacing(path) as temporary:
@@ -107,7 +108,7 @@ def keep(path: Path, content: bytes) -> None:
         with suppress(OSError):
             path.unlink(missing_ok=True)
         raise RichKDError(
-            f"cannot keep a copy of what is read in {home()} ({error.strerror or error}); make "
-            f"room there, or name another folder by RICHKD_HOME",
+            f"cannot keep a copy of the cache in {home()} ({error.strerror or error}); make room "
+            f"there, or set RICHKD_HOME to another folder",
             code="local-copy-failed",
         ) from None

@@ -1,4 +1,4 @@
-"""A store in a data set of the Hugging Face hub, to be read: hf://datasets/OWNER/NAME[@REVISION]."""
+"""A cache in a dataset of the Hugging Face hub, read-only: hf://datasets/OWNER/NAME[@REVISION]."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Hub(Location):
-    """A store in a repository of the Hugging Face hub: hf://datasets/OWNER/NAME[/PATH]."""
+    """A cache in a repository of the Hugging Face hub: hf://datasets/OWNER/NAME[/PATH]."""
 
     durable = True
     at_once = AT_ONCE
@@ -46,23 +46,19 @@ class Hub(Location):
         return self.name.removeprefix("hf://").rstrip("/")
 
     def zarr(self, *, read_only: bool) -> Store:
-        """zarr's store over fsspec."""
         from zarr.storage import FsspecStore
 
         return FsspecStore(self._files, path=self._root, read_only=read_only)
 
     def read(self, file: str) -> bytes:
-        """By fsspec."""
         with self.explained("read"):
             return bytes(self._files.cat_file(f"{self._root}/{file}"))
 
     def tail(self, file: str, count: int) -> bytes:
-        """By fsspec."""
         with self.explained("read"):
             return bytes(self._files.cat_file(f"{self._root}/{file}", start=-count))
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        """From the repository's list of files."""
         from huggingface_hub.hf_api import RepoFile
 
         with self.explained("read"):
@@ -83,52 +79,46 @@ class Hub(Location):
 
     @contextmanager
     def explained(self, do: str) -> Iterator[None]:
-        """As of a bucket."""
         try:
             yield
         except FileNotFoundError:
             raise
         except Exception as error:  # of the hub, of requests, of fsspec
             raise RichKDError(
-                f"cannot {do} {self.name}: {first_line(error)}; see to the network, the name and "
+                f"cannot {do} {self.name}: {first_line(error)}; check the network, the name and "
                 f"HF_TOKEN",
                 code="location-failed",
             ) from None
 
     def write(self, file: str, content: bytes) -> None:
-        """Never."""
         raise self._only_read
 
     def delete(self, file: str) -> None:
-        """Never."""
         raise self._only_read
 
     def create(self, content: Mapping[str, bytes]) -> None:
-        """Never."""
         raise self._only_read
 
     def check_writable(self) -> None:
-        """It is not."""
         raise self._only_read
 
     def locked(self) -> AbstractContextManager[None]:
-        """Never."""
         raise self._only_read
 
     def check_unlocked(self) -> None:
-        """Nobody can hold it."""
+        """Do nothing: no process can write here."""
 
     def check_still_locked(self) -> None:
-        """Nobody can hold it."""
+        """Do nothing: no process can write here."""
 
     def remove_temporary(self) -> None:
-        """There is nothing half-written."""
+        """Do nothing: no process can write here."""
 
     @property
     def _only_read(self) -> RichKDError:
         repo = self._root.removeprefix("datasets/")
         return RichKDError(
-            f"{self.name}: stores are not written to the hub file by file; write one here and "
-            f"share it by richkd push STORE {repo}",
+            f"{self.name}: a cache cannot be written to the hub directly; write it to a folder, "
+            f"then share it: richkd push CACHE {repo}",
             code="location-read-only",
         )

@@ -1,8 +1,9 @@
-"""A lock on a store in object storage: an object that its holder renews, and loses if it does not.
+"""A lock on a cache in object storage: an object that its holder must keep renewing.
 
-Only who knows its present tag may replace it (a conditional request of the server). Whoever finds a
-lock waits for two beats and a half; one that was not renewed meanwhile is that of a process that is
-gone. A holder that was held up itself looks before it goes on whether the lock is its own still.
+The object can only be replaced by a process that knows its current tag (a conditional put). A
+process that finds a lock waits for two and a half beats; if the lock was not renewed, its holder is
+gone and the process takes it over. A holder that was delayed checks that the lock is still its own
+before it writes. obstore has conditional puts but no locks, so all of this is our own.
 """
 
 from __future__ import annotations
@@ -27,36 +28,37 @@ from richkd.store.location import ATTEMPTS
 from richkd.store.patient import again
 
 LOCK = ".lock"
-BEAT_S = 10.0  # how often the holder renews it
-TAKEN = (AlreadyExistsError, PreconditionError)  # a lock is not as it was thought to be
+BEAT_S = 10.0  # between renewals
+TAKEN = (AlreadyExistsError, PreconditionError)  # the lock is not what it was assumed to be
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A lock as it lies there."""
+    """A lock as it was found."""
 
     tag: str
-    holder: str  # for people
-    token: str  # of its holder, however often that renews it
-    gone: bool  # the holder was a process of this very system that is no more
+    holder: str  # for messages
+    token: str  # of its holder; renewals keep it
+    gone: bool  # the holder was a process on this system and has ended
 
 
 class Lease:
-    """This process's part in the lock of one store."""
+    """This process's part in the lock of one cache."""
 
-    def __init__(self, store: Any, name: str) -> None:
-        self.token: str | None = None  # while the store is this process's job's to write
+    def __init__(self, store: Any, name: str, beat: float = BEAT_S) -> None:
+        self.token: str | None = None  # while this process's job has the lock
+        self.beat = beat
         self._store, self._name = store, name
-        # one for all times that this has the lock: a request of an earlier time may arrive late
+        # the same each time this has the lock: a request from an earlier time may arrive late
         self._own = secrets.token_hex(8)
         self._tag: str | None = None  # None: another process of the job renews the lock
         self._lost = False
-        self._seen = 0.0  # when the lock was last known to be ours
+        self._seen = 0.0  # when the lock was last known to be its own
         self._one_at_a_time = threading.Lock()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Have the lock until the block ends.
+        """Hold the lock until the block ends.
 
         Raises:
             RichKDError: another process has it.
@@ -66,8 +68,8 @@ class Lease:
         over = threading.Event()
 
         def renew() -> None:
-            while not over.wait(BEAT_S) and not self._lost:
-                with suppress(Exception):  # the server is away; writing says so
+            while not over.wait(self.beat) and not self._lost:
+                with suppress(Exception):  # the server is unreachable; the next write reports it
                     self._renew()
 
         beating = threading.Thread(target=renew, name="store-lock", daemon=True)
@@ -77,35 +79,31 @@ class Lease:
         finally:
             over.set()
             beating.join()
-            with suppress(Exception):  # it ages all the same
+            with suppress(Exception):  # the lock expires anyway
                 seen = self.look()
                 if seen is not None and seen.token == self.token:
                     obstore.delete(self._store, LOCK)
             self.token = self._tag = None
 
     def follow(self, token: str) -> None:
-        """Write as long as the process of this job that has the lock has it."""
+        """Write for as long as the job's first process has the lock."""
         self.token, self._tag, self._lost, self._seen = token, None, False, time.monotonic()
 
     def check(self) -> None:
-        """Refuse to go on where the lock is not this job's any more.
-
-        Raises:
-            RichKDError: that is so.
-        """
+        """Raise RichKDError if this job no longer has the lock."""
         if self.token is None:
             return
-        if time.monotonic() - self._seen > 2 * BEAT_S:  # this process was held up, or follows
+        if time.monotonic() - self._seen > 2 * self.beat:  # this process was delayed, or follows
             self._renew()
         if self._lost:
             raise RichKDError(
-                f"{self._name} was taken over by another process, which could not see this one "
-                f"renew its lock; let that one finish",
+                f"{self._name} was taken over by another process, which saw no renewal of this "
+                f"one's lock; let it finish",
                 code="lock-lost",
             )
 
     def look(self) -> Seen | None:
-        """The lock that is there."""
+        """Return the current lock, if there is one."""
 
         def request() -> Seen:
             found = obstore.get(self._store, LOCK)
@@ -129,12 +127,12 @@ class Lease:
             self._seen = time.monotonic()
 
     def _restored(self) -> bool:
-        """Make a lock anew that went away although nobody else can have taken it yet.
+        """Recreate a lock that vanished before any other process can have taken it.
 
-        A server that was slow to answer may delete late: what it deletes is then this lock, not
-        the one before it.
+        A slow server may carry out a delete late, and so delete this lock instead of the one
+        before it.
         """
-        if time.monotonic() - self._seen > 2 * BEAT_S:  # others wait for longer than that
+        if time.monotonic() - self._seen > 2 * self.beat:  # others wait longer than that
             return False
         try:
             self._write("create")
@@ -147,7 +145,7 @@ class Lease:
         note = {
             "holder": f"process {os.getpid()} on {socket.gethostname()}",
             "token": self.token,
-            "system": _system(),
+            "system": this_system(),
             "pid": os.getpid(),
             "beat": beat,
         }
@@ -155,7 +153,7 @@ class Lease:
         try:
             self._tag = str(obstore.put(self._store, LOCK, content, mode=mode)["e_tag"])
         except (GenericError, *TAKEN):
-            # a request that may be sent but once; it may have arrived all the same
+            # such a request is sent only once, but may have arrived nevertheless
             found = self.look()
             if found is None or found.token != self.token or found.tag == self._tag:
                 raise
@@ -170,7 +168,7 @@ class Lease:
                 break
         seen = self.look()
         if seen is not None and not seen.gone and seen.token != self.token:
-            time.sleep(2.5 * BEAT_S)
+            time.sleep(2.5 * self.beat)
             now = self.look()
             if now is not None and now.tag != seen.tag:
                 raise self._locked_by(now.holder)
@@ -181,28 +179,29 @@ class Lease:
 
     def _locked_by(self, holder: str) -> RichKDError:
         return RichKDError(
-            f"{self._name} is being written by {holder}; wait for that, or choose another --out",
+            f"{self._name} is being written by {holder}; wait until it is done, or choose another "
+            f"--out",
             code="locked",
         )
 
 
 def _read(tag: str, content: bytes) -> Seen:
-    """A lock's content, which may be anything."""
+    """Parse the content of a lock, which may be anything."""
     try:
         note = json.loads(content)
         holder, token, pid = str(note["holder"]), str(note["token"]), int(note["pid"])
-        here = note["system"] is not None and note["system"] == _system()
+        here = note["system"] is not None and note["system"] == this_system()
     except (ValueError, TypeError, KeyError):
         return Seen(tag, "another process", "", gone=False)
     return Seen(tag, holder, token, gone=here and not _runs(pid))
 
 
-def _system() -> str | None:
-    """What tells processes apart that have one number: the running system, and its view of them."""
+def this_system() -> str | None:
+    """Identify the running system and its PID namespace; None if that is unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return None
 
 

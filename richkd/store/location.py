@@ -1,8 +1,8 @@
-"""Where a store lies: in a folder, in object storage (bucket.py), or on a hub (hf.py).
+"""Where a cache is: in a folder, in object storage (bucket.py), or on a hub (hf.py).
 
-A place holds the store's files by their names relative to it (`train/labels/c/0`); each is written
-whole or not at all. Those of a folder are at hand; of the others, what is read is kept on this
-disk (copy.py).
+A location holds the files of a cache by their relative names (`train/labels/c/0`). Each file is
+written atomically. Folders are read directly; files read from elsewhere are kept on this disk
+(copy.py).
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store
 
 METADATA = "zarr.json"
-AT_ONCE = 16  # files under way from or to another machine
-ATTEMPTS = 4  # to read what arrives cut short or damaged
-# After errors of a server or the network: again and again, ever more slowly, for so long.
+AT_ONCE = 16  # concurrent transfers from or to another machine
+ATTEMPTS = 4  # at reading a file that arrives truncated or damaged
+# How long failing requests are retried, with growing delays.
 PATIENCE_S = 120.0
 
 T = TypeVar("T")
 
 
 class Location(ABC):
-    """A folder or a URL that holds a store, or will hold one."""
+    """A folder or a URL that holds a cache, or will hold one."""
 
-    durable: bool  # whether a file that was written is whole after a crash of this machine
-    at_once: int  # how many files it pays to ask for together
+    durable: bool  # whether written files survive a crash of this machine
+    at_once: int  # how many concurrent transfers are worthwhile
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """As the user wrote it."""
+        """The path or URL as the user wrote it."""
 
     @property
     def stem(self) -> str:
-        """The store's own name, without its suffix."""
+        """The cache's own name, without its suffix."""
         return PurePosixPath(self.name.rstrip("/")).stem
 
     def __str__(self) -> str:
@@ -47,84 +47,84 @@ class Location(ABC):
 
     @abstractmethod
     def zarr(self, *, read_only: bool) -> Store:
-        """The same as zarr sees it."""
+        """Return the location as a store of zarr's."""
 
     @abstractmethod
     def read(self, file: str) -> bytes:
-        """A file's bytes; FileNotFoundError where there is none."""
+        """Return a file's bytes; raise FileNotFoundError if it does not exist."""
 
     @abstractmethod
     def tail(self, file: str, count: int) -> bytes:
-        """A file's last bytes; FileNotFoundError where there is none."""
+        """Return a file's last bytes; raise FileNotFoundError if it does not exist."""
 
     @abstractmethod
     def write(self, file: str, content: bytes) -> None:
-        """Put a file, whole or not at all, in the place of what was there."""
+        """Write a file atomically, replacing the previous one."""
 
     @abstractmethod
     def delete(self, file: str) -> None:
-        """Take a file away, where there is one."""
+        """Delete a file if it exists."""
 
     @abstractmethod
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        """Every file below a folder of the store with its size in bytes."""
+        """Return the size in bytes of every file below a folder of the cache."""
 
     @abstractmethod
     def remove_temporary(self) -> None:
-        """Delete what a killed process was in the middle of writing; the caller holds the store."""
+        """Delete files that a killed process was writing; the caller has the lock."""
 
     @abstractmethod
     def create(self, content: Mapping[str, bytes]) -> None:
-        """Put a new store's first files, the manifest being the first, in the place of another."""
+        """Write the first files of a new cache, the manifest first, replacing another cache."""
 
     @abstractmethod
     def check_writable(self) -> None:
-        """Refuse a place that cannot be written to, before anything long is done for it."""
+        """Check early that the location can be written to."""
 
     @abstractmethod
     def locked(self) -> AbstractContextManager[None]:
-        """The store is this process's to write.
+        """Keep the cache locked for this process until the block ends.
 
         Raises:
-            RichKDError: another process has it.
+            RichKDError: another process has the lock.
         """
 
     @property
     def token(self) -> str | None:
-        """What tells the other processes of a job whose the store is; None where none is needed."""
+        """The lock's token, for the other processes of the job; None if they need none."""
         return None
 
     def follow(self, token: str | None) -> None:
-        """Write as one of a job whose first process holds the store."""
+        """Write under the lock of the job's first process."""
         del token
 
     @abstractmethod
     def check_unlocked(self) -> None:
-        """Refuse a store that another process is writing; makes nothing."""
+        """Raise RichKDError if another process is writing the cache; write nothing."""
 
     @abstractmethod
     def explained(self, do: str) -> AbstractContextManager[None]:
-        """RichKDError for what befalls while something is done to the store, "read" or "write to".
+        """Turn errors in the block into RichKDError; `do` is "read", "write to", "list" or "reach".
 
-        FileNotFoundError where a file is missing.
+        FileNotFoundError passes through.
         """
 
     @abstractmethod
     def check_still_locked(self) -> None:
-        """Refuse to go on where another process took the store over."""
+        """Raise RichKDError if another process has taken over the lock."""
 
     def map(self, function: Callable[[str], T], names: Sequence[str]) -> Iterator[T]:
-        """A function of each file, in order, of several at a time where that is quicker."""
+        """Apply a function to each file, in order, concurrently if that is faster."""
         if self.at_once == 1:
             yield from map(function, names)
             return
         with ThreadPoolExecutor(self.at_once) as pool:
-            for start in range(0, len(names), self.at_once):  # no more than these in memory
+            for start in range(0, len(names), self.at_once):  # bounds memory
                 yield from pool.map(function, names[start : start + self.at_once])
 
     @property
     def exists(self) -> bool:
-        """Whether a store, complete or not, is there."""
+        """Whether a cache, complete or not, is there."""
         try:
             self.tail(METADATA, 1)
         except (FileNotFoundError, NotADirectoryError):
@@ -133,9 +133,9 @@ class Location(ABC):
 
     @property
     def vacant(self) -> bool:
-        """Whether nothing is there at all."""
+        """Whether there is nothing at all."""
         return not self.sizes()
 
     def explain(self, error: BaseException) -> str:
-        """What befell a write, and what to do about it."""
+        """Describe a failed write and its remedy."""
         return f"{error}; make room or mend the disk"

@@ -13,10 +13,10 @@ SCHEMES = ("s3", "gs", "az", "hf")
 
 
 def open_location(name: str | Path) -> Location:
-    """The place that a path or a URL means.
+    """Return the location of a path or a URL.
 
     Raises:
-        RichKDError: a URL of another kind, or without the package that reads it.
+        RichKDError: the URL is of an unknown kind, or the package that reads it is missing.
     """
     scheme, separator, rest = str(name).partition("://")
     if not separator:
@@ -26,7 +26,7 @@ def open_location(name: str | Path) -> Location:
     parts = rest.rstrip("/").split("/")
     if len(parts) < 2 or {"", ".", ".."} & {*parts} or set("#?%*\\") & {*rest}:
         raise RichKDError(
-            f"{name}: give {scheme}://BUCKET/PATH.zarr, of plain names", code="url-malformed"
+            f"{name}: must be {scheme}://BUCKET/PATH.zarr, with plain names", code="url-malformed"
         )
     if scheme == "hf":
         from richkd.store.hf import Hub
@@ -34,7 +34,7 @@ def open_location(name: str | Path) -> Location:
         return Hub(str(name))
     if find_spec("obstore") is None:
         raise RichKDError(
-            f"{name}: stores in object storage need obstore: pip install 'richkd[cloud]'",
+            f"{name}: caches in object storage need obstore; pip install 'richkd[cloud]'",
             code="extra-missing",
         )
     from richkd.store.bucket import Bucket

@@ -1,7 +1,4 @@
-"""The manifest of a store, read and checked: all that can be known without its arrays.
-
-That takes no PyTorch, so it is not imported here.
-"""
+"""Reading and checking the manifest of a cache, without PyTorch."""
 
 from __future__ import annotations
 
@@ -21,50 +18,51 @@ from richkd.store.schema import Manifest
 if TYPE_CHECKING:
     import zarr
 
-REMEDY = "mend it with richkd repair, or make it again with richkd precompute --overwrite"
+REMEDY = "fix it with richkd repair, or write it again with richkd precompute --overwrite"
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of a store, complete or not.
+    """Return the manifest of a cache, complete or not.
 
     Raises:
-        RichKDError: nothing there, not a richkd store, or of another schema.
+        RichKDError: there is nothing, not a richkd cache, or one of another schema.
     """
     copy = copy_of(open_location(path))
     return check_manifest(copy.location, dict(_open_group(copy).attrs))
 
 
-def copy_of(place: Location) -> LocalCopy:
-    """What `open_copy` gives; RichKDError where nothing is there."""
+def copy_of(location: Location) -> LocalCopy:
+    """Return a cache's copy on this disk; raise RichKDError if there is no cache."""
     try:
-        if place.exists:
-            return open_copy(place)
+        if location.exists:
+            return open_copy(location)
     except FileNotFoundError:
         pass
-    if isinstance(place, Folder) and place.path.exists():
+    if isinstance(location, Folder) and location.path.exists():
         raise RichKDError(
-            f"{place} is no richkd store that can be read (no zarr.json in it)", code="not-a-cache"
+            f"{location} is not a richkd cache: it has no zarr.json", code="not-a-cache"
         )
     raise RichKDError(
-        f"no store at {place}; make one: richkd precompute --out {place}", code="cache-missing"
+        f"no cache at {location}; create it: richkd precompute --out {location}",
+        code="cache-missing",
     )
 
 
 def open_store(copy: LocalCopy) -> tuple[zarr.Group, Manifest]:
-    """The group and the manifest of a complete store; errors as of `open_cache`."""
+    """Return the group and the manifest of a complete cache; raise as `open_cache`."""
     group = _open_group(copy)
     manifest = check_manifest(copy.location, dict(group.attrs))
     if not manifest["complete"]:
         raise RichKDError(
-            f"{copy.location} is incomplete: stage one was cut off; run the same richkd precompute "
-            f"command again, it goes on where it stopped",
+            f"the cache at {copy.location} is incomplete: precompute was interrupted; run the same "
+            f"richkd precompute command again to resume it",
             code="cache-incomplete",
         )
     return group, manifest
 
 
 def check_sealed(copy: LocalCopy, manifest: Manifest) -> None:
-    """Raise RichKDError where the manifest or another metadata file was changed."""
+    """Raise RichKDError if the manifest or another metadata file was changed."""
     checksums, here = manifest["checksums"], Folder(copy.path)
     specs = schema.array_specs(manifest)
     digests = {name: num_digests(spec) for name, spec in specs.items()}
@@ -74,25 +72,25 @@ def check_sealed(copy: LocalCopy, manifest: Manifest) -> None:
         or {name: len(each) for name, each in checksums["chunks"].items()} != digests
     ):
         raise RichKDError(
-            f"{copy.location}: the manifest is not what was sealed (zarr.json was changed); make "
-            f"the store again with richkd precompute --overwrite",
+            f"{copy.location}: the manifest does not match its seal (zarr.json was changed); "
+            f"write the cache again with richkd precompute --overwrite",
             code="cache-unsealed",
         )
     files = metadata_files(specs)
     copy.fetch(files)
 
-    def right(file: str) -> bool:
+    def good(file: str) -> bool:
         try:
             return metadata_digest(here, file) == checksums["metadata"].get(file)
         except OSError:
             return False
 
     for file in files:
-        if right(file):
+        if good(file):
             continue
         if copy.drop([file]):
-            copy.fetch([file])  # once more: what was kept here may have been damaged here
-        if not right(file):
+            copy.fetch([file])  # once more: only the copy may be damaged
+        if not good(file):
             raise RichKDError(
                 f"{copy.location}: {file} is missing or was changed; {REMEDY}", code="cache-damaged"
             )
@@ -106,27 +104,27 @@ def _open_group(copy: LocalCopy) -> zarr.Group:
     except Exception as error:  # not a group, damaged JSON, no permission, …
         reason = f"{type(error).__name__}: {error}"
         raise RichKDError(
-            f"{copy.location} is no richkd store that can be read ({reason})", code="not-a-cache"
+            f"{copy.location} is not a readable richkd cache ({reason})", code="not-a-cache"
         ) from None
 
 
-def check_manifest(place: Location, attributes: Mapping[str, Any]) -> Manifest:
-    """The attributes of a group as a manifest; RichKDError where they are none that is sound."""
+def check_manifest(location: Location, attributes: Mapping[str, Any]) -> Manifest:
+    """Return the attributes of a group as a manifest; raise RichKDError if it is not sound."""
     if attributes.get("format") != schema.FORMAT:
         raise RichKDError(
-            f"{place} is a Zarr group but no richkd store; richkd precompute makes one",
+            f"{location} is a Zarr group, but not a richkd cache; richkd precompute creates one",
             code="not-a-cache",
         )
     if attributes.get("schema") != schema.SCHEMA:
         raise RichKDError(
-            f"{place} has schema {attributes.get('schema')!r}, this richkd reads "
-            f"{schema.SCHEMA}; make the store again with richkd precompute --overwrite",
+            f"{location} has schema {attributes.get('schema')!r}, but this version of richkd "
+            f"reads {schema.SCHEMA}; write the cache again with richkd precompute --overwrite",
             code="cache-schema",
         )
     fault = schema.manifest_fault(attributes)
     if fault is not None:
         raise RichKDError(
-            f"{place}: the manifest is damaged ({fault}); make the store again with richkd "
+            f"{location}: the manifest is damaged ({fault}); write the cache again with richkd "
             f"precompute --overwrite",
             code="manifest-damaged",
         )

@@ -1,7 +1,7 @@
-"""Memory for what is read from a store: pages of the machine's, or of a file on its disk.
+"""Memory for arrays that are read from a cache: anonymous pages, or pages of a temporary file.
 
-Rows larger than memory lie in a temporary file that is mapped into memory: they are read and
-indexed like any other, and the system writes pages out and reads them back as it sees fit.
+Arrays larger than memory are placed in a temporary file that is mapped into memory. They are read
+and indexed like any other, and the system pages them out and in as needed.
 """
 
 from __future__ import annotations
@@ -23,20 +23,23 @@ from richkd.core.memory import available_memory
 from richkd.core.progress import size
 
 
-def beyond_memory(count: int) -> bool:
-    """Whether two times so many bytes are more than half of the memory that is available."""
-    return 2 * count > available_memory() / 2
+def beyond_memory(count: int, available: int | None = None) -> bool:
+    """Return whether twice as many bytes exceed half of the available memory, if None measured."""
+    return 2 * count > (available_memory() if available is None else available) / 2
 
 
 def empty(
     shape: tuple[int, ...], dtype: np.dtype[Any], on_disk: bool | None = None
 ) -> np.ndarray[Any, Any]:
-    """An array whose memory goes back to the system when it is freed, whatever malloc keeps.
+    """Return an array whose memory returns to the system once it is freed.
 
-    `on_disk` None: where it is beyond memory.
+    Args:
+        shape: of the array.
+        dtype: of the array.
+        on_disk: whether it is placed in a temporary file; None if it is `beyond_memory`.
 
     Raises:
-        RichKDError: it is to lie on the disk, and no folder for it has room.
+        RichKDError: it belongs on disk, and no folder has room for it.
     """
     count = math.prod(shape)
     length = max(count * dtype.itemsize, 1)
@@ -52,7 +55,7 @@ def empty(
 
 
 def _mapped_file(length: int) -> mmap.mmap:
-    """A file without a name, gone with the last array in it, whose blocks are reserved already."""
+    """Map a file without a name, with its blocks reserved; it is gone with the last array in it."""
     refusals = []
     for folder in _folders():
         try:
@@ -60,7 +63,7 @@ def _mapped_file(length: int) -> mmap.mmap:
             with tempfile.TemporaryFile(dir=folder) as file:
                 if shutil.disk_usage(folder).free < length:
                     raise OSError(f"{size(shutil.disk_usage(folder).free)} are free")
-                if hasattr(os, "posix_fallocate"):  # else a full disk would end the process later
+                if hasattr(os, "posix_fallocate"):  # a full disk would kill the process later
                     os.posix_fallocate(file.fileno(), 0, length)
                 else:
                     file.truncate(length)
@@ -68,13 +71,13 @@ def _mapped_file(length: int) -> mmap.mmap:
         except OSError as error:
             refusals.append(f"{folder} ({error.strerror or error})")
     raise RichKDError(
-        f"rows of {size(length)} are more than memory holds, and there is no room for them in "
-        f"{' or '.join(refusals)}; make room, or set TMPDIR to a folder on a disk that has it",
+        f"an array of {size(length)} does not fit in memory, and there is no room for it in "
+        f"{' or '.join(refusals)}; make room, or set TMPDIR to a folder on a larger disk",
         code="disk-too-small",
     )
 
 
 def _folders() -> list[Path]:
-    """TMPDIR where it is set; /tmp is often memory itself, the user's cache folder is not."""
+    """Return TMPDIR if it is set, and the user's cache folder; /tmp is often in memory itself."""
     given = os.environ.get("TMPDIR")
     return [*([Path(given)] if given else []), home()]

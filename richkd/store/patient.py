@@ -1,4 +1,4 @@
-"""Asking obstore again where it gives up at once: after a body cut short or damaged on its way."""
+"""Retrying requests where obstore does not: after a truncated or damaged body."""
 
 from __future__ import annotations
 
@@ -20,31 +20,35 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def again(request: Callable[[], T]) -> T:
-    """What a request gives, asked for again after errors that came soon."""
-    patience = time.monotonic() + PATIENCE_S
+def again(request: Callable[[], T], patience: float = PATIENCE_S) -> T:
+    """Return the result of a request, which is repeated after errors that came quickly."""
+    end = time.monotonic() + patience
     for _ in range(ATTEMPTS - 1):
         try:
             return request()
         except GenericError:
-            if time.monotonic() > patience:  # obstore did not give up at once
+            if time.monotonic() > end:  # obstore has retried for long enough
                 raise
     return request()
 
 
 class PatientStore(ObjectStore[Any]):
-    """obstore tries again by itself until an answer begins; this, until it is right."""
+    """A store that repeats reads until a chunk's checksum is right.
+
+    obstore itself retries only until a response begins.
+    """
+
+    patience = PATIENCE_S
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        """As of every store of zarr's."""
-        patience = time.monotonic() + PATIENCE_S
+        end = time.monotonic() + self.patience
         for _ in range(ATTEMPTS - 1):
             try:
                 found = await super().get(key, prototype, byte_range)
             except GenericError:
-                if time.monotonic() > patience:
+                if time.monotonic() > end:
                     raise
                 continue
             if found is None or "/c/" not in key or byte_range or intact(found.to_bytes()):

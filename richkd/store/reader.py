@@ -1,4 +1,4 @@
-"""Reading a store: slabs in bulk, and other blends by arithmetic on the cached parts."""
+"""Reading a cache: slabs in bulk, and other blends computed from the cached parts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SLAB_ARRAYS = ("teacher_logits", "teacher_features", "fused_logits")
 
 @dataclass(frozen=True)
 class Slab:
-    """One epoch's worth of the training split: view v of every sample. None: not asked for.
+    """One epoch's worth of the training split: view v of every sample; None if not requested.
 
     Shapes: view_ids [N] (pad-crop-flip) or view_params [N,5] (photographs), teacher_logits and
     fused_logits [N,C], teacher_features [N,F], in the stored dtype, on the CPU.
@@ -56,20 +56,22 @@ class Slab:
 
     @property
     def views(self) -> Tensor:
-        """The views, whichever kind they are."""
+        """The views, as ids or as parameters."""
         views = self.view_ids if self.view_params is None else self.view_params
         assert views is not None
         return views
 
 
 class TeacherCache:
-    """An open, complete store. Made by `open_cache`.
+    """An open, complete cache, from `open_cache`.
 
-    `place` is where it lies, and `path` the folder on this disk that is read: the store itself, or
-    of a store elsewhere the copy of what was read so far.
+    `location` is where it is. `path` is the folder on this disk that is read: the cache itself, or
+    a copy of what was read so far.
     """
 
-    def __init__(self, copy: LocalCopy, group: zarr.Group, manifest: Manifest) -> None:
+    def __init__(
+        self, copy: LocalCopy, group: zarr.Group, manifest: Manifest, memory: int | None = None
+    ) -> None:
         self.location = copy.location
         self.path = copy.path
         self.manifest = manifest
@@ -77,6 +79,7 @@ class TeacherCache:
         self._copy = copy
         self.kept = schema.kept_logits(manifest)
         self._group = group
+        self._memory = memory
 
     def __repr__(self) -> str:
         dataset = self.manifest["dataset"]
@@ -92,28 +95,28 @@ class TeacherCache:
 
     @property
     def num_classes(self) -> int:
-        """C."""
+        """C, the number of classes."""
         return len(self.manifest["class_names"])
 
     @property
     def num_samples(self) -> int:
-        """N, the training samples."""
+        """N, the number of training samples."""
         return self.manifest["dataset"]["num_train"]
 
     @property
     def splits(self) -> list[str]:
-        """The splits of the images: train, test, and validation where some were held out."""
+        """The splits: train, test, and validation if images were held out."""
         return list(schema.split_sizes(self.manifest))
 
     def read(self, name: str, view: int | None = None, on_disk: bool | None = None) -> Tensor:
-        """An array by its name in the store (`train/labels`), or one view of it, in one read.
+        """Return an array by its name in the cache (`train/labels`), or one view of it.
 
         Args:
-            name: of the array; logits of which the store keeps the K largest are filled up, to
-                [N,C] a view.
-            view: which of its views; None for an array without, or all of them.
-            on_disk: whether it lies in a temporary file, mapped into memory; None where it would
-                take more than a quarter of the memory that is available.
+            name: of the array; logits of which the cache keeps the K largest are returned dense,
+                [N,C] per view.
+            view: which of its views; None for all of them, or if it has none.
+            on_disk: whether it is placed in a temporary file that is mapped into memory; None if
+                it would take more than a quarter of the available memory.
 
         Raises:
             RichKDError: no such array, no such view, or bytes that fail their checksum.
@@ -122,10 +125,10 @@ class TeacherCache:
         return rows.dense() if isinstance(rows, TopKRows) else rows
 
     def rows(self, name: str, view: int | None = None, on_disk: bool | None = None) -> Rows:
-        """The same, but logits of which the store keeps the K largest stay as they are stored.
+        """Return the same, but with logits of which the cache keeps the K largest still compact.
 
         Raises:
-            RichKDError: as `read`, or classes that do not exist.
+            RichKDError: as `read`, or stored classes are out of range.
         """
         self.require(name)
         if name not in self.kept:
@@ -133,17 +136,17 @@ class TeacherCache:
         top, classes, rest = (self._values(part, view, on_disk) for part in schema.part_names(name))
         if int(classes.max()) >= self.num_classes:
             raise RichKDError(
-                f"{self.location}: {name} has classes that are not in 0..{self.num_classes - 1}; "
-                f"make the store again with richkd precompute --overwrite",
+                f"{self.location}: {name} has classes beyond 0..{self.num_classes - 1}; write "
+                f"the cache again with richkd precompute --overwrite",
                 code="cache-damaged",
             )
         return TopKRows.from_numpy(top, classes, rest, self.num_classes)
 
     def _values(self, name: str, view: int | None, on_disk: bool | None) -> NDArray[Any]:
-        """The numbers of an array, or of one view of it, checked."""
+        """Return the checked values of an array, or of one view of it."""
         if view is not None and not 0 <= view < self.num_views:
             raise RichKDError(
-                f"view {view}: {self.location} has views 0..{self.num_views - 1}",
+                f"{self.location} has no view {view}; choose one of 0..{self.num_views - 1}",
                 code="view-out-of-range",
             )
         files = [f"{name}/{METADATA}", *chunk_files(name, self.specs[name], view)]
@@ -153,18 +156,20 @@ class TeacherCache:
         except RichKDError:
             if not self._copy.drop(files):
                 raise
-            self._copy.fetch(files)  # once more: what was kept here may have been damaged here
+            self._copy.fetch(files)  # once more: only the copy may be damaged
             values = self._read_here(name, view, on_disk)
         return values
 
     def _read_here(self, name: str, view: int | None, on_disk: bool | None) -> NDArray[Any]:
         at = () if view is None else (view,)
         spec = self.specs[name]
+        if on_disk is None:
+            on_disk = pages.beyond_memory(spec.nbytes // (spec.shape[0] if at else 1), self._memory)
         values = pages.empty(spec.shape[len(at) :], np.dtype(spec.dtype), on_disk)
         step = spec.chunks[len(at)]
         try:
             array = cast("zarr.Array[Any]", self._group[name])
-            # chunk by chunk, so that what is in flight stays small beside the slab itself
+            # chunk by chunk, so that temporary memory stays small beside the slab
             for start in range(0, len(values), step):
                 values[start : start + step] = array[(*at, slice(start, start + step))]
         except Exception as error:  # codecs raise errors of many kinds
@@ -176,7 +181,7 @@ class TeacherCache:
         return values
 
     def _check_chunks(self, name: str, view: int | None) -> None:
-        """Raise RichKDError where a chunk of an array (of a view) is not the one written there."""
+        """Raise RichKDError if a chunk of an array (of a view) is not the one written there."""
         checksums = self.manifest["checksums"]
         assert checksums is not None
         spec, here = self.specs[name], Folder(self.path)
@@ -195,11 +200,11 @@ class TeacherCache:
                 )
 
     def has(self, name: str) -> bool:
-        """Whether the store has an array of this name, whole or by its K largest."""
+        """Return whether the cache has an array of this name, dense or by its K largest."""
         return name in self.specs or name in self.kept
 
     def require(self, name: str) -> None:
-        """Raise RichKDError where the store has no array of this name."""
+        """Raise RichKDError if the cache has no array of this name."""
         if not self.has(name):
             raise RichKDError(
                 f"{self.location} has no array {name!r}" + self._why_absent(name),
@@ -207,7 +212,7 @@ class TeacherCache:
             )
 
     def nbytes(self, names: Collection[str]) -> int:
-        """Bytes of one view of some arrays, as they are stored."""
+        """Return the bytes of one view of some arrays, uncompressed."""
         for name in names:
             self.require(name)
         parts = [schema.part_names(name) if name in self.kept else (name,) for name in names]
@@ -217,19 +222,22 @@ class TeacherCache:
     def slab(
         self, view: int, arrays: Collection[str] = SLAB_ARRAYS, on_disk: bool | None = None
     ) -> Slab:
-        """View `view` of every training sample, only the arrays that are asked for.
+        """Return view `view` of every training sample.
 
-        `on_disk` as of `read`; None counts all arrays of the slab.
+        Args:
+            view: the index of the slab.
+            arrays: which arrays to read; by default all that the cache has.
+            on_disk: as in `read`; None decides by the size of the whole slab.
 
         Raises:
-            RichKDError: as `read`; asking by name for `fused_logits` of a store without CLIP
-                is an error, the default leaves out what the store lacks.
+            RichKDError: as `read`, or a requested array is not in the cache.
         """
         if arrays is SLAB_ARRAYS and self.manifest["clip"] is None:
             arrays = SLAB_ARRAYS[:2]
         views = "view_ids" if self.manifest["views"]["space"] == "pad-crop-flip" else "view_params"
         if on_disk is None:
-            on_disk = pages.beyond_memory(self.nbytes([f"train/{name}" for name in arrays]))
+            count = self.nbytes([f"train/{name}" for name in arrays])
+            on_disk = pages.beyond_memory(count, self._memory)
         return Slab(
             **{name: self.read(f"train/{name}", view, on_disk) for name in (views, *arrays)}
         )
@@ -242,10 +250,10 @@ class TeacherCache:
         scale: Scale | None = None,
         prompts: Sequence[int] | None = None,
     ) -> Tensor:
-        """Fused logits [N,C] f32 of another blend than the stored one; None means the store's.
+        """Return the fused logits [N,C] f32 of another blend; None means the cache's own setting.
 
         Raises:
-            RichKDError: the store has no CLIP, or a setting is out of range.
+            RichKDError: the cache has no CLIP, or a setting is out of range.
         """
         return self.blend(
             self.read("train/teacher_logits", view),
@@ -262,7 +270,7 @@ class TeacherCache:
         alpha: float | None,
         scale: Scale | None,
     ) -> Tensor:
-        """Fused logits of given rows; alpha and scale default to the store's."""
+        """Return the fused logits of given rows; alpha and scale default to the cache's."""
         alpha = self.manifest["alpha"] if alpha is None else alpha
         scale = cast(Scale, self.manifest["scale"]) if scale is None else scale
         check_blend(alpha, scale)
@@ -270,20 +278,21 @@ class TeacherCache:
         return fusion.fuse_logits(teacher_logits, similarity, alpha, number)
 
     def similarity(self, split: str, prompts: Sequence[int] | None = None) -> Tensor:
-        """CLIP's cosines [N,C] f32 of a split, with all prompts or only some of them."""
+        """Return CLIP's cosines [N,C] f32 of a split, with all prompts or some of them."""
         if prompts is None:
             return self.read(f"{split}/clip_similarity")
         classes = fusion.class_embeddings(self.text_embeddings, prompts)
         features = self.read(f"{split}/clip_features")
         shape = len(features), len(classes)
-        cosines = torch.from_numpy(pages.empty(shape, np.dtype(np.float32)))
+        on_disk = pages.beyond_memory(4 * len(features) * len(classes), self._memory)
+        cosines = torch.from_numpy(pages.empty(shape, np.dtype(np.float32), on_disk))
         for span in spans(len(features)):
             cosines[span] = fusion.clip_similarity(features[span], classes)
         return cosines
 
     @cached_property
     def text_embeddings(self) -> Tensor:
-        """[C,P,D], unit length, one for each class and prompt."""
+        """One embedding per class and prompt: [C,P,D], unit length."""
         return self.read("text/embeddings")
 
     @property
@@ -291,56 +300,61 @@ class TeacherCache:
         clip = self.manifest["clip"]
         if clip is None:
             raise RichKDError(
-                f"{self.location} was made with --clip none, so there is nothing to blend with the "
-                f"CNN teacher; use --method kd, or precompute with a CLIP",
+                f"{self.location} was written with --clip none, so there is nothing to blend with "
+                f"the CNN teacher; use --method kd, or precompute with a CLIP",
                 code="cache-without-clip",
             )
         return clip
 
     def _why_absent(self, name: str) -> str:
         if self.manifest["clip"] is None and ("clip" in name or "fused" in name or "text" in name):
-            return ": it was made with --clip none; use --method kd, or precompute with a CLIP"
+            return ": it was written with --clip none; use --method kd, or precompute with a CLIP"
         return ""
 
 
-def open_cache(path: str | Path) -> TeacherCache:
-    """Open a complete store: a folder, or a URL (s3://, gs://, az://, hf://).
+def open_cache(path: str | Path, *, memory: int | None = None) -> TeacherCache:
+    """Open a complete cache: a folder, or a URL (s3://, gs://, az://, hf://).
+
+    Args:
+        path: where the cache is.
+        memory: bytes of memory to assume available, which decides what is read into temporary
+            files; None measures it.
 
     Raises:
-        RichKDError: nothing there, not a richkd store, of another schema, incomplete, or with
-            arrays or chunks missing or of another shape than the manifest says; or the place
-            cannot be reached.
+        RichKDError: there is no cache, or it is incomplete, of another schema, or damaged: arrays
+            or chunks are missing, or differ from the manifest; or the location cannot be reached.
     """
-    place = open_location(path)
-    copy = copy_of(place)
+    location = open_location(path)
+    copy = copy_of(location)
     group, manifest = open_store(copy)
     check_sealed(copy, manifest)
-    there = Counter(file.partition("/c/")[0] for file in place.sizes() if "/c/" in file)
+    present = Counter(file.partition("/c/")[0] for file in location.sizes() if "/c/" in file)
     for name, spec in schema.array_specs(manifest).items():
-        _check_array(place, group, name, spec)
-        missing = num_chunks(spec) - there[name]
+        _check_array(location, group, name, spec)
+        missing = num_chunks(spec) - present[name]
         if missing > 0:
             raise RichKDError(
-                f"{place}: {missing} of {num_chunks(spec)} chunks of {name} are gone; {REMEDY}",
+                f"{location}: {missing} of {num_chunks(spec)} chunks of {name} are missing; "
+                f"{REMEDY}",
                 code="cache-damaged",
             )
-    return TeacherCache(copy, group, manifest)
+    return TeacherCache(copy, group, manifest, memory)
 
 
-def _check_array(place: Location, group: zarr.Group, name: str, spec: ArraySpec) -> None:
+def _check_array(location: Location, group: zarr.Group, name: str, spec: ArraySpec) -> None:
     import zarr
 
     try:
         array = group[name]
     except Exception:  # absent, or its metadata is damaged
         raise RichKDError(
-            f"{place}: array {name} is missing or damaged; {REMEDY}", code="cache-damaged"
+            f"{location}: array {name} is missing or damaged; {REMEDY}", code="cache-damaged"
         ) from None
     if not isinstance(array, zarr.Array):
-        raise RichKDError(f"{place}: {name} is no array; {REMEDY}", code="cache-damaged")
+        raise RichKDError(f"{location}: {name} is not an array; {REMEDY}", code="cache-damaged")
     if array.shape != spec.shape or str(array.dtype) != spec.dtype or array.chunks != spec.chunks:
         raise RichKDError(
-            f"{place}: {name} is {array.dtype} {array.shape}, the manifest says {spec.dtype} "
-            f"{spec.shape}; {REMEDY}",
+            f"{location}: {name} is {array.dtype} {array.shape}, but the manifest says "
+            f"{spec.dtype} {spec.shape}; {REMEDY}",
             code="cache-damaged",
         )

@@ -1,7 +1,7 @@
-"""What a store holds: its arrays, its manifest, and the blocks in which it is written.
+"""The schema of a cache: its arrays, its manifest, and the blocks in which it is written.
 
 cache/README.md documents the same for people without richkd. Chunks are (1, block, last axis) for
-arrays with a view axis and (block, …) for the others, so that a block is whole chunks of each.
+arrays with a view axis and (block, …) for the others, so that a block is a whole chunk of each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SCHEMA = 2
 FORMAT = "richkd-cache"
 CHUNK_BYTES = 4 * 2**20
 MAX_BLOCK = 8192
-MOST = 2**40  # of anything that a manifest counts
+MOST = 2**40  # bound on every number in a manifest
 LOGITS = ("teacher_logits", "fused_logits")
 
 
@@ -36,15 +36,15 @@ class DatasetEntry(TypedDict):
     num_train: int
     num_test: int
     embedded: bool
-    skipped: NotRequired[list[str]]  # files of a folder that are no whole images
-    decoding: NotRequired[DecodingEntry]  # of files, where it changes pixels
-    validation: NotRequired[float]  # share of the training images that choices are made on
-    num_validation: NotRequired[int]  # images that choices are made on; they are not in num_train
-    folders: NotRequired[dict[str, str]]  # of each split of a folder of images, by its name in that
+    skipped: NotRequired[list[str]]  # damaged files of an image folder
+    decoding: NotRequired[DecodingEntry]  # of files, if it changes pixels
+    validation: NotRequired[float]  # share of the training images held out for choices
+    num_validation: NotRequired[int]  # images held out for choices; not in num_train
+    folders: NotRequired[dict[str, str]]  # the folder name of each split of an image folder
 
 
 class ViewsEntry(TypedDict):
-    """The augmentation, and how its views were drawn."""
+    """The augmentation, and how its views are drawn."""
 
     space: str
     count: int
@@ -57,18 +57,18 @@ class TeacherEntry(TypedDict):
     name: str
     sha256: str
     num_features: int
-    input: NotRequired[InputEntry]  # absent from stores of before (`teacher_input`)
-    outputs: NotRequired[list[int]]  # of each class, where the teacher's order is another
+    input: NotRequired[InputEntry]  # absent from older caches (`teacher_input`)
+    outputs: NotRequired[list[int]]  # the output of each class, if the teacher's order differs
     accuracy: float | None
 
 
 class PrecisionError(TypedDict):
-    """What CLIP's precision costs, against float32 on some test images."""
+    """The error of CLIP's precision, against float32 on some test images."""
 
     images: int
     cosine_max: float  # the largest difference of a cosine of an image and a class
     cosine_mean: float
-    same_class: float  # the share of images whose zero-shot class is the same
+    same_class: float  # the share of images with the same zero-shot class
 
 
 class ClipEntry(TypedDict):
@@ -78,20 +78,20 @@ class ClipEntry(TypedDict):
     sha256: str
     logit_scale: float
     num_features: int
-    precision: NotRequired[str]  # of the image tower; absent where it is float32
-    precision_error: NotRequired[PrecisionError]  # absent likewise
+    precision: NotRequired[str]  # of the image tower; absent if float32
+    precision_error: NotRequired[PrecisionError]  # absent if float32
     accuracy: float | None
 
 
 class Checksums(TypedDict):
-    """Digests of what lies beside the manifest (store/checksums.py)."""
+    """Digests of everything beside the manifest (store/checksums.py)."""
 
     metadata: dict[str, str]  # by file
-    chunks: dict[str, list[str]]  # by array, one a view, or one
+    chunks: dict[str, list[str]]  # by array; one per view, or one
 
 
 class Manifest(TypedDict):
-    """The group attributes of a store."""
+    """The group attributes of a cache."""
 
     format: str
     schema: int
@@ -109,18 +109,18 @@ class Manifest(TypedDict):
     scale: float | str
     fused_accuracy: float | None
     dtype: str
-    keep_bits: int | None  # mantissa bits that the rows of teachers were rounded to
-    keep: NotRequired[int]  # K, where only the K largest training logits are kept (store/topk.py)
-    keep_temperature: NotRequired[float]  # at which the others keep their mass
-    keep_kl: NotRequired[dict[str, float]]  # nats by temperature, on the test rows, once complete
+    keep_bits: int | None  # mantissa bits that teacher rows are rounded to
+    keep: NotRequired[int]  # K, if only the K largest training logits are kept (store/topk.py)
+    keep_temperature: NotRequired[float]  # τ at which the others keep their mass
+    keep_kl: NotRequired[dict[str, float]]  # nats by τ on the test rows, once complete
     block: int
     recipe: dict[str, Any]
     versions: dict[str, str]
     checksums: Checksums | None  # None until complete
-    seal: str | None  # of the file that the manifest is in
+    seal: str | None  # of the manifest's own file
 
 
-# What may differ between a run that was cut off and the one that goes on with it.
+# What may differ between an interrupted run and the one that resumes it.
 NOT_IDENTITY = frozenset(
     {"complete", "fused_accuracy", "keep_kl", "recipe", "versions", "checksums", "seal"}
 )
@@ -158,19 +158,19 @@ class Block:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The block as messages name it."""
         view = "" if self.view is None else f" view {self.view}"
         return f"{self.split}{view} samples {self.start}..{self.stop - 1}"
 
 
 def choose_block(widest: int, dtype: str) -> int:
-    """Rows a block: a power of two, so that the widest array's chunk is about 4 MiB."""
+    """Return the rows per block: a power of two, so that the widest chunk is about 4 MiB."""
     row = widest * (2 if dtype == "float16" else 4)
     return min(MAX_BLOCK, 1 << max(4, int(math.log2(CHUNK_BYTES / row))))
 
 
 def split_sizes(manifest: Manifest) -> dict[str, int]:
-    """The number of samples of each split that the store has."""
+    """Return the number of samples of each split."""
     dataset = manifest["dataset"]
     sizes = {"train": dataset["num_train"], "test": dataset["num_test"]}
     if "num_validation" in dataset:
@@ -179,23 +179,23 @@ def split_sizes(manifest: Manifest) -> dict[str, int]:
 
 
 def describe_errors(errors: Mapping[str, float]) -> str:
-    """The KL errors in words."""
+    """Describe KL errors."""
     return ", ".join(f"{error:.2g} nats at τ {tau}" for tau, error in errors.items())
 
 
 def describe_precision(precision: str, error: PrecisionError | None) -> str:
-    """CLIP's precision, and its error where it has one, in words."""
+    """Describe CLIP's precision and its error, if it was measured."""
     if error is None:
         return precision
     return (
         f"{precision}: on {error['images']} test images cosines are within "
-        f"{error['cosine_max']:.1e} of float32's ({error['cosine_mean']:.1e} in the mean), and "
+        f"{error['cosine_max']:.1e} of float32's ({error['cosine_mean']:.1e} on average), and "
         f"{percent(error['same_class'])} % get the same class"
     )
 
 
 def blocks(manifest: Manifest) -> list[Block]:
-    """All blocks in the order of their flags: test, validation, then training block by block."""
+    """Return all blocks in the order of their flags: test, validation, then training."""
     size = manifest["block"]
 
     def spans(count: int) -> Iterator[tuple[int, int]]:
@@ -216,14 +216,14 @@ def blocks(manifest: Manifest) -> list[Block]:
 
 
 def num_blocks(manifest: Manifest) -> int:
-    """How many blocks there are, without listing them: a manifest may claim absurd sizes."""
+    """Return the number of blocks without listing them: a manifest may claim absurd sizes."""
     counts, size = split_sizes(manifest), manifest["block"]
     per_split = {split: -(-count // size) for split, count in counts.items()}
     return sum(per_split.values()) + per_split["train"] * manifest["views"]["count"]
 
 
 def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
-    """Every array of a store with this manifest."""
+    """Return the spec of every array of a cache with this manifest."""
     dataset, clip, dtype = manifest["dataset"], manifest["clip"], manifest["dtype"]
     num_classes, num_features = len(manifest["class_names"]), manifest["teacher"]["num_features"]
     views, block, side = manifest["views"]["count"], manifest["block"], manifest["image_size"]
@@ -282,7 +282,7 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
 
 
 def kept_logits(manifest: Manifest) -> set[str]:
-    """The logits that are stored by their K largest: of them there are `part_names` instead."""
+    """Return the logits that are stored by their K largest, as the arrays of `part_names`."""
     if "keep" not in manifest:
         return set()
     names = ("teacher_logits",) if manifest["clip"] is None else LOGITS
@@ -290,12 +290,12 @@ def kept_logits(manifest: Manifest) -> set[str]:
 
 
 def part_names(name: str) -> tuple[str, str, str]:
-    """The arrays that stand for logits of which the K largest are kept."""
+    """Return the arrays that stand for logits of which the K largest are kept."""
     return f"{name}_top", f"{name}_classes", f"{name}_rest"
 
 
 def block_arrays(manifest: Manifest, block: Block) -> list[str]:
-    """The arrays that a block is written to."""
+    """Return the arrays that a block is written to."""
     views = {"train/view_ids", "train/view_params"}  # written before the first block
     return [
         name
@@ -307,12 +307,12 @@ def block_arrays(manifest: Manifest, block: Block) -> list[str]:
 
 
 def raw_bytes(manifest: Manifest) -> int:
-    """The size of all arrays before compression."""
+    """Return the bytes of all arrays before compression."""
     return sum(spec.nbytes for spec in array_specs(manifest).values())
 
 
 def manifest_fault(attributes: Mapping[str, Any]) -> str | None:
-    """What is wrong with a manifest from anywhere, or None: types, and numbers out of range."""
+    """Return what is wrong with an untrusted manifest, in types or ranges; None if nothing is."""
     return misfit(attributes, Manifest) or next(_out_of_range(cast(Manifest, attributes)), None)
 
 
@@ -345,7 +345,7 @@ def _out_of_range(manifest: Manifest) -> Iterator[str]:
 
 
 def _out_of_order(manifest: Manifest) -> Iterator[str]:
-    """What is wrong with what says how images were read, and in which order of classes."""
+    """Yield what is wrong with the entries on folders, decoding and class order."""
     dataset = manifest["dataset"]
     folders = dataset.get("folders")
     if folders is not None:
@@ -360,16 +360,16 @@ def _out_of_order(manifest: Manifest) -> Iterator[str]:
                 yield f"dataset.decoding.ranges of {kind} is {ends!r}"
     outputs, count = manifest["teacher"].get("outputs"), len(manifest["class_names"])
     if outputs is not None and sorted(outputs) != [*range(count)]:
-        yield f"teacher.outputs is not one of each of {count} classes"
+        yield f"teacher.outputs is not a permutation of {count} classes"
 
 
 def teacher_input(manifest: Manifest) -> InputEntry:
-    """What the CNN teacher takes; in stores of before it took what the students take."""
+    """Return the CNN teacher's input; in older caches it is that of the students."""
     return manifest["teacher"].get("input") or student_input(manifest)
 
 
 def student_input(manifest: Manifest) -> InputEntry:
-    """What students take that are trained from a store."""
+    """Return the input of students that are trained from a cache."""
     photographs = manifest["views"]["space"] == "resized-crop-flip"
     return NetworkInput(
         size=manifest["image_size"],
@@ -380,10 +380,10 @@ def student_input(manifest: Manifest) -> InputEntry:
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """The first setting in which two manifests tell different stores, or None."""
+    """Return the first setting by which two manifests describe different caches, or None."""
 
-    def whole(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
-        """With the teacher's input and CLIP's precision, where they are not told."""
+    def filled(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Fill in the teacher's input and CLIP's precision, which older caches leave out."""
         if manifest_fault(manifest) is not None:
             return manifest
         found, clip = teacher_input(cast(Manifest, manifest)), manifest["clip"]
@@ -396,11 +396,11 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     was, now = (
         {
             name: value
-            for name, value in _flat("", whole(manifest))
+            for name, value in _flat("", filled(manifest))
             if name.partition(".")[0] not in NOT_IDENTITY
             and not name.endswith(".accuracy")
-            and not name.startswith("clip.precision_error.")  # measured, perhaps elsewhere
-            and not name.startswith("dataset.folders.")  # the fingerprint is of what is in them
+            and not name.startswith("clip.precision_error.")  # measured, maybe on another machine
+            and not name.startswith("dataset.folders.")  # their content is in the fingerprint
         }
         for manifest in (old, new)
     )
@@ -411,7 +411,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
 
 
 def _flat(prefix: str, value: object) -> Iterator[tuple[str, object]]:
-    """The entries of a manifest that have no entries themselves, by their dotted names."""
+    """Yield the innermost entries of a manifest with their dotted names."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(f"{prefix}.{key}" if prefix else key, inner)
@@ -420,13 +420,13 @@ def _flat(prefix: str, value: object) -> Iterator[tuple[str, object]]:
 
 
 def shown(value: object) -> str:
-    """A setting in a message."""
+    """Format a setting for a message."""
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "…"
 
 
 def teacher_accuracies(manifest: Manifest) -> dict[str, float | None]:
-    """Top-1 of the CNN teacher, CLIP and their blend on the test split, in 0..1."""
+    """Return top-1 of the CNN teacher, CLIP and their blend on the test split, in 0..1."""
     clip = manifest["clip"]
     return {
         "cnn": manifest["teacher"]["accuracy"],

@@ -1,9 +1,10 @@
-"""What the teachers say of the images of a block: the rows that stage one writes."""
+"""The rows that stage one writes: both teachers' outputs for the images of each block."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -17,40 +18,45 @@ from richkd.data.datasets import Dataset, Split
 from richkd.data.inputs import ArrayInputs, FileInputs, make_inputs, send
 from richkd.store.schema import Block, PrecisionError
 from richkd.store.topk import compact
-from richkd.store.writer import StoreWriter
 from richkd.teachers.clip import ClipTeacher
 from richkd.teachers.cnn import CNNTeacher
 
 FORWARD_BATCH = 256  # images
-FORWARD_PIXELS = 2**21  # that a GPU sees at once where images are small
-PIXEL_BYTES = 2**14  # of a GPU's memory for each of them, several times what CIFAR's networks need
-DECODED = 16  # files a loader's batch: with the crops of all their views they are in flight
+FORWARD_PIXELS = 2**21  # per forward pass on a GPU, if images are small
+PIXEL_BYTES = 2**14  # GPU memory per pixel, several times what networks for CIFAR need
+DECODED = 16  # files per batch of a loader, which holds the crops of all their views
 Unit = tuple[Block, ...]  # blocks that are computed together
+Read = Callable[[str, int, int], Tensor]  # rows start..stop of an array that is already written
 
 
 @dataclass(frozen=True)
 class Teachers:
-    """Both teachers and how they are blended."""
+    """Both teachers and the settings of their blend."""
 
     settings: Precompute
     cnn: CNNTeacher
     clip: ClipTeacher | None
-    classes: Tensor | None  # class embeddings [C,D]
+    text: Tensor | None  # one embedding per class and prompt [C,P,D]; None without CLIP
+
+    @cached_property
+    def classes(self) -> Tensor | None:
+        """The class embeddings [C,D]; None without CLIP."""
+        return None if self.text is None else fusion.class_embeddings(self.text)
 
     @property
     def cnn_batch(self) -> int:
-        """Images a forward pass of the CNN teacher."""
+        """Images per forward pass of the CNN teacher."""
         return batch_size(self.settings, self.cnn.device, self.cnn.input.size)
 
     @property
     def clip_batch(self) -> int:
-        """Images a forward pass of CLIP, which may take larger ones."""
+        """Images per forward pass of CLIP, whose images may be larger."""
         if self.clip is None or self.clip.device.type != "cuda":
             return self.cnn_batch
         return min(self.cnn_batch, forward_batch(self.clip.device, self.clip.side))
 
     def clip_rows(self, features: Tensor) -> dict[str, Tensor]:
-        """CLIP's rows, from its image features [B,D]."""
+        """Return CLIP's rows, given its image features [B,D]."""
         assert self.classes is not None
         return {
             "clip_features": features,
@@ -60,7 +66,7 @@ class Teachers:
     def cnn_rows(
         self, parts: Sequence[tuple[Tensor, Tensor]], similarity: Tensor | None
     ) -> dict[str, Tensor]:
-        """The CNN teacher's rows, given batch by batch, and the blend with CLIP's cosines."""
+        """Return the CNN teacher's rows, given by batch, and their blend with CLIP's cosines."""
         logits, features = (torch.cat(part) for part in zip(*parts, strict=True))
         rows = {"teacher_logits": logits, "teacher_features": features}
         if self.clip is not None and similarity is not None:
@@ -73,17 +79,17 @@ class Teachers:
 
 @dataclass(frozen=True)
 class Preview:
-    """What the teachers said of the first test images before stage one began, batch by batch.
+    """Outputs for the first test images, computed before stage one starts, by batch.
 
-    Where the test split's own batches are these, they are not computed again.
+    If the test split starts with the same batches, they are not computed again.
     """
 
     cnn: Sequence[tuple[Tensor, Tensor]] = ()  # logits and features
     clip: Sequence[Tensor] = ()  # features
-    precision_error: PrecisionError | None = None  # of CLIP, where it is not in float32
+    precision_error: PrecisionError | None = None  # CLIP's, unless it runs in float32
 
     def of(self, block: Block, batch: int) -> Preview:
-        """The batches with which a block begins, each of `batch` images or the block's last."""
+        """Return the batches that a block starts with, if they are what `batch` would give."""
         if (block.split, block.start) != ("test", 0):
             return Preview()
         cnn = same_batches([len(logits) for logits, _ in self.cnn], batch, block.stop)
@@ -92,10 +98,18 @@ class Preview:
 
 
 class BlockRows:
-    """The rows of blocks, by the teachers.
+    """Computes the rows of blocks with both teachers.
 
-    Images of an array are gathered view by view, and CLIP's rows come before those of the views,
-    which read them from the store. Image files are decoded once for CLIP and all views.
+    Images in an array are gathered view by view. CLIP's rows are computed before the views, which
+    read CLIP's cosines back through `read`. Image files are decoded once, for CLIP and all views.
+
+    Args:
+        dataset: the images.
+        views: the views of the training split, [V,N,…].
+        device: where rows are computed.
+        teachers: both teachers.
+        read: returns rows of an array that was written in an earlier phase, or by an earlier run.
+        preview: outputs that are already known.
     """
 
     def __init__(
@@ -104,7 +118,7 @@ class BlockRows:
         views: Tensor,
         device: torch.device,
         teachers: Teachers,
-        writer: StoreWriter,
+        read: Read,
         preview: Preview | None = None,
     ) -> None:
         self.splits: dict[str, Split] = dataset.splits
@@ -113,15 +127,15 @@ class BlockRows:
             for name, split in self.splits.items()
         }
         files = isinstance(self.inputs["train"], FileInputs)
-        self.views = views if files else views.to(device)  # [V,N,…], of the training split
+        self.views = views if files else views.to(device)
         self.device = device
         self.teachers = teachers
-        self.writer = writer
+        self.read = read
         self.preview = preview or Preview()
-        self._similarity: tuple[tuple[str, int], Tensor] | None = None  # of the last span read
+        self._similarity: tuple[tuple[str, int], Tensor] | None = None  # of the span read last
 
     def phases(self, todo: Sequence[Block]) -> list[list[Unit]]:
-        """The work in parts, of which each may need what those before it wrote."""
+        """Split the work into phases; each may read what the phases before it wrote."""
         test, validation, train = (
             [block for block in todo if block.split == split]
             for split in ("test", "validation", "train")
@@ -138,12 +152,12 @@ class BlockRows:
     def __call__(
         self, units: Sequence[Unit], tick: Advance, check: Callable[[], None]
     ) -> Iterator[tuple[Block, dict[str, Tensor]]]:
-        """Each block of the units with its rows by name, without the split.
+        """Yield each block of the units with its rows by name, without the split.
 
         Args:
-            units: of one phase.
-            tick: is told of images as they are done.
-            check: is called where nothing is lost but what one block takes.
+            units: the units of one phase.
+            tick: called with the number of images that were done.
+            check: called where an interruption loses no more than one block.
         """
         keep, temperature = self.teachers.settings.top_k, self.teachers.settings.keep_temperature
         for block, rows in self._whole(units, tick, check):
@@ -155,7 +169,7 @@ class BlockRows:
     def _whole(
         self, units: Sequence[Unit], tick: Advance, check: Callable[[], None]
     ) -> Iterator[tuple[Block, dict[str, Tensor]]]:
-        """The same before logits are left out."""
+        """Yield the same with all logits."""
         for _, alike in groupby(units, lambda unit: [block.view for block in unit]):
             some = list(alike)
             inputs = self.inputs[some[0][0].split]
@@ -167,7 +181,7 @@ class BlockRows:
                     tick(block.stop - block.start)
 
     def _gathered(self, inputs: ArrayInputs, block: Block) -> dict[str, Tensor]:
-        """The rows of one block of images that are an array."""
+        """Return the rows of one block of images in an array."""
         rows: dict[str, Tensor] = {}
         teachers = self.teachers
         if block.view is None:
@@ -194,7 +208,7 @@ class BlockRows:
     def _decoded(
         self, inputs: FileInputs, units: Sequence[Unit], tick: Advance, check: Callable[[], None]
     ) -> Iterator[tuple[Block, dict[str, Tensor]]]:
-        """The rows of spans of image files, each span to the same blocks: one pass over them."""
+        """Yield the rows of spans of image files, of the same views each, in one pass over them."""
         first = units[0]
         teachers, split = self.teachers, first[0].split
         wanted = [view for block in first if (view := cnn_view(block)) is not None]
@@ -226,7 +240,7 @@ class BlockRows:
                 yield block, rows
 
     def _given(self, block: Block) -> dict[str, Tensor]:
-        """What no teacher is asked for: labels, and images that are an array."""
+        """Return what needs no teacher: labels, and images that are in an array."""
         split = self.splits[block.split]
         rows = {"labels": split.labels[block.start : block.stop]}
         if isinstance(split.images, Tensor):
@@ -234,32 +248,32 @@ class BlockRows:
         return rows
 
     def _similarity_of(self, block: Block, computed: Mapping[str, Tensor]) -> Tensor | None:
-        """CLIP's cosines of the samples, just computed or written before; None without CLIP."""
+        """Return CLIP's cosines of a block, just computed or read back; None without CLIP."""
         if self.teachers.clip is None or "clip_similarity" in computed:
             return computed.get("clip_similarity")
         span = (block.split, block.start)
         if self._similarity is None or self._similarity[0] != span:
             name = f"{block.split}/clip_similarity"
-            read = self.writer.read(name, block.start, block.stop)
-            self._similarity = (span, send(read, self.device))
+            similarity = self.read(name, block.start, block.stop)
+            self._similarity = (span, send(similarity, self.device))
         return self._similarity[1]
 
     def log_zero_shot(self, report: Report) -> None:
-        """CLIP's accuracy on the test images, as soon as it is known."""
+        """Log CLIP's accuracy on the test images, once they are written."""
         if self.teachers.clip is not None:
             count = len(self.splits["test"])
-            similarity = self.writer.read("test/clip_similarity", 0, count)
+            similarity = self.read("test/clip_similarity", 0, count)
             top1 = accuracy(similarity, self.splits["test"].labels, 1)
             report.log(f"CLIP zero-shot: {percent(top1)} % of the test images")
 
 
 def batch_size(settings: Precompute, device: torch.device, side: int) -> int:
-    """Images a forward pass of a CNN teacher that takes images of a side: as told, or chosen."""
+    """Return the images per forward pass of a CNN teacher: as set, or chosen by their side."""
     return settings.batch_size or forward_batch(device, side)
 
 
 def forward_batch(device: torch.device, side: int) -> int:
-    """Images a forward pass: a GPU takes more than others where they are small, to be busy."""
+    """Return the images per forward pass; small ones need larger batches to keep a GPU busy."""
     if device.type != "cuda":
         return FORWARD_BATCH
     room = torch.cuda.get_device_properties(device).total_memory // PIXEL_BYTES
@@ -267,7 +281,7 @@ def forward_batch(device: torch.device, side: int) -> int:
 
 
 def same_batches(found: Sequence[int], batch: int, count: int) -> int:
-    """How many batches, of sizes that were found, are those that `count` images begin with."""
+    """Return how many leading batches, of sizes `found`, `count` images would be split into."""
     done = number = 0
     for size in found:
         if done == count or size != min(batch, count - done):
@@ -277,16 +291,16 @@ def same_batches(found: Sequence[int], batch: int, count: int) -> int:
 
 
 def cnn_view(block: Block) -> int | None:
-    """Which of its split's views a block asks the CNN teacher for: only training has several."""
+    """Return which view of its split a block needs from the CNN teacher; None for none."""
     return block.view if block.split == "train" else 0
 
 
 def batched(
     decoded: Iterator[tuple[Tensor, Tensor, Tensor | None]], count: int, batch_size: int
 ) -> Iterator[tuple[list[Tensor], Tensor | None]]:
-    """The next `count` images in batches for a network: crops [b,V,S,S,3] in parts, CLIP's pixels.
+    """Yield the next `count` images in batches: crops [b,V,S,S,3] in parts, and CLIP's pixels.
 
-    The parts stay apart: those of all views together would be there twice.
+    The parts are not concatenated: that would hold the crops of all views twice.
     """
     done = 0
     parts: list[tuple[Tensor, Tensor | None]] = []

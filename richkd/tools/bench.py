@@ -1,8 +1,8 @@
-"""What everything costs: paired measurements in one process, A B A B, as medians and ratios.
+"""Benchmarks: paired measurements in one process, A B A B, as medians and ratios.
 
-Steps and passes are timed on random bytes and weights, which cost what real ones cost; only
-compression depends on what is in a store, and takes a real one (`--cache`) where there is one.
-Ratios are medians of the ratios of each round, so that a machine that slows down slows both sides.
+Steps and passes are timed on random bytes and weights, which cost the same as real ones. Only
+compression depends on the rows, and can be measured on a real cache (`--cache`). Ratios are medians
+of the ratios of each round, so a machine that slows down slows both sides.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from richkd.models import create_model, forward
 from richkd.models.weights import save_tensors
 from richkd.precompute import precompute
 from richkd.store import schema
+from richkd.store.encoding import round_bits
 from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
-from richkd.store.writer import round_bits
 from richkd.teachers.clip import load_clip
 from richkd.training.data import Data, EpochRows, EvalSet
 from richkd.training.device import (
@@ -78,7 +78,7 @@ TINY_CLIP: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much is measured; students, teachers and batches are the same in quick runs."""
+    """How much is measured; quick runs use the same students, teachers and batches."""
 
     student: str = "resnet8x4"
     teacher: str = "resnet32x4"
@@ -87,10 +87,10 @@ class Sizes:
     num_classes: int = 100
     negatives: int = 16_384
     rounds: int = 9
-    steps: int = 4  # a round; more on a GPU, where one is too short to time
-    stage_one: int = 1024  # images of stage one, each clean and in two views
-    streamed: int = 20_000  # samples of the epochs that stream their slabs
-    streaming_student: str = "resnet8"  # so quick that slabs are a larger share of its time
+    steps: int = 4  # per round; more on a GPU, where one is too short to time
+    stage_one: int = 1024  # images in stage one, each clean and in two views
+    streamed: int = 20_000  # samples per epoch that streams its slab
+    streaming_student: str = "resnet8"  # fast, so that slabs are a large share of its time
 
 
 FULL = Sizes()
@@ -100,13 +100,13 @@ QUICK = Sizes(rounds=3, steps=2, stage_one=512, streamed=3000)
 def run_bench(
     sizes: Sizes, report: Report, *, device: str = "auto", cache: str | None = None
 ) -> dict[str, Any]:
-    """Measure everything; JSON-ready, with hardware, versions and the object `ratios`.
+    """Measure everything; return JSON-ready results with hardware, versions and `ratios`.
 
     Args:
         sizes: `FULL`, `QUICK` or others.
-        report: where progress and tables go.
-        device: as of every command.
-        cache: a real store, for bytes and their errors; else one of random weights is made.
+        report: receives progress and tables.
+        device: as in every command.
+        cache: a real cache, for bytes and their errors; by default one of random weights.
     """
     where = choose_device(device)
     if where.type == "cuda":
@@ -169,7 +169,7 @@ def paired(
     *,
     warm: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds of each measure in each round, A B … A B …; all of them once before, unless warm."""
+    """Return the seconds of each measure in each round, A B … A B …, after a warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in measures}
     numbers = range(0 if warm else -1, rounds)
     with report.track(", ".join(measures), len(numbers) * len(measures), "runs") as tick:
@@ -186,7 +186,7 @@ def paired(
 
 
 def ratio(seconds: Mapping[str, Sequence[float]], a: str, b: str) -> float:
-    """The median over the rounds of a's time by b's."""
+    """Return the median over the rounds of a's time divided by b's."""
     return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
 
 
@@ -194,9 +194,9 @@ def ratio(seconds: Mapping[str, Sequence[float]], a: str, b: str) -> float:
 
 
 class VectorCRD(CRDLoss):
-    """CRD the published way: gather K+1 vectors a sample and multiply with each; same numbers.
+    """CRD as published: gather K+1 vectors per sample and multiply with each; same numbers.
 
-    `numpy_draws` also draws them as published: for each sample by itself, without replacement.
+    `numpy_draws` also draws them as published: for each sample separately, without replacement.
     """
 
     numpy_draws: list[np.ndarray[Any, Any]] | None = None  # by class, the samples of all others
@@ -208,7 +208,7 @@ class VectorCRD(CRDLoss):
         index: Tensor,
         negative_index: Tensor | None = None,
     ) -> Tensor:
-        """As CRDLoss, with [B,K+1,D] vectors in memory for each side."""
+        """Compute the loss of CRDLoss, with [B,K+1,D] vectors in memory for each side."""
         if negative_index is None and self.numpy_draws is not None:
             draws = [
                 np.random.choice(others, self.num_negatives, len(others) < self.num_negatives)
@@ -238,7 +238,7 @@ class VectorCRD(CRDLoss):
 
 
 def time_crd(sizes: Sizes, device: torch.device, report: Report) -> dict[str, list[float]]:
-    """Loss, gradient and bank update of each kind of contrast, on unit embeddings."""
+    """Time the loss, gradient and bank update of each kind of contrast, on unit embeddings."""
     labels = torch.arange(sizes.num_samples) % sizes.num_classes
     shape = sizes.num_samples, EMBEDDING, sizes.negatives
     kinds = {
@@ -269,10 +269,10 @@ def time_crd(sizes: Sizes, device: torch.device, report: Report) -> dict[str, li
 
 
 def time_steps(sizes: Sizes, device: torch.device, report: Report) -> dict[str, list[float]]:
-    """Training steps: vanilla, from cached rows, and with the CNN teacher in the loop.
+    """Time training steps: vanilla, from cached rows, and with the CNN teacher in the loop.
 
-    All are eager and in f32 but for the fast ones, which are compiled and in bfloat16 where the
-    device computes in it.
+    All are eager and in f32, except the fast ones, which are compiled, and in bfloat16 if the
+    device supports it.
     """
     n, c = sizes.num_samples, sizes.num_classes
     data = noise_data(sizes, device)
@@ -324,7 +324,7 @@ def time_steps(sizes: Sizes, device: torch.device, report: Report) -> dict[str, 
         return measure
 
     def vanilla() -> Callable[[], None]:
-        """What people write without richkd, with the defaults of PyTorch."""
+        """Train as one would without richkd, with the defaults of PyTorch."""
         model = create_model(sizes.student, c).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
         made = trainer("ce", step="eager", precision="float32")
@@ -374,7 +374,7 @@ def time_steps(sizes: Sizes, device: torch.device, report: Report) -> dict[str, 
 
 
 def noise_data(sizes: Sizes, device: torch.device) -> Data:
-    """Random bytes in the shape of CIFAR, on the device."""
+    """Return random bytes in the shape of CIFAR, on the device."""
     labels = (torch.arange(sizes.num_samples) % sizes.num_classes).to(device)
     images = torch.randint(0, 256, (sizes.num_samples, 32, 32, 3), dtype=torch.uint8)
     inputs, none = ArrayInputs(images, device), torch.empty(0)
@@ -396,7 +396,7 @@ def new_trainer(
     device: torch.device,
     **settings: Any,
 ) -> Trainer:
-    """A student of random weights by a method; settings are those of `Distill`."""
+    """Return the trainer of a randomly initialised student; settings are those of `Distill`."""
     model = create_model(student, sizes.num_classes)
     widths = Widths(
         labels=data.train_labels.cpu(),
@@ -420,13 +420,13 @@ def new_trainer(
 
 
 def endless(trainer: Trainer, source: EpochRows) -> Iterator[int]:
-    """The steps of epoch after epoch."""
+    """Yield the steps of epoch after epoch."""
     for epoch in count(1):
         yield from trainer.steps(epoch, source)
 
 
 def some_steps(steps: Iterator[int], number: int) -> Callable[[], None]:
-    """What takes the next ones of such steps."""
+    """Return a function that runs the next `number` steps."""
 
     def measure() -> None:
         for _ in range(number):
@@ -436,7 +436,7 @@ def some_steps(steps: Iterator[int], number: int) -> Callable[[], None]:
 
 
 def endless_batches(trainer: Trainer, views: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Index and images of batches, over and over, each gathered anew."""
+    """Yield index and images of batches forever, gathering each one anew."""
     order = torch.randperm(len(views))
     while True:
         for index, images, _ in trainer.batches(order, EpochRows(views, {})):
@@ -444,14 +444,14 @@ def endless_batches(trainer: Trainer, views: Tensor) -> Iterator[tuple[Tensor, T
 
 
 def time_together(sizes: Sizes, device: torch.device, report: Report) -> dict[str, list[float]]:
-    """A round of steps of small students, one of each: side by side, and one after the other."""
+    """Time a step of each of several small students, side by side and one after the other."""
     data = noise_data(sizes, device)
     n, c = sizes.num_samples, sizes.num_classes
     source = EpochRows(
         views_tensor(PadCropFlip().draw(0, n, 1))[0], {TARGET: torch.randn(n, c).half().to(device)}
     )
     step = "captured" if cuda(device) else "eager"
-    rounds = sizes.steps if cuda(device) else 1  # on a CPU steps only take turns
+    rounds = sizes.steps if cuda(device) else 1  # on a CPU steps only alternate
     made = [new_trainer(name, "kd", {}, data, sizes, device, step=step) for name in SMALL_STUDENTS]
     steps = [endless(trainer, source) for trainer in made]
 
@@ -474,7 +474,7 @@ def time_together(sizes: Sizes, device: torch.device, report: Report) -> dict[st
 
 
 def random_dataset(num_train: int, num_test: int, num_classes: int) -> Dataset:
-    """Random bytes in CIFAR's shape."""
+    """Return a dataset of random bytes in CIFAR's shape."""
     rng = np.random.default_rng(0)
     train, test = (
         Split(
@@ -488,7 +488,7 @@ def random_dataset(num_train: int, num_test: int, num_classes: int) -> Dataset:
 
 
 def write_teachers(folder: Path, teacher: str, num_classes: int) -> tuple[Path, Path]:
-    """A CNN teacher and a small CLIP of random weights, as files."""
+    """Write a CNN teacher and a small CLIP of random weights to files."""
     weights, clip = folder / f"{teacher}.safetensors", folder / "clip"
     torch.manual_seed(0)
     save_tensors(weights, create_model(teacher, num_classes).state_dict())
@@ -504,7 +504,7 @@ def write_teachers(folder: Path, teacher: str, num_classes: int) -> tuple[Path, 
 def time_stage_one(
     sizes: Sizes, device: torch.device, report: Report, folder: Path
 ) -> dict[str, list[float]]:
-    """`precompute` from its first line to its last, against the same forward passes alone."""
+    """Time all of `precompute` against the same forward passes alone."""
     views, batch_size = 2, 256
     dataset = random_dataset(sizes.stage_one, sizes.stage_one // 4, sizes.num_classes)
     weights, clip_folder = write_teachers(folder, sizes.teacher, sizes.num_classes)
@@ -554,7 +554,7 @@ def time_stage_one(
 def time_slabs(
     sizes: Sizes, device: torch.device, report: Report, folder: Path
 ) -> tuple[dict[str, list[float]], TeacherCache]:
-    """Epochs by RichKD L+F with slabs read from disk meanwhile, and with slabs in memory."""
+    """Time epochs of RichKD L+F with slabs read from disk meanwhile, and with slabs in memory."""
     n, views = sizes.streamed, 4
     weights, clip = write_teachers(folder, "resnet8", sizes.num_classes)
     cache = precompute(
@@ -612,11 +612,11 @@ def time_slabs(
 
 
 def store_bytes(cache: TeacherCache, report: Report) -> dict[str, dict[str, float]]:
-    """Bytes of a (view, sample) by codec, against raw f16, and the KL error of what is read back.
+    """Return bytes per (view, sample) by codec, relative to raw f16, and the KL error of decoding.
 
-    The error is that of the fused logits (the CNN teacher's without CLIP) at τ = 1, against the
-    stored ones; with `--dtype float32` stores that of rounding to f16 shows as well. Logits of
-    which the K largest are kept count as filled up, but for what is stored of them.
+    The error is that of the fused logits (without CLIP, of the CNN teacher's) at τ = 1, against the
+    stored ones; for caches with `--dtype float32` it includes rounding to f16. Logits of which the
+    K largest are kept count as dense, except in the bytes "as stored".
     """
     names = [name for name in SLAB_ARRAYS if cache.has(f"train/{name}")]
     slab = cache.slab(0, names)
@@ -680,11 +680,11 @@ def store_bytes(cache: TeacherCache, report: Report) -> dict[str, dict[str, floa
     return table
 
 
-# --- what people see -----------------------------------------------------------------------------
+# --- output --------------------------------------------------------------------------------------
 
 
 def show(result: Mapping[str, Any], report: Report) -> None:
-    """Seconds, ratios and bytes as tables on standard output."""
+    """Print seconds, ratios and bytes as tables."""
     sizes = result["sizes"]
     steps = sizes["steps"]
     timed = [

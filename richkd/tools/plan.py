@@ -1,8 +1,8 @@
-"""What stage one would take, before it starts: bytes, forward passes, hours, and the store's rent.
+"""Estimating what stage one would take: bytes, forward passes, hours, and the cost of storage.
 
 Nothing is estimated from tables. Stage one itself runs on some of the images, in a temporary
-folder, until its pace is known; its rows are encoded as the store would encode them. Where the data
-are not at hand, images are drawn; where weights are not, they are random, which cost the same.
+folder, until its pace is known, and its rows are encoded as the cache would encode them. Missing
+images are replaced by drawn ones, and missing weights by random ones, which cost the same.
 """
 
 from __future__ import annotations
@@ -27,33 +27,23 @@ from torch import Tensor
 
 from richkd.config import catalog
 from richkd.config.settings import Precompute, TrainTeacher, resolve
-from richkd.core import fusion
 from richkd.core.checks import fits, hints
 from richkd.core.errors import RichKDError
 from richkd.core.interrupts import work_begins
 from richkd.core.progress import Report, duration, size
-from richkd.core.ranks import Ranks
 from richkd.core.versions import versions
 from richkd.data.datasets import Dataset, ImageFiles, Split, introduce, load_dataset
 from richkd.data.decoding import Decoding
 from richkd.data.folders import Paths
 from richkd.data.prompts import load_prompts
-from richkd.data.views import views_tensor
-from richkd.precompute import (
-    begin_store,
-    check_given,
-    finish,
-    make_manifest,
-    teacher_weights,
-    write_blocks,
-)
+from richkd.precompute import StageOne
 from richkd.store import schema
 from richkd.store.checksums import num_chunks
+from richkd.store.encoding import ROUNDED, blank_files, encoded_bytes, round_bits
 from richkd.store.folder import Folder
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.store.schema import ArraySpec, Manifest
 from richkd.store.topk import keep_top
-from richkd.store.writer import ROUNDED, blank_files, encoded_bytes, round_bits
 from richkd.teachers.class_order import check_teacher_classes, given_outputs
 from richkd.teachers.clip import (
     ClipTeacher,
@@ -65,35 +55,37 @@ from richkd.teachers.clip import (
 )
 from richkd.teachers.cnn import CNNTeacher, load_teacher
 from richkd.teachers.demo_clip import demo_clip
+from richkd.teachers.find import teacher_weights
 from richkd.teachers.framing import resolve_input
-from richkd.teachers.rows import BlockRows, Teachers
+from richkd.teachers.request import check_given
+from richkd.teachers.rows import Teachers
 from richkd.training.device import choose_device, hardware, wait_for
 
-ENOUGH_S = 5.0  # of stage one, to know its pace
-FIRST, MOST = 16, 16_384  # images that it is tried on
-VIEWS, KEPT = (1, 2, 4, 8, 16, 32, 64, 162), 50  # what the table has besides what was asked for
+ENOUGH_S = 5.0  # of stage one, to measure its pace
+FIRST, MOST = 16, 16_384  # images in the first trial, and at most
+VIEWS, KEPT = (1, 2, 4, 8, 16, 32, 64, 162), 50  # in the table besides what was requested
 USD_A_GB_MONTH = 0.023  # S3 Standard's list price in us-east-1
 DRAWN_FILES, DRAWN_SIZE = 64, (500, 375)  # JPEGs like ImageNet's, in width and height
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How fast a machine is with a pair of teachers: seconds an image, and what they are of."""
+    """How fast a machine runs a pair of teachers, in seconds per image, and on what."""
 
     hardware: str
     teacher: str
     clip: str
     image_size: int
-    teacher_size: int  # side of the images that the CNN teacher takes
-    files: bool  # images are files, decoded on the way
-    clean_s: float  # CLIP, and what does not depend on views; of files, decoding too
-    view_s: float  # the CNN teacher, a view
-    text_s: float  # CLIP, a text
+    teacher_size: int  # side of the CNN teacher's input
+    files: bool  # images are decoded from files
+    clean_s: float  # CLIP, decoding, and all else that does not depend on views
+    view_s: float  # the CNN teacher, per view
+    text_s: float  # CLIP, per text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One way to make the store, and what it takes."""
+    """One way to write the cache, and what it takes."""
 
     views: int
     dtype: str
@@ -113,30 +105,34 @@ def plan(
     known: bool = False,
     measured: str | None = None,
     price: float = USD_A_GB_MONTH,
+    enough: float = ENOUGH_S,
+    most: int = MOST,
 ) -> dict[str, Any]:
-    """What `precompute` would take with these settings, and with some others.
+    """Return what `precompute` would take with these settings, and with some alternatives.
 
     Args:
         settings: of stage one.
-        report: where progress goes.
-        known: the data set is ImageNet, wherever it may be: its counts are known.
-        measured: JSON of a plan that was made on another machine, whose pace counts then.
-        price: of keeping it, in USD a GB (10⁹ bytes) and month.
+        report: receives progress.
+        known: plan for ImageNet, which need not be here: its counts are known.
+        measured: JSON of a plan made on another machine, whose pace is used instead.
+        price: of storage, in USD per GB (10⁹ bytes) and month.
+        enough: seconds of stage one that suffice to know its pace.
+        most: images to try it on at most.
 
     Returns:
-        The data set's counts, the passes, the pace, the bytes of each array, and the options.
+        The dataset's counts, the passes, the pace, the bytes of each array, and the options.
 
     Raises:
-        RichKDError: anything the user can mend.
+        RichKDError: anything the user can fix.
     """
     device = choose_device(settings.device)
     work_begins()
     with tempfile.TemporaryDirectory(prefix="richkd-plan-") as folder:
-        dataset, counts = sample_of(settings, known, Path(folder), report)
+        dataset, counts = sample_of(settings, known, Path(folder), most, report)
         settings = settings.for_size(dataset.image_size)
         tried = Trial(settings, dataset, device, Path(folder), report)
-        report.log(f"{tried.about}; trying stage one on ever more images, for some seconds each")
-        pace = tried.pace(report)
+        report.log(f"{tried.about}; trying stage one on ever more images, for a few seconds each")
+        pace = tried.pace(report, enough, most)
         if measured is not None:
             pace = read_pace(Path(measured), pace)
         blank = blank_manifest(tried, counts)
@@ -174,23 +170,24 @@ def plan(
 
 
 def sample_of(
-    settings: Precompute, known: bool, folder: Path, report: Report
+    settings: Precompute, known: bool, folder: Path, most: int, report: Report
 ) -> tuple[Dataset, tuple[int, int]]:
-    """Images to try stage one on, and how many there are of each split."""
+    """Return images to try stage one on, and the real size of each split."""
     kind, path = catalog.split_name(settings.dataset)
     here = kind == "shapes" or catalog.found(settings.dataset, Path(settings.data_root))
     if here and not known:
         dataset = load_dataset(settings, skipped=(), report=report)
         introduce(dataset, report)
         validation = len(dataset.validation or ())
-        # a validation image costs what a test image does
+        # a validation image costs as much as a test image
         return replace(dataset, validation=None), (
             len(dataset.train),
             len(dataset.test) + validation,
         )
     if not known and kind == catalog.IMAGE_FOLDER:
         raise RichKDError(
-            f"imagefolder:{path}: there is no such folder; plan for ImageNet by --dataset imagenet",
+            f"imagefolder:{path}: the folder does not exist; use --dataset imagenet to plan for "
+            f"ImageNet without it",
             code="dataset-folder-missing",
         )
     counts = catalog.COUNTS[catalog.IMAGENET if known else kind]
@@ -200,20 +197,20 @@ def sample_of(
     names = tuple(f"class {number}" for number in range(counts.classes))
     statistics = ((0.5,) * 3, (0.25,) * 3)
     if known:
-        files = drawn_files(folder / "images", side)
+        files = drawn_files(folder / "images", side, most)
         splits = [Split(files, torch.arange(len(files)) % counts.classes) for _ in range(2)]
-        report.log(f"drawn JPEGs of {DRAWN_SIZE[0]}×{DRAWN_SIZE[1]} stand for ImageNet's")
+        report.log(f"drawn JPEGs of {DRAWN_SIZE[0]}×{DRAWN_SIZE[1]} replace ImageNet's")
     else:
         rng = np.random.default_rng(0)
-        images = torch.from_numpy(rng.integers(0, 256, (MOST, side, side, 3), np.uint8))
-        splits = [Split(images, torch.arange(MOST) % counts.classes) for _ in range(2)]
-        report.log(f"{kind} is not in {settings.data_root}; random pixels stand for it")
+        images = torch.from_numpy(rng.integers(0, 256, (most, side, side, 3), np.uint8))
+        splits = [Split(images, torch.arange(most) % counts.classes) for _ in range(2)]
+        report.log(f"{kind} is not in {settings.data_root}; random pixels replace it")
     dataset = Dataset(settings.dataset, names, splits[0], splits[1], *statistics, side)
     return dataset, (train - validation, counts.test + validation)
 
 
-def drawn_files(folder: Path, side: int) -> ImageFiles:
-    """JPEGs of some 110 kB, as ImageNet's are in the mean; the same few again and again."""
+def drawn_files(folder: Path, side: int, count: int) -> ImageFiles:
+    """Draw a few JPEGs of some 110 kB, the mean of ImageNet's, and use them repeatedly."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(DRAWN_FILES):
@@ -222,16 +219,16 @@ def drawn_files(folder: Path, side: int) -> ImageFiles:
         grain = rng.normal(0, 18, pixels.shape)
         drawn = Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8))
         drawn.save(folder / f"{number}.jpg", quality=80)
-    paths = Paths.of(f"{number % DRAWN_FILES}.jpg" for number in range(MOST))
-    sizes = np.tile(np.array(DRAWN_SIZE[::-1], np.int64), (MOST, 1))
-    return ImageFiles(folder, paths, sizes, np.zeros(MOST, np.uint8), side, Decoding())
+    paths = Paths.of(f"{number % DRAWN_FILES}.jpg" for number in range(count))
+    sizes = np.tile(np.array(DRAWN_SIZE[::-1], np.int64), (count, 1))
+    return ImageFiles(folder, paths, sizes, np.zeros(count, np.uint8), side, Decoding())
 
 
 # --- the trial -----------------------------------------------------------------------------------
 
 
 class Trial:
-    """Stage one on some images, in f32 and with nothing left out."""
+    """Runs stage one on some images, in f32 and keeping all logits."""
 
     def __init__(
         self,
@@ -244,14 +241,14 @@ class Trial:
         self.settings = replace(settings, dtype="float32", keep="all", keep_bits=None)
         self.dataset, self.device, self.folder = dataset, device, folder
         self.cnn, trained = planned_teacher(settings, dataset, device)
-        autocast(device, settings.clip_precision)  # which the device may not have
+        autocast(device, settings.clip_precision)  # fails if the device lacks this precision
         self.clip = planned_clip(settings.clip, device, report)
         if self.clip is not None:
             self.clip = replace(self.clip, precision=settings.clip_precision)
         self.text: Tensor | None = None
         side, random = self.cnn.input.size, "" if trained else ", random weights"
         self.about = f"{settings.teacher} ({side}×{side}{random})"
-        self.store: Folder | None = None  # the last one written
+        self.cache_folder: Folder | None = None  # of the last cache written
         if self.clip is None:
             self.about += ", no CLIP"
         else:
@@ -266,15 +263,15 @@ class Trial:
         blank = torch.zeros(1, 32, 32, 3, dtype=torch.uint8, device=self.device)
         return clip.preprocess(blank)
 
-    def pace(self, report: Report) -> Pace:
-        """By stage one on ever more images, with one view and with more."""
-        most = min(max(self.settings.views, 3), 8)
+    def pace(self, report: Report, enough: float, most: int) -> Pace:
+        """Measure the pace by stage one on ever more images, with one view and with more."""
+        views = min(max(self.settings.views, 3), 8)
         self.run(FIRST, 1)  # warm
-        one = self.seconds_an_image(1)
+        one = self.seconds_an_image(1, enough, most)
         report.log(f"an image with 1 view takes {1000 * one:.3g} ms")
-        many = self.seconds_an_image(most)
-        report.log(f"an image with {most} views takes {1000 * many:.3g} ms")
-        view_s = max((many - one) / (most - 1), 0.0)
+        many = self.seconds_an_image(views, enough, most)
+        report.log(f"an image with {views} views takes {1000 * many:.3g} ms")
+        view_s = max((many - one) / (views - 1), 0.0)
         return Pace(
             hardware=hardware(self.device),
             teacher=self.cnn.name,
@@ -287,12 +284,12 @@ class Trial:
             text_s=self.seconds_a_text(),
         )
 
-    def seconds_an_image(self, views: int) -> float:
-        """What one more image takes; what any number of images takes is not in it."""
-        most = min(MOST, len(self.dataset.train))
+    def seconds_an_image(self, views: int, enough: float, most: int) -> float:
+        """Return the seconds of one more image, without the costs of any number of images."""
+        most = min(most, len(self.dataset.train))
         counts = [min(FIRST, most)]
         seconds = [self.run(counts[0], views)]
-        while counts[-1] < most and seconds[-1] < ENOUGH_S:
+        while counts[-1] < most and seconds[-1] < enough:
             counts.append(min(2 * counts[-1], most))
             seconds.append(self.run(counts[-1], views))
         if len(counts) == 1:
@@ -300,7 +297,7 @@ class Trial:
         return max(linear_regression(counts, seconds).slope, 0.0)
 
     def seconds_a_text(self) -> float:
-        """What CLIP takes for one prompt of one class."""
+        """Return the seconds that CLIP takes for one prompt of one class."""
         if self.clip is None:
             return 0.0
         model = self.clip.model
@@ -315,37 +312,32 @@ class Trial:
         return (time.perf_counter() - start) / len(tokens)
 
     def run(self, count: int, views: int) -> float:
-        """Stage one on the first training images and one test image; the seconds it took."""
+        """Run stage one on the first training images and one test image; return its seconds."""
         first = replace(
             self.dataset, train=self.dataset.train.first(count), test=self.dataset.test.first(1)
         )
-        manifest = make_manifest(
-            replace(self.settings, views=views), first, self.cnn, self.clip, self.text
-        )
-        drawn = first.train.view_space.draw(self.settings.seed, len(first.train), views)
-        if self.store is not None:
-            shutil.rmtree(self.store.path)
-        self.store = Folder(self.folder / f"{count}-{views}.zarr")
-        classes = None if self.text is None else fusion.class_embeddings(self.text)
+        teachers = Teachers(replace(self.settings, views=views), self.cnn, self.clip, self.text)
+        stage = StageOne.of(first, teachers)
+        if self.cache_folder is not None:
+            shutil.rmtree(self.cache_folder.path)
+        self.cache_folder = Folder(self.folder / f"{count}-{views}.zarr")
         start = time.perf_counter()
-        with begin_store(self.store, manifest, drawn, self.text) as writer:
-            teachers = Teachers(self.settings, self.cnn, self.clip, classes)
-            rows = BlockRows(first, views_tensor(drawn), self.device, teachers, writer)
-            write_blocks(writer, rows, Ranks(0, 1), Report(quiet=True))
-        seconds = time.perf_counter() - start
-        finish(writer, manifest)
+        with stage.open(self.cache_folder) as writer:
+            stage.write(writer)
+            seconds = time.perf_counter() - start
+            stage.complete(writer)
         return seconds
 
     def cache(self) -> TeacherCache:
-        """The store of the largest trial."""
-        assert self.store is not None
-        return open_cache(self.store.path)
+        """Open the cache of the largest trial."""
+        assert self.cache_folder is not None
+        return open_cache(self.cache_folder.path)
 
 
 def planned_teacher(
     settings: Precompute, dataset: Dataset, device: torch.device
 ) -> tuple[CNNTeacher, bool]:
-    """The CNN teacher that stage one would take, and whether it is trained already."""
+    """Return the CNN teacher that stage one would use, and whether it is already trained."""
     check_given(settings)
     check_teacher_classes(settings)
     if settings.teacher_classes and dataset.class_folders:
@@ -367,7 +359,7 @@ def planned_teacher(
 
 
 def planned_clip(name: str, device: torch.device, report: Report) -> ClipTeacher | None:
-    """The CLIP that stage one would take; of random weights where its own would be downloaded."""
+    """Return the CLIP that stage one would use, with random weights if it had to be downloaded."""
     if name == "none":
         return None
     name = str(demo_clip(report)) if name == "demo" else name
@@ -378,29 +370,29 @@ def planned_clip(name: str, device: torch.device, report: Report) -> ClipTeacher
 
 
 def read_pace(file: Path, here: Pace) -> Pace:
-    """The pace of another machine, from the JSON of a plan made there.
+    """Return the pace of another machine, from the JSON of a plan made there.
 
     Raises:
-        RichKDError: no such file, no such plan, or one of other teachers or images.
+        RichKDError: the file is missing, not a plan, or a plan for other teachers or images.
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))["pace"]
-        found.setdefault("teacher_size", found["image_size"])  # plans of before
+        found.setdefault("teacher_size", found["image_size"])  # older plans lack it
         for name, hint in hints(Pace).items():
             if not fits(found[name], hint):
                 raise ValueError(f"{name} is {found[name]!r}")
         there = Pace(**found)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RichKDError(
-            f"{file} is no plan that can be read ({error}); make one on the other machine: richkd "
-            f"plan … --json > FILE",
+            f"{file} is not a readable plan ({error}); make one on the other machine: richkd plan "
+            f"… --json > FILE",
             code="plan-unreadable",
         ) from None
     for name in ("teacher", "clip", "image_size", "teacher_size", "files"):
         if getattr(there, name) != getattr(here, name):
             raise RichKDError(
-                f"{file} was measured with {name} = {getattr(there, name)!r}, this plan has "
-                f"{getattr(here, name)!r}; measure the same there",
+                f"{file} was measured with {name} = {getattr(there, name)!r}, but this plan has "
+                f"{getattr(here, name)!r}; measure it there with the same settings",
                 code="plan-measured-differs",
             )
     return there
@@ -410,14 +402,14 @@ def read_pace(file: Path, here: Pace) -> Pace:
 
 
 class Ratios:
-    """What compression leaves of each array, by the rows of a trial."""
+    """The compression ratio of each array, measured on the rows of a trial."""
 
     def __init__(self, cache: TeacherCache) -> None:
         self.cache = cache
         self._known: dict[tuple[Any, ...], float] = {}
 
     def of(self, manifest: Manifest) -> dict[str, float]:
-        """Bytes on the disk of each array of a store with this manifest."""
+        """Return the bytes on disk of each array of a cache with this manifest."""
         return {
             name: num_chunks(spec) * encoded_bytes(np.ones(1, bool))
             if name == "complete"
@@ -434,14 +426,14 @@ class Ratios:
         return self._known[key]
 
     def _values(self, name: str, spec: ArraySpec, manifest: Manifest) -> NDArray[Any]:
-        """The trial's rows of an array, of one view, as a store with this manifest has them."""
+        """Return the trial's rows of one view, as a cache with this manifest would store them."""
         for logits in schema.kept_logits(manifest):
             if name in (parts := schema.part_names(logits)):
                 rows = self.cache.read(logits, 0)
                 kept = keep_top(rows, manifest["keep"], manifest["keep_temperature"])
                 which = (kept.top, kept.class_index(), kept.rest)[parts.index(name)]
                 return self._rounded(name, which.numpy().astype(spec.dtype), manifest)
-        name = name.replace("test/", "train/")  # of which there are more, and which are alike
+        name = name.replace("test/", "train/")  # which has more rows of the same kind
         view = 0 if self.cache.specs[name].dimensions[0] == "view" else None
         values = self.cache.read(name, view).numpy().astype(spec.dtype)
         return self._rounded(name, values, manifest)
@@ -452,14 +444,14 @@ class Ratios:
 
 
 def blank_manifest(trial: Trial, counts: tuple[int, int]) -> Manifest:
-    """The manifest of the store of all images, as far as sizes depend on it."""
+    """Return the manifest of the cache of all images, as far as sizes depend on it."""
     manifest = deepcopy(trial.cache().manifest)
     manifest["dataset"] |= {"num_train": counts[0], "num_test": counts[1]}
     return manifest
 
 
 def variant(blank: Manifest, settings: Precompute) -> Manifest:
-    """The manifest that the store would have with some settings."""
+    """Return the manifest that the cache would have with some settings."""
     manifest = deepcopy(blank)
     widest = max(len(manifest["class_names"]), manifest["teacher"]["num_features"])
     manifest |= {
@@ -474,7 +466,7 @@ def variant(blank: Manifest, settings: Precompute) -> Manifest:
 
 
 def alternatives(settings: Precompute, dataset: Dataset) -> list[Precompute]:
-    """The settings themselves, with other numbers of views, and with smaller or finer rows."""
+    """Return the settings, with other numbers of views, and with smaller or finer rows."""
     limit = dataset.train.view_space.limit
     counts = sorted(count for count in {*VIEWS, settings.views} if count <= (limit or count))
     found = [replace(settings, views=count) for count in counts]
@@ -490,7 +482,7 @@ def alternatives(settings: Precompute, dataset: Dataset) -> list[Precompute]:
 def weigh(
     asked: Precompute, blank: Manifest, ratios: Ratios, pace: Pace, price: float, chosen: bool
 ) -> Option:
-    """What one way to make the store takes."""
+    """Return what one way to write the cache takes."""
     manifest = variant(blank, asked)
     dataset, texts = manifest["dataset"], len(manifest["class_names"]) * len(manifest["prompts"])
     files = sum(map(len, blank_files(manifest).values()))
@@ -511,7 +503,7 @@ def weigh(
 
 
 def show(result: Mapping[str, Any], report: Report) -> None:
-    """The options as a table on standard output, and what they rest on."""
+    """Print the options as a table, and log what they are based on."""
     rows = []
     for option in result["options"]:
         finer = option["keep_bits"] and f", {option['keep_bits']} bits"

@@ -1,7 +1,7 @@
-"""Whether a store is what stage one wrote, and mending of one that is not.
+"""Verifying that a cache is what stage one wrote, and repairing one that is not.
 
-Top to bottom: the manifest's seal, the metadata files, every chunk, then the values that the
-chunks hold, then a sample of rows by the CNN teacher itself.
+Checks run from the manifest's seal to the metadata files, every chunk, the values in the chunks,
+and a sample of rows that the CNN teacher computes again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ from richkd.store.schema import (
     LOGITS,
     Block,
     Manifest,
-    TeacherEntry,
     array_specs,
     blocks,
     describe_precision,
@@ -59,7 +58,7 @@ SAMPLED_ROWS = 256
 
 @dataclass(frozen=True)
 class Check:
-    """One of the things that were looked at, how many of them, and what is wrong with them."""
+    """One check: what was checked, and the faults that were found."""
 
     name: str
     looked_at: str
@@ -68,7 +67,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Damage:
-    """A file of the store that is not what was written, and the blocks whose rows it holds."""
+    """A file of the cache that is not what was written, and the blocks that it belongs to."""
 
     file: str
     reason: str
@@ -76,34 +75,34 @@ class Damage:
 
 
 def verify_store(path: str | Path, teacher: str | None, report: Report) -> list[Check]:
-    """Everything that can be known about a store.
+    """Run every check on a cache.
 
     Args:
-        path: of a complete store.
+        path: of a complete cache.
         teacher: weights of the CNN teacher, to compute a random sample of its rows again.
-        report: where progress goes.
+        report: receives progress.
 
     Raises:
-        RichKDError: there is no complete store, or its manifest was changed, without which
-            nothing can be known about the rest.
+        RichKDError: there is no complete cache, or its manifest was changed, without which
+            nothing else can be checked.
     """
-    place = open_location(path)
-    manifest = sealed_manifest(place)
-    damage = list(find_damage(place, manifest, report))
+    location = open_location(path)
+    manifest = sealed_manifest(location)
+    damage = list(find_damage(location, manifest, report))
     files = sum(map(num_chunks, array_specs(manifest).values()))
     checks = [
         Check("manifest", "the seal", ()),
         Check("files", f"{files:,} chunks", tuple(f"{d.file}: {d.reason}" for d in damage)),
     ]
     if damage:
-        return checks  # what values they hold is no longer the question
+        return checks  # values cannot be read any more
     cache = open_cache(path)
     values = (*VALUES, KEPT) if cache.kept else VALUES
     checks += [Check(name, what, tuple(check(cache))) for name, what, check in values]
     clip = manifest["clip"]
-    if clip is not None and "precision_error" in clip:  # as stage one measured it
-        told = describe_precision(clip.get("precision", "float32"), clip["precision_error"])
-        checks.append(Check("CLIP", told, ()))
+    if clip is not None and "precision_error" in clip:  # measured by stage one
+        shown = describe_precision(clip.get("precision", "float32"), clip["precision_error"])
+        checks.append(Check("CLIP", shown, ()))
     if teacher is not None:
         checks.append(
             Check(
@@ -116,23 +115,23 @@ def verify_store(path: str | Path, teacher: str | None, report: Report) -> list[
 
 
 def raise_faults(path: str | Path, checks: list[Check]) -> None:
-    """Raise RichKDError where a check found something; the first of it, and what to do."""
+    """Raise RichKDError with the first fault and its remedy if a check found one."""
     faults = [(check.name, fault) for check in checks for fault in check.faults]
     if not faults:
         return
     remedy = (
-        "richkd repair computes those blocks again"
+        "richkd repair computes the damaged blocks again"
         if faults[0][0] == "files"
-        else "the store was written so: make it again with richkd precompute --overwrite"
+        else "it was written this way: write it again with richkd precompute --overwrite"
     )
     more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
     raise RichKDError(
-        f"{path} is not right: {faults[0][1]}{more}; {remedy}", code="cache-verify-failed"
+        f"{path} is damaged: {faults[0][1]}{more}; {remedy}", code="cache-verify-failed"
     )
 
 
 def show_checks(path: str | Path, checks: list[Check], report: Report, most: int = 8) -> None:
-    """A table of the checks, with the first faults of each."""
+    """Print a table of the checks, with the first faults of each."""
     rows = []
     for check in checks:
         state = f"{len(check.faults)} wrong" if check.faults else "right"
@@ -144,89 +143,81 @@ def show_checks(path: str | Path, checks: list[Check], report: Report, most: int
 
 
 def repair_store(path: str | Path, report: Report) -> list[str]:
-    """Compute the damaged blocks again, by the settings in the store; the names of the blocks.
+    """Compute the damaged blocks of a cache again, by its own settings; return their names.
 
-    Of a store that is not complete, as where a repair was interrupted, those that are missing.
+    If the cache is incomplete, e.g. because a repair was interrupted, compute the missing blocks.
 
     Raises:
-        RichKDError: as `verify_store` and `precompute`; the data and the teachers must be where
-            they were, and be the same.
+        RichKDError: as `verify_store` and `precompute`; the images and the teachers must still be
+            where they were, and be the same.
     """
-    place = open_location(path)
-    begun = read_manifest(path)
-    if not begun["complete"]:
-        return finish_store(place, begun, report)
-    manifest = sealed_manifest(place)
-    damage = list(find_damage(place, manifest, report))
-    if not damage:
-        report.log(f"{place}: every byte is as it was written; nothing to repair")
-        return []
-    damaged = {block for one in damage for block in one.blocks}
-    redo = [block for block in blocks(manifest) if block in damaged]
-    for one in damage:
-        report.log(f"{one.file}: {one.reason}")
-    settings = resolve(Precompute, manifest["recipe"], {"out": str(path)})
+    location, manifest = open_location(path), read_manifest(path)
+    complete = manifest["complete"]
+    if complete:
+        manifest = sealed_manifest(location)
+        damage = list(find_damage(location, manifest, report))
+        if not damage:
+            report.log(f"{location}: every byte is as it was written; nothing to repair")
+            return []
+        for one in damage:
+            report.log(f"{one.file}: {one.reason}")
+        damaged = {block for one in damage for block in one.blocks}
+        redo = [block for block in blocks(manifest) if block in damaged]
+    else:
+        done = written(location, manifest)
+        redo = [block for block, good in zip(blocks(manifest), done, strict=True) if not good]
     report.log(f"computing {len(redo)} of {len(blocks(manifest))} blocks again")
-    precompute_again(manifest, settings, report, redo)
+    compute_again(manifest, location, redo if complete else None, report)
     return [block.name for block in redo]
 
 
-def finish_store(place: Location, manifest: Manifest, report: Report) -> list[str]:
-    """Compute the blocks that a store lacks which is not complete; errors of `precompute`."""
-    done = written(place, manifest)
-    missing = [block.name for block, there in zip(blocks(manifest), done, strict=True) if not there]
-    settings = resolve(Precompute, manifest["recipe"], {"out": place.name})
-    precompute_again(manifest, settings, report)
-    return missing
-
-
-def precompute_again(
-    manifest: Manifest, settings: Precompute, report: Report, redo: list[Block] | None = None
+def compute_again(
+    manifest: Manifest, location: Location, damaged: Sequence[Block] | None, report: Report
 ) -> None:
-    """Compute blocks of a store by what it says of images and teachers, not by today's rules."""
-    from richkd.precompute import precompute
+    """Recompute blocks from the images and teachers that the manifest names."""
+    from richkd.precompute import recompute
     from richkd.training.images import load_again
 
-    recorded = TeacherEntry(**{**manifest["teacher"], "input": teacher_input(manifest)})
+    settings = resolve(Precompute, manifest["recipe"], {"out": location.name})
     dataset = None
     if not manifest["dataset"]["embedded"]:
         dataset = replace(
             load_again(manifest, settings.dataset, settings.data_root, report),
             class_names=tuple(manifest["class_names"]),
         )
-    precompute(settings, redo=redo, dataset=dataset, recorded=recorded, report=report)
+    recompute(manifest, settings, damaged, dataset=dataset, report=report)
 
 
-def sealed_manifest(place: Location) -> Manifest:
-    """The manifest of a complete store, as it was sealed; RichKDError where it is not."""
-    copy = copy_of(place)
+def sealed_manifest(location: Location) -> Manifest:
+    """Return the manifest of a complete cache; raise RichKDError if it does not match its seal."""
+    copy = copy_of(location)
     _, manifest = open_store(copy)
     if not sealed(Folder(copy.path)) or manifest["checksums"] is None:
         raise RichKDError(
-            f"{place}: the manifest is not what was sealed (zarr.json was changed), so that "
-            f"nothing in the store can be trusted; make it again with richkd precompute "
+            f"{location}: the manifest does not match its seal (zarr.json was changed), so "
+            f"nothing in the cache can be trusted; write it again with richkd precompute "
             f"--overwrite",
             code="cache-unsealed",
         )
     claimed = sum(map(num_chunks, array_specs(manifest).values()))
-    there = sum("/c/" in file for file in place.sizes())
-    if claimed > 2 * there + 1000:  # nobody loses so many; and nobody can check a billion
+    present = sum("/c/" in file for file in location.sizes())
+    if claimed > 2 * present + 1000:  # too many to be lost chunks, or to check
         raise RichKDError(
-            f"{place}: the manifest claims {claimed:,} chunks and there are {there:,}; make the "
-            f"store again with richkd precompute --overwrite",
+            f"{location}: the manifest claims {claimed:,} chunks, but there are {present:,}; write "
+            f"the cache again with richkd precompute --overwrite",
             code="manifest-damaged",
         )
     return manifest
 
 
-def find_damage(place: Location, manifest: Manifest, report: Report) -> Iterator[Damage]:
-    """Files that are missing, damaged, or in the place of others; reads every byte once."""
+def find_damage(location: Location, manifest: Manifest, report: Report) -> Iterator[Damage]:
+    """Yield files that are missing, damaged, or swapped; every byte is read once."""
     checksums = manifest["checksums"]
     assert checksums is not None
     specs = array_specs(manifest)
     for file, recorded in checksums["metadata"].items():
         try:
-            found = metadata_digest(place, file)
+            found = metadata_digest(location, file)
         except OSError:
             found = ""
         if found != recorded:
@@ -239,23 +230,23 @@ def find_damage(place: Location, manifest: Manifest, report: Report) -> Iterator
                 files = list(chunk_files(name, spec, view))
                 bad = False
                 for file, fault in zip(
-                    files, place.map(partial(chunk_fault, place), files), strict=True
+                    files, location.map(partial(chunk_fault, location), files), strict=True
                 ):
                     if fault is not None:
                         bad = True
                         yield Damage(file, fault, (block_of[file],) if file in block_of else ())
                 recorded = checksums["chunks"][name][number]
-                if not bad and chunks_digest(place, name, spec, view) != recorded:
+                if not bad and chunks_digest(location, name, spec, view) != recorded:
                     where = name if view is None else f"{name} view {view}"
                     own = tuple(block_of[file] for file in files if file in block_of)
-                    yield Damage(where, "chunks are not those that were written here", own)
+                    yield Damage(where, "the chunks are not those that were written here", own)
                 tick(spec.nbytes // len(views_of(spec)))
 
 
-def chunk_fault(place: Location, file: str) -> str | None:
-    """What is wrong with a chunk, or None."""
+def chunk_fault(location: Location, file: str) -> str | None:
+    """Return what is wrong with a chunk, or None."""
     try:
-        return None if intact(read_chunk(place, file)) else "damaged"
+        return None if intact(read_chunk(location, file)) else "damaged"
     except OSError:
         return "missing"
 
@@ -264,7 +255,7 @@ def chunk_fault(place: Location, file: str) -> str | None:
 
 
 def check_labels(cache: TeacherCache) -> Iterator[str]:
-    """Labels are classes."""
+    """Check that labels are classes."""
     for split in cache.splits:
         labels = cache.read(f"{split}/labels")
         wrong = ((labels < 0) | (labels >= cache.num_classes)).sum()
@@ -273,7 +264,7 @@ def check_labels(cache: TeacherCache) -> Iterator[str]:
 
 
 def check_views(cache: TeacherCache) -> Iterator[str]:
-    """View ids are in range and no sample has one twice; boxes of photographs have a size."""
+    """Check that view ids are in range and not repeated, and that boxes are valid."""
     if cache.manifest["views"]["space"] == "pad-crop-flip":
         ids = cache.read("train/view_ids").int()
         if int(ids.max()) >= NUM_VIEW_IDS or int(ids.min()) < 0:
@@ -285,11 +276,11 @@ def check_views(cache: TeacherCache) -> Iterator[str]:
     boxes = cache.read("train/view_params")
     good = (boxes >= 0).all(2) & (boxes[..., 2:4] >= 1).all(2) & (boxes[..., 4] <= 1)
     if not good.all():
-        yield f"train/view_params: {(~good).sum()} boxes have no size, or lie outside"
+        yield f"train/view_params: {(~good).sum()} boxes are empty or out of range"
 
 
 def check_finite(cache: TeacherCache) -> Iterator[str]:
-    """No NaN, no infinity."""
+    """Check that no value is NaN or infinity."""
     for name, spec in cache.specs.items():
         if spec.dtype.startswith("float"):
             for view in views_of(spec):
@@ -299,7 +290,7 @@ def check_finite(cache: TeacherCache) -> Iterator[str]:
 
 
 def check_units(cache: TeacherCache) -> Iterator[str]:
-    """CLIP's features and the text embeddings have unit length, up to rounding."""
+    """Check that CLIP's features and the text embeddings have unit length, up to rounding."""
     if cache.manifest["clip"] is None:
         return
     for name in (*(f"{split}/clip_features" for split in cache.splits), "text/embeddings"):
@@ -312,7 +303,7 @@ def check_units(cache: TeacherCache) -> Iterator[str]:
 
 
 def check_blend(cache: TeacherCache) -> Iterator[str]:
-    """Cosines are those of the features, and fused logits the blend of their parts."""
+    """Check that cosines match the features, and fused logits the blend of their parts."""
     if cache.manifest["clip"] is None:
         return
     classes = fusion.class_embeddings(cache.text_embeddings)
@@ -323,14 +314,14 @@ def check_blend(cache: TeacherCache) -> Iterator[str]:
             again = fusion.clip_similarity(features[span], classes)
             wrong += int(((similarity[span] - again).abs() > 4 * rounding(cache)).sum())
         if wrong:
-            yield f"{split}/clip_similarity is not that of the features and the text embeddings"
+            yield f"{split}/clip_similarity does not match the features and the text embeddings"
         for view in range(cache.num_views) if split == "train" else (None,):
             logits, wrong = [cache.rows(f"{split}/{name}", view) for name in LOGITS], 0
             for span in spans(len(similarity)):
                 rows = [each[span] for each in logits]
                 teacher, fused = (each.float() for each in rows)
                 parts = cache.blend(teacher, similarity[span], alpha=None, scale=None)
-                # each of the two was rounded, by half a unit in its last place or less
+                # both were rounded, by at most half a unit in the last place
                 room = 2 * rounding(cache) * (teacher.abs() + fused.abs() + 1e-3)
                 wrong += int((((fused - parts).abs() > room) & known(rows)).any(1).sum())
             if wrong:
@@ -339,7 +330,7 @@ def check_blend(cache: TeacherCache) -> Iterator[str]:
 
 
 def known(rows: Sequence[Rows]) -> Tensor:
-    """Where all of some rows have a logit of the class itself: [N,C], or one True for all."""
+    """Return where all rows have the class's own logit: [N,C], or a single True for everywhere."""
     everywhere = torch.tensor(True)
     for each in rows:
         if isinstance(each, TopKRows):
@@ -349,7 +340,7 @@ def known(rows: Sequence[Rows]) -> Tensor:
 
 
 def check_kept(cache: TeacherCache) -> Iterator[str]:
-    """Kept logits descend, each of another class and above the others; their error is as told."""
+    """Check that kept logits descend, are of distinct classes, and have the recorded error."""
     for name, view in itertools.product(sorted(cache.kept), range(cache.num_views)):
         rows = cache.rows(name, view)
         assert isinstance(rows, TopKRows)
@@ -372,7 +363,7 @@ def check_kept(cache: TeacherCache) -> Iterator[str]:
 
 
 def check_accuracies(cache: TeacherCache) -> Iterator[str]:
-    """The accuracies of the manifest are those of the rows."""
+    """Check that the accuracies in the manifest are those of the rows."""
     arrays = {"cnn": "teacher_logits", "clip": "clip_similarity", "fused": "fused_logits"}
     labels = cache.read("test/labels")
     for kind, stored in teacher_accuracies(cache.manifest).items():
@@ -390,11 +381,11 @@ VALUES: tuple[tuple[str, str, Callable[[TeacherCache], Iterator[str]]], ...] = (
     ("blend", "fused logits = blend of parts", check_blend),
     ("accuracies", "as counted from rows", check_accuracies),
 )
-KEPT = ("kept logits", "descend, classes differ", check_kept)  # of stores that have them
+KEPT = ("kept logits", "descend, classes differ", check_kept)  # if a cache has them
 
 
 def check_teacher(cache: TeacherCache, weights: Path, report: Report) -> Iterator[str]:
-    """Some training rows, drawn afresh, are what the CNN teacher gives on their views."""
+    """Check that a random sample of training rows is what the CNN teacher gives on their views."""
     from richkd.data.inputs import make_inputs
     from richkd.teachers.cnn import load_teacher
     from richkd.training.device import choose_device
@@ -416,8 +407,8 @@ def check_teacher(cache: TeacherCache, weights: Path, report: Report) -> Iterato
     inputs = make_inputs(train.images, device, teacher.input)
     if teacher.sha256 != manifest["teacher"]["sha256"]:
         yield (
-            f"{weights} are other weights (SHA-256 {teacher.sha256[:12]}) than those of the "
-            f"store ({manifest['teacher']['sha256'][:12]})"
+            f"{weights} are not the weights of the cache: SHA-256 {teacher.sha256[:12]} instead of "
+            f"{manifest['teacher']['sha256'][:12]}"
         )
     each = -(-SAMPLED_ROWS // cache.num_views)
     for view in range(cache.num_views):
@@ -438,16 +429,16 @@ def check_teacher(cache: TeacherCache, weights: Path, report: Report) -> Iterato
 
 
 def rounding(cache: TeacherCache) -> float:
-    """The relative error of a stored row: half a unit in its last place."""
+    """Return the relative error of a stored row: half a unit in its last place."""
     bits = cache.manifest["keep_bits"]
     return 2.0 ** -(1 + (bits or (10 if cache.manifest["dtype"] == "float16" else 23)))
 
 
 def another_device(cache: TeacherCache) -> float:
-    """How far rows may differ, of a row's largest: rounding, and another device's arithmetic."""
+    """Return how far rows may differ, relative to their largest, by rounding and another device."""
     return max(4 * rounding(cache), 0.01)
 
 
 def largest(rows: Tensor) -> Tensor:
-    """Of each row, [N,1]."""
+    """Return the largest magnitude of each row, [N,1]."""
     return rows.abs().amax(1, keepdim=True).clamp(min=1e-3)

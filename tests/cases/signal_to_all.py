@@ -56,7 +56,7 @@ def told_to_stop(signum, *command):
             os.killpg(process.pid, signal.SIGKILL); process.wait()
     text = pathlib.Path("said").read_text()
     last = (text.strip().splitlines() or [""])[-1]
-    good = process.returncode == 128 + signum and "Traceback" not in text and "goes on" in last
+    good = process.returncode == 128 + signum and "Traceback" not in text and "same command" in last
     return good, f"exit {process.returncode}, {text.count('Traceback')} tracebacks"
 train = ("--epochs", 200, "--batch-size", 8, "--device", "cpu")
 results = {}

@@ -125,7 +125,7 @@ def timed(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with (
-        noted(stage_one, "write_blocks", lambda start, end: moments.extend([start, end])),
+        noted(stage_one.StageOne, "write", lambda start, end: moments.extend([start, end])),
         noted(StoreWriter, "_wait", lambda start, end: waits.append(end - start)),
     ):
         cache = stage_one.precompute(

@@ -180,8 +180,8 @@ def test_a_signal_lets_stage_one_finish_its_block(
     said = err.strip().splitlines()[-1]
     flags = np.asarray(written(open_location(path), read_manifest(path)))
     assert said == (
-        f"richkd: stopped with {flags.sum()} of {len(flags)} blocks written; the same command goes "
-        f"on"
+        f"richkd: stopped with {flags.sum()} of {len(flags)} blocks written; the same command "
+        f"resumes it"
     )
     assert 3 <= flags.sum() < len(flags)
     assert flags[: flags.sum()].all()  # no block is written whose predecessors are not

@@ -395,7 +395,7 @@ def test_commands_on_a_store(again: Callable[..., Done], store: Path) -> None:
         assert left() == of("s.zarr", whole) | pages, words
     damaged = next(Path("s.zarr").glob("train/teacher_logits/c/1/0/0"))
     damaged.unlink()
-    cut_off(again("repair", "s.zarr", kill=Kill("richkd.store.writer:unseal", 1, by)), by)
+    cut_off(again("repair", "s.zarr", kill=Kill("richkd.store.writer:reopen", 1, by)), by)
     done = again("repair", "s.zarr", "--json")
     assert done.code == 0 and len(done.json["blocks"]) == 1, done.err
     assert again("repair", "s.zarr", "--json").json["blocks"] == []

@@ -337,7 +337,7 @@ def test_signals_to_all_processes_at_any_moment(
             codes[code] += 1
             if code != 0:
                 check_stopped(code, err, by)
-                assert ("goes on" in err.splitlines()[-1]) == job.goes_on, err
+                assert ("same command" in err.splitlines()[-1]) == job.goes_on, err
             assert gone(process.pid), members(process.pid)
             assert not [*filter(is_temporary, tmp_path.rglob("*"))], err
             assert not [*tmp_path.rglob(".*.lock")], err

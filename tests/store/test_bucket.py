@@ -1,4 +1,4 @@
-"""Stores in object storage: the same bytes as on a disk, whatever the server does meanwhile."""
+"""Caches in object storage: the same bytes as on a disk, whatever the server does meanwhile."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,21 @@ import pytest
 import zarr
 from fake_hub import serving as hub_serving
 from fake_s3 import BUCKET, FakeS3
-from helpers import assert_same_run, changed, tree
+from helpers import Refusal, assert_same_run, changed, refuses, tree
 from obstore.store import from_url
 from zarr.storage import ObjectStore
 
 import richkd
-from richkd.core.errors import RichKDError
-from richkd.store import bucket as buckets
-from richkd.store import lease, locations, patient
+from richkd.store import lease, locations
+from richkd.store.bucket import Bucket
+from richkd.store.lease import Lease
 from richkd.store.locations import open_location
 from richkd.store.schema import Block
 from richkd.store.writer import StoreWriter
 
 Run = Callable[..., Any]
-Fails = Callable[..., str]
+Fails = Callable[..., Refusal]
+Hurry = Callable[..., None]
 STUDENT = [
     "--student",
     "resnet8",
@@ -57,9 +59,22 @@ def server() -> Iterator[FakeS3]:
 
 
 @pytest.fixture
-def s3(server: FakeS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
+def hurry(monkeypatch: pytest.MonkeyPatch) -> Hurry:
+    """A function that gives the buckets of commands other timings, as arguments of `Bucket`."""
+    original = Bucket.__init__
+
+    def change(**seconds: float) -> None:
+        monkeypatch.setattr(Bucket, "__init__", partialmethod(original, **seconds))
+
+    return change
+
+
+@pytest.fixture
+def s3(
+    server: FakeS3, hurry: Hurry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FakeS3]:
     monkeypatch.setenv("RICHKD_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(buckets, "HASTE_S", 1.0)
+    hurry(first_patience=1.0)
     server.asked.clear()
     server.faults = 0
     yield server
@@ -68,7 +83,7 @@ def s3(server: FakeS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 @pytest.fixture
 def url(s3: FakeS3) -> str:
-    """Where no store is yet."""
+    """A URL with no cache yet."""
     return next(names)
 
 
@@ -169,17 +184,17 @@ def test_a_store_made_anew_has_a_copy_of_its_own(
     assert not np.array_equal(new.slab(0).fused_logits, rows)  # type: ignore[arg-type]
     # the old one can be read as far as it was; what else it had is gone
     assert np.array_equal(old.slab(0).fused_logits, rows)  # type: ignore[arg-type]
-    with pytest.raises(RichKDError, match="is not what was written"):
+    with refuses("cache-damaged", url, "view 1"):
         old.slab(1)
     os.utime(old.path / "zarr.json", (0, 0))  # nobody has opened it for long
     richkd.open_cache(url)
     assert new.path.exists() and not old.path.exists()
-    with pytest.raises(RichKDError, match="is not what was written"):
+    with refuses("cache-damaged", url, "view 0"):
         old.slab(0)
 
 
 @pytest.mark.fault
-def test_cut_off_it_goes_on(
+def test_interrupted_it_resumes(
     run: Run,
     fails: Fails,
     s3: FakeS3,
@@ -199,12 +214,12 @@ def test_cut_off_it_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(StoreWriter, "write", write)
         assert run(*stage_one, "--out", url).code == 130
-    assert f"{url} is incomplete" in fails(
-        "distill", "--cache", url, *STUDENT, "--out", tmp_path / "run"
-    )
-    assert "begun with other settings" in fails(*stage_one, "--out", url, "--alpha", 0.1)
+    line = fails("distill", "--cache", url, *STUDENT, "--out", tmp_path / "run")
+    assert line.code == "cache-incomplete" and url in line
+    line = fails(*stage_one, "--out", url, "--alpha", 0.1)
+    assert line.code == "cache-settings-differ" and "alpha" in line
     remote: Any = from_url(url, client_options={"allow_http": True})
-    for lost in ("train/labels/c/0", "text/zarr.json"):  # cut off while it was made
+    for lost in ("train/labels/c/0", "text/zarr.json"):  # as if interrupted while it was created
         obstore.delete(remote, lost)
     done = run(*stage_one, "--out", url)
     assert done.code == 0 and "resuming: 2 of 5 blocks" in done.err, done.err
@@ -213,7 +228,7 @@ def test_cut_off_it_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.fault
-def test_killed_it_goes_on(
+def test_killed_it_resumes(
     s3: FakeS3, url: str, stage_one: list[Any], run: Run, tmp_path: Path
 ) -> None:
     words = [*map(str, stage_one), "--views", "60"]
@@ -251,10 +266,9 @@ def test_a_bad_server_costs_time_and_nothing_else(
     tmp_path: Path,
     wrong: str,
     rng: np.random.Generator,
-    monkeypatch: pytest.MonkeyPatch,
+    hurry: Hurry,
 ) -> None:
-    monkeypatch.setattr(buckets, "TIMEOUT_S", 0.5)
-    monkeypatch.setattr(buckets, "HASTE_S", 20.0)
+    hurry(timeout=0.5, first_patience=20.0)
     dice = iter(rng.random(10**6).tolist())
     due = [True]
 
@@ -293,28 +307,26 @@ def test_a_server_that_is_gone_is_said_in_a_line(
     store: Path,
     stage_one: list[Any],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    hurry: Hurry,
 ) -> None:
-    for module in (buckets, patient):
-        monkeypatch.setattr(module, "PATIENCE_S", 1.0)
+    hurry(patience=1.0, first_patience=1.0)
     # all of a sudden, in view 1
     s3.fault = lambda method, path: "fail" if "_logits/c/1/" in path else None
     line = fails(*stage_one, "--out", url)
-    assert (
-        f"cannot write to {url}" in line and "503" in line and "the same command to go on" in line
-    )
+    assert line.code == "write-failed" and "503" in line and "same command" in line
     s3.fault = lambda method, path: "fail"
     distill = ["distill", "--cache", url, *STUDENT, "--out", tmp_path]
     for words in (distill, [*stage_one, "--out", url], ["inspect", url], ["verify", url]):
         line = fails(*words)
-        assert f"cannot reach {url}" in line and "503" in line and len(line) < 400
+        assert line.code == "location-failed" and url in line
+        assert "503" in line and len(line) < 400
     s3.fault = None
     assert run(*stage_one, "--out", url).code == 0
     assert changed(arrays(remote_tree(url)), arrays(tree(store))) == []
 
     s3.fault = lambda method, path: "fail" if "/c/1/" in path else None
     line = fails("distill", "--cache", url, *STUDENT, "--out", tmp_path / "run")
-    assert f"cannot read {url}" in line and "503" in line
+    assert line.code == "location-failed" and url in line and "503" in line
 
 
 @pytest.mark.slow
@@ -331,40 +343,41 @@ def test_damage_there_is_found_and_mended(
     for bad in (bytes(content), right[other]):  # damaged; whole, in the place of another
         obstore.put(remote, name, bad)
         line = fails("distill", "--cache", url, *STUDENT, "--out", tmp_path / str(len(bad)))
-        assert "train/fused_logits" in line
-        assert "richkd repair" in fails("verify", url)
+        assert line.code == "cache-damaged" and "train/fused_logits" in line
+        assert fails("verify", url).code == "cache-verify-failed"
         assert run("repair", url).code == 0
         assert changed(arrays(remote_tree(url)), arrays(right)) == []
     obstore.delete(remote, name)
-    assert "1 of 3 chunks of train/fused_logits are gone" in fails("distill", "--cache", url)
+    line = fails("distill", "--cache", url)
+    assert line.code == "cache-damaged" and "1 of 3 chunks of train/fused_logits" in line
     obstore.put(remote, name, right[name])
     manifest = bytearray(right["zarr.json"])
     manifest[manifest.index(b"0.7")] += 1
     obstore.put(remote, "zarr.json", bytes(manifest))
-    assert "the manifest is not what was sealed" in fails("distill", "--cache", url)
+    assert fails("distill", "--cache", url).code == "cache-unsealed"
 
 
 @pytest.mark.fault
 def test_two_writers_at_once(
-    fails: Fails, s3: FakeS3, url: str, stage_one: list[Any], monkeypatch: pytest.MonkeyPatch
+    fails: Fails, s3: FakeS3, url: str, stage_one: list[Any], hurry: Hurry
 ) -> None:
-    monkeypatch.setattr(lease, "BEAT_S", 0.3)
+    hurry(beat=0.3)
     with open_location(url).locked():
         line = fails(*stage_one, "--out", url)
-        assert f"{url} is being written by process {os.getpid()} on " in line
+        assert line.code == "locked" and url in line and f"process {os.getpid()} on " in line
     assert not remote_tree(url)
     remote: Any = from_url(url, client_options={"allow_http": True})
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     note = {"holder": "process 1 on elsewhere", "token": "0", "pid": gone.pid, "beat": "0"}
     # left by a process of this system, of another with the same numbers, and by anything else
-    for system, content in ((lease._system(), None), ("another", None), (None, b"[1, 2]")):
+    for system, content in ((lease.this_system(), None), ("another", None), (None, b"[1, 2]")):
         left = content or json.dumps({**note, "system": system}).encode()
         obstore.put(remote, ".lock", left)
         began = time.perf_counter()
         with open_location(url).locked():
             waited = time.perf_counter() - began
-        assert (waited > 0.7) == (system != lease._system())
+        assert (waited > 0.7) == (system != lease.this_system())
         assert not remote_tree(url)
 
 
@@ -385,47 +398,54 @@ def test_a_late_delete_takes_nothing(
     assert run(*stage_one, "--out", url, "--overwrite").code == 0
     assert "zarr.json" in deleted
 
-    monkeypatch.setattr(lease, "BEAT_S", 60.0)  # so that its thread does not renew it
     remote: Any = from_url(url, client_options={"allow_http": True})
-    place = buckets.Bucket(url)
-    with place.locked():
+    lock = Lease(remote, url, beat=0.2)
+    with lock.locked():
         for _ in range(3):
-            original(remote, ".lock")  # as of the lock before this one
-            place._lease._renew()
-            place.check_still_locked()
-            assert place.token is not None and place.token.encode() in remote_tree(url)[".lock"]
+            original(remote, ".lock")  # as if it were the lock before this one
+            time.sleep(0.3)  # it is renewed meanwhile
+            lock.check()
+            assert lock.token is not None and lock.token.encode() in remote_tree(url)[".lock"]
     assert ".lock" not in remote_tree(url)
-    with place.locked():
+    lock = Lease(remote, url, beat=60.0)  # so that its thread does not renew it
+    with lock.locked():
         original(remote, ".lock")
-        place._lease._seen -= 150.0  # long enough for others to have taken it
-        with pytest.raises(RichKDError, match="was taken over"):
-            place.check_still_locked()
+        lock.beat = 0.01
+        time.sleep(0.05)  # long enough for others to have taken it
+        with refuses("lock-lost", url):
+            lock.check()
 
 
 @pytest.mark.slow
 @pytest.mark.fault
-def test_a_writer_that_was_held_up_does_not_go_on(
-    fails: Fails, s3: FakeS3, url: str, stage_one: list[Any], monkeypatch: pytest.MonkeyPatch
+def test_a_writer_that_was_delayed_stops(
+    fails: Fails,
+    s3: FakeS3,
+    url: str,
+    stage_one: list[Any],
+    hurry: Hurry,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(lease, "BEAT_S", 0.2)
     remote: Any = from_url(url, client_options={"allow_http": True})
     others = json.dumps(
         {"holder": "process 1 on elsewhere", "token": "0", "pid": 1, "beat": "0", "system": None}
     ).encode()
-    place, of_the_job = open_location(url), open_location(url)
-    with place.locked():
-        of_the_job.follow(place.token)
-        time.sleep(0.9)  # it renews the lock, and is seen to
-        for writer in (place, of_the_job):
-            writer.check_still_locked()
-        monkeypatch.setattr(lease, "BEAT_S", 60.0)  # asleep, from its next beat on
+    first, second = Lease(remote, url, beat=0.2), Lease(remote, url, beat=0.2)  # of one job
+    with first.locked():
+        assert first.token is not None
+        second.follow(first.token)
+        time.sleep(0.9)  # the first renews the lock, and the second sees it
+        for each in (first, second):
+            each.check()
+            each.beat = 60.0  # asleep, from the next beat on
         time.sleep(0.3)
         obstore.put(remote, ".lock", others)
-        monkeypatch.setattr(lease, "BEAT_S", 0.01)  # awake: it was gone for long
+        for each in (first, second):
+            each.beat = 0.01  # awake after a long time
         time.sleep(0.05)
-        for writer in (place, of_the_job):
-            with pytest.raises(RichKDError, match="was taken over"):
-                writer.check_still_locked()
+        for each in (first, second):
+            with refuses("lock-lost", url):
+                each.check()
     assert remote_tree(url) == {".lock": others}  # the other one's stays
 
     original = StoreWriter.write
@@ -439,17 +459,16 @@ def test_a_writer_that_was_held_up_does_not_go_on(
 
     obstore.delete(remote, ".lock")
     monkeypatch.setattr(StoreWriter, "write", write)
-    assert "was taken over" in fails(*stage_one, "--out", url)
+    hurry(beat=0.01, first_patience=1.0)
+    assert fails(*stage_one, "--out", url).code == "lock-lost"
     assert not json.loads(remote_tree(url)["zarr.json"])["attributes"]["complete"]
 
 
 @pytest.mark.slow
 @pytest.mark.fault
-def test_patience_is_what_it_says(s3: FakeS3, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (buckets, patient):
-        monkeypatch.setattr(module, "PATIENCE_S", 1.0)
+def test_patience_is_what_it_says(s3: FakeS3, url: str) -> None:
     s3.fault = lambda method, path: "fail"
-    place = open_location(url)
+    place = Bucket(url, patience=1.0)
     for request in (
         lambda: place.read("x"),
         lambda: place.tail("x", 4),
@@ -458,7 +477,7 @@ def test_patience_is_what_it_says(s3: FakeS3, url: str, monkeypatch: pytest.Monk
         lambda: place.zarr(read_only=True),
     ):
         began = time.perf_counter()
-        with pytest.raises(RichKDError, match="503"):
+        with refuses("location-failed", url, "503"):
             store = request()
             with place.explained("read"):
                 zarr.open_group(store, mode="r")  # type: ignore[arg-type]
@@ -473,7 +492,7 @@ def test_mistakes(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    assert "unknown kind of URL" in fails(*stage_one, "--out", "http://x/y.zarr")
+    assert fails(*stage_one, "--out", "http://x/y.zarr").code == "unknown-name"
     for bad in (
         "s3://bucket",
         "s3://bucket/",
@@ -484,22 +503,26 @@ def test_mistakes(
         "s3://bucket/run?x",
         "s3://bucket/a%20b",
     ):
-        assert "give s3://BUCKET/PATH.zarr, of plain names" in fails(*stage_one, "--out", bad)
-    assert "there is no such bucket" in fails(*stage_one, "--out", "s3://nobody/s.zarr")
-    assert f"no store at {url}" in fails("distill", "--cache", url)
+        line = fails(*stage_one, "--out", bad)
+        assert line.code == "url-malformed" and bad in line and "s3://BUCKET/PATH.zarr" in line
+    assert fails(*stage_one, "--out", "s3://nobody/s.zarr").code == "bucket-missing"
+    line = fails("distill", "--cache", url)
+    assert line.code == "cache-missing" and url in line
     line = fails(*stage_one, "--out", "hf://datasets/me/teachers")
-    assert "richkd push STORE me/teachers" in line
+    assert line.code == "location-read-only" and "me/teachers" in line
     remote: Any = from_url(url, client_options={"allow_http": True})
     obstore.put(remote, "notes.txt", b"mine")
-    assert "is no richkd store; choose another --out" in fails(*stage_one, "--out", url)
+    assert fails(*stage_one, "--out", url).code == "foreign-file"
     monkeypatch.setenv("RICHKD_HOME", str(tmp_path / "file" / "home"))
     (tmp_path / "file").write_text("")
     obstore.put(remote, "zarr.json", b"{}")
-    assert "name another folder by RICHKD_HOME" in fails("distill", "--cache", url)
+    line = fails("distill", "--cache", url)
+    assert line.code == "local-copy-failed" and "RICHKD_HOME" in line
 
     with monkeypatch.context() as patch:
         patch.setattr(locations, "find_spec", lambda name: None)
-        assert "pip install 'richkd[cloud]'" in fails("distill", "--cache", url)
+        line = fails("distill", "--cache", url)
+        assert line.code == "extra-missing" and "richkd[cloud]" in line
 
 
 def test_many_threads_read_one_place(s3: FakeS3, url: str, store: Path) -> None:
@@ -542,9 +565,9 @@ def test_a_store_on_the_hub_is_read_in_place(
             done = run("distill", "--cache", cache, *STUDENT, "--out", tmp_path / out)
             assert done.code == 0, done.err
         assert_same_run(tmp_path / "remote", tmp_path / "local")
-        assert "no store at hf://datasets/me/nothing" in fails(
-            "distill", "--cache", "hf://datasets/me/nothing"
-        )
+        line = fails("distill", "--cache", "hf://datasets/me/nothing")
+        assert line.code == "cache-missing" and "hf://datasets/me/nothing" in line
         hub.damaged.add("train/labels/c/0")
         monkeypatch.setenv("RICHKD_HOME", str(tmp_path / "other-home"))
-        assert "train/labels/c/0 is damaged;" in fails("distill", "--cache", url)
+        line = fails("distill", "--cache", url)
+        assert line.code == "cache-damaged" and "train/labels/c/0" in line

@@ -1,8 +1,9 @@
-"""Memory for rows: the machine's own, or a file's without a name."""
+"""Memory for arrays: anonymous pages, or pages of a file without a name."""
 
 from __future__ import annotations
 
 import gc
+import mmap
 import re
 import shutil
 from collections import namedtuple
@@ -11,13 +12,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import refuses
 
 import richkd
-from richkd.core.errors import RichKDError
 from richkd.core.memory import _free_in_container, available_memory
 from richkd.store import pages
 
 Usage = namedtuple("Usage", "total used free")
+
+
+def mapped(folder: Path) -> list[int]:
+    """The lengths in bytes of the deleted files of a folder that are mapped into memory."""
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    ends = [line.split()[0].split("-") for line in lines if f" {folder}/" in line]
+    return sorted(int(end, 16) - int(start, 16) for start, end in ends)
+
+
+def pages_of(count: int) -> int:
+    """Bytes, rounded up to whole pages."""
+    return -(-count // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def status(field: str) -> int:
@@ -75,11 +88,8 @@ def test_the_first_folder_with_room_is_taken(
     full.add(temporary)
     assert pages.empty(shape, dtype, on_disk=True).nbytes == 400 and own_home in asked
     full.add(own_home)
-    with pytest.raises(RichKDError) as error:
+    with refuses("disk-too-small", "400 bytes", temporary, "10 bytes", own_home, "TMPDIR"):
         pages.empty(shape, dtype, on_disk=True)
-    for part in ("400 bytes", f"{temporary} (10 bytes are free)", str(own_home), "TMPDIR"):
-        assert part in str(error.value)
-    assert "\n" not in str(error.value)
     full.clear()
     monkeypatch.setenv("TMPDIR", str(temporary / "missing" / "x"))
     (temporary / "missing").write_text("a file")
@@ -91,38 +101,32 @@ def test_more_than_the_disk_holds_is_refused_and_not_found_out_later(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 2**62))
-    with pytest.raises(RichKDError, match=r"no room for them in .*; make room"):
+    with refuses("disk-too-small", temporary, "TMPDIR"):
         pages.empty((2**50,), np.dtype(np.uint8), on_disk=True)
 
 
-def test_reading_chooses_by_what_is_free(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = richkd.open_cache(store)
-    one = cache.specs["train/teacher_features"].nbytes // cache.num_views
-    lengths: list[int] = []
-    plain = pages._mapped_file
-    monkeypatch.setattr(pages, "_mapped_file", lambda n: lengths.append(n) or plain(n))
-    monkeypatch.setattr(pages, "available_memory", lambda: 4 * one)
-    wanted = cache.read("train/teacher_features", 1)
-    assert lengths == []
-    monkeypatch.setattr(pages, "available_memory", lambda: 4 * one - 1)
-    assert torch.equal(cache.read("train/teacher_features", 1), wanted)
-    assert lengths == [one]
+def test_reading_chooses_by_the_memory_that_is_available(store: Path, temporary: Path) -> None:
+    spec = richkd.open_cache(store).specs["train/teacher_features"]
+    one = spec.nbytes // spec.shape[0]
+    wanted = richkd.open_cache(store, memory=4 * one).read("train/teacher_features", 1)
+    assert mapped(temporary) == []
+    cache = richkd.open_cache(store, memory=4 * one - 1)
+    found = cache.read("train/teacher_features", 1)
+    assert torch.equal(found, wanted) and mapped(temporary) == [pages_of(one)]
     slab = cache.slab(1)
-    assert len(lengths) == 5 and torch.equal(slab.teacher_features, wanted)  # type: ignore[arg-type]
-    cache.read("train/teacher_features", 1, on_disk=False)
-    assert len(lengths) == 5
+    on_disk = mapped(temporary)
+    assert len(on_disk) == 4 and torch.equal(slab.teacher_features, wanted)  # type: ignore[arg-type]
+    kept = cache.read("train/teacher_features", 1, on_disk=False)
+    assert torch.equal(kept, wanted) and mapped(temporary) == on_disk
 
 
-def test_cosines_of_some_prompts_may_lie_on_disk(
-    store: Path, monkeypatch: pytest.MonkeyPatch
+def test_cosines_of_some_prompts_may_be_placed_on_disk(
+    store: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache, lengths = richkd.open_cache(store), []
-    plain = pages._mapped_file
-    monkeypatch.setattr(pages, "_mapped_file", lambda n: lengths.append(n) or plain(n))
-    monkeypatch.setattr(pages, "available_memory", lambda: 0)
+    cache = richkd.open_cache(store, memory=0)
     monkeypatch.setattr("richkd.core.memory.ROWS_AT_ONCE", 7)
     cosines = cache.similarity("train", [0, 2])
-    assert 4 * cache.num_samples * cache.num_classes in lengths
+    assert pages_of(4 * cache.num_samples * cache.num_classes) in mapped(temporary)
     text = cache.text_embeddings[:, [0, 2]].double()
     text = text / text.norm(dim=2, keepdim=True)
     mean = text.sum(1)

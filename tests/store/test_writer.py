@@ -1,11 +1,14 @@
-"""Writing beside the computing: in parallel, in bounded memory, and never more told than done."""
+"""Writing beside the computation: in parallel, in bounded memory, and never flagged too early."""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +16,83 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from helpers import changed, tree
+from helpers import changed, refuses, tree
 from torch import Tensor
+from zarr.storage import LocalStore
 
 import richkd
-from richkd.core.errors import RichKDError
-from richkd.store import schema, writer
+from richkd.store import schema
 from richkd.store.checksums import block_files, is_intact
-from richkd.store.locations import open_location
+from richkd.store.folder import Folder
 from richkd.store.schema import Block
-from richkd.store.writer import PendingBlock, StoreWriter, flag_files, written
+from richkd.store.writer import (
+    BLOCKS_IN_FLIGHT,
+    PendingBlock,
+    StoreWriter,
+    flag_files,
+    open_writer,
+    written,
+)
 
-Open = Callable[[], StoreWriter]
+Open = Callable[..., AbstractContextManager[StoreWriter]]
 pytestmark = pytest.mark.filterwarnings("error")
+
+
+class HookedStore(LocalStore):
+    """A folder for zarr that calls a function, in a thread, before each file it writes."""
+
+    hook: Callable[[str], None]
+    threads: ThreadPoolExecutor
+
+    async def set(self, key: str, value: Any) -> None:
+        await asyncio.get_running_loop().run_in_executor(self.threads, self.hook, key)
+        await super().set(key, value)
+
+
+class HookedFolder(Folder):
+    """A folder that is written through a `HookedStore`."""
+
+    hook: Callable[[str], None] | None = None  # none: as any folder
+
+    def zarr(self, *, read_only: bool) -> Any:
+        if self.hook is None:
+            return super().zarr(read_only=read_only)
+        store = HookedStore(self.path, read_only=read_only)
+        store.hook, store.threads = self.hook, ThreadPoolExecutor(16)
+        return store
 
 
 @pytest.fixture
 def manifest(store: Path) -> Any:
-    """Of a store of many small blocks."""
+    """The manifest of a cache of many small blocks."""
     found: Any = {**richkd.open_cache(store).manifest, "complete": False, "block": 8}
     return found
 
 
 @pytest.fixture
-def opened(manifest: Any, tmp_path: Path) -> Open:
-    """A function that begins a store, or goes on with it."""
-    place = open_location(tmp_path / "new.zarr")
+def folder(tmp_path: Path) -> HookedFolder:
+    return HookedFolder(tmp_path / "new.zarr")
 
-    def begin() -> StoreWriter:
-        made = StoreWriter.open(place, manifest, overwrite=False)
-        made.put("train/view_ids", np.zeros((3, 48), np.uint16))
-        made.put("text/embeddings", np.ones(made._arrays["text/embeddings"].shape, np.float32))
-        return made
+
+@pytest.fixture
+def opened(manifest: Any, folder: HookedFolder) -> Open:
+    """A function that creates the cache or resumes it; its argument is called before each file."""
+    text = schema.array_specs(manifest)["text/embeddings"].shape
+    known: dict[str, Any] = {
+        "train/view_ids": np.zeros((3, 48), np.uint16),
+        "text/embeddings": np.ones(text, np.float32),
+    }
+
+    def begin(
+        hook: Callable[[str], None] | None = None, cpus: int = 2
+    ) -> AbstractContextManager[StoreWriter]:
+        def known_files_apart(file: str) -> None:
+            assert hook is not None
+            if file.partition("/c/")[0] not in known:
+                hook(file)
+
+        folder.hook = hook and known_files_apart
+        return open_writer(folder, manifest, known, cpus=cpus)
 
     return begin
 
@@ -65,11 +113,13 @@ def rows_of(manifest: Any, block: Block) -> dict[str, Tensor]:
     return rows
 
 
-def write_all(opened: StoreWriter, manifest: Any) -> None:
-    with opened:
-        for block, done in zip(opened.blocks, opened.done, strict=True):
+def write_all(opened: AbstractContextManager[StoreWriter], manifest: Any) -> StoreWriter:
+    """Write the blocks that a cache lacks."""
+    with opened as writer:
+        for block, done in zip(writer.blocks, writer.done, strict=True):
             if not done:
-                opened.write(block, rows_of(manifest, block))
+                writer.write(block, rows_of(manifest, block))
+    return writer
 
 
 def test_what_is_read_is_what_was_handed_over(opened: Open, manifest: Any, tmp_path: Path) -> None:
@@ -86,74 +136,56 @@ def test_what_is_read_is_what_was_handed_over(opened: Open, manifest: Any, tmp_p
             assert np.array_equal(found, rows.numpy().astype(array.dtype)), (block.name, name)
 
 
-def test_arrays_of_several_blocks_are_encoded_together(
-    opened: Open, manifest: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(writer, "usable_cpus", lambda: 6)
-    meet = threading.Barrier(6, timeout=20)  # none goes on before six are there
-    put, met = zarr.Array.__setitem__, [0]
+def test_arrays_of_several_blocks_are_encoded_together(opened: Open, manifest: Any) -> None:
+    meet, met = threading.Barrier(6, timeout=20), [0]  # nobody passes before six are there
 
-    def slow(self: Any, at: Any, values: Any) -> None:
-        if self.name.startswith("/train/teacher_") and met[0] < 6:
+    def slow(file: str) -> None:
+        if file.startswith("train/teacher_") and met[0] < 6:
             meet.wait()
             met[0] = 6
-        put(self, at, values)
 
-    monkeypatch.setattr(zarr.Array, "__setitem__", slow)
-    begun = opened()
-    with begun:
-        for block in [block for block in begun.blocks if block.view is not None][:4]:
-            begun.write(block, rows_of(manifest, block))
+    with opened(slow, cpus=6) as writer:
+        for block in [block for block in writer.blocks if block.view is not None][:4]:
+            writer.write(block, rows_of(manifest, block))
     assert met == [6]
 
 
-def test_memory_is_bounded(opened: Open, manifest: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, put = threading.Event(), zarr.Array.__setitem__
+def test_memory_is_bounded(opened: Open, manifest: Any) -> None:
+    gate, handed = threading.Event(), []
 
-    def locked(self: Any, at: Any, values: Any) -> None:
+    def locked(file: str) -> None:
         assert gate.wait(20)
-        put(self, at, values)
 
-    begun, handed = opened(), []
-    monkeypatch.setattr(zarr.Array, "__setitem__", locked)
+    with ThreadPoolExecutor(1) as computing:
 
-    def compute() -> None:
-        with begun:
-            for block in begun.blocks:
-                begun.write(block, rows_of(manifest, block))
-                handed.append(block)
+        def compute() -> StoreWriter:
+            with opened(locked) as writer:
+                for block in writer.blocks:
+                    writer.write(block, rows_of(manifest, block))
+                    handed.append(block)
+            return writer
 
-    computing = threading.Thread(target=compute)
-    computing.start()
-    time.sleep(0.5)
-    assert len(handed) == writer._ROOM < len(begun.blocks)
-    gate.set()
-    computing.join()
-    assert all(begun.done)
+        done = computing.submit(compute)
+        time.sleep(0.5)
+        assert len(handed) == BLOCKS_IN_FLIGHT < len(schema.blocks(manifest))
+        gate.set()
+        assert all(done.result().done)
 
 
 def test_a_flag_comes_after_its_rows(
-    opened: Open,
-    manifest: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    rng: np.random.Generator,
-    tmp_path: Path,
+    opened: Open, manifest: Any, folder: Folder, rng: np.random.Generator
 ) -> None:
-    monkeypatch.setattr(writer, "usable_cpus", lambda: 8)
-    place = open_location(tmp_path / "new.zarr")
-    files = dict(zip(flag_files(manifest), schema.blocks(manifest), strict=True))
-    put, late = zarr.Array.__setitem__, []
+    blocks = dict(zip(flag_files(manifest), schema.blocks(manifest), strict=True))
+    late: list[str] = []
 
-    def jittery(self: Any, at: Any, values: Any) -> None:
-        if self.name == "/complete":
-            block = files[f"complete/c/{at}"]
-            late.extend(f for f in block_files(manifest, block) if not is_intact(place, f))
+    def jittery(file: str) -> None:
+        if file in blocks:
+            rows = block_files(manifest, blocks[file])
+            late.extend(each for each in rows if not is_intact(folder, each))
         else:
             time.sleep(float(rng.uniform(0, 0.01)))
-        put(self, at, values)
 
-    monkeypatch.setattr(zarr.Array, "__setitem__", jittery)
-    write_all(opened(), manifest)
+    write_all(opened(jittery, cpus=8), manifest)
     assert late == []
 
 
@@ -161,46 +193,46 @@ class Fault(BaseException):
     pass
 
 
-def failing_from(last: int, kind: BaseException) -> Callable[..., None]:
-    """Writing of arrays that works so many times and then no more."""
-    put, numbers = zarr.Array.__setitem__, itertools.count()
+def failing_from(last: int, kind: BaseException) -> Callable[[str], None]:
+    """Writing of files that works so many times and then no more."""
+    numbers = itertools.count()
 
-    def write(self: Any, at: Any, values: Any) -> None:
+    def write(file: str) -> None:
         if next(numbers) >= last:
             raise kind
-        put(self, at, values)
 
     return write
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("kind", [OSError(28, "No space left on device"), ValueError("x"), Fault()])
-def test_errors_of_threads_are_told_and_it_goes_on(
+def test_errors_of_threads_are_raised_and_the_cache_can_be_resumed(
     opened: Open,
     manifest: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    folder: HookedFolder,
     rng: np.random.Generator,
     kind: BaseException,
     tmp_path: Path,
 ) -> None:
     """Wherever an array or a flag cannot be written, no block is flagged that is not whole."""
     write_all(opened(), manifest)
-    path = tmp_path / "new.zarr"
-    whole = tree(path)
+    whole = tree(folder.path)
     count = sum(len(schema.block_arrays(manifest, block)) + 1 for block in schema.blocks(manifest))
     for failing in (0, 1, count - 1, *rng.integers(2, count - 1, 3)):
-        path.rename(tmp_path / f"before-{failing}-{rng.integers(2**32)}")
-        begun = opened()
-        with monkeypatch.context() as patch:
-            patch.setattr(zarr.Array, "__setitem__", failing_from(int(failing), kind))
-            with pytest.raises(RichKDError, match="cannot write to .*run the same command"):
-                write_all(begun, manifest)
-        place = open_location(path)
-        flags = [file in place.sizes() for file in flag_files(manifest)]
-        assert flags == written(place, manifest) == begun.done  # flagged means whole
+        folder.path.rename(tmp_path / f"before-{failing}-{rng.integers(2**32)}")
+        writers: list[StoreWriter] = []
+        with (
+            refuses("write-failed", folder.path, "same command"),
+            opened(failing_from(int(failing), kind)) as writer,
+        ):
+            writers.append(writer)
+            for block in writer.blocks:
+                writer.write(block, rows_of(manifest, block))
+        flags = [file in folder.sizes() for file in flag_files(manifest)]
+        assert flags == written(folder, manifest) == writers[0].done  # flagged means whole
         assert not all(flags)
         write_all(opened(), manifest)
-        assert changed(whole, tree(path)) == []
+        assert changed(whole, tree(folder.path)) == []
 
 
 class Copied:
@@ -214,7 +246,7 @@ class Copied:
 def device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A function after which rows arrive as from a GPU, when threads wait for them.
 
-    Its argument is called with the block before they do.
+    Its argument is called with each block before its rows arrive.
     """
 
     def pretend(befalls: Callable[[Block], None] = lambda block: None) -> None:
@@ -241,71 +273,68 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_rows_that_arrive_later_are_the_same(
-    opened: Open, manifest: Any, device: Callable[..., None], tmp_path: Path
+    opened: Open, manifest: Any, folder: Folder, device: Callable[..., None], tmp_path: Path
 ) -> None:
     write_all(opened(), manifest)
-    path = tmp_path / "new.zarr"
-    path.rename(tmp_path / "at-once")
+    folder.path.rename(tmp_path / "at-once")
     device()
     write_all(opened(), manifest)
-    assert changed(tree(tmp_path / "at-once"), tree(path)) == []
+    assert changed(tree(tmp_path / "at-once"), tree(folder.path)) == []
 
 
 @pytest.mark.parametrize(
-    ("value", "remedy"),
+    ("value", "code", "remedy"),
     [
-        (float("nan"), "holds NaN or infinity; check the teacher's weights"),
-        (-float("inf"), "holds NaN or infinity; check the teacher's weights"),
-        (1e6, "holds values beyond float16; store wider rows with --dtype float32"),
+        (float("nan"), "rows-not-finite", "weights"),
+        (-float("inf"), "rows-not-finite", "weights"),
+        (1e6, "rows-overflow", "--dtype float32"),
     ],
 )
-def test_bad_rows_that_arrive_later_are_told_by_their_name(
+def test_bad_rows_that_arrive_later_are_named(
     opened: Open,
     manifest: Any,
+    folder: Folder,
     device: Callable[..., None],
     value: float,
+    code: str,
     remedy: str,
     rng: np.random.Generator,
 ) -> None:
     device()
-    begun = opened()
-    bad = begun.blocks[int(rng.integers(len(begun.blocks)))]
-
-    def write() -> None:
-        with begun:
-            for block in begun.blocks:
-                rows = rows_of(manifest, block)
-                if block == bad:
-                    logits = rows["teacher_logits" if "teacher_logits" in rows else "clip_features"]
-                    logits[-1, 3] = value
-                begun.write(block, rows)
-
-    with pytest.raises(RichKDError, match=f"of {bad.name} {remedy}"):
-        write()
-    place = open_location(begun._place.name)
-    assert not begun.done[begun.blocks.index(bad)]
-    assert begun.done == written(place, manifest)
+    blocks = schema.blocks(manifest)
+    bad = blocks[int(rng.integers(len(blocks)))]
+    with refuses(code, bad.name, remedy), opened() as writer:
+        for block in blocks:
+            rows = rows_of(manifest, block)
+            if block == bad:
+                logits = rows["teacher_logits" if "teacher_logits" in rows else "clip_features"]
+                logits[-1, 3] = value
+            writer.write(block, rows)
+    assert not writer.done[blocks.index(bad)]
+    assert writer.done == written(folder, manifest)
 
 
 def test_blocks_are_written_while_later_ones_are_computed(
-    opened: Open, manifest: Any, device: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    opened: Open, manifest: Any, device: Callable[..., None]
 ) -> None:
     """Also with one CPU: nobody who could encode waits for the device."""
-    monkeypatch.setattr(writer, "usable_cpus", lambda: 1)
-    begun = opened()
+    handed: list[Block] = []
+    with opened(cpus=1) as writer:
 
-    def befalls(block: Block) -> None:
-        number = begun.blocks.index(block)
-        end = time.monotonic() + 10
-        while (number == 0 and begun._under_way < writer._ROOM) or (
-            number >= 2 and not begun.done[number - 2]
-        ):
-            assert time.monotonic() < end
-            time.sleep(0.001)
+        def befalls(block: Block) -> None:
+            number = writer.blocks.index(block)
+            end = time.monotonic() + 10
+            while (number == 0 and len(handed) <= BLOCKS_IN_FLIGHT) or (
+                number >= 2 and not writer.done[number - 2]
+            ):
+                assert time.monotonic() < end
+                time.sleep(0.001)
 
-    device(befalls)
-    write_all(begun, manifest)
-    assert all(begun.done)
+        device(befalls)
+        for block in writer.blocks:
+            handed.append(block)
+            writer.write(block, rows_of(manifest, block))
+    assert all(writer.done)
 
 
 def test_a_device_that_fails_is_no_full_disk(
@@ -315,15 +344,15 @@ def test_a_device_that_fails_is_no_full_disk(
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
 
     device(befalls)
-    message = "device failed at test samples 0..7: CUDA error: an illegal memory access.*; run the"
-    with pytest.raises(RichKDError, match=message):
+    with refuses(
+        "device-failed", "test samples 0..7", "CUDA error: an illegal memory access", "same command"
+    ):
         write_all(opened(), manifest)
 
 
 def test_an_error_outside_leaves_what_was_handed_over(opened: Open, manifest: Any) -> None:
-    begun = opened()
-    with pytest.raises(Fault), begun:
-        for block in begun.blocks[:7]:
-            begun.write(block, rows_of(manifest, block))
+    with pytest.raises(Fault), opened() as writer:
+        for block in writer.blocks[:7]:
+            writer.write(block, rows_of(manifest, block))
         raise Fault
-    assert begun.done == [True] * 7 + [False] * (len(begun.blocks) - 7)
+    assert writer.done == [True] * 7 + [False] * (len(writer.blocks) - 7)

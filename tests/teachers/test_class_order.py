@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import changed, tree
+from helpers import changed, refuses, tree
 from PIL import Image
 from scipy.stats import binom
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 import richkd
 from richkd.config.settings import Images, Precompute
-from richkd.core.errors import RichKDError
 from richkd.data.datasets import Dataset, Split, load_dataset
 from richkd.data.inputs import make_inputs
 from richkd.models import check_trainable
@@ -240,10 +239,10 @@ def test_a_store_in_another_order_is_verified_repaired_and_gone_on_with(
 
     out = tmp_path / "part.zarr"
     with monkeypatch.context() as patch:
-        patch.setattr("richkd.precompute.write_blocks", stop)
+        patch.setattr("richkd.precompute.StageOne.write", stop)
         with pytest.raises(Stopped):
             precompute(settings(folder, weights, out))
-    monkeypatch.setattr("richkd.precompute.resolve_outputs", must_not)
+    monkeypatch.setattr("richkd.teachers.find.resolve_outputs", must_not)
     precompute(settings(folder, weights, out))
     assert read_manifest(out)["teacher"] == read_manifest(whole)["teacher"]
     for ours, theirs in zip(rows_of(whole), rows_of(out), strict=True):
@@ -268,10 +267,10 @@ def test_a_begun_store_is_not_gone_on_with_in_another_order(
 
     weights = saved(tmp_path / "w.safetensors", reordered(own, NAMES, natural(NAMES)))
     with monkeypatch.context() as patch:
-        patch.setattr("richkd.precompute.write_blocks", stop)
+        patch.setattr("richkd.precompute.StageOne.write", stop)
         with pytest.raises(Stopped):
             precompute(settings(folder, weights, tmp_path / "s.zarr"))
-    with pytest.raises(RichKDError, match=r"begun with other settings \(teacher\.outputs was"):
+    with refuses("cache-settings-differ", "teacher.outputs"):
         precompute(settings(folder, weights, tmp_path / "s.zarr", teacher_classes="sorted"))
 
 

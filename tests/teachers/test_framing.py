@@ -31,18 +31,19 @@ from richkd.data.inputs import FileInputs
 from richkd.distill import distill
 from richkd.models import pretrained_input
 from richkd.models.weights import read_note, read_weights, save_tensors
-from richkd.precompute import precompute
+from richkd.precompute import QUIET, StageOne, precompute
 from richkd.store import schema
 from richkd.store.checksums import write_sealed
 from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
+from richkd.store.writer import ALONE
+from richkd.teachers.find import Finder, training_settings
 from richkd.teachers.framing import resolve_input
 from richkd.training.identity import RunIdentity
 
 Run = Callable[..., Any]
 Fails = Callable[..., str]
 CPU = torch.device("cpu")
-QUIET = Report(quiet=True)
 CLASSES, SIDE = 4, 32
 # families and constants: a transformer of 160 px (0.5), a ResNet (0.5, bilinear), an EfficientNet
 # (ImageNet's), a MobileViT of 256 px (0 and 1)
@@ -511,7 +512,11 @@ def test_a_store_of_before_is_verified_and_repaired_by_what_it_meant(
         limit=None if files else 24,
         image_size=SIDE if files else None,
     )
-    cache = precompute(settings, recorded={"input": dataset.network_input.entry})  # type: ignore[typeddict-item]
+    finder = Finder(
+        settings, dataset, training_settings(settings, {}), torch.device("cpu"), ALONE, QUIET
+    )
+    found = finder.find(recorded={"input": dataset.network_input.entry})  # type: ignore[typeddict-item]
+    cache = StageOne.of(dataset, *found).run(open_location(settings.out), ALONE, QUIET)
     path = as_before(cache.path)
     was = read_manifest(path)
     assert "input" not in was["teacher"]

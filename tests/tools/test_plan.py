@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import write_teacher
+from helpers import Refusal, write_teacher
 from PIL import Image
 
 from richkd.config.settings import Precompute
@@ -21,15 +22,13 @@ from richkd.store.schema import array_specs
 from richkd.tools import plan as plans
 
 Run = Callable[..., Any]
-Fails = Callable[..., str]
-QUICK = {"ENOUGH_S": 0.02, "MOST": 64}
+Fails = Callable[..., Refusal]
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pace that is not to be trusted, soon."""
-    for name, value in QUICK.items():
-        monkeypatch.setattr(plans, name, value)
+    """A rough pace, measured quickly."""
+    monkeypatch.setattr(plans, "plan", partial(plans.plan, enough=0.02, most=64))
 
 
 @pytest.fixture
@@ -91,7 +90,7 @@ def test_sizes_within_5_and_time_within_30_percent(
         report = Report(quiet=True)
         planned = plans.plan(settings, report)
         said: list[str] = []
-        monkeypatch.setattr(report, "say", said.append)
+        monkeypatch.setattr(report, "log", said.append)
         cache = precompute(settings, overwrite=attempt > 0, report=report)
         taken = next(
             float(found[1])
@@ -209,19 +208,18 @@ def test_the_pace_of_another_machine(
     # 64 training images with two views, 40 test images with one, 16 classes by 12 prompts
     assert there["seconds"] == pytest.approx(64 * (0.5 + 2 * 0.25) + 40 * 0.75 + 192 * 0.125)
     assert "time on A GPU" in run(*words, "--measured", file).err
-    assert "was measured with teacher = 'resnet8'" in fails(
-        *words[:-1], "resnet14", "--measured", file
-    )
+    line = fails(*words[:-1], "resnet14", "--measured", file)
+    assert line.code == "plan-measured-differs" and "'resnet8'" in line and "'resnet14'" in line
     for content in ("", "[]", "{}", json.dumps({"pace": {**pace, "clean_s": "fast"}})):
         file.write_text(content)
-        assert "is no plan that can be read" in fails(*words, "--measured", file)
-    assert "is no plan that can be read" in fails(*words, "--measured", tmp_path / "nowhere")
+        assert fails(*words, "--measured", file).code == "plan-unreadable"
+    assert fails(*words, "--measured", tmp_path / "nowhere").code == "plan-unreadable"
 
 
 def test_mistakes(fails: Fails, quick: None, tmp_path: Path) -> None:
     line = fails("plan", "--dataset", f"imagefolder:{tmp_path / 'no'}")
-    assert "there is no such folder; plan for ImageNet by --dataset imagenet" in line
-    assert "no data set given" in fails("plan")
+    assert line.code == "dataset-folder-missing" and "--dataset imagenet" in line
+    assert fails("plan").code == "dataset-not-given"
     line = fails(
         "plan",
         "--dataset",
@@ -234,10 +232,10 @@ def test_mistakes(fails: Fails, quick: None, tmp_path: Path) -> None:
         "resnet8",
     )
     assert "'ViT-nothing'" in line
-    assert "unknown model" in fails("plan", "--dataset", "shapes", "--teacher", "no-net").lower()
-    assert "no teacher weights at no.pt" in fails(
-        "plan", "--dataset", "shapes", "--teacher-weights", "no.pt", "--clip", "none"
-    )
+    line = fails("plan", "--dataset", "shapes", "--teacher", "no-net")
+    assert line.code == "unknown-model" and "'no-net'" in line
+    line = fails("plan", "--dataset", "shapes", "--teacher-weights", "no.pt", "--clip", "none")
+    assert line.code == "weights-missing" and "no.pt" in line
 
 
 def test_nothing_is_left_and_nothing_of_pytorchs_is_moved(

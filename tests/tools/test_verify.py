@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from helpers import changed, tree, write_teacher
+from helpers import Refusal, changed, tree, write_teacher
 
 import richkd
 from richkd.config.settings import Distill
@@ -27,7 +27,7 @@ from richkd.store.schema import array_specs
 from richkd.tools.verify import top1, verify_store
 
 Run = Callable[..., Any]
-Fails = Callable[..., str]
+Fails = Callable[..., Refusal]
 QUIET = Report(quiet=True)
 
 
@@ -144,7 +144,7 @@ WRONG: list[tuple[str, Callable[[np.ndarray[Any, Any]], None], str]] = [
     ("train/view_ids", repeat, "train/view_ids: 1 samples have a view twice"),
     ("train/teacher_features", put((1, 4, 3), np.nan), "NaN or infinity in view 1"),
     ("test/clip_features", double, "test/clip_features: 1 are not of unit length"),
-    ("test/clip_similarity", put((2, 1), 0.9), "test/clip_similarity is not that of the"),
+    ("test/clip_similarity", put((2, 1), 0.9), "test/clip_similarity does not match"),
     ("train/fused_logits", put((2, 11, 4), 9.0), "view 2: 1 rows are not the blend"),
     ("test/teacher_logits", lambda v: v.__imul__(-1), "accuracy of cnn is"),
 ]
@@ -160,16 +160,17 @@ def test_values_that_cannot_be(
     rewritten(copy, name, change)
     found = faults(copy)
     assert any(message in fault for fault in found), found
-    assert "the store was written so" in fails("verify", copy)
+    line = fails("verify", copy)
+    assert line.code == "cache-verify-failed" and "precompute --overwrite" in line
 
 
 def test_rows_of_another_teacher(
     copy: Path, fails: Fails, shapes_teacher: Path, tmp_path: Path
 ) -> None:
     other = write_teacher(tmp_path / "other.safetensors", "resnet8", 16, seed=1)
-    assert "are other weights" in fails("verify", copy, "--teacher", other)
+    assert str(other) in fails("verify", copy, "--teacher", other)
     rewritten(copy, "train/teacher_features", lambda values: values.__imul__(1.1))
-    assert "is not what the teacher gives" in fails("verify", copy, "--teacher", shapes_teacher)
+    assert "train/teacher_features view" in fails("verify", copy, "--teacher", shapes_teacher)
 
 
 @pytest.mark.fault
@@ -180,7 +181,8 @@ def test_repair_computes_only_what_is_damaged(
     (copy / "train/teacher_features/c/2/0/0").unlink()
     flip(copy / "text/embeddings/zarr.json", rng)
     line = fails("verify", copy)
-    assert "text/embeddings/zarr.json: changed and 2 more; richkd repair" in line
+    assert line.code == "cache-verify-failed"
+    assert "text/embeddings/zarr.json: changed and 2 more" in line and "richkd repair" in line
     assert "repair" in fails("distill", "--cache", copy, "--out", copy.parent / "run")
     done = run("repair", copy, "--json")
     assert done.code == 0, done.err
@@ -205,15 +207,17 @@ def test_repair_needs_what_stage_one_had(
     flip(path / "train/teacher_logits/c/0/0/0", rng)
     before = tree(path)
     weights.unlink()
-    assert f"no teacher weights at {weights}" in fails("repair", path)
+    line = fails("repair", path)
+    assert line.code == "weights-missing" and str(weights) in line
     write_teacher(weights, "resnet8", 16, seed=3)
-    assert "teacher.sha256 was" in fails("repair", path)
+    line = fails("repair", path)
+    assert line.code == "cache-settings-differ" and "teacher.sha256" in line
     assert changed(before, tree(path)) == []
 
 
 def test_what_cannot_be_verified(fails: Fails, copy: Path, tmp_path: Path) -> None:
-    assert "no store at" in fails("verify", tmp_path / "none.zarr")
+    assert fails("verify", tmp_path / "none.zarr").code == "cache-missing"
     text = (copy / "zarr.json").read_text()
     (copy / "zarr.json").write_text(text.replace('"alpha": 0.7', '"alpha": 0.8'))
     for command in ("verify", "repair"):
-        assert "not what was sealed" in fails(command, copy)
+        assert fails(command, copy).code == "cache-unsealed"

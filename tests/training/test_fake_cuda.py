@@ -89,12 +89,10 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-class Written:
-    """What an earlier phase wrote."""
-
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        assert name.endswith("/clip_similarity")
-        return torch.zeros(stop - start, CLASSES)
+def read_written(name: str, start: int, stop: int) -> Tensor:
+    """Rows that an earlier phase wrote."""
+    assert name.endswith("/clip_similarity")
+    return torch.zeros(stop - start, CLASSES)
 
 
 def make_rows(size: int = 32, preview: Preview | None = None, **settings: Any) -> BlockRows:
@@ -114,12 +112,11 @@ def make_rows(size: int = 32, preview: Preview | None = None, **settings: Any) -
     views = views_tensor(dataset.train.view_space.draw(0, TRAIN, VIEWS))
     given = {"dataset": "shapes", "batch_size": 16, "views": VIEWS, **settings}
     text = F.normalize(torch.ones(CLASSES, 2, LARGER_CLIP["embed_dim"], device=CUDA), dim=-1)
-    teachers = Teachers(Precompute(**given), cnn, clip, fusion.class_embeddings(text))
+    teachers = Teachers(Precompute(**given), cnn, clip, text)
     # what stage one holds on the device for its whole length
     vars(cnn)["normalize"], vars(cnn)["_columns"] = cnn.normalize, cnn._columns
     vars(clip)["_constants"] = clip._constants
-    writer: Any = Written()
-    return BlockRows(dataset, views, CUDA, teachers, writer, preview)
+    return BlockRows(dataset, views, CUDA, teachers, read_written, preview)
 
 
 BLOCKS = [

@@ -1,0 +1,129 @@
+"""The manifest that stage one gives a cache: its images, both teachers, and how rows are stored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from richkd.config.settings import Precompute, to_table
+from richkd.core.versions import versions
+from richkd.data.datasets import Dataset
+from richkd.data.prompts import load_prompts
+from richkd.store import schema
+from richkd.store.schema import ClipEntry, DatasetEntry, Manifest, PrecisionError, TeacherEntry
+from richkd.teachers.cnn import CNNTeacher
+from richkd.teachers.rows import Teachers
+
+
+def make_manifest(
+    dataset: Dataset,
+    teachers: Teachers,
+    precision_error: PrecisionError | None = None,
+    block: int | None = None,
+) -> Manifest:
+    """Return everything that is known before the first block.
+
+    Args:
+        dataset: the images.
+        teachers: both teachers and the settings.
+        precision_error: what CLIP's precision costs, if it was measured.
+        block: the number of samples per block; None chooses it by the widest row.
+    """
+    settings = teachers.settings
+    widest = max(len(dataset.class_names), teachers.cnn.num_features)
+    manifest = Manifest(
+        format=schema.FORMAT,
+        schema=schema.SCHEMA,
+        complete=False,
+        dataset=_dataset_entry(settings, dataset),
+        class_names=list(dataset.class_names),
+        image_size=dataset.image_size,
+        mean=list(dataset.mean),
+        std=list(dataset.std),
+        views={
+            "space": dataset.train.view_space.name,
+            "count": settings.views,
+            "seed": settings.seed,
+        },
+        teacher=_teacher_entry(teachers.cnn),
+        clip=_clip_entry(teachers, precision_error),
+        prompts=list(load_prompts(settings.prompts)) if teachers.clip else [],
+        alpha=settings.alpha,
+        scale=settings.scale,
+        fused_accuracy=None,
+        dtype=settings.dtype,
+        keep_bits=settings.keep_bits,
+        block=block or schema.choose_block(widest, settings.dtype),
+        recipe=_recipe(teachers),
+        versions=versions(),
+        checksums=None,
+        seal=None,
+    )
+    if settings.top_k is not None:
+        manifest |= {"keep": settings.top_k, "keep_temperature": settings.keep_temperature}
+    return manifest
+
+
+def _dataset_entry(settings: Precompute, dataset: Dataset) -> DatasetEntry:
+    entry = DatasetEntry(
+        name=dataset.name,
+        fingerprint=dataset.fingerprint,
+        num_train=len(dataset.train),
+        num_test=len(dataset.test),
+        embedded=isinstance(dataset.train.images, Tensor),
+    )
+    if dataset.skipped:
+        entry["skipped"] = list(dataset.skipped)
+    if dataset.decoding is not None:
+        entry["decoding"] = dataset.decoding.entry
+    if dataset.validation is not None:
+        entry["num_validation"] = len(dataset.validation)
+        if settings.validation:
+            entry["validation"] = settings.validation
+    if dataset.folders:
+        entry["folders"] = dict(dataset.folders)
+    return entry
+
+
+def _teacher_entry(cnn: CNNTeacher) -> TeacherEntry:
+    entry = TeacherEntry(
+        name=cnn.name,
+        sha256=cnn.sha256,
+        num_features=cnn.num_features,
+        input=cnn.input.entry,
+        accuracy=None,
+    )
+    if cnn.outputs is not None:
+        entry["outputs"] = list(cnn.outputs)
+    return entry
+
+
+def _clip_entry(teachers: Teachers, precision_error: PrecisionError | None) -> ClipEntry | None:
+    settings, clip, text = teachers.settings, teachers.clip, teachers.text
+    if clip is None or text is None:
+        return None
+    entry = ClipEntry(
+        model=settings.clip,
+        sha256=clip.sha256,
+        logit_scale=clip.logit_scale,
+        num_features=text.shape[-1],
+        accuracy=None,
+    )
+    if settings.clip_precision != "float32":
+        entry["precision"] = settings.clip_precision
+        if precision_error is not None:
+            entry["precision_error"] = precision_error
+    return entry
+
+
+def _recipe(teachers: Teachers) -> dict[str, Any]:
+    """Return the settings as a cache keeps them, with the batch size in use, for repairs.
+
+    As in the manifest's `clip`, CLIP's precision is left out if it is float32.
+    """
+    recipe = to_table(replace(teachers.settings, batch_size=teachers.cnn_batch))
+    if teachers.settings.clip_precision == "float32":
+        del recipe["clip_precision"]
+    return recipe

@@ -1,0 +1,182 @@
+"""Check what stage one was asked for, before anything that takes long."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from richkd.config.settings import Precompute, TrainTeacher, resolve, to_table
+from richkd.core.errors import RichKDError
+from richkd.core.progress import Report, size
+from richkd.data.class_names import check_distinct
+from richkd.data.datasets import Dataset, check_class_names, introduce, load_dataset
+from richkd.data.prompts import load_prompts
+from richkd.data.views import check_num_views
+from richkd.models import check_trainable
+from richkd.models.weights import check_weights, file_sha256
+from richkd.store import schema
+from richkd.store.folder import Folder
+from richkd.store.location import Location
+from richkd.store.manifest import read_manifest
+from richkd.store.reader import open_cache
+from richkd.store.schema import Manifest
+from richkd.store.target import check_target
+from richkd.store.topk import check_keep
+from richkd.teachers.class_order import check_teacher_classes, given_outputs
+from richkd.teachers.clip import check_clip, load_clip, local_folder
+from richkd.teachers.find import teacher_weights
+from richkd.teachers.framing import check_from_elsewhere, check_unsaid
+
+# Settings that do not change the cache; weights and images are compared by content.
+NOT_IN_CACHE = {"device", "batch_size", "data_root", "out", "teacher_weights", "dataset"}
+
+
+def check_request(
+    settings: Precompute, out: Location, overwrite: bool, dataset: Dataset | None, report: Report
+) -> tuple[Dataset, Mapping[str, Any] | None]:
+    """Raise RichKDError for whatever can be refused early, and load the dataset.
+
+    Returns:
+        The dataset, and the manifest of the cache to resume, if there is one.
+    """
+    if dataset is None:
+        check_class_names(settings)
+    check_trainable(settings.teacher, settings.teacher_weights)
+    check_teacher_classes(settings)
+    interrupted = check_settings(settings, out, overwrite)
+    dataset = load_images(settings, dataset, report)
+    if settings.clip != "none":
+        check_distinct(dataset.class_names)
+    if settings.teacher_classes:
+        given_outputs(settings, dataset)
+    return dataset, interrupted
+
+
+def check_settings(
+    settings: Precompute, out: Location, overwrite: bool
+) -> Mapping[str, Any] | None:
+    """Check the location, and the settings that a cache of any age has to satisfy.
+
+    Returns:
+        The manifest of the cache at the location, if there is one that is not to be replaced.
+    """
+    out.check_writable()
+    out.check_unlocked()
+    present = check_target(out, overwrite)
+    check_clip(settings.clip)
+    load_prompts(settings.prompts)
+    check_given(settings)
+    check_from_elsewhere(settings)
+    check_unsaid(settings, Path(settings.teacher_weights))
+    return present
+
+
+def load_images(settings: Precompute, dataset: Dataset | None, report: Report) -> Dataset:
+    """Return the dataset, loaded unless it is given; check that it has enough views and classes."""
+    dataset = dataset or load_dataset(settings, report=report)
+    check_num_views(settings.views, dataset.train.view_space.limit)
+    if settings.top_k is not None:
+        check_keep(settings.top_k, len(dataset.class_names))
+    introduce(dataset, report)
+    return dataset
+
+
+def check_given(settings: Precompute) -> None:
+    """Check teacher weights that were given, before any image is read."""
+    path = Path(settings.teacher_weights)
+    if settings.teacher_weights and path.exists():
+        check_weights(path)
+    elif settings.teacher_weights:
+        raise RichKDError(
+            f"no teacher weights at {path}; pass a file of {settings.teacher or 'its'} weights, or "
+            f"leave --teacher-weights out to train one",
+            code="weights-missing",
+        )
+
+
+def is_complete(
+    settings: Precompute, out: Location, dataset: Dataset, training: TrainTeacher, report: Report
+) -> bool:
+    """Return whether the cache already exists, complete and from these very images and teachers.
+
+    A CLIP that is published under its name, and the demo's own, are compared by name; one from a
+    folder is loaded and compared by content.
+
+    Raises:
+        RichKDError: the cache is complete, but of other images, teachers or settings.
+    """
+    if not out.exists or not read_manifest(out.name)["complete"]:
+        return False
+    manifest = open_cache(out.name).manifest
+    remedy = "choose another --out, or replace it with --overwrite"
+    check_same_settings(manifest, settings, out, remedy)
+    pairs: list[tuple[str, object, object]] = [
+        ("fingerprint of the images", manifest["dataset"]["fingerprint"], dataset.fingerprint),
+        ("image_size", manifest["image_size"], dataset.image_size),
+        ("mean of the images", manifest["mean"], list(dataset.mean)),
+        ("std of the images", manifest["std"], list(dataset.std)),
+        ("classes", manifest["class_names"], list(dataset.class_names)),
+        ("files left out", manifest["dataset"].get("skipped", []), list(dataset.skipped)),
+    ]
+    weights = teacher_weights(settings, training)
+    note = ""
+    if weights is None:
+        note = f"; its teacher is no longer at {training.out} and was not compared"
+    else:
+        pairs.append(("teacher.sha256", manifest["teacher"]["sha256"], file_sha256(weights)))
+    clip = manifest["clip"]
+    if clip is not None:
+        pairs.append(("prompts", manifest["prompts"], list(load_prompts(settings.prompts))))
+        if local_folder(settings.clip) is not None:
+            loaded = load_clip(settings.clip, torch.device("cpu"))
+            pairs.append(("clip.sha256", clip["sha256"], loaded.sha256))
+    for name, was, now in pairs:
+        if was != now:
+            raise settings_differ(out, name, was, now, remedy)
+    report.log(
+        f"{out} is complete already (richkd verify checks its bytes); --overwrite replaces it{note}"
+    )
+    return True
+
+
+def check_same_settings(
+    manifest: Manifest, settings: Precompute, out: Location, remedy: str
+) -> None:
+    """Raise RichKDError if a complete cache has other settings; the dataset's name may differ."""
+    was = to_table(resolve(Precompute, manifest["recipe"], {}))  # with settings that are newer
+    now = to_table(settings)
+    for name in sorted((was.keys() | now.keys()) - NOT_IN_CACHE):
+        if was.get(name) != now.get(name):
+            raise settings_differ(out, name, was.get(name), now.get(name), remedy)
+
+
+def settings_differ(out: Location, name: str, was: object, now: object, remedy: str) -> RichKDError:
+    """Return the error for a complete cache with other settings than those asked for."""
+    return RichKDError(
+        f"{out} is complete, but with other settings: {name} was {schema.shown(was)} and is now "
+        f"{schema.shown(now)}; {remedy}",
+        code="cache-settings-differ",
+    )
+
+
+def check_room(out: Location, manifest: Manifest, report: Report) -> None:
+    """Log how large the cache will be; raise RichKDError if the disk has no room for it."""
+    wanted = schema.raw_bytes(manifest)
+    expected = f"{out}: {size(wanted)} of arrays before compression"
+    expected += f", {manifest['views']['count']} views"
+    if not isinstance(out, Folder):
+        report.log(expected)
+        return
+    folder = next(parent for parent in out.path.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    report.log(f"{expected}; {size(free)} are free")
+    if wanted > free and not out.path.exists():
+        raise RichKDError(
+            f"{out} needs {size(wanted)} and {folder} has {size(free)} free; make room, choose "
+            f"fewer --views, or another --out",
+            code="disk-too-small",
+        )
