@@ -207,16 +207,7 @@ def pull(
 
             def download(patterns: tuple[str, ...], check: Callable[[Path], object]) -> None:
                 with _hub(api, repo_id, report, revision):
-                    api.snapshot_download(
-                        repo_id,
-                        repo_type=kind.repo_type,
-                        revision=commit,
-                        local_dir=folder,
-                        cache_dir=work,
-                        etag_timeout=TIMEOUT_S,
-                        allow_patterns=list(patterns),
-                        ignore_patterns=list(kind.not_files),
-                    )
+                    _download(api, kind, repo_id, commit, work, patterns)
                 _check_download(check, folder, kind, source)
 
             download(kind.head, kind.check_head)
@@ -228,6 +219,21 @@ def pull(
             shutil.rmtree(folder / ".cache")  # huggingface_hub's records of the download
             folder.rename(target)
     return result
+
+
+def _download(
+    api: HfApi, kind: Kind, repo_id: str, commit: str, work: Path, patterns: tuple[str, ...]
+) -> None:
+    api.snapshot_download(
+        repo_id,
+        repo_type=kind.repo_type,
+        revision=commit,
+        local_dir=work / "files",
+        cache_dir=work,
+        etag_timeout=TIMEOUT_S,
+        allow_patterns=list(patterns),
+        ignore_patterns=list(kind.not_files),
+    )
 
 
 @contextmanager
