@@ -54,7 +54,7 @@ def show(summary: dict[str, Any], report: Report) -> None:
     dataset, views, teacher, clip = (manifest[k] for k in ("dataset", "views", "teacher", "clip"))
     accuracy = summary["accuracy"]
     state = "complete" if summary["complete"] else "INCOMPLETE: run the same precompute again"
-    images = "embedded" if dataset["embedded"] else "not embedded, read from the data set"
+    images = "embedded" if dataset["embedded"] else "not embedded, read from the dataset"
     rows = [
         ("state", state),
         ("data", f"{dataset['name']}: {describe_splits(schema.split_sizes(manifest))} images"),

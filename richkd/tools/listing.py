@@ -41,9 +41,9 @@ def show_methods(name: str | None, report: Report) -> dict[str, Any]:
         )
     else:
         entry = found[name]
-        reads = ", ".join(entry["reads"]) or "nothing of the store but images and labels"
+        reads = ", ".join(entry["reads"]) or "only images and labels"
         defaults = [
-            (f"--set {option}", "that of the blend" if value is None else f"{value}")
+            (f"--set {option}", "the alpha of the blend" if value is None else f"{value}")
             for option, value in entry["options"].items()
         ]
         about = [("what", entry["about"]), ("reads", reads), ("target", entry["target"] or "none")]

@@ -123,7 +123,7 @@ def close(a: Tensor, b: Tensor) -> None:
 def test_rows_are_those_of_a_plain_timm_pipeline(
     photos: str, tmp_path: Path, name: str, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "num_workers", lambda *_: workers)
+    monkeypatch.setenv("RICHKD_WORKERS", str(workers))
     model, weights = from_elsewhere(name, tmp_path / "w.safetensors")
     dtype = "float16" if workers else "float32"
     cache = stage_one(tmp_path / "s.zarr", photos, name, weights, dtype=dtype)
@@ -612,7 +612,7 @@ def test_plan_tries_the_teacher_at_its_own_size(photos: str, run: Run, tmp_path:
 def test_fewer_files_are_under_way_at_a_larger_size(
     photos: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "num_workers", lambda *_: 0)
+    monkeypatch.setenv("RICHKD_WORKERS", "0")
     monkeypatch.setattr(inputs, "UNDER_WAY", 17 * 3 * 64 * 64 * 4)
     files: Any = photo_set(photos).train.images
     for size, most in ((64, 4), (128, 1)):

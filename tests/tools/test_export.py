@@ -79,6 +79,11 @@ def test_an_exported_program_gives_the_logits(
         with torch.no_grad():
             found = program.module()(pixels).numpy()
         wanted = expected(folder, store, "resnet8", pixels, "best")
+        mean, std = (torch.tensor(richkd.open_cache(store).manifest[k]) for k in ("mean", "std"))
+        with torch.no_grad():
+            student = richkd.load_student(folder, "best")
+            normalized = (pixels - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+            np.testing.assert_array_equal(student(normalized).numpy(), wanted)
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -91,6 +96,8 @@ def test_logits_that_differ_leave_no_file(store: Path, tmp_path: Path) -> None:
 
 def test_mistakes(fails: Fails, store: Path, tmp_path: Path) -> None:
     assert fails("export", tmp_path).code == "run-missing"
+    with refuses("run-missing", tmp_path):
+        richkd.load_student(tmp_path)
     folder = train(store, tmp_path / "run", "resnet8")
     refusal = fails("export", folder, "--format", "tflite")
     assert refusal.code == "unknown-name" and "'tflite'" in refusal and "onnx, torch" in refusal

@@ -22,6 +22,7 @@ from helpers import Refusal, changed, tree
 import richkd
 from richkd.config.settings import Distill
 from richkd.distill import distill
+from richkd.teachers.hub_access import offline
 from richkd.tools.hub_cards import student_card, text
 
 pytestmark = [
@@ -325,8 +326,8 @@ def test_refused_and_unreachable(
     for command in (("pull", "me/x"), ("push", store, "me/x")):
         assert_refused(fails(*command), "hub-failed", "http://127.0.0.1:1", "HF_ENDPOINT")
     assert time.perf_counter() - start < 10
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert_refused(fails("pull", "me/x"), "hub-failed", "HF_HUB_OFFLINE")
+    with offline():
+        assert_refused(fails("pull", "me/x"), "hub-failed", "HF_HUB_OFFLINE")
     assert left() == []
 
 
