@@ -139,14 +139,11 @@ def _train(
     captions: Sequence[str],
     config: dict[str, Any],
     *,
-    epochs: int,
-    batch_size: int,
-    lr: float,
     seed: int,
     device: torch.device,
-    progress: Callable[[int, int], None] | None,
-    checkpoints: Checkpoints | None,
+    **fitting: Any,
 ) -> nn.Module:
+    """Return a model trained by `_fit`, with the embeddings of all words."""
     # open_clip takes seconds to import, too long for a check of the arguments
     from open_clip import SimpleTokenizer
     from open_clip.model import CLIP
@@ -167,17 +164,7 @@ def _train(
     with torch.no_grad():  # untrained towers map all inputs close together: subtract the mean
         model.visual.attnpool.c_proj.bias -= model.encode_image(_pixels(images[:512])).mean(0)
         model.text_projection.bias -= model.encode_text(tokens[:512]).mean(0)
-    _fit(
-        model,
-        images,
-        tokens,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        seed=seed,
-        progress=progress,
-        checkpoints=checkpoints,
-    )
+    _fit(model, images, tokens, seed=seed, **fitting)
 
     model.cpu()
     every_word[vocabulary] = model.token_embedding.weight.detach()
