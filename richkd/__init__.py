@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from richkd.store.reader import TeacherCache as TeacherCache
     from richkd.store.reader import open_cache as open_cache
     from richkd.tools.samples import torch_dataset as torch_dataset
+    from richkd.training.run_folder import load_student as load_student
 
 _HOME = {
     "RichKDError": "richkd.core.errors",
@@ -27,6 +28,7 @@ _HOME = {
     "apply_views": "richkd.data.views",
     "create_model": "richkd.models",
     "forward": "richkd.models",
+    "load_student": "richkd.training.run_folder",
     "open_cache": "richkd.store.reader",
     "torch_dataset": "richkd.tools.samples",
 }
@@ -37,6 +39,7 @@ __all__ = [
     "apply_views",
     "create_model",
     "forward",
+    "load_student",
     "losses",
     "open_cache",
     "torch_dataset",

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: as much of its HTTP interface as huggingface_hub calls."""
+"""A fake Hugging Face hub: the part of its HTTP interface that huggingface_hub uses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKEN = "hf_good"
 
 @dataclass
 class Repo:
-    """A repository: its commits, oldest first, each with all its files."""
+    """A repository: its commits from the oldest on, each with all of its files."""
 
     private: bool = False
     commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Repo:
 
 
 class FakeHub(ThreadingHTTPServer):
-    """Repositories by type and id; faults to answer with."""
+    """A server of repositories by type and name, which can be made to fail."""
 
     daemon_threads = True
 
@@ -51,8 +51,8 @@ class FakeHub(ThreadingHTTPServer):
         self.repos: dict[tuple[str, str], Repo] = {}
         self.objects: dict[str, bytes] = {}  # large files, by SHA-256
         self.asked: list[str] = []
-        self.damaged: set[str] = set()  # paths that come with a byte changed
-        self.status: int | None = None  # answered to everything
+        self.damaged: set[str] = set()  # paths that are sent with a byte changed
+        self.status: int | None = None  # answered to every request
 
     def add(self, kind: str, repo_id: str, files: dict[str, bytes]) -> Repo:
         repo = self.repos[kind, repo_id] = Repo()
@@ -62,7 +62,7 @@ class FakeHub(ThreadingHTTPServer):
 
 @contextmanager
 def serving() -> Iterator[FakeHub]:
-    """A hub that answers until the block ends."""
+    """Run a hub until the block ends."""
     with FakeHub() as hub:
         thread = threading.Thread(target=hub.serve_forever, args=(0.02,))
         thread.start()
@@ -86,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.server.asked.append(f"{self.command} {path}")
         if self.server.status is not None:
-            self._answer(self.server.status, {"error": "as told"})
+            self._answer(self.server.status, {"error": "on request"})
         elif path.startswith("/api/"):
             self._api(path.removeprefix("/api/"), body)
         elif path.startswith("/objects/"):

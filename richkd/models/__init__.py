@@ -1,4 +1,4 @@
-"""Networks by name: the CIFAR zoo and everything that timm has, behind two functions."""
+"""Networks by name: the CIFAR zoo and all models of timm, behind two functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from richkd.core.errors import RichKDError, nearest
+from richkd.core.errors import RichKDError, first_line, nearest
 from richkd.data.framing import CROP_MODES, NetworkInput
 
 # importing a family registers its models
@@ -21,7 +21,7 @@ from richkd.models import vgg_cifar as vgg_cifar
 from richkd.models import wide_resnet as wide_resnet
 from richkd.models.registry import CONSTRUCTORS, import_timm
 
-# The names of the literature. Those of its VGGs mean other networks in timm, for ImageNet.
+# The names of the literature; timm uses those of the VGGs for its ImageNet networks.
 _VGGS = {f"vgg{depth}": f"cifar_vgg{depth}" for depth in (8, 11, 13, 16, 19)}
 ZOO = (
     "resnet8",
@@ -45,7 +45,7 @@ ZOO = (
     "ShuffleV2",
 )
 
-# Settings of timm's constructors that make some models fit smaller images.
+# Arguments of timm's constructors that make some models fit smaller images.
 _FITTING = {"patch_size": (4, 2), "window_size": (4, 2), "output_stride": (16, 8)}
 _MISFITS = (
     RuntimeError,
@@ -60,18 +60,18 @@ _MISFITS = (
 def create_model(
     name: str, num_classes: int, in_chans: int = 3, image_size: int | None = None, **settings: Any
 ) -> nn.Module:
-    """A fresh network with `model(x) -> logits [B, num_classes]`.
+    """Create a network with random weights: `model(x) -> logits [B, num_classes]`.
 
     Args:
-        name: of the zoo (`resnet8x4`) or of timm (`mobilenetv3_small_050`). A name of both is the
-            zoo's; `timm/vgg13` is timm's.
+        name: a model of the zoo (`resnet8x4`) or of timm (`mobilenetv3_small_050`). The zoo wins
+            if both have the name; `timm/vgg13` is timm's.
         num_classes: the number of logits.
-        in_chans: channels of the images.
-        image_size: side of the images, for timm models that are built for one size.
-        settings: more of timm's, such as `patch_size`.
+        in_chans: the number of channels of the images.
+        image_size: the side of the images in pixels, for timm models built for one size.
+        settings: further arguments of timm's constructor, such as `patch_size`.
 
     Raises:
-        RichKDError: no model has that name, or it does not take those settings.
+        RichKDError: no model has that name, or it does not accept the settings.
     """
     check_names([name])
     given = ", ".join(f"{key} = {value!r}" for key, value in settings.items())
@@ -82,70 +82,66 @@ def create_model(
     try:
         return _build(name, num_classes, in_chans, image_size, settings)
     except (KeyError, *_MISFITS) as error:
-        remedied = "" if image_size is None else f"; {remedy(name, image_size, settings)}"
+        hint = "" if image_size is None else f"; {remedy(name, image_size, settings)}"
         raise RichKDError(
             f"model {name} cannot be built{' with ' * bool(given)}{given}: "
-            f"{_first_line(error)}{remedied}",
+            f"{first_line(error)}{hint}",
             code="model-cannot-be-built",
         ) from None
 
 
 def check_names(names: Collection[str]) -> None:
-    """Refuse names that no model has, all of them at once.
-
-    Raises:
-        RichKDError: there are such names.
-    """
+    """Check that models of these names exist; raise RichKDError with all that do not."""
     others = [name for name in names if _registered(name) not in CONSTRUCTORS]
-    strangers = [name for name in others if not import_timm().is_model(_registered(name))]
-    if strangers:
+    missing = [name for name in others if not import_timm().is_model(_registered(name))]
+    if missing:
         known = {*ZOO, *import_timm().list_models()}
-        if len(strangers) == 1:
-            hint = nearest(strangers[0], known, fallback=ZOO)
-            raise RichKDError(f"unknown model {strangers[0]!r}; {hint}", code="unknown-model")
-        hints = [f"{name!r} ({nearest(name, known, 3, fallback=ZOO[:3])})" for name in strangers]
+        if len(missing) == 1:
+            hint = nearest(missing[0], known, fallback=ZOO)
+            raise RichKDError(f"unknown model {missing[0]!r}; {hint}", code="unknown-model")
+        hints = [f"{name!r} ({nearest(name, known, 3, fallback=ZOO[:3])})" for name in missing]
         raise RichKDError(f"unknown models {', '.join(hints)}", code="unknown-model")
 
 
 def _registered(name: str) -> str:
-    """The name by which a model is registered, here or with timm."""
+    """Return the name under which a model is registered, here or in timm."""
     return _VGGS.get(name, name.removeprefix("timm/"))
 
 
 def has_tag(name: str) -> bool:
-    """Whether a name of timm's names pretrained weights, too, as in `resnet18.a1_in1k`."""
+    """Return whether a name has a tag of timm's pretrained weights, as in `resnet18.a1_in1k`."""
     return name not in ZOO and "." in _registered(name)
 
 
 def check_trainable(name: str, weights: str = "") -> None:
-    """Refuse a name with a tag of pretrained weights where a network is trained from scratch.
+    """Check that a network to be trained from scratch has no tag of pretrained weights.
 
     Args:
-        name: of the network; may be empty.
-        weights: of a teacher, which say themselves what the network starts with.
+        name: the network's name; may be empty.
+        weights: a teacher's weights file, with which a tag is allowed; may be empty.
 
     Raises:
-        RichKDError: it has a tag, and there are no weights.
+        RichKDError: the name has a tag, and there is no weights file.
     """
     if not name or weights or not has_tag(name):
         return
     plain, _, tag = _registered(name).partition(".")
     plain = f"timm/{plain}" if name.startswith("timm/") or plain in ZOO else plain
     raise RichKDError(
-        f"model {name!r} names pretrained weights ({tag}), and none are downloaded or loaded by "
-        f"name: say {plain} to train it from scratch; a teacher's weights are given by "
-        f"--teacher-weights FILE",
+        f"model {name!r} names pretrained weights ({tag}), which are not downloaded; use {plain} "
+        f"to train it from scratch, or pass a teacher's weights with --teacher-weights FILE",
         code="model-names-weights",
     )
 
 
 def pretrained_input(name: str) -> NetworkInput | None:
-    """What a network takes by timm's configuration: that of its tag, or of timm's own choice.
+    """Return the input that timm's configuration of a network states.
 
-    None for networks without one, such as the CIFAR zoo's.
+    The configuration is that of the name's tag, or timm's default; networks without one, such as
+    the CIFAR zoo's, give None.
 
     Raises:
-        RichKDError: no such tag, or images that are not square, or that get borders.
+        RichKDError: the tag is unknown, or the network takes images that are not square or padded.
     """
     if _registered(name) in CONSTRUCTORS:
         return None
@@ -153,7 +149,7 @@ def pretrained_input(name: str) -> NetworkInput | None:
         config = import_timm().models.get_pretrained_cfg(_registered(name))
     except RuntimeError as error:
         raise RichKDError(
-            f"teacher {name!r}: {_first_line(error)}", code="teacher-input-unsupported"
+            f"teacher {name!r}: {first_line(error)}", code="teacher-input-unsupported"
         ) from None
     if config is None:
         return None
@@ -161,7 +157,7 @@ def pretrained_input(name: str) -> NetworkInput | None:
     if height != width or config.crop_mode not in CROP_MODES:
         raise RichKDError(
             f"teacher {name} takes images of {height}×{width} px, crop mode {config.crop_mode}; "
-            f"here they are square and have no borders: choose another",
+            f"only square images without padding are supported: choose another teacher",
             code="teacher-input-unsupported",
         )
     return NetworkInput(
@@ -177,7 +173,7 @@ def pretrained_input(name: str) -> NetworkInput | None:
 def _build(
     name: str, num_classes: int, in_chans: int, image_size: int | None, settings: Mapping[str, Any]
 ) -> nn.Module:
-    """As create_model, with whatever errors the constructors raise."""
+    """Create a network as `create_model` does; raise whatever the constructor raises."""
     own = CONSTRUCTORS.get(_registered(name))
     if own is not None:
         return own(num_classes=num_classes, in_chans=in_chans, **settings)
@@ -195,22 +191,22 @@ def _build(
         side = patch[0] if isinstance(patch, tuple) else patch
         if image_size % side:
             raise ValueError(
-                f"its patches of {side} px leave out {image_size % side} of {image_size} px"
+                f"images of {image_size} px are not a whole number of patches of {side} px"
             )
     return model
 
 
 def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B,C] and the pooled features [B,F] that enter the classifier, in one pass.
+    """Return logits [B,C] and the pooled features [B,F] that enter the classifier, in one pass.
 
-    Under autocast the classifier still computes in f32: logits in bfloat16 tie by the hundred.
+    Under autocast the classifier still computes in f32, since many logits in bfloat16 would tie.
     """
     maps = model.forward_features(images)  # type: ignore[operator]
     features = model.forward_head(maps, pre_logits=True)  # type: ignore[operator]
     classifier = model.get_classifier()  # type: ignore[operator]
-    # running the head once more would count batches twice where it has batch norm (CPUBone)
+    # running the head again would update its batch norms twice (CPUBone)
     once = isinstance(classifier, nn.Linear | nn.Sequential) or hasattr(classifier, "linear")
-    # else two heads whose logits are averaged, a convolution on what is not flattened yet, …
+    # otherwise, e.g., two heads whose logits are averaged, or a convolution before flattening
     enters = features if once else maps
     if torch.is_autocast_enabled(images.device.type):
         enters = _single(enters)
@@ -220,7 +216,7 @@ def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _single(maps: Any) -> Any:
-    """A tensor, or several in a list or tuple, in f32."""
+    """Convert a tensor, or a list or tuple of tensors, to f32."""
     if isinstance(maps, Tensor):
         return maps.float()
     return type(maps)(_single(each) for each in maps)
@@ -232,15 +228,15 @@ def check_fit(
     """Run two images of noise through a model and return its feature width F.
 
     Args:
-        model: what `create_model` gave.
-        name: its name there.
-        image_size: side of the images.
+        model: a model of `create_model`.
+        name: its name.
+        image_size: the side of the images in pixels.
         num_classes: C.
-        settings: those it was made with.
+        settings: the settings it was created with.
 
     Raises:
-        RichKDError: the model does not take images of this size, or its logits do not come from
-            pooled features alone.
+        RichKDError: the model does not accept images of this size, or does not compute its logits
+            from pooled features alone.
     """
     training = model.training
     images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
@@ -250,7 +246,7 @@ def check_fit(
             whole = model(images)
     except _MISFITS as error:
         raise RichKDError(
-            f"model {name} does not fit images of {image_size}×{image_size}: {_first_line(error)}; "
+            f"model {name} does not fit images of {image_size}×{image_size}: {first_line(error)}; "
             f"{remedy(name, image_size, settings)}",
             code="model-does-not-fit",
         ) from None
@@ -263,15 +259,15 @@ def check_fit(
     model.train(training)
     if not fits or whole.shape != (2, num_classes):
         raise RichKDError(
-            f"model {name} does not classify one vector of pooled features, which distillation "
-            f"needs; choose another, e.g. resnet8x4",
+            f"model {name} does not compute logits from one vector of pooled features, as "
+            f"distillation needs; choose another, e.g. resnet8x4",
             code="model-without-features",
         )
     return features.shape[1]
 
 
 def remedy(name: str, image_size: int, settings: Mapping[str, Any]) -> str:
-    """Settings that make a model fit: those that do when they are tried (without any memory)."""
+    """Return the flags that make a model fit, found by trying them on the meta device."""
     found = []
     for key, values in {"img_size": (image_size,), **_FITTING}.items():
         for value in values:
@@ -285,7 +281,3 @@ def remedy(name: str, image_size: int, settings: Mapping[str, Any]) -> str:
             break
     other = "choose a model with less downsampling, e.g. resnet8x4"
     return f"{' or '.join(found)} makes it fit; or {other}" if found else other
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

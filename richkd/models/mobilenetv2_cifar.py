@@ -27,7 +27,7 @@ LAST_WIDTH = 1280
 
 
 class InvertedResidual(nn.Module):
-    """Expand, filter each channel, project; a shortcut where shape allows."""
+    """Expand, filter each channel, project; with a shortcut if the shape stays the same."""
 
     def __init__(self, in_width: int, width: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -91,7 +91,6 @@ class MobileNetV2Cifar(CifarNet):
         return self.conv2(x)  # type: ignore[no-any-return]
 
     def get_classifier(self) -> nn.Module:
-        """The layer from pooled features to logits."""
         return self.classifier
 
 

@@ -1,4 +1,4 @@
-"""The networks of richkd's own by name, and timm, which takes about a second to import."""
+"""The registry of richkd's own networks, and timm, which takes about a second to import."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ CONSTRUCTORS: dict[str, Callable[..., nn.Module]] = {}
 
 
 def register_model(constructor: Constructor) -> Constructor:
-    """Decorator: have a network found by its constructor's name, as timm's of that name does."""
+    """Register a network under its constructor's name, like timm's decorator of this name."""
     CONSTRUCTORS[constructor.__name__] = constructor
     return constructor
 
 
 @cache
 def import_timm() -> Any:
-    """The module timm, which knows the networks registered here as well.
+    """Import timm and register our networks with it.
 
-    Only where a network of timm's own may be meant: without it, a command starts sooner.
+    Call it only if one of timm's own networks may be meant; commands start faster without it.
     """
     import timm
 

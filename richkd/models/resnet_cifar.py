@@ -1,6 +1,6 @@
-"""The CIFAR ResNets of He et al. 2015 (arXiv 1512.03385, section 4.2), and the ×4 wide ones.
+"""The CIFAR ResNets of He et al. 2015 (arXiv 1512.03385, section 4.2), also four times as wide.
 
-Depth is 6n+2.
+Their depth is 6n+2.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from richkd.models.registry import register_model
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions and a shortcut, projected where the shape changes."""
+    """Two 3×3 convolutions and a shortcut, projected if the shape changes."""
 
     def __init__(self, in_width: int, width: int, stride: int) -> None:
         super().__init__()
@@ -58,7 +58,6 @@ class CifarResNet(CifarNet):
         return self.layer3(self.layer2(self.layer1(x)))  # type: ignore[no-any-return]
 
     def get_classifier(self) -> nn.Module:
-        """The layer from pooled features to logits."""
         return self.fc
 
 

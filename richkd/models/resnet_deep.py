@@ -1,6 +1,6 @@
 """ResNet-18 and ResNet-50 (He et al. 2015, arXiv 1512.03385, table 1) with a stem for 32×32 images.
 
-The stem is one 3×3 convolution without stride or pooling; all else is ImageNet's.
+The stem is one 3×3 convolution without stride or pooling; the rest is as for ImageNet.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from richkd.models.registry import register_model
 
 
 def _shortcut(in_width: int, width: int, stride: int) -> nn.Sequential:
-    """The identity, or a projection where the shape changes."""
+    """Return the identity, or a projection if the shape changes."""
     if stride == 1 and in_width == width:
         return nn.Sequential()
     return nn.Sequential(nn.Conv2d(in_width, width, 1, stride, bias=False), nn.BatchNorm2d(width))
@@ -94,7 +94,6 @@ class DeepResNet(CifarNet):
         return x
 
     def get_classifier(self) -> nn.Module:
-        """The layer from pooled features to logits."""
         return self.linear
 
 

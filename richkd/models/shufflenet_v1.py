@@ -24,7 +24,7 @@ class ShuffleUnit(nn.Module):
         self.stride = stride
         added = width - in_width if stride == 2 else width
         inner = added // 4
-        # the stem's few channels are not worth dividing
+        # the stem has too few channels to be worth grouping
         self.groups = 1 if in_width == STEM_WIDTH else GROUPS
         self.conv1 = nn.Conv2d(in_width, inner, 1, groups=self.groups, bias=False)
         self.bn1 = nn.BatchNorm2d(inner)
@@ -66,7 +66,6 @@ class ShuffleNetV1(CifarNet):
         return x
 
     def get_classifier(self) -> nn.Module:
-        """The layer from pooled features to logits."""
         return self.linear
 
 

@@ -1,4 +1,4 @@
-"""ShuffleNetV2 for CIFAR (Ma et al. 2018, arXiv 1807.11164) at width 1, as RepDistiller has it."""
+"""ShuffleNetV2 for CIFAR (Ma et al. 2018, arXiv 1807.11164) at width 1, as in RepDistiller."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _pointwise(in_width: int, width: int) -> nn.Conv2d:
 
 
 class BasicUnit(nn.Module):
-    """One half of the channels passes, the other is filtered; then they are shuffled."""
+    """Filter one half of the channels, pass the other on, then shuffle them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class BasicUnit(nn.Module):
 
 
 class DownUnit(nn.Module):
-    """Two strided branches side by side, then shuffled."""
+    """Concatenate two strided branches, then shuffle the channels."""
 
     def __init__(self, in_width: int, width: int) -> None:
         super().__init__()
@@ -89,7 +89,6 @@ class ShuffleNetV2(CifarNet):
         return F.relu(self.bn2(self.conv2(x)), inplace=True)
 
     def get_classifier(self) -> nn.Module:
-        """The layer from pooled features to logits."""
         return self.linear
 
 

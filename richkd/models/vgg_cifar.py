@@ -1,7 +1,7 @@
 """VGG with batch norm for CIFAR (Simonyan & Zisserman 2014, arXiv 1409.1556), one linear layer.
 
-timm has its own vgg11 to vgg19, for ImageNet; these are registered as cifar_vgg8 and so on, and
-`create_model` knows them by the names of the literature as well.
+timm uses the names vgg11 to vgg19 for ImageNet networks, so these are registered as cifar_vgg8 and
+so on; `create_model` also accepts the names of the literature.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from richkd.models.cifar import CifarNet
 from richkd.models.registry import register_model
 
 WIDTHS = (64, 128, 256, 512, 512)
-LARGE_IMAGES = 64  # px from which the fourth block's map is pooled as well
+LARGE_IMAGES = 64  # from this side in pixels, the fourth block's map is pooled too
 
 
 class VGG(CifarNet):
@@ -33,7 +33,7 @@ class VGG(CifarNet):
         nn.init.zeros_(self.classifier.bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """[B,in_chans,H,W] -> [B,512,H/8,W/8], from 64 px on [B,512,H/16,W/16]."""
+        """[B,in_chans,H,W] -> [B,512,H/8,W/8], or [B,512,H/16,W/16] from 64 pixels on."""
         pools = 4 if x.shape[-1] >= LARGE_IMAGES else 3
         for number in range(len(WIDTHS)):
             x = F.relu(self.get_submodule(f"block{number}")(x), inplace=True)
@@ -42,12 +42,11 @@ class VGG(CifarNet):
         return x
 
     def get_classifier(self) -> nn.Module:
-        """The layer from pooled features to logits."""
         return self.classifier
 
 
 def _block(in_width: int, width: int, depth: int) -> nn.Sequential:
-    """Convolutions, batch norms and the ReLUs between them; the last ReLU comes after the block."""
+    """Return convolutions, batch norms and ReLUs, without the last ReLU, which `VGG` applies."""
     layers: list[nn.Module] = []
     for _ in range(depth):
         layers += [nn.Conv2d(in_width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(True)]

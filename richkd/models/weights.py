@@ -1,7 +1,7 @@
-"""Reading and writing weights. Nothing here ever runs code from a file.
+"""Read and write weights; code in a file is never run.
 
-A file of weights is read in two steps: `read_weights` gives what the file holds, and `load_into`
-finds the network's state dict in it, whatever trainers have wrapped around that.
+Loading takes two steps: `read_weights` returns the content of a file, and `load_into` finds the
+network's state dict in it, whatever a trainer has wrapped around it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,19 +29,19 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from richkd.core.errors import RichKDError
+from richkd.core.errors import RichKDError, first_line
 from richkd.core.files import replacing
 
 _SHA256 = "richkd-sha256"
 Content = Mapping[str, Any]
 
-# What checkpoints hold besides tensors: arguments, paths, times, an accuracy. These are plain
-# containers of data; every other class in a file is refused.
+# Checkpoints hold more than tensors: arguments, paths, times, an accuracy. These classes only
+# contain data; a file with any other class is refused.
 _NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 
 
 def _plain_dict(_: object = None) -> dict[Any, Any]:
-    """What a defaultdict is read as, whatever it makes of missing keys."""
+    """Stand in for a defaultdict, without the factory that it would call for missing keys."""
     return {}
 
 
@@ -69,46 +69,46 @@ _HARMLESS = [
     ),
 ]
 
-# The beginnings of files that are taken for weights, and what to do about them.
+# Files that are often mistaken for weights, by their first bytes, and what to do instead.
 _NO_WEIGHTS = (
     (
         re.compile(rb"version https://git-lfs"),
-        "is a pointer of Git LFS, not the file itself: fetch that with git lfs pull",
+        "is a Git LFS pointer, not the file itself; fetch the file with git lfs pull",
     ),
     (
         re.compile(rb"\s*(<!doctype|<html|<\?xml)", re.IGNORECASE),
-        "is a web page: download the file itself, not the page about it",
+        "is a web page; download the file itself, not the page about it",
     ),
-    (re.compile(rb"\x89HDF"), "is an HDF5 file, as Keras writes them: PyTorch's are needed"),
+    (re.compile(rb"\x89HDF"), "is an HDF5 file, as written by Keras; PyTorch weights are needed"),
     (
         re.compile(rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd"),
-        "is compressed: unpack it first",
+        "is compressed; unpack it first",
     ),
-    (re.compile(rb"\x93NUMPY"), "is a NumPy array: the state dict of a network is needed"),
-    # the first two fields of its protocol buffer: a small version, and the producer's name
+    (re.compile(rb"\x93NUMPY"), "is a NumPy array; a network's state dict is needed"),
+    # the first two fields of its protocol buffer: a small version number and the producer's name
     (
         re.compile(rb"\x08[\x01-\x1f]\x12[\x01-\x7f][\x20-\x7e]"),
-        "is an ONNX file, whose weights have no names of PyTorch's: save the network's "
+        "is an ONNX file, which lacks PyTorch's names of weights; save the network's "
         "state_dict() instead",
     ),
 )
-# Members of ZIP files that are no weights. torch.save writes a ZIP file, too.
+# The same for ZIP archives, by the names of their members; torch.save writes ZIP archives too.
 _NO_WEIGHTS_ZIPPED = (
     (
         re.compile(r"^[^/]+/(constants\.pkl$|code/)"),
-        "is a TorchScript archive: save the network's state_dict() instead",
+        "is a TorchScript archive; save the network's state_dict() instead",
     ),
     (
         re.compile(r"^([^/]+/)?(archive_format|serialized_exported_program\.json)$"),
-        "is an exported program: save the network's state_dict() instead",
+        "is an exported program; save the network's state_dict() instead",
     ),
-    (re.compile(r"\.npy$"), "is an archive of NumPy arrays: the state dict of a network is needed"),
+    (re.compile(r"\.npy$"), "is an archive of NumPy arrays; a network's state dict is needed"),
 )
 
 # --- what trainers wrap around a state dict ------------------------------------------------------
 
-# Parts of names that stand for a module around another: DataParallel and DDP, torch.compile, FSDP,
-# activation checkpointing, DeepSpeed and Lightning.
+# Parts of names that wrapper modules add: DataParallel and DDP, torch.compile, FSDP, activation
+# checkpointing, DeepSpeed and Lightning.
 _WRAPPERS = {
     "module",
     "_orig_mod",
@@ -116,15 +116,15 @@ _WRAPPERS = {
     "_checkpoint_wrapped_module",
     "_forward_module",
 }
-# Entries that no prediction depends on: counters of thop and of AveragedModel, constants that a
-# network computes itself, and what losses and metrics keep.
+# Entries that do not affect predictions: counters of thop and AveragedModel, constants that the
+# network computes itself, and the state of losses and metrics.
 _IDLE = re.compile(
     r"(.*\.)?(total_ops|total_params|n_averaged|relative_position_index|relative_coords_table"
     r"|attn_mask)|(criterion|loss|metric|(train|val|valid|test)_(acc|loss|metric))[^.]*\..*"
 )
-_TRACKED = "num_batches_tracked"  # which PyTorch before 0.4.1 did not have
+_TRACKED = "num_batches_tracked"  # missing in files of PyTorch before 0.4.1
 _AVERAGED = re.compile(r"(?<![a-z])(ema|swa|averaged?)(?![a-z])", re.IGNORECASE)
-# Keys of the weights themselves, where others are beside them.
+# The usual keys of a network's weights; they win over weights at other keys.
 _USUAL = {
     "state_dict",
     "model",
@@ -135,20 +135,20 @@ _USUAL = {
     "params",
     "module",
 }
-_DEEPEST = 4  # mappings in mappings
+_DEEPEST = 4  # levels of nested mappings
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Tensors somewhere in a file, named as a network names them."""
+    """Tensors in a file that may be a network's state dict."""
 
-    keys: tuple[str, ...]  # that lead to the mapping they are in
-    prefix: str  # of their names there
-    unwrapped: bool  # parts such as `module` were taken out of the names
-    tensors: dict[str, Tensor]
-    missing: frozenset[str]  # of the network's entries
-    extra: frozenset[str]  # and entries that the network has not
-    outside: tuple[str, ...]  # the other entries of the mapping
+    keys: tuple[str, ...]  # that lead to their mapping
+    prefix: str  # that all their names have there
+    unwrapped: bool  # whether parts such as `module` were removed from the names
+    tensors: dict[str, Tensor]  # by name, without the prefix
+    missing: frozenset[str]  # entries of the network that are not among them
+    extra: frozenset[str]  # entries among them that the network does not have
+    outside: tuple[str, ...]  # entries of the mapping without the prefix
 
     @property
     def fits(self) -> bool:
@@ -164,50 +164,47 @@ class _Candidate:
 
     @property
     def where(self) -> str:
-        """Its keys, as one; empty at the top of the file."""
+        """Their place in the file, such as `module.* in state_dict`; empty for all of the file."""
         names = f"{self.prefix}*" if self.prefix else ""
-        keys = ".".join(self.keys)
-        return f"{names} in {keys}" if names and keys else names or keys
+        return " in ".join(filter(None, (names, ".".join(self.keys))))
 
 
 def read_weights(path: Path) -> Content:
-    """What a file of weights holds, of safetensors or `torch.save`; the content says which.
+    """Return the content of a file of weights in the format of safetensors or `torch.save`.
+
+    The file's content, not its name, decides the format.
 
     Raises:
-        RichKDError: no such file, not a file of weights, or one with pickled code.
+        RichKDError: the file is missing, holds no weights, or holds pickled code.
     """
     check_weights(path)
     content: Any = read_safetensors(path)[0] if _is_safetensors(path) else _read_pickle(path)
     if not isinstance(content, Mapping) or not content:
         raise RichKDError(
-            f"{path} holds no state dict, but {type(content).__name__}; save "
-            f"torch.save(model.state_dict(), FILE) where it was made",
+            f"{path} holds {type(content).__name__}, not a state dict; save it with "
+            f"torch.save(model.state_dict(), FILE)",
             code="weights-no-state-dict",
         )
     return content
 
 
 def check_weights(path: Path) -> None:
-    """Refuse what is no file of weights by its beginning, before anything is read.
-
-    Raises:
-        RichKDError: that is so, or there is no such file.
-    """
+    """Check that a file starts like weights, without reading it; raise RichKDError if not."""
     if path.is_dir():
         suffixes = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
         inside = sorted(file.name for file in path.iterdir() if file.suffix in suffixes)
-        hint = f"name a file in it, such as {path / inside[0]}" if inside else "name a file"
+        hint = f"name a file in it, e.g. {path / inside[0]}" if inside else "name a file"
         raise RichKDError(
-            f"{path} is a directory, not a file of weights: {hint}", code="weights-is-directory"
+            f"{path} is a directory, not a file of weights; {hint}", code="weights-is-directory"
         )
     if not path.is_file():
-        raise RichKDError(f"no weights at {path}", code="weights-missing")
+        raise RichKDError(f"no file of weights at {path}", code="weights-missing")
     with path.open("rb") as file:
         head = file.read(512)
-    fault = "is empty: copy or download it again" if not head else None
+    fault = "is empty; copy or download it again" if not head else None
     fault = fault or next((why for shape, why in _NO_WEIGHTS if shape.match(head)), None)
     if head[257:262] == b"ustar":
-        fault = "is a tar archive: unpack it first"
+        fault = "is a tar archive; unpack it first"
     if fault is None and head.startswith(b"PK\x03\x04"):
         with suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -215,53 +212,55 @@ def check_weights(path: Path) -> None:
                 (why for shape, why in _NO_WEIGHTS_ZIPPED if any(map(shape.search, names))), None
             )
             if fault is None and not any(name.endswith("data.pkl") for name in names):
-                fault = "is a ZIP archive that torch.save did not write: unpack it first"
+                fault = "is a ZIP archive that torch.save did not write; unpack it first"
     if fault is not None:
         raise RichKDError(f"{path} {fault}", code="weights-format")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a file; RichKDError where it is damaged.
+    """Return the tensors and the metadata of a safetensors file; raise RichKDError if damaged.
 
-    The format has no checksum; files of richkd's own carry one in their metadata.
+    The format has no checksum; files that richkd wrote carry one in their metadata.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            note = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise RichKDError(
-            f"{path} is damaged or no safetensors file: {error}", code="weights-damaged"
-        ) from None
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        note = file.metadata() or {}
     if note.get(_SHA256, "") not in ("", tensors_sha256(tensors)):
         raise RichKDError(
-            f"{path} is damaged: its tensors are not those that were written",
+            f"{path} is damaged: its tensors differ from those that were written",
             code="weights-damaged",
         )
     return tensors, note
 
 
 def read_note(path: Path) -> dict[str, str]:
-    """The metadata of a file, without its tensors; RichKDError where it is damaged.
+    """Return the metadata of a safetensors file, or none of another file, without its tensors.
 
-    Files of other formats than safetensors have none.
+    Raises:
+        RichKDError: the file is damaged.
     """
     if not _is_safetensors(path):
         return {}
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
+            yield file
     except (SafetensorError, OSError) as error:
         raise RichKDError(
-            f"{path} is damaged or no safetensors file: {error}", code="weights-damaged"
+            f"{path} is damaged or not a safetensors file: {error}", code="weights-damaged"
         ) from None
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By the content, for names may say something else; what is neither goes by its name."""
+    """Decide by the content, since names may mislead; by the name if the content is unclear."""
     with path.open("rb") as file:
         head = file.read(9)
-    by_content = head[7:9] == b"\0{"  # the length of a header in JSON, and its beginning
+    by_content = head[7:9] == b"\0{"  # the length of a JSON header, and its start
     return by_content or (
         path.suffix == ".safetensors" and not head.startswith((b"PK\x03\x04", b"\x80\x02"))
     )
@@ -272,38 +271,37 @@ def _read_pickle(path: Path) -> object:
         with (
             torch.serialization.safe_globals(_HARMLESS),  # type: ignore[arg-type]
             warnings.catch_warnings(action="ignore"),  # about pickles that are refused anyway
-            path.open("rb") as file,  # by its name, torch would take it for something else
+            path.open("rb") as file,  # torch would go by the name of a path
         ):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         with path.open("rb") as file:
             if not file.read(4).startswith((b"PK\x03\x04", b"\x80")):
                 raise RichKDError(
-                    f"{path} is damaged or no file of weights: it is neither of safetensors nor of "
-                    f"torch.save",
+                    f"{path} is damaged or not a file of weights: neither safetensors nor "
+                    f"torch.save wrote it",
                     code="weights-damaged",
                 ) from None
         found = _foreign(path, str(error))
         raise RichKDError(
-            f"refused to read {path}: it holds more than tensors and plain values, which could "
-            f"run code ({found}); save its weights alone, where it was made: "
-            f"torch.save(model.state_dict(), FILE)",
+            f"refused to read {path}: it holds more than tensors and plain values and could run "
+            f"code ({found}); save its weights alone with torch.save(model.state_dict(), FILE)",
             code="weights-unsafe",
         ) from None
-    except Exception as error:  # damage shows in errors of many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # damage raises errors of many kinds
         raise RichKDError(
-            f"{path} is damaged or no file of weights: {reason}", code="weights-damaged"
+            f"{path} is damaged or not a file of weights: {first_line(error)}",
+            code="weights-damaged",
         ) from None
 
 
 def _foreign(path: Path, reason: str) -> str:
-    """The classes and functions that a file of `torch.save` asks for and that are not read."""
+    """Return the names of the classes and functions that a `torch.save` file must not load."""
     names: list[str] = []
     with suppress(Exception), torch.serialization.safe_globals(_HARMLESS):  # type: ignore[arg-type]
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     names = sorted(names, key=lambda name: (name.startswith("torch."), name))
-    if not names:  # of the format before PyTorch 1.6
+    if not names:  # the format before PyTorch 1.6
         names = re.findall(r"(?:GLOBAL|class|for) '?([A-Za-z_]\w*(?:\.\w+)+)", reason)[:1]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more if names else "a pickle that torch.save did not write"
@@ -315,24 +313,24 @@ def _foreign(path: Path, reason: str) -> str:
 def find_state(
     own: Mapping[str, Tensor], content: Content, name: str, path: Path
 ) -> tuple[dict[str, Tensor], str]:
-    """The entries of a network in what a file holds, by the network's own names.
+    """Find a network's state dict in the content of a file.
 
-    A state dict may lie at any key (`{"state_dict": …}`), under any prefix (`model.fc.weight`), and
-    its names may have parts that stand for wrappers (`module`, `_orig_mod`): they are taken out
-    where the names are the network's then, every one. Averaged weights (EMA, SWA) go before those
-    beside them.
+    It may lie at any key (`{"state_dict": …}`) and under any prefix (`model.fc.weight`), and its
+    names may contain parts that wrappers added (`module`, `_orig_mod`), which are removed if every
+    name then is one of the network's. Averaged weights (EMA, SWA) take precedence over others.
 
     Args:
         own: the network's state dict, whose names count.
-        content: of the file.
-        name: the network's, for messages.
-        path: the file's, for messages.
+        content: the content of the file.
+        name: the network's name, for messages.
+        path: the file's path, for messages.
 
     Returns:
-        The entries, and one line on what was unwrapped and left out; empty where nothing was.
+        The entries by the network's own names, and one line on what was unwrapped and ignored,
+        which is empty if nothing was.
 
     Raises:
-        RichKDError: no entries have these names, or several and none is the usual one.
+        RichKDError: no entries have these names, or several sets do and none is the usual one.
     """
     found = [
         one
@@ -342,7 +340,7 @@ def find_state(
     if not found:
         keys = ", ".join(repr(key) for key in list(content)[:4])
         raise RichKDError(
-            f"{path} holds no state dict: no tensors by names, at {keys} and below",
+            f"{path} holds no state dict: there are no named tensors at {keys} or below",
             code="weights-no-state-dict",
         )
     fitting = [one for one in found if one.fits]
@@ -354,14 +352,14 @@ def find_state(
         key: chosen.tensors[key] if key in chosen.tensors else torch.zeros_like(tensor)
         for key, tensor in own.items()
     }
-    return state, _what_was_read(chosen, beside, own, path)
+    return state, _describe(chosen, beside, own, path)
 
 
 def _mappings(
     content: Content, keys: tuple[str, ...], seen: set[int]
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Every mapping from names to tensors in what a file holds, with the keys that lead to it."""
-    if id(content) in seen or len(keys) > _DEEPEST:  # many keys may lead to one
+    """Yield every mapping from names to tensors in `content`, with the keys that lead to it."""
+    if id(content) in seen or len(keys) > _DEEPEST:  # a mapping may occur at many keys
         return
     seen.add(id(content))
     tensors = {
@@ -379,13 +377,12 @@ def _mappings(
 def _candidates(
     own: Mapping[str, Tensor], keys: tuple[str, ...], tensors: Mapping[str, Tensor]
 ) -> list[_Candidate]:
-    """A mapping's tensors as a network's, by the prefixes that most names are the network's with.
+    """Return the candidates in a mapping, one for each prefix that many of the names share.
 
-    Names as they are come first: parts that look like wrappers may be the network's own.
+    Wrappers are removed only if the names as they are do not fit: what looks like a wrapper may be
+    part of the network.
     """
-    found = [
-        _under(own, keys, prefix, tensors, unwrapped=False) for prefix in _prefixes(own, tensors)
-    ]
+    found = _under_prefixes(own, keys, tensors, unwrapped=False)
     if any(one.fits for one in found):
         return found
     wrappers = _WRAPPERS - {part for key in own for part in key.split(".")}
@@ -394,15 +391,37 @@ def _candidates(
         for key, tensor in tensors.items()
     }
     if bare.keys() != tensors.keys() and len(bare) == len(tensors):
-        unwrapped = [
-            _under(own, keys, prefix, bare, unwrapped=True) for prefix in _prefixes(own, bare)
-        ]
-        return unwrapped or found
+        return _under_prefixes(own, keys, bare, unwrapped=True)
     return found
 
 
+def _under_prefixes(
+    own: Mapping[str, Tensor],
+    keys: tuple[str, ...],
+    tensors: Mapping[str, Tensor],
+    *,
+    unwrapped: bool,
+) -> list[_Candidate]:
+    candidates = []
+    for prefix in _prefixes(own, tensors):
+        inside = {
+            key.removeprefix(prefix): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(prefix)
+        }
+        missing = {key for key in own.keys() - inside.keys() if not key.endswith(_TRACKED)}
+        extra = {key for key in inside.keys() - own.keys() if not _IDLE.fullmatch(key)}
+        outside = tuple(key for key in tensors if not key.startswith(prefix))
+        candidates.append(
+            _Candidate(
+                keys, prefix, unwrapped, inside, frozenset(missing), frozenset(extra), outside
+            )
+        )
+    return candidates
+
+
 def _prefixes(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Those with which at least half as many names are the network's as with the best; or none."""
+    """Return the prefixes that give at least half as many of the network's names as the best."""
     counts: Counter[str] = Counter()
     for key in tensors:
         parts = key.split(".")
@@ -414,54 +433,26 @@ def _prefixes(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[
     return [prefix for prefix, count in counts.items() if 2 * count >= most] or [""]
 
 
-def _under(
-    own: Mapping[str, Tensor],
-    keys: tuple[str, ...],
-    prefix: str,
-    tensors: Mapping[str, Tensor],
-    *,
-    unwrapped: bool,
-) -> _Candidate:
-    """The tensors whose names have a prefix, as a network's."""
-    inside = {
-        key.removeprefix(prefix): tensor
-        for key, tensor in tensors.items()
-        if key.startswith(prefix)
-    }
-    missing = {key for key in own.keys() - inside.keys() if not key.endswith(_TRACKED)}
-    extra = {key for key in inside.keys() - own.keys() if not _IDLE.fullmatch(key)}
-    return _Candidate(
-        keys,
-        prefix,
-        unwrapped,
-        inside,
-        frozenset(missing),
-        frozenset(extra),
-        tuple(key for key in tensors if not key.startswith(prefix)),
-    )
-
-
 def _choose(fitting: list[_Candidate], name: str, path: Path) -> _Candidate:
-    """Of those that fit, the averaged one, else the one at a usual key.
+    """Return the averaged candidate, else the one at a usual key, else the only one.
 
     Raises:
-        RichKDError: there are several.
+        RichKDError: several different candidates are left.
     """
-    for rank in (
-        [one for one in fitting if one.averaged],
-        [one for one in fitting if one.usual],
-        fitting,
-    ):
-        if rank:
-            break
+    averaged = [one for one in fitting if one.averaged]
+    usual = [one for one in fitting if one.usual]
+    rank = averaged or usual or fitting
     if all(_same(rank[0].tensors, one.tensors) for one in rank[1:]):
         return rank[0]
-    places = ", ".join(one.where or "the top" for one in rank)
     raise RichKDError(
-        f"{path} holds several networks that could be {name} ({places}); save the one that is "
-        f"meant alone",
+        f"{path} holds several networks that could be {name} ({_places(rank)}); save the intended "
+        f"one in a file of its own",
         code="weights-ambiguous",
     )
+
+
+def _places(candidates: list[_Candidate]) -> str:
+    return ", ".join(one.where or "the top level" for one in candidates)
 
 
 def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
@@ -470,33 +461,31 @@ def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _what_was_read(
+def _describe(
     chosen: _Candidate, beside: list[_Candidate], own: Mapping[str, Tensor], path: Path
 ) -> str:
-    """In one line; empty where the file is the state dict and nothing else."""
-    left = [*chosen.outside, *(chosen.tensors.keys() - own.keys())]
+    """Return one line on what was loaded; empty if the file is the state dict and nothing else."""
+    ignored = sorted([*chosen.outside, *(chosen.tensors.keys() - own.keys())])
     notes = []
     if chosen.averaged:
-        notes.append("its averaged weights")
+        notes.append("averaged weights")
     if beside:
-        places = ", ".join(one.where or "the top" for one in beside)
-        notes.append(f"{places} {'is' if len(beside) == 1 else 'are'} beside it")
+        notes.append(f"rather than {_places(beside)}")
     if chosen.unwrapped:
-        notes.append("wrappers such as module taken out of the names")
-    if left:
-        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        notes.append(f"left out {', '.join(sorted(left)[:3])}{more}")
+        notes.append("without wrappers such as module in the names")
+    if ignored:
+        more = f" and {len(ignored) - 3} more" if len(ignored) > 3 else ""
+        notes.append(f"ignored {', '.join(ignored[:3])}{more}")
     if not notes and not chosen.where:
         return ""
-    return f"read {chosen.where or 'the weights'} of {path}" + f" ({'; '.join(notes)})" * bool(
-        notes
-    )
+    loaded = f"loaded {chosen.where or 'the weights'} from {path}"
+    return f"{loaded} ({'; '.join(notes)})" if notes else loaded
 
 
 def _other_architecture(
     found: list[_Candidate], own: Mapping[str, Tensor], name: str, path: Path
 ) -> RichKDError:
-    """What differs between a network and those tensors of a file that are nearest to it."""
+    """Return the error that names what differs from the nearest candidate in the file."""
     near = min(found, key=lambda one: (len(one.missing), len(one.extra)))
     missing = len(own.keys() - near.tensors.keys())
     examples = [
@@ -506,29 +495,29 @@ def _other_architecture(
     ]
     where = f" in {near.where}" if near.where else ""
     return RichKDError(
-        f"{path} is of another architecture than {name}: {missing} entries missing, "
+        f"{path} holds another architecture than {name}: {missing} entries missing, "
         f"{len(near.extra)} unexpected{where}, e.g. {', '.join(examples)}",
         code="weights-other-architecture",
     )
 
 
 def load_into(model: nn.Module, content: Content, name: str, path: Path) -> str:
-    """Load every entry of a network, or say what differs in one line.
+    """Load every entry of a network from the content of a file.
 
     Args:
         model: the network.
-        content: as `read_weights` gave it.
-        name: the network's, for messages.
-        path: the file's, for messages.
+        content: the content, as `read_weights` returns it.
+        name: the network's name, for messages.
+        path: the file's path, for messages.
 
     Returns:
-        One line on what was unwrapped and left out (`find_state`); empty where nothing was.
+        One line on what was unwrapped and ignored (see `find_state`); empty if nothing was.
 
     Raises:
-        RichKDError: names or shapes differ from the network's, or tensors hold no floats.
+        RichKDError: names or shapes differ from the network's, or weights are not floats.
     """
     own = model.state_dict()
-    state, said = find_state(own, content, name, path)
+    state, summary = find_state(own, content, name, path)
     misfits = {key: state[key] for key, tensor in own.items() if state[key].shape != tensor.shape}
     if misfits:
         raise _other_shapes(misfits, own, name, path)
@@ -537,11 +526,11 @@ def load_into(model: nn.Module, content: Content, name: str, path: Path) -> str:
         if tensor.is_floating_point() and (given.is_quantized or not given.is_floating_point()):
             raise RichKDError(
                 f"{path}: {key} is {str(given.dtype).removeprefix('torch.')}, as in quantized "
-                f"networks; the weights as they were before that are needed",
+                f"networks; use the weights from before quantization",
                 code="weights-quantized",
             )
     model.load_state_dict(state)
-    return said
+    return summary
 
 
 def _other_shapes(
@@ -552,9 +541,9 @@ def _other_shapes(
     first = {(tuple(given.shape[:1]), tuple(own[key].shape[:1])) for key, given in misfits.items()}
     rest = all(given.shape[1:] == own[key].shape[1:] for key, given in misfits.items())
     if rest and len(first) == 1 and theirs and ours and [*own][-1] in misfits:
-        why = f"it has {theirs[0]} classes and the data have {ours[0]}: another number of classes"
+        why = f"it has {theirs[0]} classes, the dataset has {ours[0]}"
     else:
-        why = "another number of classes, width or image size?"
+        why = "the number of classes, the width or the image size may differ"
     return RichKDError(
         f"{path} does not fit {name}: {key} is {theirs}, the model's is {ours} ({why})",
         code="weights-do-not-fit",
@@ -562,18 +551,18 @@ def _other_shapes(
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def state_sha256(model: nn.Module) -> str:
-    """The SHA-256 of a model's state dict, wherever that came from."""
+    """Return the SHA-256 of a model's state dict."""
     return tensors_sha256(model.state_dict())
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """The SHA-256 of names, shapes and values."""
+    """Return the SHA-256 of the names, shapes and values of tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -584,9 +573,9 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write safetensors whole or not at all; OSError where there is no room."""
+    """Write a safetensors file atomically; raise OSError if the disk is full."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     note = {**(metadata or {}), _SHA256: tensors_sha256(plain)}
     with replacing(path) as temporary:
-        # `save_file` writes to a temporary file of its own, which a killed process leaves behind
+        # `save_file` would write a temporary file of its own, which a killed process leaves behind
         temporary.write_bytes(save(plain, note))

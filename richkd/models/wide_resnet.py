@@ -1,6 +1,6 @@
 """Wide ResNets for CIFAR (Zagoruyko & Komodakis 2016, arXiv 1605.07146), WRN-depth-width.
 
-Depth is 6n+4. Blocks are pre-activated: batch norm and ReLU come before each convolution.
+Their depth is 6n+4. Blocks are pre-activated: batch norm and ReLU precede each convolution.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from richkd.models.registry import register_model
 
 
 class WideBlock(nn.Module):
-    """Two pre-activated 3×3 convolutions and a shortcut, projected where the width changes."""
+    """Two pre-activated 3×3 convolutions and a shortcut, projected if the width changes."""
 
     def __init__(self, in_width: int, width: int, stride: int) -> None:
         super().__init__()
@@ -28,14 +28,14 @@ class WideBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B,in,H,W] -> [B,width,H/stride,W/stride]; a projection starts from the activation."""
+        """[B,in,H,W] -> [B,width,H/stride,W/stride]; projections start from the activation."""
         active = F.relu(self.bn1(x), inplace=True)
         shortcut = x if self.convShortcut is None else self.convShortcut(active)
         return self.conv2(F.relu(self.bn2(self.conv1(active)), inplace=True)).add_(shortcut)  # type: ignore[no-any-return]
 
 
 class WideStage(nn.Module):
-    """Blocks of one width; the first one has the stride."""
+    """Blocks of one width, of which the first has the stride."""
 
     def __init__(self, in_width: int, width: int, blocks: int, stride: int) -> None:
         super().__init__()
@@ -70,7 +70,6 @@ class WideResNet(CifarNet):
         return F.relu(self.bn1(x), inplace=True)
 
     def get_classifier(self) -> nn.Module:
-        """The layer from pooled features to logits."""
         return self.fc
 
 

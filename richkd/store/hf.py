@@ -1,4 +1,8 @@
-"""A cache in a dataset of the Hugging Face hub, read-only: hf://datasets/OWNER/NAME[@REVISION]."""
+"""A cache in a dataset repository of the Hugging Face hub: hf://datasets/OWNER/NAME[@REVISION].
+
+Files are read through HfFileSystem rather than `hf_hub_download`, which would ask twice for every
+chunk, could not read the end of a file alone, and would keep a second copy beside richkd's own.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Hub(Location):
-    """A cache in a repository of the Hugging Face hub: hf://datasets/OWNER/NAME[/PATH]."""
+    """A read-only cache on the Hugging Face hub: hf://datasets/OWNER/NAME[/PATH]."""
 
     durable = True
     at_once = AT_ONCE
@@ -26,7 +30,6 @@ class Hub(Location):
 
     @property
     def name(self) -> str:
-        """The URL."""
         return self._name
 
     @cached_property
@@ -34,12 +37,6 @@ class Hub(Location):
         from huggingface_hub import HfFileSystem
 
         return HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT") or None)
-
-    @cached_property
-    def _api(self) -> Any:
-        from huggingface_hub import HfApi
-
-        return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
 
     @property
     def _root(self) -> str:
@@ -59,12 +56,13 @@ class Hub(Location):
             return bytes(self._files.cat_file(f"{self._root}/{file}", start=-count))
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
+        from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
         with self.explained("read"):
             where = self._files.resolve_path(f"{self._root}/{prefix}")
             root = self._files.resolve_path(self._root).path_in_repo
-            entries = self._api.list_repo_tree(
+            entries = HfApi(endpoint=self._files.endpoint).list_repo_tree(
                 where.repo_id,
                 where.path_in_repo or None,
                 recursive=True,
@@ -83,7 +81,7 @@ class Hub(Location):
             yield
         except FileNotFoundError:
             raise
-        except Exception as error:  # of the hub, of requests, of fsspec
+        except Exception as error:  # of the hub, of its HTTP library, of fsspec
             raise RichKDError(
                 f"cannot {do} {self.name}: {first_line(error)}; check the network, the name and "
                 f"HF_TOKEN",
@@ -91,34 +89,34 @@ class Hub(Location):
             ) from None
 
     def write(self, file: str, content: bytes) -> None:
-        raise self._only_read
+        raise self._read_only
 
     def delete(self, file: str) -> None:
-        raise self._only_read
+        raise self._read_only
 
     def create(self, content: Mapping[str, bytes]) -> None:
-        raise self._only_read
+        raise self._read_only
 
     def check_writable(self) -> None:
-        raise self._only_read
+        raise self._read_only
 
     def locked(self) -> AbstractContextManager[None]:
-        raise self._only_read
+        raise self._read_only
 
     def check_unlocked(self) -> None:
-        """Do nothing: no process can write here."""
+        """Do nothing: nobody writes here."""
 
     def check_still_locked(self) -> None:
-        """Do nothing: no process can write here."""
+        """Do nothing: nobody writes here."""
 
     def remove_temporary(self) -> None:
-        """Do nothing: no process can write here."""
+        """Do nothing: nobody writes here."""
 
     @property
-    def _only_read(self) -> RichKDError:
+    def _read_only(self) -> RichKDError:
         repo = self._root.removeprefix("datasets/")
         return RichKDError(
-            f"{self.name}: a cache cannot be written to the hub directly; write it to a folder, "
-            f"then share it: richkd push CACHE {repo}",
+            f"{self.name}: caches on the hub cannot be written file by file; write one to a local "
+            f"path and upload it with richkd push CACHE {repo}",
             code="location-read-only",
         )

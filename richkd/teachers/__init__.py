@@ -1,1 +1,1 @@
-"""The teachers. Only stage one imports these."""
+"""The teachers; only stage one imports them."""

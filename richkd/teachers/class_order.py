@@ -1,8 +1,8 @@
-"""Which output of the CNN teacher is which class.
+"""Map the outputs of the CNN teacher to the classes of the dataset.
 
-A store's rows are in the data set's order, which for folders is that of their sorted names. Others
-have other orders: timm's loader sorts class10 behind class2 and ignores case. `Outputs` says which
-output is class c; None stands for the data set's own order.
+A cache holds logits in the dataset's order; folders are in the order of their sorted names. Other
+programs use other orders: timm's loader ignores case and sorts class2 before class10. `Outputs`
+gives the number of the teacher's output for each class; None means the dataset's order.
 """
 
 from __future__ import annotations
@@ -26,25 +26,21 @@ from richkd.data.inputs import make_inputs
 from richkd.teachers.cnn import CNNTeacher, Outputs
 from richkd.teachers.framing import note_of
 
-LOOKED_AT = 256  # images, of the training split for a choice and of the test split for a preview
+LOOKED_AT = 256  # training images to choose an order by, and test images of the preview
 CLEARLY = 3.0  # standard deviations
-DOUBT = 0.01  # the chance that a teacher at the bound does as badly
-DROP = 0.10  # what a teacher may lose of the accuracy that its file records
+DOUBT = 0.01  # the probability below which an accuracy is called too low
+DROP = 0.10  # how far a teacher may stay below the accuracy recorded in its file
 
 
 def check_teacher_classes(settings: Precompute) -> None:
-    """Refuse an order of the teacher's classes that is in no file, or is not for a file of weights.
-
-    Raises:
-        RichKDError: that is so.
-    """
+    """Check that --teacher-classes can be read and comes with weights; raise RichKDError if not."""
     given = settings.teacher_classes
     if not given:
         return
     if not settings.teacher_weights:
         raise RichKDError(
-            "--teacher-classes is for weights from elsewhere, and a teacher that is trained here "
-            "has the data set's order; pass --teacher-weights, or leave it out",
+            "--teacher-classes is only for weights from elsewhere, as a teacher that richkd trains "
+            "has the dataset's order; pass --teacher-weights, or leave it out",
             code="teacher-classes-not-needed",
         )
     if given not in ORDERS:
@@ -52,10 +48,10 @@ def check_teacher_classes(settings: Precompute) -> None:
 
 
 def given_outputs(settings: Precompute, dataset: Dataset) -> Outputs | None:
-    """The order that the settings say: sorted, natural or that of a file.
+    """Return the order that the user gives: sorted, natural or that of a file.
 
     Raises:
-        RichKDError: a class is missing there, or unknown, or named twice.
+        RichKDError: the file lacks a class, repeats one, or names an unknown one.
     """
     given, folders = settings.teacher_classes, dataset.class_folders or dataset.class_names
     if given == "natural":
@@ -65,21 +61,21 @@ def given_outputs(settings: Precompute, dataset: Dataset) -> Outputs | None:
     lines, file = _read_lines(Path(given)), f"--teacher-classes {given}"
     names = next((names for names in (folders, dataset.class_names) if {*lines} <= {*names}), None)
     if names is None:
-        stranger = next(line for line in lines if line not in {*folders})
+        unknown = next(line for line in lines if line not in {*folders})
         raise RichKDError(
-            f"{file}: {stranger!r} is no class of {dataset.name}; {nearest(stranger, folders)}",
+            f"{file}: {unknown!r} is not a class of {dataset.name}; {nearest(unknown, folders)}",
             code="teacher-classes-unknown",
         )
     twice = next((line for number, line in enumerate(lines) if line in lines[:number]), None)
     if twice is not None:
         raise RichKDError(
-            f"{file}: {twice!r} is there twice; write a line a class", code="teacher-classes-wrong"
+            f"{file} names {twice!r} twice; write one line per class", code="teacher-classes-wrong"
         )
     missing = next((name for name in names if name not in {*lines}), None)
     if missing is not None:
         raise RichKDError(
-            f"{file} has {len(lines)} of {len(names)} classes: {missing!r} is missing; write a "
-            f"line a class, in the order of the teacher's outputs",
+            f"{file} has {len(lines)} of {len(names)} classes: {missing!r} is missing; write one "
+            f"line per class, in the order of the teacher's outputs",
             code="teacher-classes-wrong",
         )
     return _outputs(lines, names)
@@ -90,25 +86,25 @@ def _read_lines(file: Path) -> list[str]:
         lines = read_text(file).splitlines()
     except (OSError, ValueError) as error:
         raise RichKDError(
-            f"cannot read --teacher-classes {file}: {error}; name a file with a class folder a "
-            f"line, in the order of the teacher's outputs, or say sorted or natural",
+            f"cannot read --teacher-classes {file}: {error}; name a file with one class folder per "
+            f"line, in the order of the teacher's outputs, or pass sorted or natural",
             code="teacher-classes-unreadable",
         ) from None
     return [line.strip() for line in lines if line.strip()]
 
 
 def natural(names: Sequence[str]) -> list[str]:
-    """Names in the order of timm's loader: ignoring case, and 2 before 10."""
+    """Sort names as timm's loader does: ignoring case, and 2 before 10."""
     from timm.utils.misc import natural_key
 
     try:
         return sorted(sorted(names), key=natural_key)
-    except ValueError:  # timm takes ² for a digit, and cannot read it
+    except ValueError:  # timm takes ² for a digit but cannot convert it
         return sorted(names)
 
 
 def usual_orders(folders: Sequence[str]) -> dict[str, Outputs]:
-    """Orders that loaders have, by their names, where they are not the data set's own."""
+    """Return the orders of common loaders, by name, that differ from the dataset's own."""
     numbers = re.compile(r"(\d+)")
     orders = {
         "timm's natural order": natural(folders),
@@ -125,23 +121,23 @@ def usual_orders(folders: Sequence[str]) -> dict[str, Outputs]:
 
 
 def _outputs(theirs: Sequence[str], ours: Sequence[str]) -> Outputs | None:
-    """Which output is each of our classes, where theirs are these; both are the same set."""
-    place = {name: number for number, name in enumerate(theirs)}
-    outputs = tuple(place[name] for name in ours)
+    """Return the position of each of our names among theirs; None if the order is the same."""
+    position = {name: number for number, name in enumerate(theirs)}
+    outputs = tuple(position[name] for name in ours)
     return None if outputs == tuple(range(len(ours))) else outputs
 
 
 def noted_outputs(note: Mapping[str, str], weights: Path, dataset: Dataset) -> Outputs | None:
-    """The order that weights say themselves which were trained here.
+    """Return the order recorded with weights that richkd trained.
 
     Classes are compared by their folders, else by their names.
 
     Raises:
-        RichKDError: the teacher's classes are others, or the note is damaged.
+        RichKDError: the teacher has other classes, or the metadata is damaged.
     """
     if note.get("fingerprint") == dataset.fingerprint:
         return None  # the very same images and labels
-    strangers: list[str] = []
+    different: list[str] = []
     for kind, ours in (
         ("class_folders", dataset.class_folders),
         ("class_names", dataset.class_names),
@@ -150,26 +146,26 @@ def noted_outputs(note: Mapping[str, str], weights: Path, dataset: Dataset) -> O
         if len(theirs) == len(ours) == len({*ours}) and {*theirs} == {*ours}:
             return _outputs(theirs, ours)
         if theirs and ours:
-            strangers = sorted({*theirs} - {*ours}) or sorted({*ours} - {*theirs}) or strangers
-    if strangers:
+            different = sorted({*theirs} - {*ours}) or sorted({*ours} - {*theirs}) or different
+    if different:
         raise RichKDError(
-            f"{weights} was trained on other classes than those of {dataset.name}, {strangers[0]!r}"
-            f" is only in one of them; if they only have other names, pass --teacher-classes FILE "
-            f"with the class folders in the order of its outputs",
+            f"{weights} was trained on other classes than those of {dataset.name}: only one has "
+            f"{different[0]!r}; if only the names differ, pass --teacher-classes FILE with the "
+            f"class folders in the order of its outputs",
             code="teacher-classes-differ",
         )
     return None
 
 
 def _noted(note: Mapping[str, str], kind: str, weights: Path) -> list[str]:
-    """Class names or folders, as a note has them in JSON."""
+    """Return the class names or folders in the metadata, which are JSON there."""
     try:
         found = json.loads(note.get(kind, "[]"))
     except ValueError:
         found = None
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise RichKDError(
-            f"{weights} is damaged: of its metadata, {kind} is no list of names",
+            f"{weights} has damaged metadata: {kind} is not a list of names",
             code="weights-metadata-damaged",
         )
     return found
@@ -178,27 +174,27 @@ def _noted(note: Mapping[str, str], kind: str, weights: Path) -> list[str]:
 def resolve_outputs(
     settings: Precompute, weights: Path, teacher: CNNTeacher, dataset: Dataset, report: Report
 ) -> Outputs | None:
-    """Which output of a teacher is which class, told where it is not the data set's order.
+    """Return the order of a teacher's outputs, and log it unless it is the dataset's.
 
-    What the user says counts first, then the teacher's own word. Where there is neither, the order
-    of another loader is taken if the teacher is clearly better on training images so.
+    What the user gives comes first, then what is recorded with the weights. Without either, the
+    order of a common loader is chosen if it makes the teacher clearly better on training images.
 
     Args:
-        settings: what the user says.
+        settings: what the user gives.
         weights: the teacher's file.
-        teacher: as loaded from it, in whatever order.
-        dataset: the images, its training split among them.
-        report: where it is told.
+        teacher: the teacher loaded from it, in any order.
+        dataset: the images.
+        report: where to log the order.
 
     Raises:
-        RichKDError: as `given_outputs` and `noted_outputs`.
+        RichKDError: as `given_outputs` and `noted_outputs` do.
     """
     if settings.teacher_classes:
         outputs = given_outputs(settings, dataset)
         if outputs is not None:
             report.log(
                 f"the teacher's outputs are {_some(outputs, dataset)}, by --teacher-classes "
-                f"{settings.teacher_classes}; the store has them in the data set's order"
+                f"{settings.teacher_classes}; the cache has them in the dataset's order"
             )
         return outputs
     note = note_of(weights)
@@ -206,10 +202,15 @@ def resolve_outputs(
         outputs = noted_outputs(note, weights, dataset)
         if outputs is not None:
             report.log(
-                f"the teacher's outputs are {_some(outputs, dataset)}, as {weights} says; the "
-                f"store has them in the data set's order"
+                f"the teacher's outputs are {_some(outputs, dataset)}, as recorded in {weights}; "
+                f"the cache has them in the dataset's order"
             )
         return outputs
+    return guess_outputs(teacher, dataset, report)
+
+
+def guess_outputs(teacher: CNNTeacher, dataset: Dataset, report: Report) -> Outputs | None:
+    """Return the common order with which a teacher is clearly best on training images; log it."""
     orders = usual_orders(dataset.class_folders)
     if not orders:
         return None
@@ -219,28 +220,28 @@ def resolve_outputs(
         name: int((predicted == torch.tensor(outputs)[labels]).sum())
         for name, outputs in orders.items()
     }
-    best = max(right, key=right.__getitem__)  # of equals, the first
+    best = max(right, key=right.__getitem__)  # the first of equals
     better = advantage(predicted, labels, orders[best])
     if better < CLEARLY:
         if better > -CLEARLY:
             own = _some(tuple(range(len(dataset.class_folders))), dataset)
             report.log(
-                f"the teacher's outputs are taken for {own}, the sorted order, for {len(labels)} "
-                f"training images tell too little of others; --teacher-classes natural (as timm "
-                f"has them), or a file, says otherwise"
+                f"assuming that the teacher's outputs are {own} in sorted order, since "
+                f"{len(labels)} training images are too few to tell; if not, pass "
+                f"--teacher-classes natural (timm's order), or a file"
             )
         return None
     report.log(
-        f"the teacher's outputs are taken for {_some(orders[best], dataset)}, {best}, for it is "
-        f"right on {right[best]} of {len(labels)} training images so and on "
-        f"{int((predicted == labels).sum())} in sorted order; if that is wrong, pass "
-        f"--teacher-classes sorted, or a file of them"
+        f"assuming that the teacher's outputs are {_some(orders[best], dataset)} ({best}), since "
+        f"it is right on {right[best]} of {len(labels)} training images in this order and on "
+        f"{int((predicted == labels).sum())} in sorted order; if not, pass --teacher-classes "
+        f"sorted, or a file"
     )
     return orders[best]
 
 
 def _some(outputs: Outputs, dataset: Dataset) -> str:
-    """The first few classes in the teacher's order."""
+    """Return the first few classes in the teacher's order."""
     names = dataset.class_folders or dataset.class_names
     order = sorted(range(len(outputs)), key=outputs.__getitem__)
     more = ", …" if len(order) > 4 else ""
@@ -248,7 +249,7 @@ def _some(outputs: Outputs, dataset: Dataset) -> str:
 
 
 def differing(split: Split, orders: Sequence[Outputs]) -> Split:
-    """Samples of classes that orders make other outputs, the same number of each."""
+    """Return samples of the classes whose outputs the orders change, equally many of each."""
     apart = (torch.tensor(orders) != torch.arange(len(orders[0]))).any(0)
     index = apart[split.labels].nonzero().flatten()
     index = index[split.labels[index].argsort(stable=True)]  # class by class
@@ -256,34 +257,35 @@ def differing(split: Split, orders: Sequence[Outputs]) -> Split:
     each = max(1, LOOKED_AT // max(1, int((counts > 0).sum())))
     rank = torch.arange(len(index)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     index = index[rank < each]
-    step = -(-len(index) // LOOKED_AT)  # of very many classes, every second or third
+    step = -(-len(index) // LOOKED_AT)  # with very many classes, only every second or third
     return split.take(index[:: max(1, step)])
 
 
 def clean_rows(
     teacher: CNNTeacher, split: Split, batch_size: int = 64
 ) -> list[tuple[Tensor, Tensor]]:
-    """Logits and features of the samples' evaluation views, batch by batch."""
+    """Return logits and features of the samples' evaluation views, batch by batch."""
     inputs = make_inputs(split.images, teacher.device, teacher.input)
     order = torch.arange(len(split))
     return [teacher.rows(images) for _, images in inputs.batches(order, None, batch_size)]
 
 
 def predict(rows: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The classes [N] that a teacher sees in samples, by its rows."""
+    """Return the outputs [N] with the largest logits."""
     found = [logits.argmax(1) for logits, _ in rows]
     return torch.cat(found).cpu() if found else torch.empty(0, dtype=torch.long)
 
 
 def advantage(predicted: Tensor, labels: Tensor, outputs: Outputs) -> float:
-    """By how many standard deviations predictions are better in one order than in the data set's.
+    """Return how much better predictions are in one order than in the dataset's.
 
-    McNemar's test: images that are right in neither order say nothing. Classes count the same,
-    however many images they have, so that a network that always says the same gains nothing.
+    This is McNemar's test, in standard deviations: images that are right in neither order do not
+    count. Classes weigh the same however many images they have, so that a network that always
+    predicts the same class gains nothing.
 
     Args:
         predicted: outputs [N], in the teacher's own numbering.
-        labels: [N], of classes that are different outputs in the two orders.
+        labels: [N], of classes whose outputs differ between the two orders.
         outputs: the order.
     """
     wins = (predicted == torch.tensor(outputs)[labels]).double() - (predicted == labels).double()
@@ -291,19 +293,19 @@ def advantage(predicted: Tensor, labels: Tensor, outputs: Outputs) -> float:
         return 0.0
     counts = torch.bincount(labels, minlength=len(outputs)).double()
     sums = torch.zeros_like(counts).index_add(0, labels, wins)
-    there = counts > 0
-    error = math.sqrt(float(wins.abs().mean() * (1 / counts[there]).sum())) / int(there.sum())
-    return float((sums[there] / counts[there]).mean()) / error
+    present = counts > 0
+    error = math.sqrt(float(wins.abs().mean() * (1 / counts[present]).sum())) / int(present.sum())
+    return float((sums[present] / counts[present]).mean()) / error
 
 
 def preview_teacher(
     teacher: CNNTeacher, weights: Path, dataset: Dataset, batch_size: int, report: Report
 ) -> list[tuple[Tensor, Tensor]]:
-    """Say, before anything long, how well the teacher does, and what may be wrong where it is bad.
+    """Log, before any long work, how well the teacher does and what may be wrong if it does badly.
 
-    It is bad where a teacher of the accuracy of `least`, or of 10 percentage points less than its
-    file records, would be right on so few of the first test images in less than 1 % of cases; or
-    where it takes classes for each other.
+    It does badly if a teacher at the bound of `least`, or 10 percentage points below the accuracy
+    recorded in its file, would be right on so few of the first test images with a probability below
+    1 %; or if it takes classes for each other.
 
     Returns:
         Logits and features of those images, batch by batch.
@@ -313,45 +315,42 @@ def preview_teacher(
     predicted = predict(rows)
     right = int((predicted == test.labels).sum())
     count, classes = len(test), len(dataset.class_names)
-    said = (
+    summary = (
         f"CNN teacher on {count} of the test images: {percent(right / count)} % (chance "
         f"{percent(1 / classes)} %)"
     )
     note = note_of(weights)
     recorded = _recorded_accuracy(note, weights)
-    order = f"{_some(teacher.outputs or tuple(range(classes)), dataset)} may not be the order of "
-    order += "its outputs (say it by --teacher-classes FILE)"
+    order = (
+        f"{_some(teacher.outputs or tuple(range(classes)), dataset)} may not be the order of its "
+        f"outputs (pass --teacher-classes FILE)"
+    )
     if worse(right, count, least(classes)):
-        other = (
-            "on other images than these"
-            if note
-            else (
-                "on images of another size or normalisation (--teacher-size, --teacher-mean, "
-                "--teacher-std)"
-            )
-        )
-        said += f"; so little suggests that it is read wrongly: {order}, or it was trained {other}"
+        size = "size or normalisation (--teacher-size, --teacher-mean, --teacher-std)"
+        other = "other images" if note else f"images of another {size}"
+        summary += f"; too low for a teacher read correctly: {order}, or it was trained on {other}"
     elif cycle := exchanged(predicted, test.labels, classes):
         names = dataset.class_folders or dataset.class_names
         pairs = ", ".join(
             f"{names[one]} for {names[other]}"
             for one, other in [*zip(cycle, [*cycle[1:], cycle[0]], strict=True)][:3]
         )
-        said += f"; it takes {pairs}: {order}"
+        summary += f"; it takes {pairs}: {order}"
     elif recorded is not None and worse(right, count, recorded - DROP):
-        said += (
-            f"; far below the {percent(recorded)} % that {weights} records: these may be "
-            f"other images, or other classes by the same names"
+        summary += (
+            f"; far below the {percent(recorded)} % recorded in {weights}: the images may differ, "
+            f"or other classes may have the same names"
         )
-    report.log(said)
+    report.log(summary)
     return rows
 
 
 def exchanged(predicted: Tensor, labels: Tensor, classes: int) -> list[int]:
-    """Classes that a teacher takes for each other all around, as in another order; or none.
+    """Return classes that a teacher takes for each other in a cycle, or none.
 
-    A teacher may take one class for another, but hardly that one for the first, too. Classes of
-    fewer than five images say nothing, nor do those of which less than 80 % get one output.
+    A good teacher may take one class for another, but hardly that one for the first too, so a cycle
+    suggests another order. Classes with fewer than five images, or with less than 80 % of them at
+    one output, do not count.
     """
     if 5 * classes > len(labels):
         return []
@@ -371,30 +370,30 @@ def exchanged(predicted: Tensor, labels: Tensor, classes: int) -> list[int]:
 
 
 def least(classes: int) -> float:
-    """The accuracy that any teacher has which is read rightly.
+    """Return the accuracy below which a teacher must have been read incorrectly.
 
-    It is twice chance; for fewer than five classes, chance and a quarter of the rest; and for more
-    than twenty, 10 %.
+    It is twice chance; with fewer than five classes, chance plus a quarter of the rest; and with
+    more than twenty, 10 %.
     """
     chance = 1 / classes
     return max(0.1, min(2 * chance, chance + (1 - chance) / 4))
 
 
 def worse(right: int, count: int, bound: float) -> bool:
-    """Whether so many right answers leave no doubt that an accuracy is below a bound."""
+    """Return whether so few right answers show that the accuracy is below a bound."""
     from scipy.stats import binom
 
     return bound > 0 and bool(binom.cdf(right, count, bound) < DOUBT)
 
 
 def _recorded_accuracy(note: Mapping[str, str], weights: Path) -> float | None:
-    """On the test images that a teacher had where it was trained, in 0..1."""
+    """Return the test accuracy recorded when the teacher was trained, in 0..1, or None."""
     if "test_accuracy" not in note:
         return None
     try:
         return float(note["test_accuracy"])
     except ValueError:
         raise RichKDError(
-            f"{weights} is damaged: of its metadata, test_accuracy is no number",
+            f"{weights} has damaged metadata: test_accuracy is not a number",
             code="weights-metadata-damaged",
         ) from None

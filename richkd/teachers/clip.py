@@ -1,21 +1,17 @@
-"""The CLIP teacher, through open_clip: image features, per-prompt text embeddings, its scale.
+"""The CLIP teacher, through open_clip: image features, text embeddings of each prompt, the scale.
 
-Images are resized, cropped and normalised as the model's own preprocessing says: for arrays in
-batches on the device, for files by open_clip's PIL transform in data-loader workers.
+Images are resized, cropped and normalised by the model's own preprocessing: arrays in batches on
+the device, files by open_clip's PIL transform in data-loader workers.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import re
-import time
-import urllib.parse
-import urllib.request
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,20 +25,21 @@ from torchvision.transforms.v2 import functional
 
 from richkd.core import fusion
 from richkd.core.choices import CLIP_PRECISIONS
-from richkd.core.errors import RichKDError, nearest, unknown
+from richkd.core.errors import RichKDError, first_line, nearest, unknown
 from richkd.data.inputs import ArrayInputs, Inputs
 from richkd.data.prompts import fill
 from richkd.data.views import resize_bytes
 from richkd.models.weights import state_sha256
 from richkd.store.schema import PrecisionError
+from richkd.teachers.hub_access import hub_fault, offline, quiet
 
 LOCAL = "local-dir:"
 HUB = "hf-hub:"
 TEXT_BATCH = 256
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-# what open_clip and transformers say where a file could not be fetched
+# in errors of open_clip and transformers about files that could not be downloaded
 _NOT_FETCHED = re.compile("Failed to download|Failed initial config|Required pretrained|connect")
-_PIECES = re.compile("mt5|xlm|nllb")  # tokenizers that may come as a model of sentencepiece's
+_PIECES = re.compile("mt5|xlm|nllb")  # tokenizers that may need sentencepiece
 _VOCABULARIES = (
     "tokenizer.json",
     "vocab.txt",
@@ -60,19 +57,19 @@ class ClipTeacher:
     name: str
     model: Any
     tokenizer: Any
-    transform: Any  # open_clip's, from a PIL image
+    transform: Any  # of open_clip, from a PIL image
     preprocessing: dict[str, Any]
     sha256: str
     device: torch.device
-    precision: str = "float32"  # of the image tower; texts are few, and always float32
+    precision: str = "float32"  # of the image tower; the few texts are always in float32
 
     @cached_property
     def logit_scale(self) -> float:
-        """The factor of cosines that CLIP was trained with."""
+        """The factor by which CLIP's training scaled cosines."""
         return float(self.model.logit_scale.exp())
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """What the PIL transform does, for a batch: [B,H,W,3] uint8 -> [B,3,S,S] f32."""
+        """Apply the PIL transform to a batch: [B,H,W,3] uint8 -> [B,3,S,S] f32."""
         config = self.preprocessing
         size = config["size"]
         height, width = (size, size) if isinstance(size, int) else size
@@ -84,7 +81,7 @@ class ClipTeacher:
         else:
             longest = config["resize_mode"] == "longest"
             ratio = (max if longest else min)(rows / height, columns / width)
-            # torchvision's Resize cuts off where open_clip's own resizing rounds
+            # torchvision's Resize truncates, open_clip's own resizing rounds
             whole = int if not longest and height == width else round
             target = [whole(rows / ratio + 1e-9), whole(columns / ratio + 1e-9)]
         pixels = resize_bytes(pixels, target, interpolation)
@@ -109,13 +106,13 @@ class ClipTeacher:
 
     @property
     def side(self) -> int:
-        """Of the images that it takes, the longer one."""
+        """The longer side of the images that the model takes, in pixels."""
         size = self.preprocessing["size"]
         return size if isinstance(size, int) else max(size)
 
     @torch.inference_mode()
     def image_features(self, inputs: Inputs, start: int, stop: int, batch_size: int) -> Tensor:
-        """Features of the clean images start..stop: [stop − start, D], unit length, f32."""
+        """Return features of the clean images start..stop: [stop − start, D], unit length, f32."""
         if isinstance(inputs, ArrayInputs):
             batches = (
                 self.preprocess(images)
@@ -129,14 +126,14 @@ class ClipTeacher:
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Features of preprocessed images: [B,3,S,S] -> [B,D], unit length, f32."""
+        """Encode preprocessed images: [B,3,S,S] -> [B,D], unit length, f32."""
         with autocast(self.device, self.precision):
             features = self.model.encode_image(pixels)
         return F.normalize(features.float(), dim=-1)
 
     @torch.inference_mode()
     def text_embeddings(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """One embedding a class and prompt: [C,P,D], unit length, f32."""
+        """Return one embedding per class and prompt: [C,P,D], unit length, f32."""
         texts = [fill(template, name) for name in class_names for template in templates]
         encoded = torch.cat(
             [
@@ -150,21 +147,21 @@ class ClipTeacher:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Networks compute in a precision inside; matrix products, that is, as autocast chooses them.
+    """Return PyTorch's autocast for a precision, or nothing for float32.
 
     Raises:
-        RichKDError: the device does not have it.
+        RichKDError: the device does not support the precision.
     """
     if precision == "float32":
         return nullcontext()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # what autocast cannot do, it does not
+        warnings.simplefilter("error")  # autocast warns and then ignores what it cannot do
         try:
             return torch.autocast(device.type, getattr(torch, precision))
         except (RuntimeError, UserWarning) as error:
             raise RichKDError(
-                f"clip_precision = {precision!r}: {device} does not have it "
-                f"({str(error).splitlines()[0]}); choose another of {', '.join(CLIP_PRECISIONS)}",
+                f"clip_precision = {precision!r}: not supported on {device} "
+                f"({first_line(error)}); choose another of {', '.join(CLIP_PRECISIONS)}",
                 code="clip-precision-unsupported",
             ) from None
 
@@ -173,41 +170,42 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 def precision_error(
     clip: ClipTeacher, inputs: Inputs, features: Tensor, classes: Tensor, batch_size: int
 ) -> PrecisionError:
-    """What a precision costs: cosines and zero-shot classes against those of float32.
+    """Measure how cosines and zero-shot classes in a precision differ from those in float32.
 
     Args:
-        clip: in its precision.
+        clip: the teacher in its precision.
         inputs: some images.
-        features: [N,D], what it says of the first N of them.
+        features: [N,D], the teacher's features of the first N of them.
         classes: class embeddings [C,D].
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
     """
     count = len(features)
     exact = replace(clip, precision="float32").image_features(inputs, 0, count, batch_size)
-    found, right = (fusion.clip_similarity(each, classes) for each in (features, exact))
-    difference = (found - right).abs()
+    cosines, expected = (fusion.clip_similarity(each, classes) for each in (features, exact))
+    difference = (cosines - expected).abs()
     return {
         "images": count,
         "cosine_max": difference.max().item(),
         "cosine_mean": difference.mean().item(),
-        "same_class": (found.argmax(1) == right.argmax(1)).float().mean().item(),
+        "same_class": (cosines.argmax(1) == expected.argmax(1)).float().mean().item(),
     }
 
 
 def check_clip(name: str) -> None:
-    """Refuse, before anything long, a CLIP that cannot be: by name alone, nothing is loaded.
+    """Check that a CLIP can be loaded, by its name or configuration alone.
 
-    `NAME:TAG` of open_clip, `hf-hub:OWNER/NAME`, a directory with open_clip_config.json, `demo` or
-    `none`.
+    Args:
+        name: `NAME:TAG` of open_clip, `hf-hub:OWNER/NAME`, a directory with
+            open_clip_config.json, `demo` or `none`.
 
     Raises:
-        RichKDError: no such model, tag or directory, a tag trained with another GELU, or a text
-            tower or tokenizer of Hugging Face's without the packages that read it.
+        RichKDError: there is no such model, tag or directory, the weights were trained with another
+            GELU, or the text tower or tokenizer needs packages that are not installed.
     """
     folder, hub = local_folder(name), hub_name(name)
     if folder is not None:
         _check_folder(name, folder)
-    elif hub is not None:  # what it needs stands in its configuration, which load_clip reads first
+    elif hub is not None:  # load_clip checks its configuration, which has to be downloaded
         if not _REPOSITORY.fullmatch(hub):
             raise RichKDError(
                 f"CLIP {name!r}: name a repository as {HUB}OWNER/NAME", code="clip-name-malformed"
@@ -218,7 +216,7 @@ def check_clip(name: str) -> None:
 
 
 def _check_tag(name: str) -> None:
-    """Refuse a name that is no model and tag of open_clip's, or weights of another GELU."""
+    """Check that open_clip has a model and tag, and that their activations agree."""
     model, colon, tag = name.partition(":")
     if model not in open_clip.list_models():
         raise unknown(
@@ -229,39 +227,39 @@ def _check_tag(name: str) -> None:
     tags = open_clip.list_pretrained_tags_by_model(model)
     if not colon or tag not in tags:
         raise RichKDError(
-            f"CLIP {name!r}: say which weights as {model}:TAG; {nearest(tag, tags)}",
+            f"CLIP {name!r}: name its weights as {model}:TAG; {nearest(tag, tags)}",
             code="clip-tag-unknown",
         )
     wants = bool((open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu", False))
     has = bool((open_clip.get_model_config(model) or {}).get("quick_gelu", False))
     other = f"{model}-quickgelu" if wants else model.removesuffix("-quickgelu")
-    # where there is no other model for these weights, open_clip's configuration is right
+    # without another model for these weights, open_clip's configuration is right
     if wants != has and other != model and tag in open_clip.list_pretrained_tags_by_model(other):
         raise RichKDError(
             f"CLIP {name!r}: these weights were trained with "
-            f"{'quick-GELU' if wants else 'GELU'}, the model {model} has "
+            f"{'quick-GELU' if wants else 'GELU'}, but the model {model} uses "
             f"{'GELU' if wants else 'quick-GELU'}; use {other}:{tag}",
             code="clip-activation",
         )
 
 
 def _check_folder(name: str, folder: Path) -> None:
-    """Refuse a directory without what open_clip reads from it."""
+    """Check that a directory has the files that open_clip reads."""
     file = folder / "open_clip_config.json"
     if not file.is_file():
         hint = (
-            f"; if it is a repository of the Hugging Face hub, say {HUB}{name}"
+            f"; for a repository on the Hugging Face hub, use {HUB}{name}"
             if _REPOSITORY.fullmatch(name) and not folder.exists()
             else ""
         )
         raise RichKDError(
-            f"{folder} holds no open_clip_config.json; a local CLIP is a directory with that "
+            f"{folder} has no open_clip_config.json; a local CLIP is a directory with that file "
             f"and open_clip_model.safetensors{hint}",
             code="clip-directory",
         )
     if not any(folder.glob("*.safetensors")):
         raise RichKDError(
-            f"{folder} holds no .safetensors weights; save the CLIP's state_dict as "
+            f"{folder} has no .safetensors weights; save the CLIP's state_dict as "
             f"{folder / 'open_clip_model.safetensors'}",
             code="clip-directory",
         )
@@ -270,17 +268,17 @@ def _check_folder(name: str, folder: Path) -> None:
         config["text_cfg"].get("hf_tokenizer_name")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RichKDError(
-            f"{file} is damaged or no configuration of open_clip's ({error!r})",
+            f"{file} is damaged or not a configuration of open_clip ({error!r})",
             code="clip-config-damaged",
         ) from None
     _check_text(name, config, folder)
 
 
 def _check_text(name: str, config: Mapping[str, Any], folder: Path | None = None) -> None:
-    """Refuse a CLIP whose text tower or tokenizer cannot be read here.
+    """Check that a CLIP's text tower and tokenizer can be loaded.
 
-    open_clip reads both through transformers where its configuration names one of Hugging Face's;
-    those of a directory's tokenizer are looked for in the directory.
+    If the configuration names one from Hugging Face, open_clip loads it through transformers, and
+    looks for a directory's tokenizer in the directory.
 
     Raises:
         RichKDError: transformers is not installed, or the directory lacks the tokenizer's files.
@@ -296,21 +294,32 @@ def _check_text(name: str, config: Mapping[str, Any], folder: Path | None = None
         remedies.append(f"pip install transformers{pieces}")
     if folder is not None and tokenizer and not any((folder / n).is_file() for n in _VOCABULARIES):
         remedies.append(
-            f"copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into {folder}, "
-            f"where open_clip looks for them"
+            f"copy the tokenizer's files (tokenizer.json, tokenizer_config.json) to {folder}"
         )
     if remedies:
         raise RichKDError(
-            f"CLIP {name} needs {what} of Hugging Face's; {', and '.join(remedies)}",
+            f"CLIP {name} needs {what} from Hugging Face; {', and '.join(remedies)}",
             code="clip-tokenizer-missing",
         )
 
 
-def load_clip(name: str, device: torch.device, precision: str = "float32") -> ClipTeacher:
-    """Load a CLIP that `check_clip` has passed; `demo` and `none` are not loaded here.
+def load_clip(
+    name: str,
+    device: torch.device,
+    precision: str = "float32",
+    *,
+    fault: Callable[[], str | None] = hub_fault,
+) -> ClipTeacher:
+    """Load a CLIP that `check_clip` accepts, other than `demo` and `none`.
+
+    Args:
+        name: the CLIP's name.
+        device: where it runs.
+        precision: of its image tower.
+        fault: returns why the Hugging Face hub cannot be reached, or None.
 
     Raises:
-        RichKDError: its weights cannot be fetched (no network) or do not fit.
+        RichKDError: its weights cannot be downloaded or do not fit.
     """
     folder, hub = local_folder(name), hub_name(name)
     model_name, _, tag = name.partition(":")
@@ -320,122 +329,78 @@ def load_clip(name: str, device: torch.device, precision: str = "float32") -> Cl
     elif hub is not None:
         source = (f"{HUB}{hub}", None)
     local = folder is not None and not _config_of(folder).get("hf_model_name")
-    unreachable = None if local else hub_fault()
+    unreachable = None if local else fault()
     try:
         with quiet(), offline(unreachable is not None), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            if hub is not None:  # before its weights
+            if hub is not None:  # before its weights are downloaded
                 _check_text(name, open_clip.get_model_config(source[0]) or {})
             model = open_clip.create_model(
                 source[0], source[1], device=device, require_pretrained=True
             )
             tokenizer = open_clip.get_tokenizer(source[0])
-            preprocessing = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
-            transform = open_clip.transform.image_transform_v2(preprocessing, is_train=False)
+            return _teacher(name, model, device, tokenizer, state_sha256(model), precision)
     except RichKDError:
         raise
     except Exception as error:  # open_clip and the hub raise errors of many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         if unreachable is not None and _NOT_FETCHED.search(str(error)):
             reason = f"it is not in the cache, and {unreachable}"
         if local:
-            remedy = "check its config and weights"
+            remedy = "check its configuration and weights"
         elif folder is not None:
-            remedy = "its text model is fetched from the Hugging Face hub"
+            remedy = "its text model is downloaded from the Hugging Face hub"
         else:
             remedy = (
                 "without a network, copy the model's open_clip_config.json and "
-                "open_clip_model.safetensors from elsewhere into a directory and pass --clip "
+                "open_clip_model.safetensors from elsewhere to a directory and pass --clip "
                 "DIRECTORY"
             )
         raise RichKDError(
             f"cannot load CLIP {name}: {reason}; {remedy}", code="clip-cannot-be-loaded"
         ) from None
-    model.eval().requires_grad_(False)
+
+
+def _teacher(
+    name: str,
+    model: Any,
+    device: torch.device,
+    tokenizer: Any = None,
+    sha256: str = "",
+    precision: str = "float32",
+) -> ClipTeacher:
+    preprocessing = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
     return ClipTeacher(
         name=name,
-        model=model,
+        model=model.eval().requires_grad_(False),
         tokenizer=tokenizer,
-        transform=transform,
+        transform=open_clip.transform.image_transform_v2(preprocessing, is_train=False),
         preprocessing=dict(model.visual.preprocess_cfg),
-        sha256=state_sha256(model),
+        sha256=sha256,
         device=device,
         precision=precision,
     )
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
-    """The text part of a directory's configuration, which `check_clip` has read."""
+    """Return the text part of a directory's configuration, which `check_clip` has checked."""
     config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
     text: dict[str, Any] = config["model_cfg"]["text_cfg"]
     return text
 
 
-def hub_fault() -> str | None:
-    """Why the Hugging Face hub cannot be reached, or None where it can.
-
-    The hub's own client tries for a minute, file by file. A slow answer is an answer: only a
-    connection that fails twice, or that the hub's own time limit ends, is none.
-    """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    for last in (False, True):
-        try:
-            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-            return None
-        except Exception as error:  # of the client that the hub has chosen
-            kinds = {kind.__name__ for kind in type(error).__mro__}
-            if not kinds & {"ConnectError", "ConnectTimeout", "ProxyError"}:
-                return None
-            if last or "ConnectTimeout" in kinds:
-                proxies = [key for key in urllib.request.getproxies() if key in ("https", "all")]
-                through = f" through the proxy of {proxies[0].upper()}_PROXY" if proxies else ""
-                host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
-                return f"{host} cannot be reached{through} ({str(error) or type(error).__name__})"
-        time.sleep(1)
-    return None
-
-
-@contextmanager
-def offline(wanted: bool) -> Iterator[None]:
-    """Only the hub's cache is asked, and at once; nothing where that is not wanted."""
-    from huggingface_hub import constants
-
-    was = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = was or wanted
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = was
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """open_clip logs to the root what it also raises, or what is known here; so does the hub."""
-    loggers = [logging.getLogger(), logging.getLogger("huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def blank_clip(name: str, device: torch.device) -> ClipTeacher:
-    """A CLIP of random weights, without a tokenizer, that costs what the real one does.
+    """Create a CLIP of random weights, without a tokenizer, as costly as the real one.
+
+    Nothing is downloaded.
 
     Args:
-        name: NAME or NAME:TAG of open_clip, or one of the hub whose configuration is in its cache;
-            nothing is downloaded.
-        device: where it is to run.
+        name: NAME or NAME:TAG of open_clip, or a repository on the hub whose configuration is in
+            the hub's cache.
+        device: where it runs.
 
     Raises:
-        RichKDError: as `check_clip`, but that no tag is needed.
+        RichKDError: as `check_clip`, except that no tag is needed.
     """
     hub, (model_name, colon, _) = hub_name(name), name.partition(":")
     if hub is not None:
@@ -443,7 +408,7 @@ def blank_clip(name: str, device: torch.device) -> ClipTeacher:
         model_name = f"{HUB}{hub}"
     elif colon or model_name not in open_clip.list_models():
         _check_tag(name)
-    with quiet(), offline(True), torch.random.fork_rng(devices=[]):
+    with quiet(), offline(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             config = open_clip.get_model_config(model_name) or {}
@@ -454,25 +419,15 @@ def blank_clip(name: str, device: torch.device) -> ClipTeacher:
             )
         except OSError:
             raise RichKDError(
-                f"CLIP {name}: the hub's cache has no configuration of it, and nothing is "
-                f"downloaded to plan; name another model of the same size",
+                f"CLIP {name}: its configuration is not in the hub's cache, and a plan downloads "
+                f"nothing; name another model of the same size",
                 code="clip-config-missing",
             ) from None
-    model.eval().requires_grad_(False)
-    preprocessing = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
-    return ClipTeacher(
-        name=name,
-        model=model,
-        tokenizer=None,
-        transform=open_clip.transform.image_transform_v2(preprocessing, is_train=False),
-        preprocessing=dict(model.visual.preprocess_cfg),
-        sha256="",
-        device=device,
-    )
+    return _teacher(name, model, device)
 
 
 def local_folder(name: str) -> Path | None:
-    """The directory that a name means, or None for a name of open_clip's or of the hub's."""
+    """Return the directory that a name means, or None for a name of open_clip or the hub."""
     if name.startswith(LOCAL):
         return Path(name.removeprefix(LOCAL))
     path = Path(name)
@@ -482,5 +437,5 @@ def local_folder(name: str) -> Path | None:
 
 
 def hub_name(name: str) -> str | None:
-    """OWNER/NAME of a name for the Hugging Face hub, or None for others."""
+    """Return the OWNER/NAME after `hf-hub:`, or None for other names."""
     return name[len(HUB) :] if name.lower().startswith(HUB) else None

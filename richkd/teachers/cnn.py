@@ -1,4 +1,4 @@
-"""The CNN teacher: weights from a file, or trained here with cross-entropy."""
+"""The CNN teacher: loaded from a file of weights, or trained with cross-entropy."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from richkd.training.identity import TeacherIdentity
 from richkd.training.loop import Trainer
 from richkd.training.run_folder import PLACES, TeacherFolder
 
-Outputs = tuple[int, ...]  # the teacher's output of each class, where its order is another
+Outputs = tuple[int, ...]  # the number of the teacher's output for each class
 
 
 @dataclass(frozen=True)
 class CNNTeacher:
-    """A trained network in evaluation mode; images go in as bytes, framed as it takes them."""
+    """A trained network in evaluation mode, which takes images as bytes in its own framing."""
 
     name: str
     model: nn.Module
@@ -55,16 +55,16 @@ class CNNTeacher:
     num_features: int
     input: NetworkInput
     device: torch.device
-    outputs: Outputs | None = None  # None: the data set's order
+    outputs: Outputs | None = None  # None: the dataset's order
 
     @cached_property
     def normalize(self) -> Normalize:
-        """Bytes to what the network takes."""
+        """The conversion from bytes to the network's input."""
         return Normalize(self.input.mean, self.input.std, self.device)
 
     @torch.inference_mode()
     def rows(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[B,S,S,3] uint8 -> logits [B,C], of the data set's classes, and features [B,F], f32."""
+        """Compute logits [B,C] in the dataset's order and features [B,F], f32: [B,S,S,3] uint8."""
         logits, features = forward(self.model, self.normalize(images))
         return (logits if self._columns is None else logits[:, self._columns]), features
 
@@ -83,37 +83,38 @@ def load_teacher(
     outputs: Outputs | None = None,
     report: Report | None = None,
 ) -> CNNTeacher:
-    """A teacher from a file of weights; of random ones without.
+    """Load a teacher from a file of weights, or create one with random weights.
 
     Args:
-        name: of the network.
-        weights: its file.
+        name: the network's name.
+        weights: the file of weights; None for random weights.
         num_classes: C.
-        network_input: what it takes.
+        network_input: the images that the network takes.
         device: where it runs.
-        outputs: which of its outputs is which class, where they have another order.
-        report: where it is told what was unwrapped in the file, or left out.
+        outputs: the number of its output for each class; None for the dataset's order.
+        report: where to log which entries of the file were unwrapped or ignored.
 
     Raises:
-        RichKDError: no such model or file, or weights of another architecture or classes.
+        RichKDError: there is no such model or file, or the weights do not fit the network.
     """
     size = network_input.size
     model = create_model(name, num_classes, image_size=size)
     num_features = check_fit(model, name, size, num_classes)
     if weights is not None:
-        said = load_into(model, read_weights(weights), name, weights)
-        if said and report is not None:
-            report.log(said)
+        summary = load_into(model, read_weights(weights), name, weights)
+        if summary and report is not None:
+            report.log(summary)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     sha256 = file_sha256(weights) if weights else ""
     return CNNTeacher(name, model.eval(), sha256, num_features, network_input, device, outputs)
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Refuse, before anything long, a path where weights cannot be or that another file has.
+    """Check, before any long work, that weights can be written to a path.
 
     Raises:
-        RichKDError: such a path, or another process is training this teacher.
+        RichKDError: the path cannot be written or holds another file, or another process is
+            training this teacher.
     """
     check_replaceable(path, is_trained_here)
     check_replaceable(summary_file(path), has_keys("weights", "model", "top1_last"))
@@ -123,7 +124,7 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 
 def is_trained_here(path: Path) -> bool:
-    """Whether a file holds the weights of a teacher that richkd trained."""
+    """Return whether a file holds the weights of a teacher that richkd trained."""
     try:
         return "fingerprint" in read_note(path)
     except RichKDError:
@@ -131,12 +132,12 @@ def is_trained_here(path: Path) -> bool:
 
 
 def summary_file(weights: Path) -> Path:
-    """Beside the weights: what their training gave, as it was told then."""
+    """Return the path of the summary of a training, beside its weights."""
     return weights.with_suffix(".json")
 
 
 def remove_trained(path: Path) -> None:
-    """Delete a teacher that `check_output` found to be replaceable, trained or half trained."""
+    """Delete a trained or partly trained teacher that `check_output` found to be replaceable."""
     with locked(path):
         path.unlink(missing_ok=True)
         summary_file(path).unlink(missing_ok=True)
@@ -153,28 +154,25 @@ def train_teacher(
 ) -> dict[str, Any]:
     """Train a network with cross-entropy on augmented views and save its last weights.
 
-    A training that was interrupted is resumed from its last epoch, out of a folder beside the
-    weights that is there until they are; weights that are complete are left as they are.
+    An interrupted training resumes from its last checkpoint, which is kept in a folder beside the
+    weights until they are complete. Complete weights are left as they are.
 
     Args:
         settings: the network and its training.
         dataset: the images.
-        report: where progress goes.
-        resume: changes nothing, for resuming is the default; it contradicts `overwrite`.
-        overwrite: begin anew where there are weights.
+        report: where to log progress.
+        resume: has no effect, since resuming is the default; contradicts `overwrite`.
+        overwrite: train again from the start, replacing existing weights.
 
     Returns:
-        A summary: path, model, last test accuracy, epochs, seconds (of all parts of a training
-        that was interrupted; None where that is not known any more).
+        A summary; its seconds include those before an interruption, and are None if unknown.
 
     Raises:
-        RichKDError: anything the user can mend, found before training starts; weights of other
-            settings, or another process that trains them, among it.
+        RichKDError: a setting is wrong, or existing weights are of other settings or locked.
     """
     check_resume(resume, overwrite)
-    settings = settings.for_size(dataset.image_size)
+    settings, out = settings.for_size(dataset.image_size), Path(settings.out)
     check_trainable(settings.model)
-    out = Path(settings.out)
     check_output(out, overwrite)
     if out.exists() and not overwrite:
         return completed(settings, dataset, report)
@@ -184,7 +182,7 @@ def train_teacher(
     recorded = training_of(settings), TeacherIdentity.of(dataset)
     folder.check(*recorded, overwrite=overwrite)
     with locked(out):
-        if out.exists() and not overwrite:  # by a process that had the lock just now
+        if out.exists() and not overwrite:  # written by the process that had the lock until now
             return completed(settings, dataset, report)
         if overwrite:
             folder.check(*recorded, overwrite=True)
@@ -195,13 +193,11 @@ def train_teacher(
         if resumed:
             progress, tensors = folder.checkpoints.load(report.log)
             trainer.resume(tensors, folder.path, progress.step)
-        resuming = (
-            f"; resuming after epoch {progress.epoch} of {settings.epochs}" if resumed else ""
-        )
+        done = f"; resuming after epoch {progress.epoch} of {settings.epochs}" if resumed else ""
         report.log(
             f"training teacher {settings.model}: {settings.epochs} epochs of "
             f"{len(dataset.train):,} images, batch {settings.batch_size}, lr {settings.lr}, seed "
-            f"{settings.seed}, on {device}{resuming}"
+            f"{settings.seed}, on {device}{done}"
         )
         summary, note = train_epochs(trainer, settings, dataset, folder, progress, report)
         save_tensors(out, trainer.model.state_dict(), note)
@@ -216,7 +212,11 @@ def make_trainer(
     device: torch.device,
     log: Callable[[str], None] = lambda _: None,
 ) -> Trainer:
-    """A network with weights drawn from the seed, and what trains it; errors of `check_fit`."""
+    """Return a trainer of a network with initial weights drawn from the seed.
+
+    Raises:
+        RichKDError: the network does not fit the images.
+    """
     num_classes = len(dataset.class_names)
     torch.manual_seed(derive_seed(settings.seed, 0, 2))
     model = create_model(settings.model, num_classes, image_size=dataset.image_size)
@@ -243,7 +243,11 @@ def train_epochs(
     progress: Progress,
     report: Report,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The epochs that are left, with a checkpoint each: the summary, and the weights' metadata."""
+    """Train the remaining epochs, with a checkpoint after each.
+
+    Returns:
+        The summary, and the metadata of the weights.
+    """
     space, num_samples = dataset.train.view_space, len(dataset.train)
     started, record = time.perf_counter() - progress.seconds, None
     left = settings.epochs - progress.epoch
@@ -261,60 +265,70 @@ def train_epochs(
             done = Progress(epoch, seconds=seconds, step=trainer.ran_by)
             folder.checkpoints.save(done, trainer.state())
     data = trainer.data
-    if record is None:  # interrupted between the last epoch and the weights
+    if record is None:  # interrupted after the last epoch, before the weights were saved
         top1, top5 = trainer.evaluate(data.test)
         validation = None if data.choice is None else trainer.evaluate(data.choice)[0]
-        trained = ""
     else:
         assert record.test_accuracy is not None and record.test_top5 is not None
-        top1, top5, validation = (
-            record.test_accuracy,
-            record.test_top5,
-            record.validation_accuracy,
-        )
-        trained = f"train {percent(record.train_accuracy)} %, "
-    said = "" if validation is None else f"validation {percent(validation)} %, "
-    report.log(
-        f"teacher {settings.model}: {trained}{said}test {percent(top1)} %, saved to {settings.out}"
-    )
-    summary = {
-        "weights": settings.out,
-        "model": settings.model,
-        "dataset": dataset.name,
-        "epochs": settings.epochs,
-        "seed": settings.seed,
-        "top1_validation": validation,
-        "top1_last": top1,
-        "top5_last": top5,
-        "seconds": time.perf_counter() - started,
+        top1, top5 = record.test_accuracy, record.test_top5
+        validation = record.validation_accuracy
+    shares = {
+        "train": None if record is None else record.train_accuracy,
+        "validation": validation,
+        "test": top1,
     }
+    found = ", ".join(f"{k} {percent(share)} %" for k, share in shares.items() if share is not None)
+    report.log(f"teacher {settings.model}: {found}, saved to {settings.out}")
+    summary = _summary(
+        settings,
+        dataset,
+        top1_validation=validation,
+        top1_last=top1,
+        top5_last=top5,
+        seconds=time.perf_counter() - started,
+    )
+    return summary, _note(settings, dataset, top1)
+
+
+def _note(settings: TrainTeacher, dataset: Dataset, accuracy: float) -> dict[str, str]:
+    """Return the metadata of weights."""
     folders = {"class_folders": json.dumps(dataset.class_folders)} if dataset.class_folders else {}
-    note = {
+    return {
         "model": settings.model,
         "dataset": dataset.name,
         "fingerprint": dataset.fingerprint,
         "epochs": str(settings.epochs),
         "seed": str(settings.seed),
-        "test_accuracy": repr(top1),
+        "test_accuracy": repr(accuracy),
         "training": to_json(training_of(settings)),
         "class_names": json.dumps(dataset.class_names),
         **folders,
         **dataset.network_input.note,
     }
-    return summary, note
+
+
+def _summary(settings: TrainTeacher, dataset: Dataset, **results: float | None) -> dict[str, Any]:
+    return {
+        "weights": settings.out,
+        "model": settings.model,
+        "dataset": dataset.name,
+        "epochs": settings.epochs,
+        "seed": settings.seed,
+        **results,
+    }
 
 
 def training_of(settings: TrainTeacher) -> dict[str, Any]:
-    """The settings that the weights follow from, besides the images."""
+    """Return the settings that, with the images, determine the weights."""
     names = {field.name for field in fields(Training)} | {"model", "validation"}
     return {name: value for name, value in to_table(settings).items() if name in names - PLACES}
 
 
 def completed(settings: TrainTeacher, dataset: Dataset, report: Report) -> dict[str, Any]:
-    """The summary of weights that were trained before.
+    """Return the summary of weights that are already complete.
 
     Raises:
-        RichKDError: by other settings, or from other images.
+        RichKDError: they were trained with other settings or on other images.
     """
     out = Path(settings.out)
     note = read_note(out)
@@ -322,34 +336,23 @@ def completed(settings: TrainTeacher, dataset: Dataset, report: Report) -> dict[
     if found is not None:
         raise RichKDError(
             f"{out} holds a teacher of other settings: {found}; choose another --out, or train it "
-            f"anew with --overwrite",
+            f"again with --overwrite",
             code="teacher-settings-differ",
         )
     TeacherFolder(out).tidy(out)
-    unknown = (
-        ""
-        if "training" in note
-        else (
-            "; an earlier version trained it, which did not record the other settings of the "
-            "training, so these were not compared"
-        )
+    unrecorded = (
+        "; an earlier version of richkd trained it without recording all settings, so the others "
+        "were not compared"
     )
-    report.log(f"{out} is complete already; --overwrite trains it anew{unknown}")
+    unknown = "" if "training" in note else unrecorded
+    report.log(f"{out} is complete already; --overwrite trains it again{unknown}")
     accuracy = float(note["test_accuracy"])
-    told = read_json(summary_file(out)) or {}
-    if told.get("top1_last") == accuracy and told.get("model") == settings.model:
-        return {**told, "weights": str(out)}
-    return {
-        "weights": str(out),
-        "model": settings.model,
-        "dataset": dataset.name,
-        "epochs": settings.epochs,
-        "seed": settings.seed,
-        "top1_validation": None,
-        "top1_last": accuracy,
-        "top5_last": None,
-        "seconds": None,
-    }
+    recorded = read_json(summary_file(out)) or {}
+    if recorded.get("top1_last") == accuracy and recorded.get("model") == settings.model:
+        return {**recorded, "weights": str(out)}
+    return _summary(
+        settings, dataset, top1_validation=None, top1_last=accuracy, top5_last=None, seconds=None
+    )
 
 
 def difference(
@@ -358,20 +361,20 @@ def difference(
     note: Mapping[str, str],
     only: Collection[str] | None = None,
 ) -> str | None:
-    """In what weights differ from those that a training would give, by their metadata.
+    """Return the first setting in which weights differ from a training, or None.
 
     Args:
-        settings: of that training.
+        settings: the settings of the training.
         dataset: its images.
-        note: the metadata.
-        only: compare only these.
+        note: the metadata of the weights.
+        only: compare only these settings.
     """
     was: dict[str, Any] = {"fingerprint of the images": note["fingerprint"][:12]}
     now: dict[str, Any] = {"fingerprint of the images": dataset.fingerprint[:12]}
     was |= {name: note[name] for name in dataset.network_input.note if name in note}
     now |= {name: text for name, text in dataset.network_input.note.items() if name in note}
     classes = json.loads(note.get("class_names", "[]")), list(dataset.class_names)
-    if "class_folders" in note and dataset.class_folders:  # names are for CLIP alone
+    if "class_folders" in note and dataset.class_folders:  # names matter to CLIP alone
         classes = json.loads(note["class_folders"]), list(dataset.class_folders)
     if all(classes):
         number = next((n for n, pair in enumerate(zip_longest(*classes)) if len({*pair}) > 1), 0)

@@ -1,7 +1,7 @@
-"""The CLIP called `demo`: a tiny open_clip model that learns from drawn captions on the spot.
+"""The CLIP called `demo`: a tiny open_clip model, trained on drawings when it is first needed.
 
-It is kept in the user's cache folder (RICHKD_HOME, else ~/.cache/richkd) for the next time. Its
-drawings come from a seed of their own, so it has seen no image that a teacher or student trains on.
+It is kept in the user's cache folder (RICHKD_HOME, by default ~/.cache/richkd). Its drawings have a
+seed of their own, so it has seen none of the images that teachers and students train on.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ NAME = "demo-clip-1"  # a new number whenever the drawings or the training chang
 
 
 def demo_clip(report: Report) -> Path:
-    """The directory of the demo CLIP, trained first where it is not there.
-
-    A training that was interrupted is resumed.
+    """Return the directory of the demo CLIP; train it, or resume its training, if needed.
 
     Raises:
         RichKDError: another process is training it.
@@ -40,17 +38,16 @@ def demo_clip(report: Report) -> Path:
     with locked(folder):
         if not folder.is_dir():
             train(folder, checkpoints, report)
-        left = (checkpoints.folder, *home().glob(f".{NAME}-*"))  # also of one that was killed
-        for path in left:
+        for path in (checkpoints.folder, *home().glob(f".{NAME}-*")):  # also of killed processes
             shutil.rmtree(path, ignore_errors=True)
     return folder
 
 
 def train(folder: Path, checkpoints: Checkpoints, report: Report) -> None:
-    """Train the demo CLIP into a folder, from its last checkpoint where there is one."""
+    """Train the demo CLIP into a folder, from its last checkpoint if there is one."""
     try:
         done = checkpoints.progress().epoch
-    except RichKDError as error:  # it is quickly made again
+    except RichKDError as error:  # training again is quick
         report.log(f"{error}; training the demo CLIP from its first epoch")
         checkpoints.remove()
         done = 0

@@ -1,4 +1,4 @@
-"""What the CNN teacher takes: as it says itself, as the user says, or as is usual for its kind."""
+"""The images that the CNN teacher takes: recorded with it, given by the user, or the usual ones."""
 
 from __future__ import annotations
 
@@ -25,45 +25,45 @@ from richkd.models.weights import find_state, read_note, read_weights
 def resolve_input(
     settings: Precompute, weights: Path | None, dataset: Dataset, report: Report
 ) -> NetworkInput:
-    """What the teacher takes, which is told.
+    """Return and log the images that the teacher takes: size, normalisation, crop, interpolation.
 
-    Its own word counts first: what was written when it was trained here, or the configuration of a
-    pretrained tag. Otherwise the settings say, and what they leave open is timm's configuration of
-    the network (for image files), or what networks take that are trained here.
+    What richkd recorded when it trained the teacher, or timm's configuration of a pretrained tag,
+    decides. Otherwise the user's settings do; what they leave open follows timm's configuration of
+    the network (for image files) or the way richkd trains networks on this dataset.
 
     Args:
-        settings: the teacher's name and what the user says of it.
-        weights: its file; None where there is none yet.
+        settings: the teacher's name and the user's settings of its input.
+        weights: the file of weights; None if there is none yet.
         dataset: the images.
-        report: where it is told.
+        report: where to log the result.
 
     Raises:
-        RichKDError: the user says what the teacher says itself; no such tag; or images that are
-            not framed for networks here.
+        RichKDError: the user gives what the teacher records, the tag is unknown, or the network
+            takes images that are not supported.
     """
     check_unsaid(settings, weights)
     name, own = settings.teacher, note_of(weights)
     if own:
         found = _trained_here(own, weights, dataset)
-        report.log(f"the teacher sees images of {found}, as {weights} says")
+        report.log(f"the teacher takes images of {found}, as recorded in {weights}")
         return found
     known = pretrained_input(name)
     if known is not None and has_tag(name):
-        report.log(f"the teacher sees images of {known}, timm's configuration of {name}")
+        report.log(f"the teacher takes images of {known}, by timm's configuration of {name}")
         return known
     here = dataset.network_input
     if known is None or weights is None or isinstance(dataset.train.images, Tensor):
-        found, source = here, f"as networks do that are trained here on {dataset.name}"
+        found, source = here, f"like networks that richkd trains on {dataset.name}"
     else:
-        found, source = known, f"timm's configuration of {name}"
+        found, source = known, f"by timm's configuration of {name}"
     found = replace(found, **settings.teacher_input)
     if weights is not None and settings.teacher_size is None:
         sizes = [each.size for each in (found, here, known) if each is not None]
         found = replace(found, size=_size_of(name, weights, len(dataset.class_names), sizes))
     source += ", and as given" * bool(settings.teacher_input)
-    students = f" (students see {here.size})" * (found.size != here.size)
+    students = f" (students take {here.size})" * (found.size != here.size)
     report.log(
-        f"the teacher sees images of {found} ({source}); if it was trained otherwise, say so by "
+        f"the teacher takes images of {found} ({source}); if it was trained otherwise, pass "
         f"--teacher-size{students}, --teacher-mean, --teacher-std, --teacher-crop or "
         f"--teacher-interpolation"
     )
@@ -71,44 +71,35 @@ def resolve_input(
 
 
 def check_unsaid(settings: Precompute, weights: Path | None) -> None:
-    """Refuse settings that say what the teacher says itself.
-
-    Raises:
-        RichKDError: there are some.
-    """
+    """Check that the user does not give an input that the teacher records; raise RichKDError."""
     if not settings.teacher_input:
         return
     flag = f"--teacher-{next(iter(settings.teacher_input))}"
     if note_of(weights):
         raise RichKDError(
-            f"{flag}: {weights} says itself what its teacher was trained with; leave it out",
+            f"{flag}: {weights} already records what its teacher was trained with; leave it out",
             code="teacher-input-known",
         )
     if settings.teacher and has_tag(settings.teacher):
         raise RichKDError(
-            f"{flag}: timm's configuration of {settings.teacher} says what it was trained with; "
+            f"{flag}: timm's configuration of {settings.teacher} states how it was trained; "
             f"leave it out, or name the network without its tag",
             code="teacher-input-known",
         )
 
 
 def check_from_elsewhere(settings: Precompute) -> None:
-    """Refuse to say what a teacher was trained with that is trained here.
-
-    Raises:
-        RichKDError: there are such settings, and no weights.
-    """
+    """Check that the user gives an input only for weights from elsewhere; raise RichKDError."""
     if settings.teacher_input and not settings.teacher_weights:
         raise RichKDError(
-            f"--teacher-{next(iter(settings.teacher_input))} is for weights from elsewhere, and a "
-            f"teacher that is trained here says itself what it takes; pass --teacher-weights, or "
-            f"leave it out",
+            f"--teacher-{next(iter(settings.teacher_input))} is only for weights from elsewhere, "
+            f"as richkd records how it trains a teacher; pass --teacher-weights, or leave it out",
             code="teacher-input-not-needed",
         )
 
 
 def note_of(weights: Path | None) -> dict[str, str]:
-    """What was written about weights that were trained here, in text; nothing about others."""
+    """Return the metadata of weights that richkd trained; empty for other weights."""
     if weights is None or not weights.is_file():
         return {}
     note = read_note(weights)
@@ -119,7 +110,7 @@ def note_of(weights: Path | None) -> dict[str, str]:
 
 
 def _of_student(summary: Path) -> dict[str, str]:
-    """The same about a student, from its run folder."""
+    """Return the same of a student, from the summary in its run folder."""
     try:
         about = json.loads(summary.read_text(encoding="utf-8"))
         files = catalog.split_name(about["dataset"])[0] == catalog.IMAGE_FOLDER
@@ -132,20 +123,20 @@ def _of_student(summary: Path) -> dict[str, str]:
         return {**found.note, "class_names": json.dumps(about["class_names"])}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RichKDError(
-            f"{summary} is damaged or no run's summary ({error})", code="summary-damaged"
+            f"{summary} is damaged or not the summary of a run ({error})", code="summary-damaged"
         ) from None
 
 
 def _trained_here(note: Mapping[str, str], weights: Path | None, dataset: Dataset) -> NetworkInput:
-    """What a network takes by the note about it."""
+    """Return the images that a network takes, by its metadata."""
     if "mean" in note:
         try:
             return NetworkInput.of_note(note)
         except ValueError as error:
             raise RichKDError(
-                f"{weights} is damaged: of its metadata, {error}", code="weights-metadata-damaged"
+                f"{weights} has damaged metadata: {error}", code="weights-metadata-damaged"
             ) from None
-    # earlier versions did not say, and knew nothing but the data set's
+    # earlier versions did not record it, and always used the dataset's own
     here, name = dataset.network_input, note.get("dataset", dataset.name)
     if name == dataset.name:
         return here
@@ -156,9 +147,9 @@ def _trained_here(note: Mapping[str, str], weights: Path | None, dataset: Datase
 
 
 def _size_of(name: str, weights: Path, num_classes: int, sizes: list[int]) -> int:
-    """The first size at which a network has parameters of the shapes in a file, else the first.
+    """Return the first size at which a network's parameters have the shapes in a file.
 
-    Convolutions fit any size; position embeddings are of one.
+    Without one, return the first size. Convolutions fit any size, position embeddings only one.
     """
     found: dict[int, dict[str, torch.Size]] = {}
     own: dict[str, Tensor] = {}
@@ -168,8 +159,8 @@ def _size_of(name: str, weights: Path, num_classes: int, sizes: list[int]) -> in
             found[size] = _shapes(own)
     if all(shapes == found.get(sizes[0]) for shapes in found.values()):
         return sizes[0]
-    there = _shapes(find_state(own, read_weights(weights), name, weights)[0])
-    return next((size for size, shapes in found.items() if shapes == there), sizes[0])
+    wanted = _shapes(find_state(own, read_weights(weights), name, weights)[0])
+    return next((size for size, shapes in found.items() if shapes == wanted), sizes[0])
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:

@@ -1,14 +1,13 @@
-"""Train a small CLIP from images and captions: a real open_clip model, in a minute on a processor.
+"""Train a small CLIP on images and captions: a real open_clip model, in a minute on a CPU.
 
-It stands in for a pretrained CLIP where none can be downloaded: in the demo, in tests, and for
-small images that no public CLIP has seen. What it writes is what open_clip itself loads with
-`local-dir:PATH` (model, preprocessing and the usual tokenizer), so nothing downstream knows the
-difference.
+It replaces a pretrained CLIP if none can be downloaded: in the demo, in tests, and for small images
+unlike those of public CLIPs. open_clip loads it with `local-dir:PATH` (model, preprocessing and the
+usual tokenizer) like any other.
 
-Covered: images of 32×32 pixels; open_clip's ResNet, text transformer and contrastive loss;
-the same weights, bit for bit, for the same arguments, software and number of threads on the CPU,
-also where the training was interrupted and resumed.
-Not covered: other sizes, several devices, mixed precision, validation while training.
+Supported: images of 32×32 pixels, with open_clip's ResNet, text transformer and contrastive loss.
+The same arguments, software and number of threads give bitwise the same weights on the CPU, even
+after an interruption.
+Not supported: other sizes, several devices, mixed precision, validation during training.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from richkd.training.checkpoint import Checkpoints, Progress
 
 IMAGE_SIZE: Final = 32
 CONTEXT_LENGTH: Final = 32
-"""Tokens a caption may have, with its two marks; open_clip's tokenizer cuts off the rest."""
+"""Tokens per caption, with start and end marks; open_clip's tokenizer truncates the rest."""
 MEAN: Final = (0.5, 0.5, 0.5)
 STD: Final = (0.25, 0.25, 0.25)
 
@@ -51,40 +50,35 @@ def train_tiny_clip(
 ) -> None:
     """Train a CLIP on pairs of images and captions, and write it to `out` for open_clip.
 
-    The directory appears when everything is in it; whatever goes wrong before leaves nothing.
+    The directory is created only when it is complete; a failure leaves nothing behind.
 
     Args:
         images: uint8 [N, 32, 32, 3], RGB.
-        captions: N captions. The same caption may occur many times. What most captions mention is
-            learned first, so classes are learned soonest from captions that say little else.
-        out: The directory to create; its parents are created too.
-        epochs: Passes over the pairs; what is left of a pass after the last full batch is skipped.
-        batch_size: Pairs contrasted with each other.
-        lr: The highest learning rate of the vision tower, reached after a tenth of the steps; the
-            text tower learns at a twentieth of it.
-        layers: Residual blocks of the vision tower, at least 4: they are spread over its four
-            stages, the earlier ones first.
-        width: Channels of the vision tower's first stage, even; the other stages follow from it.
-        seed: Of the first weights and of the order of the pairs.
-        device: Where to train.
-        progress: Called after every step with the steps done and their total, those of before
-            among them.
-        checkpoints: Where one is written after every epoch, and resumed from; they are of a
-            training with these very arguments.
+        captions: N captions, which may repeat. What most captions mention is learned first, so
+            classes are learned fastest from captions that mention little else.
+        out: the directory to create, with its parents.
+        epochs: passes over the pairs; each drops an incomplete last batch.
+        batch_size: pairs that are contrasted with each other.
+        lr: the highest learning rate of the vision tower, reached after a tenth of the steps; that
+            of the text tower is a twentieth of it.
+        layers: residual blocks of the vision tower's four stages, at least 4; early ones get more.
+        width: channels of the vision tower's first stage, an even number; the other stages follow.
+        seed: of the initial weights and the order of the pairs.
+        device: where to train.
+        progress: called after every step with the numbers of steps done and of all steps.
+        checkpoints: where to write a checkpoint after every epoch and resume from; they must come
+            from a training with the same arguments.
 
     Raises:
-        RichKDError: no checkpoint that is there can be read.
-        ValueError: The images have another shape or type, there are fewer of them than a batch
-            or not as many as captions, or a number is out of range.
+        RichKDError: none of the checkpoints can be read.
+        ValueError: images and captions do not fit each other, or a number is out of range.
         FileExistsError: `out` exists.
     """
     _check_pairs(images, captions, batch_size)
     if epochs < 1 or not 0 < lr < math.inf:
         raise ValueError(f"epochs and lr must be positive, got {epochs} and {lr}")
-    if layers < 4 or width < 2 or width % 2:
-        raise ValueError(f"layers must be 4 or more and width even, got {layers} and {width}")
     if out.exists():
-        raise FileExistsError(f"{out} exists; a CLIP is written to a new directory")
+        raise FileExistsError(f"{out} exists; give a new directory")
     config = _config(layers, width)
     model = _train(
         images,
@@ -114,20 +108,22 @@ def _check_pairs(images: Tensor, captions: Sequence[str], batch_size: int) -> No
 
 
 def _config(layers: int, width: int) -> dict[str, Any]:
-    """What `open_clip_config.json` says."""
+    """Return the content of `open_clip_config.json`."""
+    if layers < 4 or width < 2 or width % 2:
+        raise ValueError(f"layers must be 4 or more and width even, got {layers} and {width}")
     return {
         "model_cfg": {
             "embed_dim": 64,
             "vision_cfg": {
                 "image_size": IMAGE_SIZE,
-                # A list makes it open_clip's ResNet; on so few images a transformer of the same
-                # cost learns a third as much.
+                # a list selects open_clip's ResNet; on so few images, a transformer of the same
+                # cost learns a third as much
                 "layers": [(layers + 3 - stage) // 4 for stage in range(4)],
                 "width": width,
             },
             "text_cfg": {
                 "context_length": CONTEXT_LENGTH,
-                "vocab_size": 49408,  # that of open_clip's own tokenizer
+                "vocab_size": 49408,  # of open_clip's own tokenizer
                 "width": 64,
                 "heads": 2,
                 "proj_bias": True,
@@ -143,66 +139,32 @@ def _train(
     captions: Sequence[str],
     config: dict[str, Any],
     *,
-    epochs: int,
-    batch_size: int,
-    lr: float,
     seed: int,
     device: torch.device,
-    progress: Callable[[int, int], None] | None,
-    checkpoints: Checkpoints | None,
+    **fitting: Any,
 ) -> nn.Module:
-    # open_clip takes seconds to import, more than a check of the arguments should.
-    from open_clip import ClipLoss, SimpleTokenizer
+    """Return a model trained by `_fit`, with the embeddings of all words."""
+    # open_clip takes seconds to import, too long for a check of the arguments
+    from open_clip import SimpleTokenizer
     from open_clip.model import CLIP
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = CLIP(**config["model_cfg"], output_dict=True)
     tokens = SimpleTokenizer(context_length=CONTEXT_LENGTH)(list(captions))
-    # Train the embeddings of the words that occur, a few hundred of 49,408; the optimiser would
-    # spend longer on the others than on all the rest. `unique` sorts, so the end mark remains the
-    # largest token, by which open_clip finds it.
+    # train only the embeddings of the words that occur, a few hundred of 49,408, since the
+    # optimiser would spend most of its time on the others; `unique` sorts, so the end mark remains
+    # the largest token, by which open_clip finds it
     vocabulary, tokens = tokens.unique(return_inverse=True)
     every_word = model.token_embedding.weight.detach()
     model.token_embedding.weight = nn.Parameter(every_word[vocabulary])
 
     model.to(device).train()
     images, tokens = images.to(device), tokens.to(device)
-    mean, std = (255 * torch.tensor(value, device=device) for value in (MEAN, STD))
-    steps = epochs * (len(images) // batch_size)
-    optimizer, factor = _optimizer(model, lr, steps)
-    with torch.no_grad():  # fresh towers send everything one way: begin around the mean instead
-        some = ((images[:512] - mean) / std).permute(0, 3, 1, 2)
-        model.visual.attnpool.c_proj.bias -= model.encode_image(some).mean(0)
+    with torch.no_grad():  # untrained towers map all inputs close together: subtract the mean
+        model.visual.attnpool.c_proj.bias -= model.encode_image(_pixels(images[:512])).mean(0)
         model.text_projection.bias -= model.encode_text(tokens[:512]).mean(0)
-    loss_of = ClipLoss()
-    generator = torch.Generator().manual_seed(seed)
-    done = step = 0
-    if checkpoints is not None and checkpoints.files:
-        found, state = checkpoints.load(lambda _: None)
-        _resume(model, optimizer, state)
-        done = found.epoch
-        for _ in range(done):
-            torch.randperm(len(images), generator=generator)
-        step = done * (len(images) // batch_size)
-    for epoch in range(done + 1, epochs + 1):
-        order = torch.randperm(len(images), generator=generator)
-        for start in range(0, len(images) - batch_size + 1, batch_size):
-            index = order[start : start + batch_size].to(device)
-            pixels = ((images[index] - mean) / std).permute(0, 3, 1, 2)
-            loss = loss_of(**model(pixels, tokens[index]))
-            for group in optimizer.param_groups:
-                group["lr"] = group["highest_lr"] * factor(step)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            with torch.no_grad():  # as in CLIP: a temperature below 1/100 is not stable
-                model.logit_scale.clamp_(0, math.log(100))
-            step += 1
-            if progress is not None:
-                progress(step, steps)
-        if checkpoints is not None:
-            checkpoints.save(Progress(epoch), _state(model, optimizer))
+    _fit(model, images, tokens, seed=seed, **fitting)
 
     model.cpu()
     every_word[vocabulary] = model.token_embedding.weight.detach()
@@ -211,8 +173,61 @@ def _train(
     return trained
 
 
+def _pixels(images: Tensor) -> Tensor:
+    """Normalise images: uint8 [B,32,32,3] -> [B,3,32,32]."""
+    mean, std = (255 * torch.tensor(value, device=images.device) for value in (MEAN, STD))
+    return ((images - mean) / std).permute(0, 3, 1, 2)
+
+
+def _fit(
+    model: Any,
+    images: Tensor,
+    tokens: Tensor,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    progress: Callable[[int, int], None] | None,
+    checkpoints: Checkpoints | None,
+) -> None:
+    """Train the model in place, from the last checkpoint if there is one."""
+    from open_clip import ClipLoss
+
+    steps_per_epoch = len(images) // batch_size
+    steps = epochs * steps_per_epoch
+    optimizer, factor = _optimizer(model, lr, steps)
+    contrast = ClipLoss()
+    generator = torch.Generator().manual_seed(seed)
+    done = 0
+    if checkpoints is not None and checkpoints.files:
+        found, state = checkpoints.load(lambda _: None)
+        _resume(model, optimizer, state)
+        done = found.epoch
+    for _ in range(done):
+        torch.randperm(len(images), generator=generator)
+    step = done * steps_per_epoch
+    for epoch in range(done + 1, epochs + 1):
+        order = torch.randperm(len(images), generator=generator)
+        for batch in torch.split(order[: steps_per_epoch * batch_size], batch_size):
+            index = batch.to(images.device)
+            loss = contrast(**model(_pixels(images[index]), tokens[index]))
+            for group in optimizer.param_groups:
+                group["lr"] = group["highest_lr"] * factor(step)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():  # as in CLIP: temperatures below 1/100 are unstable
+                model.logit_scale.clamp_(0, math.log(100))
+            step += 1
+            if progress is not None:
+                progress(step, steps)
+        if checkpoints is not None:
+            checkpoints.save(Progress(epoch), _state(model, optimizer))
+
+
 def _state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Every tensor that resuming needs."""
+    """Return every tensor that is needed to resume."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state[parameter].items():
@@ -221,7 +236,7 @@ def _state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
 
 
 def _resume(model: nn.Module, optimizer: torch.optim.AdamW, tensors: Mapping[str, Tensor]) -> None:
-    """Go on from what `_state` gave."""
+    """Restore what `_state` returned."""
     own = model.state_dict()
     model.load_state_dict({name: tensors[f"model.{name}"] for name in own})
     for name, parameter in model.named_parameters():
@@ -234,9 +249,9 @@ def _resume(model: nn.Module, optimizer: torch.optim.AdamW, tensors: Mapping[str
 def _optimizer(
     model: nn.Module, lr: float, steps: int
 ) -> tuple[torch.optim.AdamW, Callable[[int], float]]:
-    """AdamW, without decay for biases, norms and the temperature; warm-up, then a cosine."""
-    # A text tower as fast as the vision tower soon says the same of all classes that the images do
-    # not tell apart yet, and then nothing urges the images to.
+    """Return AdamW without decay of vectors and scalars, and its schedule: warm-up, then cosine."""
+    # a text tower as fast as the vision tower would merge classes that the images do not separate
+    # yet, which would leave the vision tower no reason to separate them
     groups = [
         {
             "params": [

@@ -1,11 +1,11 @@
-"""What this machine has (packages, device, disk, data), and what is missing for which command."""
+"""Examine this machine (packages, devices, disk, datasets) for what the commands need."""
 
 from __future__ import annotations
 
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -19,29 +19,29 @@ from richkd.core.cpus import usable_cpus
 from richkd.core.errors import RichKDError
 from richkd.core.progress import Report, size
 
-# Extras and the command that wants each; the module whose import shows whether it works.
+# By extra: the command that needs it, and the module whose import shows whether it works.
 EXTRAS = {
     "onnx": ("richkd export", "onnxruntime"),
     "tensorboard": ("richkd report --tensorboard", "torch.utils.tensorboard"),
     "corruptions": ("richkd evaluate --corruptions", "imagecorruptions"),
     "ray": ("richkd sweep --engine ray", "ray"),
-    "cloud": ("stores at s3://, gs://, az://", "obstore"),
+    "cloud": ("caches at s3://, gs://, az://", "obstore"),
 }
-LITTLE_SHARED_MEMORY = 2**30  # what data-loader workers may put there, twice
+LITTLE_SHARED_MEMORY = 2**30  # bytes, twice what data-loader workers may use
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. `remedy` is empty where all is well."""
+    """One thing that was examined; `remedy` is empty if nothing is wrong."""
 
     what: str
     found: str
     remedy: str = ""
-    required: bool = False  # without it, nothing works
+    required: bool = False  # whether nothing works without it
 
 
 def examine(data_root: str = "data", report: Report | None = None) -> dict[str, list[Finding]]:
-    """Look at everything, by topic; nothing is downloaded or written."""
+    """Examine everything, by topic, without downloading or writing anything."""
     report = report or Report(quiet=True)
     topics: dict[str, Callable[[], Iterator[Finding]]] = {
         "packages": packages,
@@ -52,39 +52,36 @@ def examine(data_root: str = "data", report: Report | None = None) -> dict[str, 
     }
     findings = {}
     with report.track("doctor", len(topics), "topics") as tick:
-        for topic, look in topics.items():
-            findings[topic] = list(look())
+        for topic, examine_topic in topics.items():
+            findings[topic] = list(examine_topic())
             tick(1)
     return findings
 
 
-def packages() -> Iterator[Finding]:
-    """richkd's own requirements, against what is installed."""
+def packages(requirements: Sequence[str] | None = None) -> Iterator[Finding]:
+    """Compare requirements, by default richkd's own, with the installed packages."""
     machine = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     yield Finding("richkd", f"{_version('richkd') or 'not installed'}, {machine}")
-    for wanted in _requirements():
+    for wanted in map(Requirement, _requirements() if requirements is None else requirements):
         if wanted.marker is None:
             yield _package(wanted)
 
 
-def extras() -> Iterator[Finding]:
-    """The packages that one command wants each, tried by importing."""
-    for extra, (command, module) in EXTRAS.items():
+def extras(wanted: Mapping[str, tuple[str, str]] = EXTRAS) -> Iterator[Finding]:
+    """Import the packages that single commands need."""
+    for extra, (command, module) in wanted.items():
         try:
             import_module(module)
             yield Finding(command, "ready")
-        except Exception as error:  # absent, of another version, without a system library, …
+        except Exception as error:  # missing, of another version, without a system library, …
             reason = " ".join(str(error).split()) or type(error).__name__
-            remedy = (
-                "install Debian's libgl1"
-                if "libGL" in reason
-                else (f"pip install 'richkd[{extra}]'")
-            )
+            pip = f"pip install 'richkd[{extra}]'"
+            remedy = "install Debian's libgl1" if "libGL" in reason else pip
             yield Finding(command, reason, remedy)
 
 
 def devices() -> Iterator[Finding]:
-    """CPU, memory and GPUs."""
+    """Examine CPU, memory and GPUs."""
     import torch
 
     from richkd.data.workers import SHARED_MEMORY, free_shared_memory
@@ -99,17 +96,13 @@ def devices() -> Iterator[Finding]:
     if has_bfloat16(torch.device("cpu")):
         times = time_precisions(create_model("resnet20", 10), torch.randn(32, 3, 32, 32))
         remedy = "try --precision bfloat16" if times.share < WORTH_IT_BELOW else ""
-        share = f"a step of resnet20 takes {times.share:.2f} of one in float32"
+        share = f"a step of resnet20 takes {times.share:.2f} of its time in float32"
         yield Finding("bfloat16", share, remedy)
     shared = free_shared_memory()
     if shared is not None:
-        yield Finding(
-            "shared memory",
-            f"{size(shared)} free in {SHARED_MEMORY}",
-            "small for image folders; docker run --shm-size=1g"
-            if shared < LITTLE_SHARED_MEMORY
-            else "",
-        )
+        little = "too little for image folders; docker run --shm-size=1g"
+        remedy = little if shared < LITTLE_SHARED_MEMORY else ""
+        yield Finding("shared memory", f"{size(shared)} free in {SHARED_MEMORY}", remedy)
     for number in range(torch.cuda.device_count()):
         gpu = torch.device("cuda", number)
         bf16 = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
@@ -121,45 +114,42 @@ def devices() -> Iterator[Finding]:
         yield Finding(
             "GPU",
             f"none that PyTorch {torch.__version__} can use",
-            "fine for small data; large CLIPs want one",
+            "not needed for small datasets; large CLIPs need one",
         )
 
 
 def places() -> Iterator[Finding]:
-    """Where richkd and its libraries write, and how much room there is."""
+    """Examine the folders to which richkd and its libraries write, and the free space there."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from richkd.core.files import home
     from richkd.teachers.demo_clip import NAME
 
     for what, folder in (
-        ("stores: cache/", Path("cache")),
+        ("caches: cache/", Path("cache")),
         ("students: runs/", Path("runs")),
         ("pretrained CLIPs", Path(HF_HUB_CACHE)),
-        (f"demo CLIP ({'there' if (home() / NAME).is_dir() else 'made on first use'})", home()),
+        (f"demo CLIP ({'ready' if (home() / NAME).is_dir() else 'trained on first use'})", home()),
     ):
         near = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
         free = f"{size(shutil.disk_usage(near).free)} free in {folder}"
         writable = os.access(near, os.W_OK)
-        yield Finding(what, free, "" if writable else f"{near} cannot be written to")
+        yield Finding(what, free, "" if writable else f"{near} is not writable")
 
 
 def data(root: Path) -> Iterator[Finding]:
-    """Which data sets are there, and which would be downloaded."""
+    """Find which datasets exist, and which would be downloaded."""
     for name, (_, other) in PLACES.items():
-        place = found(name, root)
-        if place is not None:
-            yield Finding(name, f"in {place}")
+        location = found(name, root)
+        if location is not None:
+            yield Finding(name, f"in {location}")
         else:
-            yield Finding(
-                name,
-                f"not in {root}",
-                f"downloaded on first use; without a network put {Path(other).name} there",
-            )
+            copy = f"downloaded on first use; without a network, copy {Path(other).name} there"
+            yield Finding(name, f"not in {root}", copy)
 
 
 def show(findings: dict[str, list[Finding]], report: Report) -> None:
-    """A table a topic on standard output."""
+    """Print one table per topic."""
     for topic, rows in findings.items():
         report.table(
             topic, ("", "", ""), [(row.what, row.found, row.remedy) for row in rows], left=3
@@ -167,7 +157,7 @@ def show(findings: dict[str, list[Finding]], report: Report) -> None:
 
 
 def raise_missing(findings: dict[str, list[Finding]]) -> None:
-    """Raise RichKDError where something is missing without which nothing works."""
+    """Raise RichKDError if something is missing without which nothing works."""
     lacking = [row for rows in findings.values() for row in rows if row.required and row.remedy]
     if lacking:
         raise RichKDError(
@@ -176,26 +166,26 @@ def raise_missing(findings: dict[str, list[Finding]]) -> None:
 
 
 def as_json(findings: dict[str, list[Finding]]) -> dict[str, Any]:
-    """The findings for a script."""
+    """Return the findings as JSON for scripts."""
     return {topic: [asdict(row) for row in rows] for topic, rows in findings.items()}
 
 
-def _requirements() -> list[Requirement]:
+def _requirements() -> list[str]:
     try:
-        return [Requirement(text) for text in requires("richkd") or []]
+        return requires("richkd") or []
     except PackageNotFoundError:  # a source tree that was never installed
         return []
 
 
 def _package(wanted: Requirement) -> Finding:
-    found = _version(wanted.name)
+    found, remedy = _version(wanted.name), f"pip install '{wanted}'"
     if found is None:
-        return Finding(wanted.name, "not installed", f"pip install '{wanted}'", required=True)
-    if wanted.specifier.contains(found, prereleases=True):
-        return Finding(wanted.name, found, required=True)
-    return Finding(
-        wanted.name, f"{found}, not {wanted.specifier}", f"pip install '{wanted}'", required=True
-    )
+        state = "not installed"
+    elif wanted.specifier.contains(found, prereleases=True):
+        state, remedy = found, ""
+    else:
+        state = f"{found}, not {wanted.specifier}"
+    return Finding(wanted.name, state, remedy, required=True)
 
 
 def _version(package: str) -> str | None:

@@ -1,6 +1,7 @@
-"""A trained student as a file that runs without richkd: ONNX, or PyTorch's exported program.
+"""Export a trained student to a file that runs without richkd: ONNX, or an exported program.
 
-The file takes pixels in 0..1, and normalises them itself; it is checked against the student.
+The exported network takes pixels in 0..1 and normalises them itself. It is checked against the
+student.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TOLERANCE = 1e-3  # of logits, relative to the largest
 
 
 class Pixels(nn.Module):
-    """A student that takes pixels in 0..1 [B,3,H,W] and gives logits [B,C]."""
+    """A student that takes pixels in 0..1 [B,3,H,W] and returns logits [B,C]."""
 
     mean: Tensor
     std: Tensor
@@ -37,28 +38,32 @@ class Pixels(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Logits [B,C]."""
         logits: Tensor = self.student((pixels - self.mean) / self.std)
         return logits
 
 
 def export(
-    run: str, kind: str = "onnx", *, weights: str = "last", out: str | None = None
+    run: str,
+    kind: str = "onnx",
+    *,
+    weights: str = "last",
+    out: str | None = None,
+    tolerance: float = TOLERANCE,
 ) -> dict[str, Any]:
-    """Write a run's student to a file, and check that the file gives the student's logits.
+    """Export the student of a run to a file, and check that it computes the student's logits.
 
     Args:
-        run: its folder.
+        run: the run folder.
         kind: onnx or torch (torch.export).
         weights: last or best.
-        out: the file; default student.onnx or student.pt2 in the run folder.
+        out: the file; by default student.onnx or student.pt2 in the run folder.
+        tolerance: the largest difference of logits that is accepted, relative to the largest logit.
 
     Returns:
-        The file, and the largest difference of its logits from the student's, relative to the
-        largest logit, over two sizes of batch.
+        The file, and the largest relative difference of its logits, over two batch sizes.
 
     Raises:
-        RichKDError: no complete run, a package that is not installed, or logits that differ.
+        RichKDError: the run is not complete, a package is not installed, or the logits differ.
     """
     if kind not in SUFFIXES:
         raise RichKDError(
@@ -82,10 +87,10 @@ def export(
         error = max(
             float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
         )
-        if not error <= TOLERANCE:
+        if not error <= tolerance:
             raise RichKDError(
-                f"{path}: the exported student's logits differ by {error:.1e} of the largest; "
-                f"try --format {'torch' if kind == 'onnx' else 'onnx'}",
+                f"{path}: logits of the export differ from the student's by {error:.1e} of the "
+                f"largest; try --format {'torch' if kind == 'onnx' else 'onnx'}",
                 code="export-differs",
             )
     return {"file": str(path), "format": kind, "image_size": side, "relative_error": error}
@@ -94,7 +99,7 @@ def export(
 def write_onnx(
     student: Pixels, batches: list[Tensor], path: Path, labels: list[str]
 ) -> list[Tensor]:
-    """ONNX with a free batch size; the logits that ONNX Runtime gives for the batches."""
+    """Write ONNX with any batch size; return ONNX Runtime's logits for the batches."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401
@@ -122,7 +127,7 @@ def write_onnx(
 
 
 def write_program(student: Pixels, batches: list[Tensor], path: Path) -> list[Tensor]:
-    """An exported program with a free batch size; the logits that it gives for the batches."""
+    """Write an exported program with any batch size; return its logits for the batches."""
     batch = torch.export.Dim("batch", min=1)
     with warnings.catch_warnings(action="ignore"):
         program = torch.export.export(student, (batches[0],), dynamic_shapes={"pixels": {0: batch}})

@@ -1,53 +1,58 @@
-"""The cards (README.md) of stores and students on the Hugging Face hub.
+"""The cards (README.md) of caches and students on the Hugging Face hub.
 
-Front matter for machines, text for people, all from the manifest or the summary. What was named
-by files or by people is escaped: a class name is text, never Markdown, HTML or YAML.
+Everything that a card says comes from the manifest or the run's summary, by way of the Markdown
+templates beside this module. Names that files or people gave are text there: they never become
+Markdown, HTML or YAML.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from richkd.core.progress import harmless, percent, size
-from richkd.core.teacher_names import FULL_NAMES
 from richkd.data.entries import describe_splits
 from richkd.store import schema
 from richkd.tools.inspect import summarize
 from richkd.training.run_folder import complete_run
 
+if TYPE_CHECKING:
+    from huggingface_hub import RepoCard
+    from huggingface_hub.repocard_data import CardData
+
 TAGS = ["knowledge-distillation", "richkd"]
-MOST_NAMES = 200  # class names that a card lists
 
 
 def text(value: object) -> str:
-    """A value as Markdown that shows just that; ASCII punctuation may always be escaped."""
+    """Return Markdown that displays exactly `value`, as one line.
+
+    Markdown allows a backslash before any ASCII punctuation.
+    """
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", one_line(value))
 
 
 def one_line(value: object) -> str:
-    """A value that cannot end a line, nor the front matter."""
+    """Return `value` as one line without control characters, safe to quote in YAML."""
     return harmless(" ".join(str(value).split()))
 
 
 def store_card(folder: Path, repo_id: str) -> str:
-    """The card of a complete store; errors as of `open_cache`."""
-    from huggingface_hub import DatasetCardData
+    """Return the card of a complete cache; raise RichKDError as `open_cache` does."""
+    from huggingface_hub import DatasetCard, DatasetCardData
 
     summary = summarize(folder)
     manifest, accuracy = summary["manifest"], summary["accuracy"]
-    dataset, views, teacher, clip = (manifest[k] for k in ("dataset", "views", "teacher", "clip"))
-    name = repo_id.rpartition("/")[2].removesuffix(".zarr")
+    dataset, views, clip = (manifest[key] for key in ("dataset", "views", "clip"))
     front = DatasetCardData(
-        pretty_name=f"richkd store of {one_line(dataset['name'])}",
+        pretty_name=f"richkd cache of {one_line(dataset['name'])}",
         tags=[*TAGS, "zarr"],
         task_categories=["image-classification"],
         viewer=False,
         richkd={
             "dataset": one_line(dataset["name"]),
-            "teacher": one_line(teacher["name"]),
+            "teacher": one_line(manifest["teacher"]["name"]),
             "clip": clip and one_line(clip["model"]),
             "views": views["count"],
             "seed": views["seed"],
@@ -57,167 +62,65 @@ def store_card(folder: Path, repo_id: str) -> str:
             "accuracy": accuracy,
         },
     )
-    inside = (
-        "**The images are inside** (`train/images`, `test/images`): whoever takes this store takes "
-        "them too, and the licence of the data set holds for them."
-        if dataset["embedded"]
-        else "The images are not inside: whoever trains from this store needs the data set itself. "
-        "The licence of the data set may hold for what was computed from it."
-    )
     splits = describe_splits(schema.split_sizes(manifest))
-    made = [
-        ("Data", f"{text(dataset['name'])}, {splits} images of {manifest['image_size']} pixels"),
-        (
-            "Views",
-            f"{views['count']} of each training image, {text(views['space'])}, "
-            f"seed {views['seed']}",
-        ),
-        ("CNN teacher", f"{text(teacher['name'])}, SHA-256 {text(teacher['sha256'][:16])}"),
-    ]
-    if clip:
-        made += [
-            ("CLIP", f"{text(clip['model'])}, logit scale {clip['logit_scale']:.4g}"),
-            ("Prompts", ", ".join(map(text, manifest["prompts"]))),
-            ("Blend", f"alpha {manifest['alpha']}, scale {text(manifest['scale'])}"),
-        ]
-    rows = [
-        (FULL_NAMES[kind], percent(share))
-        for kind, share in accuracy.items()
-        if kind in FULL_NAMES and share is not None
-    ]
-    arrays = [
-        (
-            f"`{array}`",
-            "×".join(map(str, about["shape"])),
-            about["dtype"],
-            size(about["stored_bytes"]),
-        )
-        for array, about in summary["arrays"].items()
-    ]
-    return "\n\n".join(
-        [
-            f"---\n{front.to_yaml()}\n---",
-            f"# What the teachers say of {text(dataset['name'])}",
-            "A store of richkd: the outputs of a CNN teacher"
-            + (" and of CLIP" if clip else "")
-            + ", computed once for every view, in Zarr 3. Students are trained from it with no "
-            "teacher in memory.",
-            inside,
-            "## How it was made",
-            _table(("", ""), made),
-            "## Accuracy",
-            _table(("top-1 on the test images", "%"), rows),
-            "## How to load it",
-            f"With richkd, after `richkd pull {repo_id}`:",
-            f'```python\nimport richkd\ncache = richkd.open_cache("cache/{name}.zarr")\n'
-            f"print(cache, cache.slab(0).teacher_logits.shape)\n```",
-            f"With zarr alone, after "
-            f"`hf download {repo_id} --repo-type dataset --local-dir store`:",
-            '```python\nimport zarr\nstore = zarr.open_group("store", mode="r")\n'
-            'print(store.attrs["class_names"], store["test/teacher_logits"][:].shape)\n```',
-            f"## What is inside\n\n{size(summary['stored_bytes'])}, "
-            f"{size(summary['raw_bytes'])} before compression.",
-            _table(("array", "shape", "type", "stored"), arrays),
-            *_ending(manifest["class_names"], manifest["versions"]),
-        ]
-    )
+    return _fill(DatasetCard, "cache", front, repo_id, {**summary, **manifest, "splits": splits})
 
 
 def student_card(folder: Path, repo_id: str) -> str:
-    """The card of a complete run; errors as of `complete_run`."""
-    from huggingface_hub import EvalResult, ModelCardData
+    """Return the card of a complete run; raise RichKDError as `complete_run` does."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     run = complete_run(folder)
-    about, settings = run.complete, run.settings
-    name, dataset = repo_id.rpartition("/")[2], about.get("dataset", "unknown")
-    dataset = one_line(dataset)
-    results = [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=dataset,
-            dataset_name=dataset,
-            dataset_split="test",
-            metric_type="accuracy",
-            metric_value=about[key],
-            metric_name=label,
-        )
-        for key, label in (("top1_last", "top-1"), ("top5_last", "top-5"))
-        if key in about
-    ]
+    summary = {"dataset": "unknown", "versions": {}, **run.complete}
+    dataset = one_line(summary["dataset"])
     front = ModelCardData(
-        model_name=name,
+        model_name=repo_id.rpartition("/")[2],
         library_name="richkd",
         pipeline_tag="image-classification",
         tags=list(TAGS),
-        eval_results=results,
-    )
-    teachers = about["teacher"]
-    accuracy = [
-        ("this student, last epoch", percent(about["top1_last"])),
-        (
-            f"its best epoch, {about['epoch_best']}, chosen on "
-            f"{text(about.get('best_chosen_on', 'test'))} images",
-            percent(about["top1_best"]),
-        ),
-        *(
-            (FULL_NAMES[kind], percent(share))
-            for kind, share in teachers.items()
-            if kind in FULL_NAMES and share is not None
-        ),
-    ]
-    target = about.get("target") or {}
-    made = [
-        ("Student", f"{text(about['student'])}, {about['parameters']:,} parameters"),
-        ("Data", f"{text(dataset)}, {about['num_classes']} classes"),
-        ("Method", text(about["method"])),
-        *(
-            (label, text(target[key]))
-            for key, label in (("kind", "Target"), ("alpha", "Alpha"), ("scale", "Scale"))
-            if key in target
-        ),
-        *(
-            (label, text(settings[key]))
-            for key, label in (
-                ("epochs", "Epochs"),
-                ("batch_size", "Batch size"),
-                ("lr", "Learning rate"),
-                ("seed", "Seed"),
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=dataset,
+                dataset_name=dataset,
+                dataset_split="test",
+                metric_type="accuracy",
+                metric_value=summary[key],
+                metric_name=label,
             )
-            if key in settings
-        ),
-    ]
-    side = about["image_size"]
-    mean, std = ([round(float(value), 4) for value in about[key]] for key in ("mean", "std"))
-    return "\n\n".join(
-        [
-            f"---\n{front.to_yaml()}\n---",
-            f"# {text(about['student'])} for {text(dataset)}",
-            "A student of richkd, trained from the cached outputs of its teachers.",
-            "## How it was made",
-            _table(("", ""), made),
-            "`recipe.toml` has every setting, `metrics.jsonl` every epoch.",
-            "## Accuracy",
-            _table(("top-1 on the test images", "%"), accuracy),
-            "## How to load it",
-            f"After `richkd pull {repo_id}`:",
-            "```python\nfrom pathlib import Path\n"
-            "from richkd.training.run_folder import complete_run, load_student\n"
-            f'student = load_student(complete_run(Path("runs/{name}")), "last")\n```',
-            f"It takes images [B,3,{side},{side}] with values in 0..1, less {mean}, divided by "
-            f"{std}. `richkd export runs/{name}` makes ONNX of it.",
-            *_ending(about["class_names"], about.get("versions", {})),
-        ]
+            for key, label in (("top1_last", "top-1"), ("top5_last", "top-5"))
+            if key in summary
+        ],
     )
+    constants = {k: [round(float(value), 4) for value in summary[k]] for k in ("mean", "std")}
+    values = {**summary, **constants, "settings": run.settings}
+    return _fill(ModelCard, "student", front, repo_id, values)
 
 
-def _ending(classes: Sequence[str], versions: Mapping[str, Any]) -> list[str]:
-    names = ", ".join(map(text, classes[:MOST_NAMES])) + (
-        ", …" if len(classes) > MOST_NAMES else ""
+def _fill(
+    card: type[RepoCard], kind: str, front: CardData, repo_id: str, values: Mapping[str, Any]
+) -> str:
+    """Fill the template of a kind; every string in `values` is escaped."""
+    versions = [f"{name} {version}" for name, version in values["versions"].items()]
+    filled = card.from_template(
+        front,
+        template_path=str(Path(__file__).with_name(f"{kind}_card.md.jinja")),
+        about=_escaped(values),
+        versions=_escaped(versions),
+        repo_id=repo_id,
+        name=repo_id.rpartition("/")[2].removesuffix(".zarr"),
+        percent=percent,
+        size=size,
     )
-    made_with = ", ".join(f"{text(name)} {text(version)}" for name, version in versions.items())
-    return [f"## Classes\n\n{len(classes)}: {names}", f"## Versions\n\n{made_with}\n"]
+    return str(filled)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _escaped(value: Any) -> Any:
+    """Return the same value with every string in it escaped; keys are the format's own."""
+    if isinstance(value, str):
+        return text(value)
+    if isinstance(value, Mapping):
+        return {key: _escaped(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(each) for each in value]
+    return value

@@ -1,4 +1,4 @@
-"""What is in a store, complete or not, for people and for machines."""
+"""Show the content of a cache, complete or not, to people and scripts."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from richkd.store.schema import teacher_accuracies
 
 
 def summarize(path: str | Path) -> dict[str, Any]:
-    """The manifest, the arrays with their shapes and bytes on disk, and the sums.
+    """Return the manifest, the arrays with their shapes and sizes on disk, and the totals.
 
     Raises:
-        RichKDError: nothing there, or no richkd store.
+        RichKDError: there is nothing at the path, or no richkd cache.
     """
-    place = open_location(path)
+    location = open_location(path)
     manifest = read_manifest(path)
     stored = Counter[str]()
-    for file, count in place.sizes().items():
+    for file, count in location.sizes().items():
         stored[file.partition("/c/")[0].removesuffix(f"/{METADATA}")] += count
     arrays = {
         name: {
@@ -38,7 +38,7 @@ def summarize(path: str | Path) -> dict[str, Any]:
         for name, spec in schema.array_specs(manifest).items()
     }
     return {
-        "path": place.name,
+        "path": location.name,
         "complete": manifest["complete"],
         "accuracy": teacher_accuracies(manifest),
         "raw_bytes": sum(array["raw_bytes"] for array in arrays.values()),
@@ -49,12 +49,12 @@ def summarize(path: str | Path) -> dict[str, Any]:
 
 
 def show(summary: dict[str, Any], report: Report) -> None:
-    """The summary as two tables on standard output."""
+    """Print the summary as two tables."""
     manifest = summary["manifest"]
     dataset, views, teacher, clip = (manifest[k] for k in ("dataset", "views", "teacher", "clip"))
     accuracy = summary["accuracy"]
     state = "complete" if summary["complete"] else "INCOMPLETE: run the same precompute again"
-    images = "embedded" if dataset["embedded"] else "not embedded, read from the data set"
+    images = "embedded" if dataset["embedded"] else "not embedded, read from the dataset"
     rows = [
         ("state", state),
         ("data", f"{dataset['name']}: {describe_splits(schema.split_sizes(manifest))} images"),

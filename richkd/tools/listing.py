@@ -1,4 +1,4 @@
-"""What there is to choose from: recipes, methods and networks."""
+"""List the available recipes, methods and networks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from richkd.core.progress import Report
 
 
 def show_recipes(report: Report) -> dict[str, Any]:
-    """The recipes that richkd brings along, as a table on standard output."""
+    """Print a table of the recipes that richkd includes, and return them by name."""
     found = [recipes.load(str(path)) for path in sorted(recipes.packaged().glob("*.toml"))]
     rows = [(recipe.name, recipe.about) for recipe in found]
     report.table("richkd run NAME", ("recipe", "what"), rows, left=2)
@@ -22,10 +22,10 @@ def show_recipes(report: Report) -> dict[str, Any]:
 
 
 def show_methods(name: str | None, report: Report) -> dict[str, Any]:
-    """The methods, or one of them with its options and their defaults.
+    """Print the methods, or one of them with its options and their defaults, and return them.
 
     Raises:
-        RichKDError: no such method.
+        RichKDError: there is no such method.
     """
     from richkd.losses import METHODS, describe_method
 
@@ -41,9 +41,9 @@ def show_methods(name: str | None, report: Report) -> dict[str, Any]:
         )
     else:
         entry = found[name]
-        reads = ", ".join(entry["reads"]) or "nothing of the store but images and labels"
+        reads = ", ".join(entry["reads"]) or "only images and labels"
         defaults = [
-            (f"--set {option}", "that of the blend" if value is None else f"{value}")
+            (f"--set {option}", "the alpha of the blend" if value is None else f"{value}")
             for option, value in entry["options"].items()
         ]
         about = [("what", entry["about"]), ("reads", reads), ("target", entry["target"] or "none")]
@@ -52,10 +52,12 @@ def show_methods(name: str | None, report: Report) -> dict[str, Any]:
 
 
 def show_models(pattern: str | None, report: Report) -> dict[str, Any]:
-    """Names with parameters and pooled width at 100 classes: the zoo, or what a pattern matches.
+    """Print models with their parameters and pooled width at 100 classes, and return them.
+
+    The models are those of the zoo, or all whose names match a pattern.
 
     Raises:
-        RichKDError: nothing matches.
+        RichKDError: no name matches.
     """
     from fnmatch import fnmatchcase
 
@@ -70,7 +72,7 @@ def show_models(pattern: str | None, report: Report) -> dict[str, Any]:
         names = [name for name in known if fnmatchcase(name.lower(), pattern.lower())]
         if not names:
             raise RichKDError(
-                f"no model matches {pattern!r}; patterns are like 'mobilenet*'",
+                f"no model matches {pattern!r}; give a pattern such as 'mobilenet*'",
                 code="unknown-model",
             )
     found: dict[str, Any] = {}

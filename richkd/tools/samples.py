@@ -1,4 +1,4 @@
-"""A store as a PyTorch data set, for training loops that are not richkd's."""
+"""A cache as a PyTorch dataset, for training loops other than richkd's."""
 
 from __future__ import annotations
 
@@ -31,24 +31,25 @@ def torch_dataset(
     dataset: str = "",
     data_root: str = "data",
 ) -> Samples:
-    """The samples of a store with their teacher rows, for `torch.utils.data.DataLoader`.
+    """Return the samples of a cache with their teacher rows, for `torch.utils.data.DataLoader`.
 
-    Sample i is a dictionary: `image` [3,H,W] f32, the view that the rows were computed on,
-    normalised with the store's mean and std; `label` and `index`, int64; and of the rows those that
-    are asked for, in f32: `teacher_logits` and `fused_logits` [C], `teacher_features` [F],
-    `clip_features` [D], `clip_similarity` [C] (both of the clean image).
+    A sample is a dictionary: `image` [3,H,W] f32, the view that the rows were computed on,
+    normalised by the cache's mean and std; `label` and `index`, int64; and the requested rows in
+    f32: `teacher_logits` and `fused_logits` [C], `teacher_features` [F], and of the clean image
+    `clip_features` [D] and `clip_similarity` [C].
 
     Args:
-        cache: a complete store, or its path.
-        view: which view of the training samples; an epoch each, as in `samples.at_view(epoch % V)`.
-            Other samples have one view, the clean one.
-        split: train, test, or validation where the store has one.
-        arrays: names of rows; default all that the store has.
-        dataset: where the images are, if they moved (image folders only).
-        data_root: folder where data sets lie.
+        cache: a complete cache, or its path.
+        view: the number of a view of the training samples. Use another one in each epoch, e.g.
+            `samples.at_view(epoch % V)`. Other splits have the clean view only: leave it out.
+        split: train, test, or validation if the cache has one.
+        arrays: the names of the rows; by default all that the cache has.
+        dataset: the new location of the images, if they moved (image folders only).
+        data_root: the folder of the datasets.
 
     Raises:
-        RichKDError: no such store, split, view or array; images that are gone or others.
+        RichKDError: there is no such cache, split, view or array, or the images are missing or
+            have changed.
     """
     cache = cache if isinstance(cache, TeacherCache) else open_cache(cache)
     if split not in cache.splits:
@@ -59,7 +60,7 @@ def torch_dataset(
             + (
                 f"{split} samples have the clean view only; leave it out"
                 if split != "train"
-                else f"say which of the views 0..{cache.num_views - 1} of the training samples"
+                else f"choose one of the views 0..{cache.num_views - 1} of the training samples"
             ),
             code="view-out-of-range",
         )
@@ -74,7 +75,7 @@ def torch_dataset(
 
 @dataclass(frozen=True, eq=False)
 class Samples(Dataset[dict[str, Tensor]]):
-    """What `torch_dataset` returns."""
+    """The samples of one split and view of a cache; see `torch_dataset`."""
 
     cache: TeacherCache
     split: str
@@ -83,7 +84,7 @@ class Samples(Dataset[dict[str, Tensor]]):
     images: Split
 
     def at_view(self, view: int) -> Samples:
-        """The same samples at another view; the images are shared, not read again."""
+        """Return the same samples at another view, without reading the images again."""
         return replace(self, view=view)
 
     def __len__(self) -> int:
@@ -93,7 +94,7 @@ class Samples(Dataset[dict[str, Tensor]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        """Several samples in one go, as PyTorch's loaders ask for a batch."""
+        """Return several samples; PyTorch's loaders call this once per batch."""
         index = torch.as_tensor(indices)
         columns = {
             "image": self._normalize(image_views(self.images.images, index, self._views[index])),
@@ -120,7 +121,7 @@ class Samples(Dataset[dict[str, Tensor]]):
 
     @cached_property
     def _rows(self) -> dict[str, Rows]:
-        """The rows by name, each read in one go."""
+        """The rows by name, each read in one pass."""
         return {
             name: self.cache.rows(
                 f"{self.split}/{name}", None if name.startswith("clip") else self.view

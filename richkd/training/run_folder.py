@@ -564,16 +564,25 @@ def complete_run(folder: Path) -> Run:
     return run
 
 
-def load_student(run: Run, weights: str) -> nn.Module:
-    """Load the trained student of a complete run onto the CPU; `weights` are last or best.
+def load_student(run: Run | str | Path, weights: str = "last") -> nn.Module:
+    """Load the trained student of a run, in evaluation mode, on the CPU.
+
+    It takes images [B,3,H,W] normalised by `mean` and `std` of the run's `summary.json`, and
+    returns logits [B,C].
+
+    Args:
+        run: the run folder.
+        weights: of the last epoch (`last`) or of the best one (`best`).
 
     Raises:
-        RichKDError: other weights were asked for, or the file is damaged or of another network.
+        RichKDError: there is no complete run, `weights` is neither of the two, or the file is
+            damaged.
     """
     if weights not in WEIGHTS:
         raise RichKDError(
             f"unknown weights {weights!r}; choose from best, last", code="unknown-name"
         )
+    run = run if isinstance(run, Run) else complete_run(Path(run))
     summary = run.complete
     model = create_model(
         summary["student"],

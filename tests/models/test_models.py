@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import refuses
 
 import richkd
-from richkd.core.errors import RichKDError
 from richkd.core.files import FRESH_S, is_temporary, replacing
 from richkd.models import check_fit
 from richkd.models.weights import (
@@ -45,13 +45,13 @@ def test_in_chans() -> None:
 
 
 def test_unknown_model_names_the_nearest() -> None:
-    with pytest.raises(RichKDError, match=r"unknown model 'resnet8x5'; nearest: resnet8x4"):
+    with refuses("unknown-model", "'resnet8x5'", "resnet8x4"):
         richkd.create_model("resnet8x5", 10)
 
 
 def test_a_model_that_does_not_fit() -> None:
     model = richkd.create_model("inception_v3", 10)
-    with pytest.raises(RichKDError, match=r"inception_v3 does not fit images of 32×32"):
+    with refuses("model-does-not-fit", "inception_v3", "32×32"):
         check_fit(model, "inception_v3", 32, 10)
 
 
@@ -103,7 +103,7 @@ def test_pickled_code_is_refused_and_never_runs(tmp_path: Path, saved_by: str) -
         torch.save({"model": {"a": torch.ones(1)}, "opt": Bomb(target)}, path)
     else:
         path.write_bytes(pickle.dumps(Bomb(target)))
-    with pytest.raises(RichKDError, match=r"w\.pth"):
+    with refuses("weights-unsafe", path):
         read_weights(path)
     assert not target.exists()
 
@@ -113,15 +113,15 @@ def test_pickled_code_is_refused_and_never_runs(tmp_path: Path, saved_by: str) -
 def test_damaged_files(tmp_path: Path, content: bytes, suffix: str) -> None:
     path = tmp_path / f"w{suffix}"
     path.write_bytes(content)
-    with pytest.raises(RichKDError, match=r"w\."):
+    with refuses("weights-format" if not content else "weights-damaged", path):
         read_weights(path)
 
 
 def test_other_architecture_and_other_classes(tmp_path: Path) -> None:
     weights = richkd.create_model("resnet8", 10).state_dict()
-    with pytest.raises(RichKDError, match="another architecture than resnet14: 36 entries missing"):
+    with refuses("weights-other-architecture", "resnet14", "36"):
         load_into(richkd.create_model("resnet14", 10), weights, "resnet14", tmp_path)
-    with pytest.raises(RichKDError, match=r"fc\.weight is \(10, 64\).*\(12, 64\).*classes"):
+    with refuses("weights-do-not-fit", "fc.weight", "(10, 64)", "(12, 64)", "classes"):
         load_into(richkd.create_model("resnet8", 12), weights, "resnet8", tmp_path)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import refuses
 
 import richkd
-from richkd.core.errors import RichKDError
 from richkd.models import check_fit, remedy
 
 # Twelve families, each by a small member.
@@ -81,8 +81,8 @@ def test_checking_draws_nothing_from_the_global_generator() -> None:
 
 def test_the_setting_that_a_message_names_makes_the_model_fit() -> None:
     name = "deepseek_vit_412m"  # patches of 14 px do not divide 32
-    assert "--student-set patch_size=4 makes it fit" in remedy(name, 32, {})
-    with pytest.raises(RichKDError, match="--student-set patch_size=4"), torch.device("meta"):
+    assert "--student-set patch_size=4" in remedy(name, 32, {})
+    with refuses("model-cannot-be-built", "--student-set patch_size=4"), torch.device("meta"):
         richkd.create_model(name, 5, image_size=32)
     with torch.device("meta"), torch.no_grad():
         model = richkd.create_model(name, 5, image_size=32, patch_size=4).eval()
@@ -90,8 +90,7 @@ def test_the_setting_that_a_message_names_makes_the_model_fit() -> None:
 
 
 def test_patches_that_leave_out_pixels_are_refused_with_the_remedy() -> None:
-    message = r"patches of 16 px leave out 12 of 28 px; --student-set patch_size=4 makes it fit"
-    with pytest.raises(RichKDError, match=message):
+    with refuses("model-cannot-be-built", "16 px", "28 px", "--student-set patch_size=4"):
         richkd.create_model("vit_tiny_patch16_224", 5, image_size=28)
     model = richkd.create_model("vit_tiny_patch16_224", 5, image_size=28, patch_size=4)
     assert check_fit(model, "vit_tiny_patch16_224", 28, 5) == 192
@@ -104,19 +103,19 @@ def test_patches_that_leave_out_pixels_are_refused_with_the_remedy() -> None:
 
 def test_models_that_cannot_work_say_so() -> None:
     model = richkd.create_model("inception_v3", 10)
-    with pytest.raises(RichKDError, match=r"inception_v3 does not fit images of 32×32.*resnet8x4"):
+    with refuses("model-does-not-fit", "inception_v3", "32×32", "resnet8x4"):
         check_fit(model, "inception_v3", 32, 10)
     model = richkd.create_model("volo_d1_224", 10, image_size=32)
-    with pytest.raises(RichKDError, match="volo_d1_224 does not classify one vector"):
+    with refuses("model-without-features", "volo_d1_224"):
         check_fit(model, "volo_d1_224", 32, 10)
-    with pytest.raises(RichKDError, match="gcvit_xxtiny cannot be built: division by zero"):
+    with refuses("model-cannot-be-built", "gcvit_xxtiny", "division by zero"):
         richkd.create_model("gcvit_xxtiny", 10, image_size=28)
 
 
 def test_a_setting_that_a_model_does_not_take() -> None:
-    with pytest.raises(RichKDError, match="resnet18 cannot be built with patch_size = 4"):
+    with refuses("model-cannot-be-built", "resnet18", "patch_size = 4"):
         richkd.create_model("resnet18", 5, patch_size=4)
-    with pytest.raises(RichKDError, match="resnet8 takes no settings, got patch_size = 4"):
+    with refuses("model-takes-no-settings", "resnet8", "patch_size = 4"):
         richkd.create_model("resnet8", 5, patch_size=4)
 
 

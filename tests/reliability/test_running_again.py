@@ -430,7 +430,7 @@ def test_push_and_pull(
             done = call(*push)
             assert done.code == 0, done.err
         pull = ("pull", "me/shapes", "--json")
-        done = call(*pull, kill=Kill("richkd.tools.hub:_check_came", 2, by))
+        done = call(*pull, kill=Kill("richkd.tools.hub:_check_download", 2, by))
         cut_off(done, by)
         asked = len(hub.asked)
         first = call(*pull)

@@ -1,4 +1,4 @@
-"""Stores and students go to a hub and come back as they were; a stand-in plays the hub."""
+"""Caches and students survive push and pull unchanged; a fake server stands in for the hub."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import pytest
 import torch
 import yaml
 from fake_hub import TOKEN, FakeHub, serving
-from helpers import changed, tree
+from helpers import Refusal, changed, tree
 
 import richkd
 from richkd.config.settings import Distill
 from richkd.distill import distill
+from richkd.teachers.hub_access import offline
 from richkd.tools.hub_cards import student_card, text
-from richkd.training.run_folder import complete_run, load_student
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,7 +32,12 @@ pytestmark = [
 ]
 
 Run = Callable[..., Any]
-Fails = Callable[..., Any]
+Fails = Callable[..., Refusal]
+
+
+def assert_refused(refusal: Refusal, code: str, *values: object) -> None:
+    assert refusal.code == code, refusal
+    assert all(str(value) in refusal for value in values), refusal
 
 
 @pytest.fixture
@@ -63,7 +68,7 @@ def trained(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def left() -> list[str]:
-    """What a command left in the working folder, hidden files too."""
+    """Every file in the working folder, hidden ones too."""
     return sorted(str(path) for path in Path().rglob("*") if path.is_file())
 
 
@@ -72,7 +77,7 @@ def front_matter(card: bytes) -> tuple[dict[str, Any], str]:
     return yaml.safe_load(front), body
 
 
-def test_a_store_comes_back_to_the_byte(run: Run, hub: FakeHub, store: Path) -> None:
+def test_a_cache_is_the_same_after_push_and_pull(run: Run, hub: FakeHub, store: Path) -> None:
     pushed = run("push", store, "me/shapes", "--json")
     assert pushed.code == 0, pushed.err
     assert pushed.err == ""
@@ -92,7 +97,7 @@ def test_a_store_comes_back_to_the_byte(run: Run, hub: FakeHub, store: Path) -> 
     assert run("verify", "cache/shapes.zarr").code == 0
 
 
-def test_the_card_of_a_store(run: Run, hub: FakeHub, store: Path) -> None:
+def test_the_card_of_a_cache(run: Run, hub: FakeHub, store: Path) -> None:
     assert run("push", store, "me/shapes").out.strip() == f"{hub.url}/datasets/me/shapes"
     front, body = front_matter(hub.repos["dataset", "me/shapes"].files["README.md"])
     manifest = richkd.open_cache(store).manifest
@@ -108,7 +113,7 @@ def test_the_card_of_a_store(run: Run, hub: FakeHub, store: Path) -> None:
     assert manifest["versions"]["zarr"].replace(".", r"\.") in body
 
 
-def test_a_card_says_where_the_images_are_not(
+def test_the_card_of_a_cache_without_clip(
     run: Run, hub: FakeHub, make_store: Callable[..., Path], tmp_path: Path
 ) -> None:
     store = make_store(clip="none")
@@ -117,7 +122,7 @@ def test_a_card_says_where_the_images_are_not(
     assert front["richkd"]["clip"] is None and "CLIP" not in body
 
 
-def test_a_student_comes_back_and_says_the_same(
+def test_a_student_is_the_same_after_push_and_pull(
     run: Run, hub: FakeHub, store: Path, trained: Path, rng: np.random.Generator, tmp_path: Path
 ) -> None:
     mine = tmp_path / "mine"
@@ -150,9 +155,7 @@ def test_a_student_comes_back_and_says_the_same(
     images = torch.from_numpy(rng.normal(size=(5, 3, 32, 32)).astype(np.float32))
     for weights in ("last", "best"):
         with torch.no_grad():
-            wanted, found = (
-                load_student(complete_run(path), weights)(images) for path in (mine, folder)
-            )
+            wanted, found = (richkd.load_student(path, weights)(images) for path in (mine, folder))
         assert torch.equal(wanted, found)
     assert run("report", "runs", "--json").code == 0
     assert run("evaluate", folder, "--cache", store, "--json").code == 0
@@ -192,7 +195,7 @@ def test_names_are_text(trained: Path, tmp_path: Path) -> None:
 
 
 def test_pushing_again_leaves_nothing_of_before(
-    run: Run, hub: FakeHub, store: Path, make_store: Callable[..., Path]
+    run: Run, fails: Fails, hub: FakeHub, store: Path, make_store: Callable[..., Path]
 ) -> None:
     larger = make_store(views=4)
     assert run("push", larger, "me/shapes", "--json").code == 0
@@ -204,10 +207,8 @@ def test_pushing_again_leaves_nothing_of_before(
     done = run("pull", "me/shapes", "--revision", "v1", "--out", "was.zarr", "--json")
     assert done.code == 0 and done.json["commit"] == first
     assert changed(tree(larger), tree(Path("was.zarr"))) == []
-    assert (
-        "has no revision 'v2'; give a branch"
-        in run("pull", "me/shapes", "--revision", "v2", "--out", "b.zarr").err
-    )
+    refusal = fails("pull", "me/shapes", "--revision", "v2", "--out", "b.zarr")
+    assert_refused(refusal, "hub-failed", "me/shapes", "'v2'")
 
 
 def test_only_known_files_come(run: Run, hub: FakeHub, store: Path, trained: Path) -> None:
@@ -234,94 +235,99 @@ def test_damage_is_refused_and_nothing_is_kept(
     hub.add("model", "me/student", tree(trained))
     chunk = next(name for name in tree(store) if "teacher_logits/c/" in name)
     hub.damaged = {chunk, "last.safetensors"}
-    said = fails("pull", "me/shapes")
-    assert "me/shapes at " in said and f"{chunk}: damaged" in said and "pull it again" in said
-    assert "is no whole student" in fails("pull", "me/student")
+    refusal = fails("pull", "me/shapes")
+    assert_refused(refusal, "hub-damaged", "me/shapes at ", chunk)
+    assert_refused(fails("pull", "me/student"), "hub-damaged", "me/student at ", "last.safetensors")
     gone = tree(store)
     del gone[chunk]
     hub.add("dataset", "me/shapes", gone)
-    assert "chunks of" in fails("pull", "me/shapes")
+    assert_refused(fails("pull", "me/shapes"), "hub-damaged")
     hub.add("dataset", "me/shapes", {**tree(store), "zarr.json": b"{"})
-    assert "is no whole store" in fails("pull", "me/shapes")
+    assert_refused(fails("pull", "me/shapes"), "hub-damaged")
     hub.damaged = set()
     hub.add("model", "me/student", {"recipe.toml": b"[x]\ny = 1"})
-    assert fails("pull", "me/student").code == "run-missing"
+    assert_refused(fails("pull", "me/student"), "hub-damaged", "me/student at ")
     assert left() == []
 
 
 def test_what_cannot_be_pushed(
     fails: Fails, hub: FakeHub, store: Path, tmp_path: Path, trained: Path
 ) -> None:
-    assert "neither a store nor a run folder" in fails("push", tmp_path, "me/x")
-    assert "neither a store nor a run folder" in fails("push", tmp_path / "nothing", "me/x")
+    for empty in (tmp_path, tmp_path / "nothing"):
+        assert_refused(fails("push", empty, "me/x"), "hub-nothing-to-push", empty)
     broken = tmp_path / "broken.zarr"
     shutil.copytree(store, broken)
     chunk = next(broken.glob("train/teacher_logits/c/0/0/0"))
     chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
-    assert "c/0/0/0: damaged; richkd repair" in fails("push", broken, "me/x")
+    assert_refused(fails("push", broken, "me/x"), "cache-damaged", "c/0/0/0", "richkd repair")
     manifest = json.loads((broken / "zarr.json").read_text())
     manifest["attributes"]["complete"] = False
     (broken / "zarr.json").write_text(json.dumps(manifest))
-    assert "is incomplete" in fails("push", broken, "me/x")
+    assert_refused(fails("push", broken, "me/x"), "cache-incomplete", broken)
     half = tmp_path / "half"
     shutil.copytree(trained, half)
     (half / "summary.json").unlink()
-    assert fails("push", half, "me/x").code == "run-incomplete"
+    assert_refused(fails("push", half, "me/x"), "run-incomplete", half)
     for wrong in ("x", "me/a--b", "me/x/y", "datasets/me/x", "me/ä", "/x", ""):
-        assert "cannot be a repository; give OWNER/NAME" in fails("push", store, wrong)
+        assert_refused(fails("push", store, wrong), "hub-name", repr(wrong))
     hub.add("dataset", "me/other", {"data.csv": b"1"})
-    assert "holds other files, and no store" in fails("push", store, "me/other")
+    assert_refused(fails("push", store, "me/other"), "hub-foreign", "me/other")
     hub.add("dataset", "me/seen", {})
-    assert "is public already" in fails("push", store, "me/seen", "--private")
+    assert_refused(fails("push", store, "me/seen", "--private"), "hub-public", "me/seen")
     assert not any(line.startswith("POST") for line in hub.asked)
 
 
 def test_what_cannot_be_pulled(
     fails: Fails, run: Run, hub: FakeHub, store: Path, trained: Path
 ) -> None:
-    assert "no repository me/x on http://127" in fails("pull", "me/x")
+    assert_refused(fails("pull", "me/x"), "hub-failed", "me/x", hub.url)
     hub.add("dataset", "me/other", {"data.csv": b"1"})
-    assert "is nothing of richkd's" in fails("pull", "me/other")
+    assert_refused(fails("pull", "me/other"), "hub-foreign", "me/other")
     hub.add("dataset", "me/x", tree(store))
     hub.add("model", "me/x", tree(trained))
-    assert "say datasets/me/x or models/me/x" in fails("pull", "me/x")
+    assert_refused(fails("pull", "me/x"), "hub-ambiguous", "datasets/me/x", "models/me/x")
     assert run("pull", "models/me/x", "--json").json["path"] == "runs/x"
-    again = run("pull", "models/me/x")
-    assert again.code == 0 and "runs/x is complete already" in again.err
+    before = tree(Path("runs/x"))
+    assert run("pull", "models/me/x").code == 0
     hub.add("model", "me/x", {**tree(trained), "summary.json": b"{}"})
+    assert fails("pull", "models/me/x").code == "hub-damaged"
+    hub.add("model", "me/x", {**tree(trained), "recipe.toml": trained_by_others(trained)})
+    assert_refused(fails("pull", "models/me/x"), "foreign-file", "runs/x", "recipe.toml", "--out")
+    assert changed(before, tree(Path("runs/x"))) == []
     hub.add("dataset", "me/y", tree(store))
     Path("runs/y").mkdir()
-    assert "runs/y exists; choose another --out" in fails("pull", "me/y", "--out", "runs/y")
+    refusal = fails("pull", "me/y", "--out", "runs/y")
+    assert_refused(refusal, "foreign-file", "runs/y", "--out")
     Path("file").write_text("")
-    assert "file exists" in fails("pull", "datasets/me/x", "--out", "file")
-    assert "file is a file" in fails("pull", "datasets/me/x", "--out", "file/x")
+    assert_refused(fails("pull", "datasets/me/x", "--out", "file"), "foreign-file", "file")
+    assert fails("pull", "datasets/me/x", "--out", "file/x").code == "parent-is-file"
+
+
+def trained_by_others(run: Path) -> bytes:
+    """The recipe of a run with one more line."""
+    return (run / "recipe.toml").read_bytes() + b"# from elsewhere\n"
 
 
 def test_refused_and_unreachable(
     fails: Fails, hub: FakeHub, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    assert "wants a token for me/x, or refuses yours (401); log in" in fails("push", store, "me/x")
-    for status, said in (
-        (401, "wants a token"),
-        (403, "does not let you at"),
-        (500, "answered 500 for me/x (as told)"),
-    ):
+    assert_refused(fails("push", store, "me/x"), "hub-failed", "me/x", "401", "HF_TOKEN")
+    for status in (401, 403, 500):
         hub.status = status
-        assert said in fails("pull", "me/x")
-        assert said in fails("push", store, "me/x")
+        for refusal in (fails("pull", "me/x"), fails("push", store, "me/x")):
+            assert_refused(refusal, "hub-failed", hub.url, "me/x", status)
     hub.status = 200  # something answers, but it is no hub
-    assert "; try again" in fails("pull", "me/x")
+    assert_refused(fails("pull", "me/x"), "hub-failed", "me/x")
     monkeypatch.setenv("HF_ENDPOINT", "http://host:port")
-    assert "HF_ENDPOINT is 'http://host:port'" in fails("pull", "me/x")
+    assert_refused(fails("pull", "me/x"), "hub-endpoint", "'http://host:port'")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     start = time.perf_counter()
     for command in (("pull", "me/x"), ("push", store, "me/x")):
-        said = fails(*command)
-        assert "cannot reach http://127.0.0.1:1" in said and "copy the folder itself" in said
+        assert_refused(fails(*command), "hub-failed", "http://127.0.0.1:1", "HF_ENDPOINT")
     assert time.perf_counter() - start < 10
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE is set" in fails("pull", "me/x")
+    with offline():
+        assert_refused(fails("pull", "me/x"), "hub-failed", "HF_HUB_OFFLINE")
     assert left() == []
 
 
