@@ -15,7 +15,7 @@ import typer
 from richkd.cli import app
 from richkd.config import recipes
 from richkd.config.settings import SECTIONS, describe
-from richkd.core.checks import hints
+from richkd.core.validation import hints
 from richkd.losses import METHODS, describe_method
 
 
@@ -57,9 +57,12 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def _type(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type(one) for one in arguments if one is not type(None))
+        named = (_type(one) for one in arguments if one is not type(None))
+        return " or ".join(filter(None, named))
+    if origin is typing.Annotated:
+        return _type(arguments[0])
     if origin is typing.Literal:
-        return ", ".join(f"`{value}`" for value in arguments)
+        return ", ".join(f"`{value}`" for value in arguments if value)
     if origin is tuple:
         return f"list of {_type(arguments[0])}"
     names = {str: "text", int: "integer", float: "number", bool: "true or false"}

@@ -6,17 +6,17 @@ What the user can mend is one line on standard error and exit code 2; a bug is a
 from __future__ import annotations
 
 import inspect as inspection
-import tomllib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from typing import Annotated, Any
 
 import typer
-from typer.core import HAS_RICH
 
-from richkd.config import recipes
+from richkd.config import catalog, recipes
 from richkd.config.catalog import at_home
+from richkd.config.flags import Flag, flags, option, plain
 from richkd.config.settings import (
     Distill,
     Precompute,
@@ -24,10 +24,6 @@ from richkd.config.settings import (
     TrainTeacher,
     check_resume,
     describe,
-    parse_alpha,
-    parse_epochs,
-    parse_numbers,
-    parse_scale,
     resolve,
 )
 from richkd.core.errors import RichKDError, local_path, machine_fault
@@ -46,39 +42,79 @@ app = typer.Typer(
 START, STAGES, RESULTS = "Start here", "The two stages", "Look at results"
 STORES, LISTS = "Keep stores", "What there is"
 
+# The settings of the CNN teacher and of CLIP.
+TEACHERS = (
+    "teacher teacher_weights teacher_size teacher_mean teacher_std teacher_crop "
+    "teacher_interpolation teacher_classes clip clip_precision prompts"
+)
 
-def _command(heading: str, *examples: str, name: str | None = None) -> Callable[..., Any]:
-    """A command of the app: its docstring and examples are its help."""
+
+def _command(
+    heading: str, *examples: str, name: str | None = None, settings: Sequence[Flag] = ()
+) -> Callable[..., Any]:
+    """Register a command of the app; its docstring and examples are its help.
+
+    Args:
+        heading: of the help, under which it stands.
+        examples: calls of it.
+        name: if not the function's.
+        settings: flags of which the function gets those that were given, as `**given`.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        text, epilog = _help_of(function), _plain("\n\n".join(("Examples:", *examples)))
-        app.command(name, help=text, epilog=epilog, rich_help_panel=heading)(function)
+        known = {flag.parameter.name: flag for flag in reversed(settings)}
+
+        def command(**arguments: Any) -> None:
+            not_given = {name for name in known if arguments[name] in (None, [])}
+            function(
+                **{
+                    name: known[name].read(value) if name in known else value
+                    for name, value in arguments.items()
+                    if name not in not_given
+                }
+            )
+
+        command.__signature__ = _signature(function, settings)  # type: ignore[attr-defined]
+        text, epilog = _help_of(function), plain("\n\n".join(("Examples:", *examples)))
+        verb = name or function.__name__
+        app.command(verb, help=text, epilog=epilog, rich_help_panel=heading)(command)
         return function
 
     return register
 
 
+def _signature(function: Callable[..., None], settings: Sequence[Flag]) -> inspection.Signature:
+    """Return a signature for typer: the arguments, the settings, then the other options."""
+    own = inspection.signature(function, eval_str=True).parameters
+    arguments = [each for each in own.values() if each.default is each.empty]
+    by_name: dict[str, inspection.Parameter] = {}
+    for each in (*arguments, *(flag.parameter for flag in settings), *own.values()):
+        by_name.setdefault(each.name, own.get(each.name, each))  # own ones replace a setting
+    return inspection.Signature(
+        [
+            each.replace(kind=each.KEYWORD_ONLY)
+            for each in by_name.values()
+            if each.kind is not each.VAR_KEYWORD
+        ]
+    )
+
+
 def _help_of(function: Callable[..., None]) -> str:
-    """Its docstring, a line a paragraph."""
+    """Return its docstring, a line a paragraph."""
     paragraphs = inspection.cleandoc(function.__doc__ or "").split("\n\n")
-    return _plain("\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))
+    return plain("\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))
 
 
-def _plain(text: str) -> str:
-    """Text that rich does not read as its markup, where rich shows it."""
-    return text.replace("[", "\\[") if HAS_RICH else text
+def _at_home(value: Any) -> Any:
+    """Put the home folder for `~`, which the shell leaves in --out=~/runs."""
+    return [*map(at_home, value)] if isinstance(value, list) else value and at_home(value)
 
 
-def _option(settings: type, name: str, *flags: str) -> Any:
-    return typer.Option(*flags, help=_plain(describe(settings, name)), show_default=False)
-
-
-def _shared(name: str) -> Any:
-    return _option(Distill, name)
-
+path_option = partial(typer.Option, callback=_at_home)
+path_argument = partial(typer.Argument, callback=_at_home)
 
 Recipe = Annotated[
-    str | None, typer.Option(help="TOML file, or the name of one that richkd brings along")
+    str | None, path_option(help="TOML file, or the name of one that richkd brings along")
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="begin anew, in the place of what richkd wrote there")
@@ -87,45 +123,8 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="resume what was interrupted, which is the default")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON, and nothing else")]
-Dataset = Annotated[str | None, _option(Precompute, "dataset")]
-Limit = Annotated[int | None, _option(Precompute, "limit")]
-DataRoot = Annotated[str | None, _option(Precompute, "data_root")]
-ImageSize = Annotated[int | None, _option(Precompute, "image_size")]
-ClassNames = Annotated[str | None, _option(Precompute, "class_names")]
-Broken = Annotated[str | None, _option(Precompute, "broken")]
-Background = Annotated[str | None, _option(Precompute, "background")]
-PixelRange = Annotated[str | None, _option(Precompute, "pixel_range")]
-Validation = Annotated[float | None, _option(Precompute, "validation")]
-Teacher = Annotated[str | None, _option(Precompute, "teacher")]
-TeacherWeights = Annotated[str | None, _option(Precompute, "teacher_weights")]
-TeacherSize = Annotated[int | None, _option(Precompute, "teacher_size")]
-TeacherMean = Annotated[str | None, _option(Precompute, "teacher_mean")]
-TeacherStd = Annotated[str | None, _option(Precompute, "teacher_std")]
-TeacherCrop = Annotated[float | None, _option(Precompute, "teacher_crop")]
-TeacherInterpolation = Annotated[str | None, _option(Precompute, "teacher_interpolation")]
-TeacherClasses = Annotated[str | None, _option(Precompute, "teacher_classes")]
-Clip = Annotated[str | None, _option(Precompute, "clip")]
-ClipPrecision = Annotated[str | None, _option(Precompute, "clip_precision")]
-Prompts = Annotated[str | None, _option(Precompute, "prompts")]
-Dtype = Annotated[str | None, _option(Precompute, "dtype")]
-Keep = Annotated[str | None, _option(Precompute, "keep")]
-Views = Annotated[int | None, _option(Precompute, "views")]
-KeepBits = Annotated[int | None, _option(Precompute, "keep_bits")]
-ForwardBatch = Annotated[int | None, _option(Precompute, "batch_size")]
-Epochs = Annotated[int | None, _shared("epochs")]
-BatchSize = Annotated[int | None, _shared("batch_size")]
-LearningRate = Annotated[float | None, _shared("lr")]
-Momentum = Annotated[float | None, _shared("momentum")]
-WeightDecay = Annotated[float | None, _shared("weight_decay")]
-Schedule = Annotated[str | None, _shared("schedule")]
-Milestones = Annotated[
-    str | None, typer.Option(help=describe(Distill, "milestones") + ", e.g. 30,60,90")
-]
-EvalEvery = Annotated[int | None, _shared("eval_every")]
-Seed = Annotated[int | None, _shared("seed")]
-Device = Annotated[str | None, _shared("device")]
-Precision = Annotated[str | None, _shared("precision")]
-Step = Annotated[str | None, _shared("step")]
+DataRoot = Annotated[str | None, option(Precompute, "data_root")]
+Device = Annotated[str | None, option(Distill, "device")]
 
 
 def _of_the_store(share: float | None) -> None:
@@ -172,7 +171,7 @@ app.callback(help=_help_of(top))(top)
 
 @_command(START, "richkd demo", "richkd demo --out runs/demo-1 --seed 1")
 def demo(
-    out: Annotated[str, typer.Option(help="where everything goes")] = "runs/demo",
+    out: Annotated[str, path_option(help="where everything goes")] = "runs/demo",
     seed: Annotated[int, typer.Option(help="seed of students and teacher")] = 0,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -191,42 +190,20 @@ def demo(
     "richkd train-teacher --dataset cifar100 --model resnet32x4",
     "richkd train-teacher --dataset shapes --limit 1000 --epochs 24 --schedule cosine",
     name="train-teacher",
+    settings=flags(TrainTeacher, "dataset model epochs limit validation out"),
 )
 def train_teacher(
-    dataset: Dataset = None,
-    model: Annotated[str | None, _option(TrainTeacher, "model")] = None,
-    epochs: Epochs = None,
-    limit: Limit = None,
-    validation: Validation = None,
-    out: Annotated[str | None, _option(TrainTeacher, "out")] = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-    momentum: Momentum = None,
-    weight_decay: WeightDecay = None,
-    schedule: Schedule = None,
-    milestones: Milestones = None,
-    eval_every: EvalEvery = None,
-    seed: Seed = None,
-    data_root: DataRoot = None,
-    image_size: ImageSize = None,
-    class_names: ClassNames = None,
-    broken: Broken = None,
-    background: Background = None,
-    pixel_range: PixelRange = None,
-    device: Device = None,
-    precision: Precision = None,
-    step: Step = None,
     recipe: Recipe = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Train a CNN teacher with cross-entropy and save its weights.
 
     Interrupted, the same command resumes it.
     """
     check_resume(resume, overwrite)
-    given = _given(locals())
     settings = resolve(TrainTeacher, _table(recipe, "train-teacher"), given)
     from pathlib import Path
 
@@ -249,55 +226,27 @@ def train_teacher(
     "richkd precompute --dataset imagefolder:my-images --class-names names.txt --broken skip",
     "richkd precompute --dataset imagefolder:my-images --teacher-weights resnet32x4.pth "
     "--teacher-mean 0.507,0.487,0.441 --teacher-std 0.267,0.256,0.276 --teacher-crop 1",
+    settings=[
+        *flags(Precompute, "dataset limit validation", others=False),
+        *flags(Precompute, TEACHERS, others=False),
+        *flags(
+            Precompute,
+            "views alpha scale dtype keep_bits keep keep_temperature out batch_size seed",
+        ),
+    ],
 )
 def precompute(
-    dataset: Dataset = None,
-    limit: Limit = None,
-    validation: Validation = None,
-    teacher: Teacher = None,
-    teacher_weights: TeacherWeights = None,
-    teacher_size: TeacherSize = None,
-    teacher_mean: TeacherMean = None,
-    teacher_std: TeacherStd = None,
-    teacher_crop: TeacherCrop = None,
-    teacher_interpolation: TeacherInterpolation = None,
-    teacher_classes: TeacherClasses = None,
-    clip: Clip = None,
-    clip_precision: ClipPrecision = None,
-    prompts: Prompts = None,
-    views: Views = None,
-    alpha: Annotated[str | None, _option(Precompute, "alpha")] = None,
-    scale: Annotated[str | None, _option(Precompute, "scale")] = None,
-    dtype: Dtype = None,
-    keep_bits: KeepBits = None,
-    keep: Keep = None,
-    keep_temperature: Annotated[float | None, _option(Precompute, "keep_temperature")] = None,
-    out: Annotated[str | None, _option(Precompute, "out")] = None,
-    batch_size: ForwardBatch = None,
-    seed: Annotated[int | None, _option(Precompute, "seed")] = None,
-    data_root: DataRoot = None,
-    image_size: ImageSize = None,
-    class_names: ClassNames = None,
-    broken: Broken = None,
-    background: Background = None,
-    pixel_range: PixelRange = None,
-    device: Device = None,
     recipe: Recipe = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Stage one: run CNN teacher and CLIP once, and write the store.
 
     Interrupted, the same command resumes it. Without teacher weights it trains the teacher first.
     """
     check_resume(resume, overwrite)
-    given = _given(locals())
-    if given["alpha"] == "auto":
-        raise RichKDError(
-            "alpha 'auto' is chosen in stage two; pass it to richkd distill",
-            code="alpha-auto-in-stage-one",
-        )
     settings = resolve(Precompute, _table(recipe, "precompute"), given)
     from richkd import precompute as stage_one
     from richkd.core.ranks import is_first
@@ -322,51 +271,38 @@ def precompute(
     "richkd plan --dataset imagenet --views 8 --clip ViT-L-14",
     "richkd plan --dataset imagefolder:my-images --keep top-50 --json",
     "richkd plan --dataset imagefolder:my-images --keep top-50 --measured gpu.json",
+    settings=[
+        *flags(Precompute, "dataset limit validation", others=False),
+        *flags(Precompute, TEACHERS, others=False),
+        *flags(
+            Precompute,
+            "views dtype keep_bits keep batch_size",
+            without="alpha scale keep_temperature seed out class_names broken background "
+            "pixel_range",
+        ),
+    ],
 )
 def plan(
     dataset: Annotated[
         str | None, typer.Option(help=f"{describe(Precompute, 'dataset')}; imagenet needs no files")
     ] = None,
-    limit: Limit = None,
-    validation: Validation = None,
-    teacher: Teacher = None,
-    teacher_weights: TeacherWeights = None,
-    teacher_size: TeacherSize = None,
-    teacher_mean: TeacherMean = None,
-    teacher_std: TeacherStd = None,
-    teacher_crop: TeacherCrop = None,
-    teacher_interpolation: TeacherInterpolation = None,
-    teacher_classes: TeacherClasses = None,
-    clip: Clip = None,
-    clip_precision: ClipPrecision = None,
-    prompts: Prompts = None,
-    views: Views = None,
-    dtype: Dtype = None,
-    keep_bits: KeepBits = None,
-    keep: Keep = None,
-    batch_size: ForwardBatch = None,
-    data_root: DataRoot = None,
-    image_size: ImageSize = None,
-    device: Device = None,
     measured: Annotated[
-        str | None, typer.Option(help="JSON of this plan made on the machine that will do the work")
+        str | None, path_option(help="JSON of this plan made on the machine that will do the work")
     ] = None,
     price: Annotated[
         float | None, typer.Option(help="of keeping the store: USD a GB and month; default 0.023")
     ] = None,
     recipe: Recipe = None,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Say what stage one would take: bytes, passes, hours, and the store's rent.
 
     It tries stage one on some images, here; random weights and drawn images stand for what is not
     here, and nothing is downloaded.
     """
-    given = _given(locals())
-    measured, price = given.pop("measured"), given.pop("price")
-    known = given["dataset"] == "imagenet"
-    if known:
-        given["dataset"] = "imagefolder:imagenet"
+    known = dataset == catalog.IMAGENET
+    given["dataset"] = f"{catalog.IMAGE_FOLDER}:{dataset}" if known else dataset
     settings = resolve(Precompute, _table(recipe, "precompute"), given)
     from richkd.tools import plan as plans
 
@@ -379,7 +315,7 @@ def plan(
 
 @_command(STORES, "richkd inspect cache/cifar100.zarr")
 def inspect(
-    cache: Annotated[str, typer.Argument(help="a store, complete or not")],
+    cache: Annotated[str, path_argument(help="a store, complete or not")],
     as_json: Json = False,
 ) -> None:
     """Say what is in a store: data, teachers, accuracies, arrays and sizes."""
@@ -398,9 +334,9 @@ def inspect(
     "richkd verify cache/cifar100.zarr --teacher teachers/cifar100-resnet32x4.safetensors",
 )
 def verify(
-    cache: Annotated[str, typer.Argument(help="a complete store")],
+    cache: Annotated[str, path_argument(help="a complete store")],
     teacher: Annotated[
-        str | None, typer.Option(help="the CNN teacher's weights: recompute a sample of its rows")
+        str | None, path_option(help="the CNN teacher's weights: recompute a sample of its rows")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -422,13 +358,13 @@ def verify(
     "richkd analyze cache/cifar100.zarr --split train --threshold 0.9",
 )
 def analyze(
-    cache: Annotated[str, typer.Argument(help="a complete store")],
+    cache: Annotated[str, path_argument(help="a complete store")],
     threshold: Annotated[
         float, typer.Option(help="top probability from which a prediction is confident")
     ] = 0.8,
     split: Annotated[str, typer.Option(help="test, train (its first view) or validation")] = "test",
     out: Annotated[
-        str | None, typer.Option(help="folder for the page; default where the store is, or here")
+        str | None, path_option(help="folder for the page; default where the store is, or here")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -445,7 +381,7 @@ def analyze(
 
 @_command(STORES, "richkd repair cache/cifar100.zarr")
 def repair(
-    cache: Annotated[str, typer.Argument(help="a complete store that is damaged")],
+    cache: Annotated[str, path_argument(help="a complete store that is damaged")],
     as_json: Json = False,
 ) -> None:
     """Compute the damaged blocks of a store again, and no others."""
@@ -461,50 +397,25 @@ def repair(
     "richkd distill --cache cache/cifar100.zarr",
     "richkd distill --cache cache/cifar100.zarr --student ShuffleV2 --method dkd --target fused",
     "richkd distill --cache cache/cifar100.zarr --alpha auto --set temperature=4",
+    settings=flags(
+        Distill,
+        "cache student method target epochs seed out alpha scale prompts clip_head holdout options "
+        "student_options",
+    ),
 )
 def distill(
-    cache: Annotated[str | None, _option(Distill, "cache")] = None,
-    student: Annotated[str | None, _option(Distill, "student")] = None,
-    method: Annotated[str | None, _option(Distill, "method")] = None,
-    target: Annotated[str | None, _option(Distill, "target")] = None,
-    epochs: Epochs = None,
-    seed: Seed = None,
-    out: Annotated[str | None, _option(Distill, "out")] = None,
-    resume: Resume = False,
-    alpha: Annotated[str | None, _option(Distill, "alpha")] = None,
-    scale: Annotated[str | None, _option(Distill, "scale")] = None,
-    prompts: Annotated[
-        str | None, typer.Option(help=describe(Distill, "prompts") + ", e.g. 0,3,5")
-    ] = None,
-    clip_head: Annotated[str | None, _option(Distill, "clip_head")] = None,
-    validation: NoValidation = None,
-    holdout: Annotated[float | None, _option(Distill, "holdout")] = None,
-    options: Annotated[list[str] | None, _option(Distill, "options", "--set")] = None,
-    student_options: Annotated[
-        list[str] | None, _option(Distill, "student_options", "--student-set")
-    ] = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-    momentum: Momentum = None,
-    weight_decay: WeightDecay = None,
-    schedule: Schedule = None,
-    milestones: Milestones = None,
-    eval_every: EvalEvery = None,
-    dataset: Annotated[str | None, _option(Distill, "dataset")] = None,
-    data_root: DataRoot = None,
-    device: Device = None,
-    precision: Precision = None,
-    step: Step = None,
     recipe: Recipe = None,
+    validation: NoValidation = None,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Stage two: train a student from a store.
 
     Interrupted, the same command resumes it.
     """
     check_resume(resume, overwrite)
-    given = {**_given(locals()), "prompts": None if prompts is None else _indices(prompts)}
     settings = resolve(Distill, _table(recipe, "distill"), given)
     from richkd.analysis.results import results_table
     from richkd.distill import distill as stage_two
@@ -522,56 +433,38 @@ def distill(
     "richkd sweep --cache cache/cifar100.zarr --students resnet8x4,ShuffleV2 --dry-run",
     "richkd sweep --cache cache/cifar100.zarr --students resnet20 --methods kd,richkd --seeds 5",
     "richkd sweep --cache cache/cifar100.zarr --students resnet20 --engine ray --gpus-per-run 0.25",
+    settings=[
+        *flags(Distill, "cache", others=False),
+        *flags(Sweep, "students methods seeds alpha", others=False),
+        *flags(Distill, "epochs", others=False),
+        *flags(Sweep, "out"),
+        *flags(
+            Distill,
+            "target scale clip_head holdout",
+            without="student student_options method options prompts seed",
+        ),
+    ],
 )
 def sweep(
-    cache: Annotated[str | None, _option(Distill, "cache")] = None,
-    students: Annotated[str | None, _option(Sweep, "students")] = None,
-    methods: Annotated[str | None, _option(Sweep, "methods")] = None,
-    seeds: Annotated[int | None, _option(Sweep, "seeds")] = None,
-    alpha: Annotated[str | None, _option(Sweep, "alpha")] = None,
-    epochs: Epochs = None,
-    out: Annotated[str | None, _option(Sweep, "out")] = None,
-    concurrent: Annotated[str | None, _option(Sweep, "concurrent")] = None,
-    halving: Annotated[int | None, _option(Sweep, "halving")] = None,
-    engine: Annotated[str | None, _option(Sweep, "engine")] = None,
-    address: Annotated[str | None, _option(Sweep, "address")] = None,
-    gpus_per_run: Annotated[float | None, _option(Sweep, "gpus_per_run")] = None,
-    cpus_per_run: Annotated[int | None, _option(Sweep, "cpus_per_run")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show the grid and its cost; train nothing")
     ] = False,
-    target: Annotated[str | None, _option(Distill, "target")] = None,
-    scale: Annotated[str | None, _option(Distill, "scale")] = None,
-    clip_head: Annotated[str | None, _option(Distill, "clip_head")] = None,
-    validation: NoValidation = None,
-    holdout: Annotated[float | None, _option(Distill, "holdout")] = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-    momentum: Momentum = None,
-    weight_decay: WeightDecay = None,
-    schedule: Schedule = None,
-    milestones: Milestones = None,
-    eval_every: EvalEvery = None,
-    dataset: Annotated[str | None, _option(Distill, "dataset")] = None,
-    data_root: DataRoot = None,
-    device: Device = None,
-    precision: Precision = None,
-    step: Step = None,
     recipe: Recipe = None,
+    validation: NoValidation = None,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Train many students from one store: a grid of students, methods, blends and seeds.
 
     What is done is not done again; interrupted, the same command resumes it.
     """
-    arguments = locals()
-    grid = {field.name: arguments.pop(field.name) for field in fields(Sweep)}
+    grid = {field.name: given.pop(field.name, None) for field in fields(Sweep)}
     read = recipes.load(recipe) if recipe else None
-    settings = resolve(Sweep, read.table("sweep") if read else {}, _grid(grid))
+    settings = resolve(Sweep, read.table("sweep") if read else {}, grid)
     from richkd.sweep.run import run_sweep
 
     report = _report(as_json)
-    result = run_sweep(settings, read, _given(arguments), dry_run=dry_run, report=report)
+    result = run_sweep(settings, read, given, dry_run=dry_run, report=report)
     _print(result, as_json)
     _check_failed(result)
 
@@ -581,47 +474,39 @@ def sweep(
     "richkd run shapes",
     "richkd run richkd --teacher-weights resnet32x4.pth",
     "richkd run mine.toml --method kd --seed 1",
+    settings=[
+        *flags(Distill, "method target student epochs milestones seed options", others=False),
+        *flags(
+            Precompute,
+            "dataset limit validation views teacher_weights teacher_classes clip data_root device",
+            others=False,
+        ),
+    ],
 )
 def run(
-    recipe: Annotated[str, typer.Argument(help="TOML file, or a name that richkd recipes lists")],
-    method: Annotated[str | None, _option(Distill, "method")] = None,
-    target: Annotated[str | None, _option(Distill, "target")] = None,
-    student: Annotated[str | None, _option(Distill, "student")] = None,
-    epochs: Epochs = None,
-    milestones: Milestones = None,
-    seed: Seed = None,
-    options: Annotated[list[str] | None, _option(Distill, "options", "--set")] = None,
-    dataset: Dataset = None,
-    limit: Limit = None,
-    validation: Validation = None,
-    views: Views = None,
-    teacher_weights: TeacherWeights = None,
-    teacher_classes: TeacherClasses = None,
-    clip: Clip = None,
+    recipe: Annotated[str, path_argument(help="TOML file, or a name that richkd recipes lists")],
     cache: Annotated[
-        str | None, typer.Option(help="the store; default cache/DATASET-TEACHER.zarr")
+        str | None, path_option(help="the store; default cache/DATASET-TEACHER.zarr")
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option(
+        path_option(
             help="run folder; default runs/RECIPE/STUDENT-METHOD-sSEED, and runs/RECIPE for a sweep"
         ),
     ] = None,
-    data_root: DataRoot = None,
-    device: Device = None,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
     """A recipe from end to end: teacher, stage one, stage two or its sweep, and the report.
 
     What is done is not done again. A recipe with a [sweep] trains its grid; --student, --method,
     --target, --set or --seed ask for that one run instead.
     """
-    given = _given(locals())
     from richkd.analysis.results import results_table
     from richkd.run import run_recipe
 
     report = _report(as_json)
-    result = run_recipe(recipes.load(recipe), given, report)
+    result = run_recipe(recipes.load(recipe), {**given, "cache": cache, "out": out}, report)
     if "run" in result:  # a sweep has shown its leaderboard
         results_table(report, f"{result['run']}", [result])
     _print(result, as_json)
@@ -637,12 +522,12 @@ def run(
     name="report",
 )
 def write_report(
-    runs: Annotated[list[str], typer.Argument(help="folders with runs in them")],
+    runs: Annotated[list[str], path_argument(help="folders with runs in them")],
     out: Annotated[
-        str | None, typer.Option(help="folder for the page; default the first of RUNS")
+        str | None, path_option(help="folder for the page; default the first of RUNS")
     ] = None,
     cache: Annotated[
-        str | None, typer.Option(help="only the runs that were trained on this store")
+        str | None, path_option(help="only the runs that were trained on this store")
     ] = None,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="write TensorBoard's event files too")
@@ -673,7 +558,7 @@ def write_report(
 )
 def evaluate(
     runs: Annotated[
-        list[str], typer.Argument(help="complete runs of one data set; compared with the first")
+        list[str], path_argument(help="complete runs of one data set; compared with the first")
     ],
     weights: Annotated[str, typer.Option(help="last, or best")] = "last",
     threshold: Annotated[
@@ -687,30 +572,30 @@ def evaluate(
         bool,
         typer.Option(
             "--corruptions",
-            help=_plain(
+            help=plain(
                 "15 corruptions, five severities: DATA_ROOT/CIFAR-100-C or -10-C, else "
                 "made here (richkd[corruptions])"
             ),
         ),
     ] = False,
     corruption_files: Annotated[
-        str | None, typer.Option(help="the same from this folder, in the layout of CIFAR-100-C")
+        str | None, path_option(help="the same from this folder, in the layout of CIFAR-100-C")
     ] = None,
     shift: Annotated[
         str | None,
-        typer.Option(help="other images: a folder a class, by the classes' names or numbers"),
+        path_option(help="other images: a folder a class, by the classes' names or numbers"),
     ] = None,
     cache: Annotated[
-        str | None, typer.Option(help="the store, where it is not where the run says")
+        str | None, path_option(help="the store, where it is not where the run says")
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="imagefolder:PATH, where a folder of images has moved")
+        str | None, path_option(help="imagefolder:PATH, where a folder of images has moved")
     ] = None,
     data_root: DataRoot = None,
     seed: Annotated[int, typer.Option(help="of the noise in corruptions")] = 0,
     device: Device = None,
     out: Annotated[
-        str | None, typer.Option(help="folder for the page; default the first run's")
+        str | None, path_option(help="folder for the page; default the first run's")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -745,11 +630,11 @@ def evaluate(
 
 @_command(RESULTS, "richkd export runs/A", "richkd export runs/A --format torch --weights best")
 def export(
-    run: Annotated[str, typer.Argument(help="a complete run")],
+    run: Annotated[str, path_argument(help="a complete run")],
     kind: Annotated[str, typer.Option("--format", help="onnx, or torch (torch.export)")] = "onnx",
     weights: Annotated[str, typer.Option(help="last, or best")] = "last",
     out: Annotated[
-        str | None, typer.Option(help="the file; default student.onnx in the run folder")
+        str | None, path_option(help="the file; default student.onnx in the run folder")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -768,7 +653,7 @@ def export(
     "richkd push runs/A me/resnet8x4-cifar100 --private",
 )
 def push(
-    path: Annotated[str, typer.Argument(help="a complete store, or a complete run")],
+    path: Annotated[str, path_argument(help="a complete store, or a complete run")],
     repo_id: Annotated[str, typer.Argument(help="OWNER/NAME; made where it is not there")],
     private: Annotated[bool, typer.Option("--private", help="not for everybody's eyes")] = False,
     as_json: Json = False,
@@ -796,7 +681,7 @@ def pull(
     ],
     out: Annotated[
         str | None,
-        typer.Option(help="default cache/NAME.zarr for a store, runs/NAME for a student"),
+        path_option(help="default cache/NAME.zarr for a store, runs/NAME for a student"),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit")] = None,
     as_json: Json = False,
@@ -814,7 +699,7 @@ def pull(
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="fewer rounds, within 3 minutes")] = False,
     cache: Annotated[
-        str | None, typer.Option(help="a real store, for what compression makes of its rows")
+        str | None, path_option(help="a real store, for what compression makes of its rows")
     ] = None,
     device: Device = None,
     as_json: Json = False,
@@ -897,84 +782,15 @@ def _check_failed(result: Mapping[str, Any]) -> None:
         )
 
 
-_NOT_SETTINGS = {"recipe", "overwrite", "resume", "as_json", "dry_run"}
-
-
-def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings among a command's arguments."""
-    given = {name: value for name, value in arguments.items() if name not in _NOT_SETTINGS}
-    readers: dict[str, Callable[[Any], Any]] = {
-        "scale": parse_scale,
-        "pixel_range": parse_numbers,
-        "teacher_mean": parse_numbers,
-        "teacher_std": parse_numbers,
-        "alpha": parse_alpha,
-        "milestones": parse_epochs,
-        "options": lambda texts: _assignments("--set", texts),
-        "student_options": lambda texts: _assignments("--student-set", texts),
-    }
-    return {
-        name: readers[name](value) if value is not None and name in readers else value
-        for name, value in given.items()
-    }
-
-
-def _grid(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a sweep; its axes are given with commas."""
-
-    def names(text: str) -> tuple[str, ...]:
-        return tuple(filter(None, (part.strip() for part in text.split(","))))
-
-    def number(text: str) -> int | str:
-        return int(text) if text.isdecimal() else text
-
-    readers: dict[str, Callable[[Any], Any]] = {
-        "students": names,
-        "methods": names,
-        "concurrent": number,
-        "alpha": lambda text: tuple(parse_alpha(part) for part in names(text)),
-    }
-    return {
-        name: readers[name](value) if value is not None and name in readers else value
-        for name, value in arguments.items()
-    }
-
-
 def _table(recipe: str | None, section: str) -> dict[str, Any]:
     return recipes.load(recipe).table(section) if recipe else {}
-
-
-def _indices(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise RichKDError(
-            f"--prompts {text!r}: give numbers with commas, e.g. 0,3,5", code="value-malformed"
-        ) from None
-
-
-def _assignments(flag: str, texts: list[str]) -> dict[str, Any]:
-    """NAME=VALUE as TOML has it: numbers, true and false, and text with or without its quotes."""
-    values: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name or not value:
-            raise RichKDError(
-                f"{flag} {text!r}: give NAME=VALUE, e.g. {flag} temperature=4",
-                code="value-malformed",
-            )
-        try:
-            values[name] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            values[name] = value
-    return values
 
 
 def execute(arguments: Sequence[str]) -> int:
     """Run a command; the only place that turns errors into exit codes."""
     try:
         with interruptible():
-            code = app([*map(_at_home, arguments)] or ["--help"], standalone_mode=False)
+            code = app([*arguments] or ["--help"], standalone_mode=False)
     except RichKDError as error:
         code = fail(f"{error} [{error.code}]", 2)
     except Interrupted as interrupted:
@@ -997,11 +813,3 @@ def execute(arguments: Sequence[str]) -> int:
         else:
             raise
     return code if isinstance(code, int) else 0
-
-
-def _at_home(argument: str) -> str:
-    """An argument with the home folder for `~`: the shell leaves --out=~/x as it is."""
-    flag, equals, value = argument.partition("=")
-    if equals and flag.startswith("--"):
-        return f"{flag}={at_home(value)}"
-    return at_home(argument)

@@ -6,21 +6,23 @@ import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
-from richkd.config.settings import SECTIONS, check_key
-from richkd.core.errors import RichKDError, nearest, require, unknown
+from richkd.config.settings import SECTIONS, check_table
+from richkd.core.errors import RichKDError, nearest, unknown
 from richkd.core.text_files import read_text
+from richkd.core.validation import within
 
-EPOCHS = ("last", "best", "unknown")  # that a published figure is of
+Epoch = Literal["last", "best", "unknown"]  # that a published figure is of
+EPOCHS = get_args(Epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
     """What others published."""
 
-    top1: float  # in %
-    epoch: str = "unknown"  # last; best, which was chosen on the test split; or unknown
+    top1: Annotated[float, within(0, 100)]  # in %
+    epoch: Epoch = "unknown"  # best was chosen on the test split
     source: str = ""
 
 
@@ -63,8 +65,7 @@ def load(path_or_name: str) -> Recipe:
     for section, values in content.items():
         if section not in SECTIONS or not isinstance(values, dict):
             raise unknown(f"table in recipe {path}:", section, ["about", "published", *SECTIONS])
-        for name, value in values.items():
-            check_key(SECTIONS[section], name, value, f"recipe {path} [{section}]")
+        check_table(values, SECTIONS[section], f"recipe {path} [{section}]")
     return Recipe(path.stem, about, figures, content)
 
 
@@ -81,15 +82,10 @@ def _read_figure(value: object, where: str) -> Figure:
         RichKDError: neither, or an entry that is missing, unknown or out of range.
     """
     table: dict[str, Any] = value if isinstance(value, dict) else {"top1": value}
-    for name, entry in table.items():
-        check_key(Figure, name, entry, where)
+    check_table(table, Figure, where)
     if "top1" not in table:
         raise RichKDError(f"{where}: top1 is missing", code="recipe-value")
-    require(0 <= table["top1"] <= 100, f"{where}: top1", table["top1"], "in 0..100 (%)")
-    figure = Figure(**table)
-    if figure.epoch not in EPOCHS:
-        raise unknown(f"epoch in {where}:", figure.epoch, EPOCHS)
-    return figure
+    return Figure(**table)
 
 
 def _find(path_or_name: str) -> Path:

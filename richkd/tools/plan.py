@@ -28,11 +28,11 @@ from torch import Tensor
 from richkd.config import catalog
 from richkd.config.settings import Precompute, TrainTeacher, resolve
 from richkd.core import fusion
-from richkd.core.checks import fits, hints
 from richkd.core.errors import RichKDError
 from richkd.core.interrupts import work_begins
 from richkd.core.progress import Report, duration, size
 from richkd.core.ranks import Ranks
+from richkd.core.validation import find_fault, hints
 from richkd.core.versions import versions
 from richkd.data.datasets import Dataset, ImageFiles, Split, introduce, load_dataset
 from richkd.data.decoding import Decoding
@@ -387,8 +387,8 @@ def read_pace(file: Path, here: Pace) -> Pace:
         found = json.loads(file.read_text(encoding="utf-8"))["pace"]
         found.setdefault("teacher_size", found["image_size"])  # plans of before
         for name, hint in hints(Pace).items():
-            if not fits(found[name], hint):
-                raise ValueError(f"{name} is {found[name]!r}")
+            if (fault := find_fault(found[name], hint, name)) is not None:
+                raise ValueError(fault)
         there = Pace(**found)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RichKDError(

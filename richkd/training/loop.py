@@ -102,7 +102,7 @@ class Trainer:
         self.parameters = [*model.parameters(), *method.parameters()]
         self.optimizer, self.rate = make_optimizer(self.parameters, settings, device)
         self.objective = make_objective(self.model, self.method, data.normalize, self.half)
-        self.wanted = settings.step
+        self.wanted: str = settings.step
         self.runner: Runner | None = None
         self.ran = "eager"  # the runner of the steps so far, here or before an interruption
         # of a GPU, so that trainers whose steps take turns draw what each would draw alone
