@@ -136,12 +136,11 @@ class Settings:
     """A group of settings: checked field by field when it is made, then by `_complete`."""
 
     def __post_init__(self) -> None:
-        kind: Any = type(self)
         for each in fields(self):  # type: ignore[arg-type]  # its subclasses are dataclasses
             value = getattr(self, each.name)
             if each.metadata["path"] and isinstance(value, str):
                 value = catalog.at_home(value)
-            check(value, hints(kind)[each.name], each.name)
+            check(value, hints(type(self))[each.name], each.name)
             self._set(each.name, tuple(value) if isinstance(value, list) else value)
         self._complete()
 

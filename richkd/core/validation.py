@@ -98,9 +98,13 @@ def check(value: object, hint: Any, name: str, where: str = "", code: str | None
         raise RichKDError(f"{where}{fault}", code=code or fault.code)
 
 
-@cache
-def hints(of: Any) -> dict[str, Any]:
+def hints(of: type) -> dict[str, Any]:
     """Return the type hints of a dataclass or a TypedDict by name, with their limits."""
+    return _hints(of)
+
+
+@cache
+def _hints(of: Any) -> dict[str, Any]:  # mypy holds no type[...] to be hashable
     return typing.get_type_hints(of, include_extras=True)
 
 

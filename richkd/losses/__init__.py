@@ -17,7 +17,7 @@ from richkd.losses.kd import standardize as standardize
 from richkd.losses.method import METHODS as METHODS
 from richkd.losses.method import Batch as Batch
 from richkd.losses.method import Method as Method
-from richkd.losses.method import Widths as Widths
+from richkd.losses.method import Task as Task
 from richkd.losses.method import describe_method as describe_method
 from richkd.losses.method import method_class as method_class
 from richkd.losses.method import method_options as method_options

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from richkd.core.errors import RichKDError
+from richkd.core.validation import Count, NotNegative, Positive, Share
 from richkd.losses import method
 from richkd.losses.kd import LogitMethod, LogitOptions, kd_loss
-from richkd.losses.method import Batch, Widths, register
+from richkd.losses.method import Batch, Task, register
 from richkd.losses.relational import FeatureMethod
 
 EPSILON = 1e-7  # as in the published loss
@@ -258,17 +259,17 @@ class CRD(FeatureMethod):
     class Options(method.Options):
         """Weight, kind of negatives and their number K, temperature and momentum of the banks."""
 
-        feature_weight: float = 0.8
+        feature_weight: NotNegative = 0.8
         contrast: Contrast = "exact"
-        negatives: int = 16384
-        crd_temperature: float = 0.07
-        bank_momentum: float = 0.5
+        negatives: Count = 16384
+        crd_temperature: Positive = 0.07
+        bank_momentum: Share = 0.5
 
-    def __init__(self, options: Options, widths: Widths) -> None:
-        super().__init__(options, widths)
-        self.embed_student = Embed(widths.student)
-        self.embed_teacher = Embed(widths.teacher)
-        self.contrast = contrast_of(options, widths)
+    def __init__(self, options: Options, task: Task) -> None:
+        super().__init__(options, task)
+        self.embed_student = Embed(task.student_dim)
+        self.embed_teacher = Embed(task.teacher_dim)
+        self.contrast = contrast_of(options, task)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Tian et al., equation 18 with the label term."""
@@ -295,8 +296,8 @@ class CRDKD(LogitMethod, CRD):
     class Options(CRD.Options, LogitOptions):
         """Those of CRD, and weight and temperature τ of the logits' term."""
 
-        logit_weight: float = 1.0
-        temperature: float = 4.0
+        logit_weight: NotNegative = 1.0
+        temperature: Positive = 4.0
 
     @classmethod
     def reads(cls, options: Any) -> tuple[str, ...]:
@@ -309,14 +310,14 @@ class CRDKD(LogitMethod, CRD):
         return {**CRD.forward(self, batch), "logit": self.options.logit_weight * loss}
 
 
-def contrast_of(options: CRD.Options, widths: Widths) -> CRDLoss:
+def contrast_of(options: CRD.Options, task: Task) -> CRDLoss:
     """The contrastive loss that a method's options ask for."""
     return CRDLoss(
-        len(widths.labels),
+        len(task.labels),
         EMBEDDING,
         options.negatives,
         options.crd_temperature,
         options.bank_momentum,
-        widths.labels,
+        task.labels,
         options.contrast,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from richkd.core.validation import NotNegative, Positive
 from richkd.losses.kd import LogitMethod, LogitOptions
 from richkd.losses.method import Batch, register
 
@@ -44,9 +45,9 @@ class DIST(LogitMethod):
     class Options(LogitOptions):
         """Weights β and γ of the two relations, and τ (1 in the published code for ImageNet)."""
 
-        inter_weight: float = 2.0
-        intra_weight: float = 2.0
-        temperature: float = 4.0
+        inter_weight: NotNegative = 2.0
+        intra_weight: NotNegative = 2.0
+        temperature: Positive = 4.0
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Huang et al., equation 10."""

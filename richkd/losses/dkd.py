@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from richkd.core.validation import Count, NotNegative, Positive
 from richkd.losses.kd import LogitMethod, LogitOptions
 from richkd.losses.method import Batch, register
 
@@ -52,10 +53,10 @@ class DKD(LogitMethod):
     class Options(LogitOptions):
         """Weights α and β of the parts, epochs over which they grow to that, temperature τ."""
 
-        tckd_weight: float = 1.0
-        nckd_weight: float = 8.0
-        warmup: int = 20
-        temperature: float = 4.0
+        tckd_weight: NotNegative = 1.0
+        nckd_weight: NotNegative = 8.0
+        warmup: Count = 20
+        temperature: Positive = 4.0
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Zhao et al., equation 7, with the published code's warm-up."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from richkd.core.validation import NotNegative, Positive
 from richkd.losses import method
 from richkd.losses.method import TARGET, Batch, Method, register
 
@@ -78,9 +79,9 @@ class KD(LogitMethod):
     class Options(LogitOptions):
         """The weight of the term beside the labels', and its temperature τ."""
 
-        ce_weight: float = 0.1
-        logit_weight: float = 0.9
-        temperature: float = 4.0
+        ce_weight: NotNegative = 0.1
+        logit_weight: NotNegative = 0.9
+        temperature: Positive = 4.0
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Hinton et al., section 2."""

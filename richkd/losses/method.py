@@ -7,15 +7,15 @@ terms from `forward`, and register it by name with `@register("name")`. CONTRIBU
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from richkd.core.errors import RichKDError, nearest, unknown
+from richkd.core.validation import NotNegative, check, hints
 
 TARGET = "target_logits"  # the logits of whichever teacher the user chose
 
@@ -33,21 +33,44 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Widths:
-    """The sizes that a method's own modules depend on."""
+class Task:
+    """What a method is built for: the training labels, the widths of the features, and the blend.
+
+    F is a network's pooled-feature width, D that of CLIP's image embeddings.
+    """
 
     labels: Tensor  # [N], of all training samples
-    student: int  # F of the student
-    teacher: int  # F of the CNN teacher
-    clip: int  # D, 0 without CLIP
-    alpha: float  # of the blend
+    student_dim: int  # F of the student
+    teacher_dim: int  # F of the CNN teacher
+    clip_dim: int  # D, 0 without CLIP
+    alpha: float  # weight of the CNN teacher in the fused target
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every method has: the weight of the cross-entropy with the labels."""
+    """The options of every method: the weight of the cross-entropy with the labels."""
 
-    ce_weight: float = 1.0
+    ce_weight: NotNegative = 1.0
+
+    def __post_init__(self) -> None:
+        check_options(type(self), vars(self), "options")
+
+
+def check_options(kind: type[Any], given: Mapping[str, Any], where: str) -> None:
+    """Raise RichKDError if a method has no such option, or a value is of a wrong type or range.
+
+    Args:
+        kind: the method's dataclass of options.
+        given: options by name.
+        where: whose options they are, for the message.
+    """
+    known = hints(kind)
+    for key, value in given.items():
+        if key not in known:
+            raise RichKDError(
+                f"{where} has no option {key!r}; {nearest(key, known)}", code="unknown-option"
+            )
+        check(value, known[key], key, f"{where}: ", code="option-out-of-range")
 
 
 MEASURED_VIEWS = (8, 16, 32, 64, 162)
@@ -85,7 +108,7 @@ class Method(nn.Module):
     target: ClassVar[str] = "teacher"  # whose logits it takes where the user does not say
     few_views: ClassVar[FewViews] = FewViews(measured_with="kd", points={8: 0.49})
 
-    def __init__(self, options: Any, widths: Widths) -> None:
+    def __init__(self, options: Any, task: Task) -> None:
         super().__init__()
         self.options = options
 
@@ -136,17 +159,7 @@ def method_class(name: str, given: Mapping[str, Any]) -> tuple[type[Method], Any
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     method, own = METHODS[name]
-    types = typing.get_type_hints(method.Options)
-    for key, value in given.items():
-        if key not in types:
-            raise RichKDError(
-                f"method {name} has no option {key!r}; {nearest(key, types)}", code="unknown-option"
-            )
-        fault = _fault(key, value, types[key])
-        if fault is not None:
-            raise RichKDError(
-                f"method {name}: {key} = {value!r} should be {fault}", code="option-out-of-range"
-            )
+    check_options(method.Options, given, f"method {name}")
     return method, method.Options(**{**own, **given})
 
 
@@ -185,27 +198,3 @@ def describe_method(name: str) -> dict[str, Any]:
         "target": method.target if TARGET in reads else None,
         "options": dataclasses.asdict(options),
     }
-
-
-def _fault(key: str, value: object, hint: Any) -> str | None:  # noqa: PLR0911
-    """What a value of an option should be instead, or None where it is fine."""
-    if type(None) in typing.get_args(hint):  # None has a meaning of its own
-        if value is None:
-            return None
-        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
-    if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        return None if value in choices else "one of " + ", ".join(choices)
-    if hint is bool:
-        return None if isinstance(value, bool) else "true or false"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "a whole number" if hint is int else "a number"
-    if hint is int and not isinstance(value, int):
-        return "a whole number"
-    if key.endswith("alpha"):
-        return None if 0 <= value <= 1 else "in [0, 1]"
-    if not 0 <= value < float("inf"):
-        return "finite and not negative"
-    if value == 0 and (key.endswith("temperature") or hint is int):
-        return "above 0"
-    return None

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from richkd.core.validation import NotNegative, Positive
 from richkd.losses.kd import LogitMethod, LogitOptions, kd_loss
 from richkd.losses.method import TARGET, Batch, register
 
@@ -42,9 +43,9 @@ class MLKD(LogitMethod):
     class Options(LogitOptions):
         """The weight of the three terms, and the first of their five temperatures."""
 
-        ce_weight: float = 0.1
-        logit_weight: float = 0.9
-        temperature: float = 4.0
+        ce_weight: NotNegative = 0.1
+        logit_weight: NotNegative = 0.9
+        temperature: Positive = 4.0
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Instance, batch and class alignment, each summed over the temperatures."""

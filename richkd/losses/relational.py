@@ -1,6 +1,6 @@
 """Relations among the samples of a batch, in feature space: RKD, SP and PKT.
 
-All three take pooled features [B,F] of any two widths and train no layer of their own.
+All three take pooled features [B,F] of any two task and train no layer of their own.
 RepDistiller's RKD and PKT take these as well; its SP takes the last feature map, so its figures are
 of another method. No gradient flows into the teacher's features. Losses are f32 scalars.
 """
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from richkd.core.validation import NotNegative
 from richkd.losses import method
 from richkd.losses.method import Batch, FewViews, Method, register
 
@@ -76,8 +77,8 @@ class RKD(FeatureMethod):
     class Options(method.Options):
         """Weights of distances and angles."""
 
-        distance_weight: float = 25.0
-        angle_weight: float = 50.0
+        distance_weight: NotNegative = 25.0
+        angle_weight: NotNegative = 50.0
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Park et al., equation 12."""
@@ -100,7 +101,7 @@ class SP(FeatureMethod):
     class Options(method.Options):
         """The weight γ."""
 
-        feature_weight: float = 3000.0
+        feature_weight: NotNegative = 3000.0
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Tung & Mori, equation 5."""
@@ -119,7 +120,7 @@ class PKT(FeatureMethod):
     class Options(method.Options):
         """The weight of the divergence."""
 
-        feature_weight: float = 30000.0
+        feature_weight: NotNegative = 30000.0
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The labels' term and the divergence."""

@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from richkd.core.fusion import fuse_features
+from richkd.core.validation import NotNegative, Positive, Share
 from richkd.losses.crd import CRD, Embed, contrast_of
 from richkd.losses.kd import LogitMethod, LogitOptions, kd_loss
-from richkd.losses.method import TARGET, Batch, Widths, register
+from richkd.losses.method import TARGET, Batch, Task, register
 
 
 @register("richkd")
@@ -33,18 +34,18 @@ class RichKD(LogitMethod):
         in the release.
         """
 
-        logit_weight: float = 3.0
-        temperature: float = 3.0
-        feature_alpha: float | None = None
+        logit_weight: NotNegative = 3.0
+        temperature: Positive = 3.0
+        feature_alpha: Share | None = None
 
-    def __init__(self, options: Options, widths: Widths) -> None:
-        super().__init__(options, widths)
-        self.alpha = widths.alpha if options.feature_alpha is None else options.feature_alpha
+    def __init__(self, options: Options, task: Task) -> None:
+        super().__init__(options, task)
+        self.alpha = task.alpha if options.feature_alpha is None else options.feature_alpha
         if options.feature_weight > 0:
-            self.embed_student = Embed(widths.student)
-            self.embed_teacher = Embed(widths.teacher)
-            self.embed_clip = Embed(widths.clip)
-            self.contrast = contrast_of(options, widths)
+            self.embed_student = Embed(task.student_dim)
+            self.embed_teacher = Embed(task.teacher_dim)
+            self.embed_clip = Embed(task.clip_dim)
+            self.contrast = contrast_of(options, task)
 
     @classmethod
     def reads(cls, options: Any) -> tuple[str, ...]:

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from richkd.core.validation import NotNegative
 from richkd.losses import method
-from richkd.losses.method import Batch, Widths, register
+from richkd.losses.method import Batch, Task, register
 from richkd.losses.relational import FeatureMethod
 
 EPSILON = 1e-5  # the least variance
@@ -57,11 +58,11 @@ class VID(FeatureMethod):
     class Options(method.Options):
         """The weight of the information term."""
 
-        feature_weight: float = 1.0
+        feature_weight: NotNegative = 1.0
 
-    def __init__(self, options: Options, widths: Widths) -> None:
-        super().__init__(options, widths)
-        self.information = VIDLoss(widths.student, widths.teacher)
+    def __init__(self, options: Options, task: Task) -> None:
+        super().__init__(options, task)
+        self.information = VIDLoss(task.student_dim, task.teacher_dim)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Ahn et al., equation 4 with one layer."""

@@ -36,7 +36,7 @@ from richkd.core.versions import versions
 from richkd.data.datasets import Dataset, Split
 from richkd.data.inputs import ArrayInputs, Normalize
 from richkd.data.views import PadCropFlip, views_tensor
-from richkd.losses import CRDLoss, Widths, kd_loss, method_class
+from richkd.losses import CRDLoss, Task, kd_loss, method_class
 from richkd.losses.method import TARGET
 from richkd.models import create_model, forward
 from richkd.models.weights import save_tensors
@@ -398,11 +398,11 @@ def new_trainer(
 ) -> Trainer:
     """A student of random weights by a method; settings are those of `Distill`."""
     model = create_model(student, sizes.num_classes)
-    widths = Widths(
+    task = Task(
         labels=data.train_labels.cpu(),
-        student=model.num_features,  # type: ignore[arg-type]
-        teacher=create_model(sizes.teacher, sizes.num_classes).num_features,  # type: ignore[arg-type]
-        clip=CLIP_WIDTH,
+        student_dim=model.num_features,  # type: ignore[arg-type]
+        teacher_dim=create_model(sizes.teacher, sizes.num_classes).num_features,  # type: ignore[arg-type]
+        clip_dim=CLIP_WIDTH,
         alpha=0.7,
     )
     kind, resolved = method_class(method, options)
@@ -416,7 +416,7 @@ def new_trainer(
         eval_every=10**6,
         **settings,
     )
-    return Trainer(model, kind(resolved, widths), data, chosen, device)
+    return Trainer(model, kind(resolved, task), data, chosen, device)
 
 
 def endless(trainer: Trainer, source: EpochRows) -> Iterator[int]:
