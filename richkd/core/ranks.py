@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from richkd.core.errors import RichKDError
+from richkd.core.errors import RichKDError, first_line
 
 PATIENCE = timedelta(days=7)  # the first may train a teacher while the others wait
 WAKE_S = 0.02  # while waiting, for signals; inside gloo they have to wait
@@ -107,7 +107,7 @@ def joined() -> Iterator[Ranks]:
         dist.init_process_group("gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RichKDError(
-            f"cannot meet the other processes of this job ({str(error).splitlines()[0]}); start "
+            f"cannot meet the other processes of this job ({first_line(error)}); start "
             f"it by torchrun --nproc-per-node N -m richkd …",
             code="ranks-cannot-meet",
         ) from None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from richkd.core.errors import RichKDError, nearest
+from richkd.core.errors import RichKDError, first_line, nearest
 from richkd.data.framing import CROP_MODES, NetworkInput
 
 # importing a family registers its models
@@ -85,7 +85,7 @@ def create_model(
         remedied = "" if image_size is None else f"; {remedy(name, image_size, settings)}"
         raise RichKDError(
             f"model {name} cannot be built{' with ' * bool(given)}{given}: "
-            f"{_first_line(error)}{remedied}",
+            f"{first_line(error)}{remedied}",
             code="model-cannot-be-built",
         ) from None
 
@@ -153,7 +153,7 @@ def pretrained_input(name: str) -> NetworkInput | None:
         config = import_timm().models.get_pretrained_cfg(_registered(name))
     except RuntimeError as error:
         raise RichKDError(
-            f"teacher {name!r}: {_first_line(error)}", code="teacher-input-unsupported"
+            f"teacher {name!r}: {first_line(error)}", code="teacher-input-unsupported"
         ) from None
     if config is None:
         return None
@@ -250,7 +250,7 @@ def check_fit(
             whole = model(images)
     except _MISFITS as error:
         raise RichKDError(
-            f"model {name} does not fit images of {image_size}×{image_size}: {_first_line(error)}; "
+            f"model {name} does not fit images of {image_size}×{image_size}: {first_line(error)}; "
             f"{remedy(name, image_size, settings)}",
             code="model-does-not-fit",
         ) from None
@@ -285,7 +285,3 @@ def remedy(name: str, image_size: int, settings: Mapping[str, Any]) -> str:
             break
     other = "choose a model with less downsampling, e.g. resnet8x4"
     return f"{' or '.join(found)} makes it fit; or {other}" if found else other
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -29,7 +29,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from richkd.core.errors import RichKDError
+from richkd.core.errors import RichKDError, first_line
 from richkd.core.files import replacing
 
 _SHA256 = "richkd-sha256"
@@ -291,9 +291,8 @@ def _read_pickle(path: Path) -> object:
             code="weights-unsafe",
         ) from None
     except Exception as error:  # damage shows in errors of many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RichKDError(
-            f"{path} is damaged or no file of weights: {reason}", code="weights-damaged"
+            f"{path} is damaged or no file of weights: {first_line(error)}", code="weights-damaged"
         ) from None
 
 

@@ -28,7 +28,7 @@ from ray.exceptions import RayError, RaySystemError, RayTaskError
 
 from richkd.config.settings import Distill, Sweep, to_table
 from richkd.core.cpus import usable_cpus
-from richkd.core.errors import RichKDError
+from richkd.core.errors import RichKDError, first_line
 from richkd.core.files import check_unlocked, locked
 from richkd.core.interrupts import RESUMES, Interrupted, deferred, handlers_kept
 from richkd.core.progress import Report
@@ -147,7 +147,7 @@ def start(address: str) -> None:
             logging_level=logging.ERROR,
         )
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:
-        raise _unreachable(address, str(error).splitlines()[0]) from None
+        raise _unreachable(address, first_line(error)) from None
     except SystemExit:  # Ray's answer to SIGTERM
         raise Interrupted(signal.SIGTERM, RESUMES) from None
 
@@ -258,7 +258,7 @@ class RayEngine:
                             continue
                     except RayTaskError as error:
                         if isinstance(error, RaySystemError):  # its arguments could not be read
-                            raise _foreign(str(error.cause)) from None
+                            raise _foreign(error.cause) from None
                         raise  # a bug
                     except RayError as error:
                         self.lose(entry, error, board)
@@ -306,7 +306,7 @@ class RayEngine:
     def lose(self, entry: Entry, error: RayError, board: Board) -> None:
         """A run's worker is gone; after too many of them the run has failed."""
         self.losses[entry.label] += 1
-        reason = str(error).splitlines()[0].partition(". ")[0]
+        reason = first_line(error).partition(". ")[0]
         if self.losses[entry.label] < ATTEMPTS:
             entry.state = "waiting"
             board.log(f"{entry.label}: its worker was lost ({reason}); another one takes over")
@@ -315,9 +315,9 @@ class RayEngine:
             board.log_line(entry)
 
 
-def _foreign(reason: str) -> RichKDError:
+def _foreign(cause: BaseException) -> RichKDError:
     return RichKDError(
-        f"a worker cannot take a run ({reason.splitlines()[0]}); every node needs the richkd, Ray "
+        f"a worker cannot take a run ({first_line(cause)}); every node needs the richkd, Ray "
         f"and Python of this one",
         code="ray-worker-differs",
     )

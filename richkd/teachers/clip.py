@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import functional
 
 from richkd.core import fusion
 from richkd.core.choices import CLIP_PRECISIONS
-from richkd.core.errors import RichKDError, nearest, unknown
+from richkd.core.errors import RichKDError, first_line, nearest, unknown
 from richkd.data.inputs import ArrayInputs, Inputs
 from richkd.data.prompts import fill
 from richkd.data.views import resize_bytes
@@ -164,7 +164,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
         except (RuntimeError, UserWarning) as error:
             raise RichKDError(
                 f"clip_precision = {precision!r}: {device} does not have it "
-                f"({str(error).splitlines()[0]}); choose another of {', '.join(CLIP_PRECISIONS)}",
+                f"({first_line(error)}); choose another of {', '.join(CLIP_PRECISIONS)}",
                 code="clip-precision-unsupported",
             ) from None
 
@@ -335,7 +335,7 @@ def load_clip(name: str, device: torch.device, precision: str = "float32") -> Cl
     except RichKDError:
         raise
     except Exception as error:  # open_clip and the hub raise errors of many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         if unreachable is not None and _NOT_FETCHED.search(str(error)):
             reason = f"it is not in the cache, and {unreachable}"
         if local:

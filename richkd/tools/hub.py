@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from richkd.core.errors import RichKDError, local_path
+from richkd.core.errors import RichKDError, first_line, local_path
 from richkd.core.files import check_unlocked, check_writable, escaped, locked
 from richkd.core.progress import Report
 from richkd.models.weights import read_safetensors
@@ -437,7 +437,7 @@ def _reason(api: HfApi, repo_id: str, revision: str | None, error: BaseException
     host = f"{api.endpoint}"
     log_in = "log in by `hf auth login` or set HF_TOKEN"
     copy = "or copy the folder itself: it is whole as it lies"
-    said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    said = first_line(error)
     if isinstance(error, errors.RevisionNotFoundError):
         why = f"{repo_id} on {host} has no revision {revision!r}; give a branch, a tag or a commit"
     elif isinstance(error, errors.GatedRepoError):
