@@ -33,7 +33,7 @@ def main() -> NoReturn:
             code = streams.flushed(execute(sys.argv[1:]))
     except interrupt.Interrupted as interrupted:
         code = streams.flushed(streams.fail(str(interrupted), interrupted.exit_code))
-    interrupt.leave(code)
+    interrupt.exit_process(code)
 
 
 def closing_line(arguments: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
-"""Command-line flags made from the fields of the settings.
+"""Make CLI flags from the fields of the settings.
 
-How a setting is typed follows from its type: lists take commas, tables NAME=VALUE, and what may be
-a number or a word is read as a number if it can be. A field with `read` is read by that instead.
+How a setting is typed follows from its type: lists are separated by commas, tables are NAME=VALUE,
+and a value that may be a number or a word is read as a number if possible. A field with `read` is
+read by that function instead.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from typer.core import HAS_RICH
 from richkd.core.errors import RichKDError
 from richkd.core.validation import hints
 
-LAST = ("device", "precision", "step")  # where and how a command runs, after what it does
+LAST = ("device", "precision", "step")  # where and how a command runs: shown last
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A setting on the command line."""
+    """A setting as a CLI flag."""
 
-    parameter: Parameter  # of the command, as typer reads it; None if the flag is not given
-    read: Callable[[Any], Any]  # makes the setting of what typer gives
+    parameter: Parameter  # of the command, for typer; its default is None
+    read: Callable[[Any], Any]  # converts what typer gives into the setting
 
 
 def flags(settings: type, names: str = "", *, others: bool = True, without: str = "") -> list[Flag]:
@@ -36,9 +37,9 @@ def flags(settings: type, names: str = "", *, others: bool = True, without: str 
 
     Args:
         settings: a dataclass of settings.
-        names: the fields that come first, in this order, with spaces between them.
-        others: take the other fields too, in their own order.
-        without: fields that are left out, with spaces between them.
+        names: the fields that come first, in this order, separated by spaces.
+        others: include the other fields too, in their own order.
+        without: fields to leave out, separated by spaces.
     """
     first, left_out = names.split(), {*names.split(), *without.split()}
     rest = [name for name in hints(settings) if name not in left_out] if others else []
@@ -46,14 +47,14 @@ def flags(settings: type, names: str = "", *, others: bool = True, without: str 
 
 
 def option(settings: type, name: str) -> Any:
-    """Return the option of one setting, for a command that takes no others."""
+    """Return typer's option for one setting."""
     metadata = settings.__dataclass_fields__[name].metadata  # type: ignore[attr-defined]
     declared = [metadata["flag"]] if metadata["flag"] else []
     return typer.Option(*declared, help=plain(metadata["help"]), show_default=False)
 
 
 def plain(text: str) -> str:
-    """Return text that rich does not read as markup, if rich shows it."""
+    """Escape text that rich, if installed, would read as markup."""
     return text.replace("[", "\\[") if HAS_RICH else text
 
 
@@ -68,7 +69,7 @@ def _flag(settings: type, name: str) -> Flag:
 
 
 def _typed(hint: Any, flag: str) -> tuple[Any, Callable[[Any], Any]]:
-    """Return the type that typer reads a setting as, and what makes its value of that."""
+    """Return the type that typer reads for a setting, and the function that converts it."""
     kinds = {typing.get_origin(kind) or kind: kind for kind in _alternatives(hint)}
     if dict in kinds:
         return list[str], lambda texts: _assignments(flag, texts)
@@ -82,7 +83,7 @@ def _typed(hint: Any, flag: str) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def _alternatives(hint: Any) -> Iterator[Any]:
-    """Yield the types that a value may have, without limits and None."""
+    """Yield the types that a hint allows, without limits and None."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         yield from _alternatives(arguments[0])
@@ -94,8 +95,8 @@ def _alternatives(hint: Any) -> Iterator[Any]:
 
 
 _WORDS: dict[Any, str] = {
-    int: "integers with commas between them, e.g. 0,3,5",
-    float: "numbers with commas between them, e.g. 0.5,0.5,0.5",
+    int: "integers separated by commas, e.g. 0,3,5",
+    float: "numbers separated by commas, e.g. 0.5,0.5,0.5",
 }
 
 
@@ -124,13 +125,13 @@ def _number_or_word(text: str, kind: Callable[[str], Any]) -> Any:
 
 
 def _assignments(flag: str, texts: list[str]) -> dict[str, Any]:
-    """NAME=VALUE as TOML has it: numbers, true and false, and text with or without its quotes."""
+    """Read NAME=VALUE, the value as in TOML; text needs no quotes."""
     values: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name or not value:
             raise RichKDError(
-                f"{flag} {text!r}: give NAME=VALUE, e.g. {flag} temperature=4",
+                f"{flag} {text!r}: must be NAME=VALUE, e.g. {flag} temperature=4",
                 code="value-malformed",
             )
         try:

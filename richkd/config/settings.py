@@ -1,7 +1,8 @@
-"""Every setting of every stage: its name, default, meaning and limits. No torch in here.
+"""Every setting of every stage: its name, type, limits, default and explanation.
 
-A recipe is a TOML file with a table a command (`[train-teacher]`, `[precompute]`, `[distill]`).
-What the command line says overrides the recipe, and the recipe overrides the defaults below.
+A recipe is a TOML file with one table per command (`[train-teacher]`, `[precompute]`, `[distill]`,
+`[sweep]`). CLI flags override the recipe, and the recipe overrides the defaults below. Does not
+import torch.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from richkd.core.validation import (
     within,
 )
 
-AUTO_HOLDOUT = 0.2  # of the test images, for alpha auto and halving
+AUTO_HOLDOUT = 0.2  # share of the test images, for alpha auto and halving
 
 Alpha = Share | Literal["auto"]
 Seed = Annotated[int, Limit("in 0..2³²−1", lambda seed: 0 <= seed < 2**32)]
@@ -63,7 +64,7 @@ Keep = Annotated[
 
 
 def three_channels(value: Any) -> tuple[float, ...]:
-    """Return one number a channel of the numbers given, of which one stands for all three."""
+    """Return one number per channel; a single number stands for all three."""
     numbers = tuple(value) if isinstance(value, tuple | list) else (value,)
     return tuple(map(float, numbers * 3 if len(numbers) == 1 else numbers))
 
@@ -87,7 +88,7 @@ Deviation = Annotated[
 
 
 def read_alpha(text: str) -> Alpha:
-    """Read an alpha as it is typed on the command line: a number or auto."""
+    """Read an alpha typed on the command line: a number or auto."""
     try:
         return "auto" if text == "auto" else float(text)
     except ValueError:
@@ -103,7 +104,7 @@ def _read_alphas(text: str) -> tuple[Alpha, ...]:
 def _read_stage_one_alpha(text: str) -> Alpha:
     if text == "auto":
         raise RichKDError(
-            "alpha 'auto' is chosen in stage two; pass it to richkd distill",
+            "alpha 'auto' belongs to stage two; pass it to richkd distill",
             code="alpha-auto-in-stage-one",
         )
     return read_alpha(text)
@@ -120,11 +121,12 @@ def setting(
     """Return a dataclass field that is a setting.
 
     Args:
-        default: its default; mutable ones are copied.
-        help: the one place where it is explained.
-        path: `~` at its start is the home folder.
-        flag: its name on the command line, if not that of the field.
-        read: how it is typed on the command line, if its type does not say so (config/flags.py).
+        default: the default; a dict is copied.
+        help: the explanation, for `--help` and the documentation.
+        path: expand `~` at its start.
+        flag: the CLI flag, if it is not the field's name.
+        read: converts what is typed on the command line, if the type alone does not determine how
+            (see config/flags.py).
     """
     metadata = {"help": help, "path": path, "flag": flag, "read": read}
     if isinstance(default, dict):
@@ -145,7 +147,7 @@ class Settings:
         self._complete()
 
     def _complete(self) -> None:
-        """Fill in defaults that depend on other settings, and check the rules that span several."""
+        """Fill in defaults that depend on other settings, and check rules that span several."""
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -153,37 +155,41 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Images(Settings):
-    """Which images, and where they are."""
+    """Settings of the images and where they are."""
 
     dataset: str = setting(
         "", "shapes, fashion-mnist, cifar10, cifar100 or imagefolder:PATH", path=True
     )
-    limit: Count | None = setting(None, "take the first N training samples")
-    data_root: str = setting("data", "folder where data sets lie, or are downloaded to", path=True)
-    image_size: Side | None = setting(None, "side of an imagefolder's images; they suggest one")
+    limit: Count | None = setting(None, "use only the first N training samples")
+    data_root: str = setting(
+        "data", "folder of the datasets; missing ones are downloaded to it", path=True
+    )
+    image_size: Side | None = setting(
+        None, "pixels per side of an imagefolder's images; default by their sizes"
+    )
     class_names: str = setting(
-        "", "file of an imagefolder's class names, a line a class", path=True
+        "", "file with an imagefolder's class names, one per line", path=True
     )
     broken: Literal["refuse", "skip"] = setting(
-        "refuse", "an imagefolder's damaged files: refuse or skip"
+        "refuse", "damaged files of an imagefolder: refuse or skip"
     )
     background: str = setting(
         "white", "colour behind an imagefolder's transparent pixels: a name, or #RRGGBB"
     )
     pixel_range: Annotated[tuple[float, ...], Ascending] | None = setting(
         None,
-        "values of an imagefolder's 16-bit, 32-bit and float images that are black and white, as "
-        "LOW,HIGH; their format or values suggest them",
+        "LOW,HIGH: the values of black and white in an imagefolder's 16-bit, 32-bit and float "
+        "images; default by their format or values",
     )
     validation: BelowOne = setting(
-        0.0, "share of the training images to make choices on; no network trains on them"
+        0.0, "share of the training images to make choices on; no network is trained on them"
     )
 
     def _complete(self) -> None:
         super()._complete()
         if not self.dataset:
             raise RichKDError(
-                "no data set given: say which, e.g. --dataset cifar100", code="dataset-not-given"
+                "no dataset given; choose one, e.g. --dataset cifar100", code="dataset-not-given"
             )
         kind, _ = catalog.split_name(self.dataset)
         if kind != catalog.IMAGE_FOLDER:
@@ -197,7 +203,7 @@ class Images(Settings):
         local_path(self.data_root, "--data-root")
 
     def _check_plain(self, kind: str) -> None:
-        """Check that nothing is said that only image folders leave open."""
+        """Check that no setting is given that applies to image folders only."""
         for name, default, known in (
             ("image_size", None, "have one size"),
             ("class_names", "", "have classes with names"),
@@ -210,31 +216,32 @@ class Images(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Settings):
-    """How a network is trained: the settings of the CIFAR distillation literature by default."""
+    """Settings of training; the defaults are those of the CIFAR distillation literature."""
 
     epochs: Count = setting(240, "passes over the training samples")
-    batch_size: Count = setting(64, "samples a step")
+    batch_size: Count = setting(64, "samples per step")
     lr: Positive | None = setting(
-        None, "learning rate at the start; default 0.05, or 0.01 for MobileNetV2 and ShuffleV1, V2"
+        None,
+        "initial learning rate; default 0.05, or 0.01 for MobileNetV2, ShuffleV1 and ShuffleV2",
     )
     momentum: BelowOne = setting(0.9, "momentum of SGD")
     weight_decay: BelowOne = setting(5e-4, "weight decay of SGD")
     schedule: Literal["step", "cosine"] = setting(
-        "step", "step (÷10 at 62.5, 75 and 87.5 % of the epochs) or cosine"
+        "step", "step (÷10 after 62.5, 75 and 87.5 % of the epochs) or cosine"
     )
     milestones: tuple[int, ...] | None = setting(
         None,
-        "epochs after which the step schedule divides by ten, instead of those shares, e.g. "
-        "30,60,90",
+        "epochs after which the step schedule divides by ten instead, e.g. 30,60,90",
     )
-    eval_every: Count = setting(1, "test after every N epochs, and after the last")
-    seed: Seed = setting(0, "seed of weights, order and negatives")
+    eval_every: Count = setting(1, "test after every N epochs and after the last")
+    seed: Seed = setting(0, "seed of the weights, the order of samples and the negatives")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps, …")
     precision: Precision = setting(
-        "auto", "of the network: float32, bfloat16, or auto (bfloat16 on GPUs that have it)"
+        "auto",
+        "precision of the network: float32, bfloat16, or auto (bfloat16 on GPUs that support it)",
     )
     step: Step = setting(
-        "auto", "how steps run: eager, captured (CUDA graphs), compiled, or auto: what pays"
+        "auto", "how steps run: eager, captured (CUDA graphs), compiled, or auto (the fastest)"
     )
 
     def _complete(self) -> None:
@@ -250,9 +257,9 @@ class Training(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTeacher(Images, Training):
-    """`richkd train-teacher`."""
+    """Settings of `richkd train-teacher`."""
 
-    model: str = setting("", "a CNN of the zoo or of timm; the data set suggests one")
+    model: str = setting("", "CNN of the zoo or of timm; default by dataset")
     out: str = setting(
         "", "weights file (.safetensors); default teachers/DATASET[-LIMIT]-MODEL", path=True
     )
@@ -270,7 +277,7 @@ class TrainTeacher(Images, Training):
         require(named, "out", self.out, "a .safetensors file")
 
     def for_size(self, image_size: int) -> TrainTeacher:
-        """With the network that suits images of this size and its learning rate, if not given."""
+        """Return settings with the network and learning rate for this image size filled in."""
         model = self.model or catalog.networks(self.dataset, image_size)[0]
         lr = catalog.learning_rate(model) if self.lr is None else self.lr
         return replace(self, model=model, lr=lr)
@@ -278,65 +285,72 @@ class TrainTeacher(Images, Training):
 
 @dataclass(frozen=True, kw_only=True)
 class Precompute(Images):
-    """`richkd precompute`, stage one."""
+    """Settings of `richkd precompute`, stage one."""
 
-    teacher: str = setting("", "CNN teacher, of the zoo or of timm; the data set suggests one")
+    teacher: str = setting("", "CNN teacher of the zoo or of timm; default by dataset")
     teacher_weights: str = setting(
-        "", "its weights (.safetensors, or a state dict .pt/.pth)", path=True
+        "", "weights of the CNN teacher (.safetensors, or a state dict .pt/.pth)", path=True
     )
     teacher_size: Side | None = setting(
-        None, "side of the images that its weights were trained on; timm or the data set knows one"
+        None, "pixels per side of the images it was trained on; default by timm or dataset"
     )
     teacher_mean: Mean | None = setting(
-        None, "mean of pixels in 0..1 that they were trained with: one number, or R,G,B"
+        None, "mean of the pixels, in 0..1, it was trained with: one number, or R,G,B"
     )
-    teacher_std: Deviation | None = setting(None, "their standard deviation, like the mean")
+    teacher_std: Deviation | None = setting(None, "standard deviation of the pixels, like the mean")
     teacher_crop: Annotated[float, Limit("in (0, 1]", lambda share: 0 < share <= 1)] | None = (
-        setting(None, "share of an image's shorter side that the teacher is tested on, in (0, 1]")
+        setting(None, "share of an image's shorter side that its test crop covers, in (0, 1]")
     )
     teacher_interpolation: Interpolation | Literal[""] = setting(
-        "", "how its images were resized: bilinear, bicubic or nearest"
+        "", "how the images it was trained on were resized: bilinear, bicubic or nearest"
     )
     teacher_classes: str = setting(
         "",
-        "order of its outputs: a file with a class folder a line, sorted, or natural (timm's)",
+        "order of its outputs: a file with one class folder per line, sorted, or natural (timm's)",
         path=True,
     )
     clip: str = setting(
         "", "open_clip NAME:TAG, hf-hub:OWNER/NAME, a local directory, demo or none", path=True
     )
     clip_precision: ClipPrecision = setting(
-        "float32", "of its image tower: float32, bfloat16 or float16; its error is measured"
+        "float32",
+        "precision of CLIP's image encoder: float32, bfloat16 or float16; its error is measured",
     )
     prompts: str = setting(
-        "richkd", "prompt set (richkd, single) or a file of templates with {}", path=True
+        "richkd", "prompt set (richkd or single), or a file of templates with {}", path=True
     )
     views: Count = setting(
-        32, "augmented views a training sample, a new one each epoch while they last"
+        32, "augmented views per training sample; students see a new one each epoch while they last"
     )
     alpha: Share = setting(
         0.7,
         "weight of the CNN teacher in the blend; CLIP has 1 − alpha",
         read=_read_stage_one_alpha,
     )
-    scale: Scale = setting("native", "of CLIP's cosines: native (CLIP's own), raw (1) or a number")
+    scale: Scale = setting(
+        "native", "scale of CLIP's cosines: native (CLIP's own), raw (1) or a number"
+    )
     dtype: Literal["float16", "float32"] = setting(
-        "float16", "of the stored rows: float16 or float32"
+        "float16", "data type of the cached rows: float16 or float32"
     )
     keep_bits: Count | None = setting(
-        None, "mantissa bits of the stored rows, fewer take less disk (float16 has 10)"
+        None, "mantissa bits of the cached rows; fewer take less disk space (float16 has 10)"
     )
     keep: Keep = setting(
-        "all", "of each row of logits: all, or top-K, the K largest (the others' mass is spread)"
+        "all",
+        "logits to keep of each row: all, or top-K, the K largest (the others' mass is spread)",
     )
-    keep_temperature: Positive = setting(3.0, "temperature at which those others keep their mass")
+    keep_temperature: Positive = setting(3.0, "temperature at which the others keep their mass")
     seed: Seed = setting(0, "seed of the views")
     batch_size: Count | None = setting(
-        None, "images a forward pass of the teachers; default 256, or more if small, on a GPU"
+        None,
+        "images per forward pass of the teachers; default 256, or more for small images on a GPU",
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps, …")
     out: str = setting(
-        "", "the store, a folder or s3://, gs://, az://…; default cache/DATASET.zarr", path=True
+        "",
+        "location of the cache: a folder, s3://, gs://, az://, …; default cache/DATASET.zarr",
+        path=True,
     )
 
     def _complete(self) -> None:
@@ -354,7 +368,7 @@ class Precompute(Images):
 
     @property
     def teacher_input(self) -> dict[str, Any]:
-        """What was said of the teacher's images, by the names of `NetworkInput`."""
+        """The settings of the teacher's input that were given, by the names of `NetworkInput`."""
         given = {
             name: getattr(self, f"teacher_{name}")
             for name in ("size", "mean", "std", "crop", "interpolation")
@@ -363,60 +377,58 @@ class Precompute(Images):
 
     @property
     def top_k(self) -> int | None:
-        """How many logits of a row are kept; None for all."""
+        """The number of logits kept of each row; None for all."""
         return None if self.keep == "all" else int(self.keep.removeprefix("top-"))
 
     def for_size(self, image_size: int) -> Precompute:
-        """With the teacher that suits images of this size, where none was named."""
+        """Return settings with the teacher for this image size filled in, if none was given."""
         return replace(self, teacher=self.teacher or catalog.networks(self.dataset, image_size)[0])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Training):
-    """`richkd distill`, stage two. `alpha`, `scale` and `prompts` default to the store's own."""
+    """Settings of `richkd distill`, stage two; the blend defaults to that of the cache."""
 
-    cache: str = setting(
-        "", "the store that `richkd precompute` wrote: a folder or a URL", path=True
-    )
-    student: str = setting("", "student, of the zoo or of timm; the data set suggests one")
+    cache: str = setting("", "cache that richkd precompute wrote: a folder or a URL", path=True)
+    student: str = setting("", "student of the zoo or of timm; default by dataset")
     student_options: dict[str, Any] = setting(
-        {}, "NAME=VALUE of the student, e.g. patch_size=4", flag="--student-set"
+        {}, "NAME=VALUE: setting of the student, e.g. patch_size=4", flag="--student-set"
     )
-    method: str = setting("richkd", "richkd, richkd-l, kd, dkd, ce, …: see richkd methods")
+    method: str = setting("richkd", "richkd, richkd-l, kd, dkd, ce, …; see richkd methods")
     options: dict[str, Any] = setting(
-        {}, "NAME=VALUE of the method, e.g. temperature=4", flag="--set"
+        {}, "NAME=VALUE: option of the method, e.g. temperature=4", flag="--set"
     )
     target: Target | Literal[""] = setting(
-        "", "whose logits: teacher, clip or fused; the method has its own default"
+        "", "logits to match: teacher, clip or fused; default by method"
     )
     alpha: Alpha | None = setting(
         None,
-        "another blend than the store's: the CNN teacher's weight, or auto (by likelihood)",
+        "weight of the CNN teacher in the blend, or auto (by likelihood); default the cache's",
         read=read_alpha,
     )
-    scale: Scale | None = setting(None, "another scale of CLIP's cosines: native, raw or a number")
+    scale: Scale | None = setting(
+        None, "scale of CLIP's cosines: native, raw or a number; default the cache's"
+    )
     prompts: tuple[int, ...] | None = setting(
-        None, "only these prompts of the store, from 0, e.g. 0,3,5"
+        None, "use only these prompts of the cache, counted from 0, e.g. 0,3,5"
     )
     clip_head: ClipHead = setting(
-        "zero-shot", "CLIP's logits: zero-shot, or probe (fitted on its features)"
+        "zero-shot", "source of CLIP's logits: zero-shot, or probe (fitted on its features)"
     )
     holdout: Annotated[float, within(0, 0.9)] | None = setting(
         None,
-        "share of the test images to make choices on, not tested on; default 0.2 for alpha auto "
-        "and halving where the store has no validation images, else 0",
+        "share of the test images to make choices on instead of testing; default 0.2 for alpha auto "
+        "and halving if the cache has no validation images, else 0",
     )
-    dataset: str = setting(
-        "", "where the images are, if they moved (image folders only)", path=True
-    )
-    data_root: str = setting("data", "folder where data sets lie", path=True)
+    dataset: str = setting("", "imagefolder:PATH, if the folder has moved", path=True)
+    data_root: str = setting("data", "folder of the datasets", path=True)
     out: str = setting("", "run folder; default runs/CACHE-STUDENT-METHOD-sSEED", path=True)
 
     def _complete(self) -> None:
         super()._complete()
         if not self.cache:
             raise RichKDError(
-                "no store given: say which, e.g. --cache cache/cifar100.zarr",
+                "no cache given; choose one, e.g. --cache cache/cifar100.zarr",
                 code="cache-not-given",
             )
         local_path(self.out)
@@ -424,19 +436,19 @@ class Distill(Training):
 
     @property
     def reblends(self) -> bool:
-        """Whether the fused logits differ from those in the store."""
+        """Whether the fused logits differ from those in the cache."""
         given = (self.alpha, self.scale, self.prompts)
         return self.clip_head != "zero-shot" or any(value is not None for value in given)
 
     def with_holdout(self, validation: bool, choosing: bool = False) -> Distill:
-        """With the share of the test images that choices are made on, where none was given.
+        """Return settings with the default share of the test images to make choices on.
 
         Args:
-            validation: the store has validation images, on which choices are made instead.
-            choosing: something besides α is chosen, such as which runs of a sweep go on.
+            validation: the cache has validation images, on which choices are made instead.
+            choosing: something besides α is chosen, e.g. which runs of a sweep continue.
 
         Raises:
-            RichKDError: a share is given that contradicts this.
+            RichKDError: the share that was given contradicts this.
         """
         choosing = choosing or self.alpha == "auto"
         if validation:
@@ -444,14 +456,14 @@ class Distill(Training):
                 not self.holdout,
                 "holdout",
                 self.holdout,
-                "left out: the store has validation images to make choices on",
+                "left out: choices are made on the validation images of the cache",
             )
         elif choosing:
             require(
                 self.holdout is None or self.holdout > 0,
                 "holdout",
                 self.holdout,
-                "above 0: alpha auto and halving choose on those images",
+                "above 0: alpha auto and halving make their choices on those images",
             )
         default = AUTO_HOLDOUT if choosing and not validation else 0.0
         return self if self.holdout is not None else replace(self, holdout=default)
@@ -459,30 +471,35 @@ class Distill(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep(Settings):
-    """`richkd sweep`: a grid of runs, whose other settings are those of `[distill]`."""
+    """Settings of `richkd sweep`, a grid of runs; the others are those of `[distill]`."""
 
-    students: tuple[str, ...] = setting((), "students, of the zoo or of timm")
-    methods: tuple[str, ...] = setting(("ce", "kd", "richkd"), "methods: see richkd methods")
-    seeds: Count = setting(3, "runs of each, with seeds 0..N−1")
+    students: tuple[str, ...] = setting((), "students of the zoo or of timm, separated by commas")
+    methods: tuple[str, ...] = setting(
+        ("ce", "kd", "richkd"), "methods, separated by commas; see richkd methods"
+    )
+    seeds: Count = setting(3, "runs per configuration, with seeds 0..N−1")
     alpha: tuple[Alpha, ...] = setting(
-        (), "blends, for the methods that have one; auto is one", read=_read_alphas
+        (),
+        "alphas of the methods that have one: numbers or auto, separated by commas",
+        read=_read_alphas,
     )
     concurrent: Count | Literal["auto"] = setting(
-        "auto", "runs that train at once; auto: as many as fit"
+        "auto", "runs that train at the same time; auto: as many as fit"
     )
     halving: Annotated[int, Limit("0, or at least 2", lambda eta: eta == 0 or eta >= 2)] = setting(
-        0, "η: stop all but the best 1/η configurations of a student at E/η², E/η epochs; 0: none"
+        0,
+        "η: stop all but the best 1/η configurations of a student at E/η² and E/η epochs; 0: never",
     )
     engine: Literal["local", "ray"] = setting(
-        "local", "what trains the runs: local (this process), or ray (a cluster)"
+        "local", "where the runs train: local (this process), or ray (a cluster)"
     )
     address: str = setting(
-        "", "the Ray cluster, HOST:PORT or auto; default $RAY_ADDRESS, else one of this machine"
+        "", "Ray cluster: HOST:PORT or auto; default $RAY_ADDRESS, else one on this machine"
     )
     gpus_per_run: Gpus | None = setting(
-        None, "with ray: GPUs a run, e.g. 0.25; default 1 where the cluster has any"
+        None, "with ray: GPUs per run, e.g. 0.25; default 1 if the cluster has any"
     )
-    cpus_per_run: Count | None = setting(None, "with ray: CPUs and threads a run; default 1")
+    cpus_per_run: Count | None = setting(None, "with ray: CPUs and threads per run; default 1")
     out: str = setting("runs", "folder of the run folders", path=True)
 
     def _complete(self) -> None:
@@ -492,7 +509,7 @@ class Sweep(Settings):
         for name, example in (("students", "resnet8,resnet20"), ("methods", "ce,kd,richkd")):
             if not getattr(self, name):
                 raise RichKDError(
-                    f"nothing to sweep: no {name}; say which, e.g. --{name} {example}",
+                    f"nothing to sweep: no {name} given; choose some, e.g. --{name} {example}",
                     code="sweep-empty",
                 )
         local_path(self.out)
@@ -513,19 +530,19 @@ S = TypeVar("S", bound=Settings)
 
 
 def check_resume(resume: bool, overwrite: bool) -> None:
-    """Refuse to resume and to begin anew at once."""
+    """Check that not both `--resume` and `--overwrite` are given; raise RichKDError."""
     if resume and overwrite:
         raise RichKDError(
-            "--resume and --overwrite contradict each other: leave --overwrite out to resume what "
-            "was interrupted, or --resume to begin anew",
+            "--resume and --overwrite contradict each other; leave out --overwrite to resume, or "
+            "--resume to start over",
             code="resume-and-overwrite",
         )
 
 
 def recorded_holdout(settings: Mapping[str, Any]) -> float:
-    """The share of the test images that a run was not tested on, by its recipe.toml.
+    """Return the share of the test images that a run was not tested on, by its recipe.toml.
 
-    Those of earlier versions name it only where the user did.
+    Earlier versions recorded it only if the user had given it.
     """
     default = AUTO_HOLDOUT if settings.get("alpha") == "auto" else 0.0
     return float(settings.get("holdout", default))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
-    """Top-k accuracy in 0..1 of logits [N,C] (k at most C)."""
+    """Return the top-k accuracy, in 0..1, of logits [N,C]; k is at most C."""
     from torchmetrics.functional.classification import multiclass_accuracy
 
     value: Tensor = multiclass_accuracy(

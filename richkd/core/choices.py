@@ -1,4 +1,4 @@
-"""Names to choose from that settings and the rooms that act on them share."""
+"""Names that settings offer to choose from."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ ORDERS = ("sorted", "natural")  # of classes, by the names of their folders
 
 
 def check_blend(alpha: float, scale: Scale) -> None:
-    """Raise RichKDError if alpha is outside [0, 1], or the scale is no name or positive number."""
+    """Check that alpha is in [0, 1], and the scale native, raw or positive; raise RichKDError."""
     check(alpha, Share, "alpha")
     check(scale, Scale, "scale")

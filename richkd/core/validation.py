@@ -1,10 +1,10 @@
-"""Check values against type hints, and against the limits that stand beside them.
+"""Check values against type hints and the limits declared in them.
 
-A limit is declared with the type: `Annotated[int, at_least(1)]`. Settings built in Python, keys of
-recipes, flags, options of methods and the JSON of manifests are all checked here.
+A limit is declared with the type: `Annotated[int, at_least(1)]`. Settings, CLI flags, keys of
+recipes, options of methods and manifests are all checked here.
 
-(msgspec does this with `Meta`, but adds 11 to 24 ms to `--help`, does not check objects built in
-Python, turns integers into floats, and names neither the value nor the choices in its messages.)
+(msgspec does the same with `Meta`, but adds 11 to 24 ms to `--help`, does not check objects built
+in Python, turns integers into floats, and its messages name neither the value nor the choices.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from richkd.core.errors import RichKDError
 
-TYPE, RANGE, CHOICE = "setting-type", "value-out-of-range", "unknown-name"  # codes of errors
+TYPE, RANGE, CHOICE = "setting-type", "value-out-of-range", "unknown-name"  # error codes
 _MISSING = object()
 
 
@@ -60,14 +60,24 @@ NotNegative = Annotated[float, Limit("finite and at least 0", lambda value: 0 <=
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a value does not fit its type hint; as text, a message that names place and value."""
+    """Why a value does not fit its type hint."""
 
     place: str  # e.g. views.count, or prompts[1]
-    problem: str
+    value: object
+    must: str  # what it must be, in words
     code: str
 
     def __str__(self) -> str:
-        return f"{self.place}{self.problem}"
+        return self._message("is")
+
+    def error(self, where: str = "", code: str | None = None) -> RichKDError:
+        """Return the error for the user."""
+        return RichKDError(f"{where}{self._message('=')}", code=code or self.code)
+
+    def _message(self, verb: str) -> str:
+        if self.value is _MISSING:
+            return f"{self.place} is missing"
+        return f"{self.place} {verb} {self.value!r}: must be {self.must}"
 
 
 def find_fault(value: object, hint: Any, place: str = "") -> Fault | None:
@@ -90,12 +100,12 @@ def check(value: object, hint: Any, name: str, where: str = "", code: str | None
         value: of any type.
         hint: as in `find_fault`.
         name: the name of the value.
-        where: what precedes it in the message, e.g. the recipe it was read from.
+        where: a prefix of the message, e.g. the recipe it was read from.
         code: of the error, instead of the fault's own.
     """
     fault = find_fault(value, hint, name)
     if fault is not None:
-        raise RichKDError(f"{where}{fault}", code=code or fault.code)
+        raise fault.error(where, code)
 
 
 def hints(of: type) -> dict[str, Any]:
@@ -112,24 +122,24 @@ def _faults(value: object, hint: Any, place: str) -> Iterator[Fault]:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if value is _MISSING:
         if origin is not typing.NotRequired:
-            yield Fault(place, " is missing", TYPE)
+            yield Fault(place, value, words(hint), TYPE)
     elif origin is typing.NotRequired:
         yield from _faults(value, arguments[0], place)
     elif origin is Annotated:
         yield from _faults(value, arguments[0], place)
-        for limit in arguments[1:]:  # reached only by a value of the right type
+        for limit in arguments[1:]:  # only reached if the type is right: see `find_fault`
             if isinstance(limit, Limit) and not limit.holds(value):
-                yield _wrong(place, value, limit.must, RANGE)
+                yield Fault(place, value, limit.must, RANGE)
     elif origin in (typing.Union, types.UnionType):
         yield from _faults_of_union(value, hint, place)
     elif origin is Literal:
         if value not in arguments:
-            yield _wrong(place, value, words(hint), CHOICE if isinstance(value, str) else TYPE)
+            yield Fault(place, value, words(hint), CHOICE if isinstance(value, str) else TYPE)
     elif (parts := _parts(value, hint, place)) is not None:
         for part in parts:
             yield from _faults(*part)
     elif not _is(value, hint):
-        yield _wrong(place, value, words(hint), TYPE)
+        yield Fault(place, value, words(hint), TYPE)
 
 
 def _parts(value: object, hint: Any, place: str) -> Iterator[tuple[object, Any, str]] | None:
@@ -156,16 +166,12 @@ def _faults_of_union(value: object, hint: Any, place: str) -> Iterator[Fault]:
     if None in found:
         return
     for fault in found:
-        # of the option whose type the value has; the others say only that they are not it
+        # the value has this option's type; the others' faults are only that it is not theirs
         if fault is not None and (fault.code == RANGE or fault.place != place):
             yield fault
             return
     chosen = any(fault is not None and fault.code == CHOICE for fault in found)
-    yield _wrong(place, value, words(hint), CHOICE if chosen else TYPE)
-
-
-def _wrong(place: str, value: object, must: str, code: str) -> Fault:
-    return Fault(place, f"{' = ' if place else ''}{value!r}: must be {must}", code)
+    yield Fault(place, value, words(hint), CHOICE if chosen else TYPE)
 
 
 def _is(value: object, hint: Any) -> bool:
@@ -176,7 +182,7 @@ def _is(value: object, hint: Any) -> bool:
         return False
     if isinstance(value, bool):
         return hint is bool
-    abstract = {int: numbers.Integral, float: numbers.Real}  # NumPy's are registered with these
+    abstract = {int: numbers.Integral, float: numbers.Real}  # includes NumPy's numbers
     return isinstance(value, abstract.get(hint, hint))
 
 

@@ -1,4 +1,4 @@
-"""The versions of packages."""
+"""Versions of richkd and of the packages it depends on."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
+    """Return the versions that a result may depend on."""
     packages = ("richkd", "torch", "torchvision", "timm", "open_clip_torch", "zarr", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def richkd_version() -> str:
-    """The version of richkd; "0+unknown" in a source tree that was never installed."""
+    """Return the version of richkd; "0+unknown" in a source tree that is not installed."""
     try:
         return version("richkd")
     except PackageNotFoundError:

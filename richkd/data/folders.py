@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from richkd.core.cpus import threads, usable_cpus
 from richkd.core.errors import RichKDError
-from richkd.core.files import home, replacing
+from richkd.core.files import atomic_write, home
 from richkd.core.progress import Report
 from richkd.data import decoding
 from richkd.data.decoding import SUFFIXES, Values
@@ -273,7 +273,7 @@ def _remembered(folder: Path, paths: Paths, decode: bool, report: Report) -> _Lo
     look = _recall(note, state, len(paths))
     if look is None or decode > look.decoded:
         look = _look(folder, paths, decode, report)
-        with suppress(OSError), replacing(note) as temporary, temporary.open("wb") as file:
+        with suppress(OSError), atomic_write(note) as temporary, temporary.open("wb") as file:
             np.savez(
                 file,
                 state=state,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from richkd.analysis.results import Standing, leaderboard
-from richkd.core.files import check_replaceable, replacing, write, write_json
+from richkd.core.files import atomic_write, check_replaceable, write, write_json
 from richkd.core.ownership import Ours, has_keys, is_leaderboard, is_page
 from richkd.core.progress import Report
 from richkd.report.cost import Cost, student_cost
@@ -129,7 +129,7 @@ def leaderboard_row(standing: Standing, cost: Cost, extra: Evaluated | None) -> 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """The leaderboard with a header; settings and seeds as JSON within their cell."""
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(rows[0] if rows else ["student"])
         for row in rows:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from richkd.core.errors import RichKDError
-from richkd.core.files import home, replacing
+from richkd.core.files import atomic_write, home
 from richkd.store.checksums import intact, read_chunk
 from richkd.store.folder import Folder
 from richkd.store.location import METADATA, Location
@@ -101,7 +101,7 @@ def keep(path: Path, content: bytes) -> None:
         RichKDError: there is no room for it, or the folder is not ours to write.
     """
     try:
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(content)
     except OSError as error:
         with suppress(OSError):

@@ -49,7 +49,7 @@ class Folder(Location):
 
     def write(self, file: str, content: bytes) -> None:
         """Beside it first, then into its place."""
-        with files.replacing(self.path / file) as temporary:
+        with files.atomic_write(self.path / file) as temporary:
             temporary.write_bytes(content)
 
     def delete(self, file: str) -> None:

@@ -30,7 +30,7 @@ from richkd.config.settings import Distill, Sweep, to_table
 from richkd.core.cpus import usable_cpus
 from richkd.core.errors import RichKDError, first_line
 from richkd.core.files import check_unlocked, locked
-from richkd.core.interrupts import RESUMES, Interrupted, deferred, handlers_kept
+from richkd.core.interrupts import RESUMES, Interrupted, deferred, preserved_handlers
 from richkd.core.progress import Report
 from richkd.store.reader import TeacherCache
 from richkd.sweep.board import Board
@@ -126,11 +126,11 @@ def connected(address: str) -> Iterator[str]:
     address = address or os.environ.get("RAY_ADDRESS", "") or "local"
     check_address(address)
     try:
-        with handlers_kept():
+        with preserved_handlers():
             start(address)
         yield "this machine" if address == "local" else f"the Ray cluster at {address}"
     finally:
-        with handlers_kept(), quiet():
+        with preserved_handlers(), quiet():
             ray.shutdown()
 
 

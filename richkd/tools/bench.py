@@ -30,7 +30,7 @@ from richkd.config import catalog
 from richkd.config.settings import Distill, Precompute
 from richkd.core import fusion
 from richkd.core.cpus import usable_cpus
-from richkd.core.interrupts import work_begins
+from richkd.core.interrupts import mark_work_started
 from richkd.core.progress import Report
 from richkd.core.versions import versions
 from richkd.data.datasets import Dataset, Split
@@ -113,7 +113,7 @@ def run_bench(
         sizes = replace(sizes, steps=10 * sizes.steps, stage_one=100 * sizes.stage_one)
     started = time.perf_counter()
     seconds: dict[str, list[float]] = {}
-    work_begins()
+    mark_work_started()
     with tempfile.TemporaryDirectory(prefix="richkd-bench-") as folder:
         seconds |= time_crd(sizes, where, report)
         seconds |= time_steps(sizes, where, report)

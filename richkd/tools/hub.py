@@ -9,6 +9,7 @@ The token, the cache and the host are those of huggingface_hub (HF_TOKEN, HF_HOM
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from richkd.core.errors import RichKDError, first_line, local_path
-from richkd.core.files import check_unlocked, check_writable, escaped, locked
+from richkd.core.files import check_unlocked, check_writable, locked
 from richkd.core.progress import Report
 from richkd.models.weights import read_safetensors
 from richkd.store.location import METADATA
@@ -241,7 +242,7 @@ def _workplace(target: Path, commit: str) -> Iterator[Path]:
     nor what was refused.
     """
     folder = target.with_name(f".{target.name}.{commit[:12]}.pull")
-    for other in target.parent.glob(f".{escaped(target.name)}.*.pull"):
+    for other in target.parent.glob(f".{glob.escape(target.name)}.*.pull"):
         if other != folder:
             shutil.rmtree(other, ignore_errors=True)
     try:

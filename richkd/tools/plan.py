@@ -29,7 +29,7 @@ from richkd.config import catalog
 from richkd.config.settings import Precompute, TrainTeacher, resolve
 from richkd.core import fusion
 from richkd.core.errors import RichKDError
-from richkd.core.interrupts import work_begins
+from richkd.core.interrupts import mark_work_started
 from richkd.core.progress import Report, duration, size
 from richkd.core.ranks import Ranks
 from richkd.core.validation import find_fault, hints
@@ -130,7 +130,7 @@ def plan(
         RichKDError: anything the user can mend.
     """
     device = choose_device(settings.device)
-    work_begins()
+    mark_work_started()
     with tempfile.TemporaryDirectory(prefix="richkd-plan-") as folder:
         dataset, counts = sample_of(settings, known, Path(folder), report)
         settings = settings.for_size(dataset.image_size)

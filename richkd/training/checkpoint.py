@@ -31,6 +31,7 @@ from torch import Tensor
 from richkd.config.settings import recorded_holdout
 from richkd.core.errors import RichKDError
 from richkd.core.files import (
+    atomic_write,
     check_still_locked,
     check_unlocked,
     check_writable,
@@ -38,7 +39,6 @@ from richkd.core.files import (
     locked,
     read_json,
     remove_temporary,
-    replacing,
     to_json,
     write,
     write_json,
@@ -499,6 +499,6 @@ class RunFolder(TrainingFolder):
         The run that was trained elsewhere is the one that was cut off here, if there is one.
         """
         for name in sorted(files, key="summary.json".__eq__):
-            with replacing(self.path / name) as temporary:
+            with atomic_write(self.path / name) as temporary:
                 temporary.write_bytes(files[name])
         self.checkpoints.remove()

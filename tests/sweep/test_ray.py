@@ -356,7 +356,7 @@ def test_files_come_back_from_a_disk_that_the_driver_does_not_see(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--engine spark", "unknown engine 'spark'"),
+        ("--engine spark", "engine = 'spark'"),
         ("--address auto", "address = 'auto': must be left out without --engine ray"),
         ("--gpus-per-run 0.5", "gpus_per_run = 0.5: must be left out without --engine ray"),
         ("--cpus-per-run 2", "cpus_per_run = 2: must be left out without --engine ray"),

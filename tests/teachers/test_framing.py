@@ -419,7 +419,7 @@ def test_bad_input(photos: str, run: Run, fails: Fails, tmp_path: Path) -> None:
         ((*given, "--teacher-crop", "0"), r"teacher_crop = 0.0: must be in \(0, 1\]"),
         ((*given, "--teacher-crop", "87.5"), r"teacher_crop = 87.5: must be in \(0, 1\]"),
         ((*given, "--teacher-size", "4"), "teacher_size = 4: must be at least 8"),
-        ((*given, "--teacher-interpolation", "cubic"), "unknown interpolation 'cubic'.*bicubic"),
+        ((*given, "--teacher-interpolation", "cubic"), "interpolation = 'cubic'.*bicubic"),
         ((*common, "--teacher", "test_resnet.r161", "--teacher-weights", weights), "r161"),
         (
             (*common, "--teacher", "vit_5b_patch16_sapiens2", "--teacher-weights", weights),
