@@ -1,6 +1,7 @@
-"""The command line: a command a verb. Heavy imports happen inside the commands.
+"""The command line. Heavy imports happen inside the commands.
 
-What the user can mend is one line on standard error and exit code 2; a bug is a traceback and 1.
+An error that the user can fix is one line on standard error and exit code 2; a bug is a traceback
+and exit code 1.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ app = typer.Typer(
 )
 
 
-# The help's headings.
-START, STAGES, RESULTS = "Start here", "The two stages", "Look at results"
-STORES, LISTS = "Keep stores", "What there is"
+# Headings of the help.
+START, STAGES, RESULTS = "Start here", "The two stages", "Results"
+CACHES, LISTS = "Caches", "Lists and benchmarks"
 
 # The settings of the CNN teacher and of CLIP.
 TEACHERS = (
@@ -52,13 +53,13 @@ TEACHERS = (
 def _command(
     heading: str, *examples: str, name: str | None = None, settings: Sequence[Flag] = ()
 ) -> Callable[..., Any]:
-    """Register a command of the app; its docstring and examples are its help.
+    """Register a command; its docstring and examples are its help.
 
     Args:
-        heading: of the help, under which it stands.
-        examples: calls of it.
-        name: if not the function's.
-        settings: flags of which the function gets those that were given, as `**given`.
+        heading: its heading in the list of commands.
+        examples: command lines, for its help.
+        name: of the command, if not the function's.
+        settings: flags, of which the function gets those that were given as `**given`.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -89,7 +90,9 @@ def _signature(function: Callable[..., None], settings: Sequence[Flag]) -> inspe
     arguments = [each for each in own.values() if each.default is each.empty]
     by_name: dict[str, inspection.Parameter] = {}
     for each in (*arguments, *(flag.parameter for flag in settings), *own.values()):
-        by_name.setdefault(each.name, own.get(each.name, each))  # own ones replace a setting
+        by_name.setdefault(
+            each.name, own.get(each.name, each)
+        )  # its own option replaces a setting's
     return inspection.Signature(
         [
             each.replace(kind=each.KEYWORD_ONLY)
@@ -100,46 +103,42 @@ def _signature(function: Callable[..., None], settings: Sequence[Flag]) -> inspe
 
 
 def _help_of(function: Callable[..., None]) -> str:
-    """Return its docstring, a line a paragraph."""
+    """Return a command's docstring, one line per paragraph."""
     paragraphs = inspection.cleandoc(function.__doc__ or "").split("\n\n")
     return plain("\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))
 
 
 def _at_home(value: Any) -> Any:
-    """Put the home folder for `~`, which the shell leaves in --out=~/runs."""
+    """Expand `~`, which the shell does not in --out=~/runs."""
     return [*map(at_home, value)] if isinstance(value, list) else value and at_home(value)
 
 
 path_option = partial(typer.Option, callback=_at_home)
 path_argument = partial(typer.Argument, callback=_at_home)
 
-Recipe = Annotated[
-    str | None, path_option(help="TOML file, or the name of one that richkd brings along")
-]
+Recipe = Annotated[str | None, path_option(help="TOML file, or the name of a packaged recipe")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="begin anew, in the place of what richkd wrote there")
+    bool, typer.Option("--overwrite", help="start over, replacing what richkd wrote there")
 ]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="resume what was interrupted, which is the default")
-]
-Json = Annotated[bool, typer.Option("--json", help="print the result as JSON, and nothing else")]
+Resume = Annotated[bool, typer.Option("--resume", help="resume an interrupted run (the default)")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON and nothing else")]
 DataRoot = Annotated[str | None, option(Precompute, "data_root")]
 Device = Annotated[str | None, option(Distill, "device")]
 
 
-def _of_the_store(share: float | None) -> None:
-    """Refuse to hold out validation images where the store is made already."""
+def _refuse_validation(share: float | None) -> None:
+    """Raise RichKDError: the validation images are chosen when the cache is made."""
     if share is not None:
         raise RichKDError(
-            f"--validation {share:g}: validation images belong to the store, whose teacher must "
-            f"not be trained on them; make it by richkd precompute --validation {share:g}, or hold "
-            f"out test images by --holdout",
+            f"--validation {share:g}: validation images belong to the cache, because its teacher "
+            f"must not be trained on them; make one with richkd precompute --validation {share:g}, "
+            f"or use --holdout to set test images aside",
             code="validation-belongs-to-cache",
         )
 
 
 NoValidation = Annotated[
-    float | None, typer.Option("--validation", hidden=True, callback=_of_the_store)
+    float | None, typer.Option("--validation", hidden=True, callback=_refuse_validation)
 ]
 
 
@@ -155,14 +154,14 @@ def top(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", help="say which richkd this is", callback=_version, is_eager=True
+            "--version", help="print the version of richkd", callback=_version, is_eager=True
         ),
     ] = False,
 ) -> None:
     """Distil image models from a CNN teacher fused with CLIP.
 
-    Stage one (precompute) asks both teachers once and writes a Zarr store; stage two (distill)
-    trains students from the store, with no teacher in memory.
+    Stage one (precompute) runs both teachers once and writes a Zarr cache; stage two (distill)
+    trains students from the cache, with no teacher in memory.
     """
 
 
@@ -171,14 +170,14 @@ app.callback(help=_help_of(top))(top)
 
 @_command(START, "richkd demo", "richkd demo --out runs/demo-1 --seed 1")
 def demo(
-    out: Annotated[str, path_option(help="where everything goes")] = "runs/demo",
-    seed: Annotated[int, typer.Option(help="seed of students and teacher")] = 0,
+    out: Annotated[str, path_option(help="folder for everything")] = "runs/demo",
+    seed: Annotated[int, typer.Option(help="seed of the teacher and the students")] = 0,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """The whole story on embedded data, in a few minutes on a laptop.
+    """Run both stages on embedded data, in a few minutes on a laptop.
 
-    Interrupted, the same command resumes it.
+    If interrupted, rerun the same command; it resumes.
     """
     from richkd.demo import run_demo
 
@@ -201,7 +200,7 @@ def train_teacher(
 ) -> None:
     """Train a CNN teacher with cross-entropy and save its weights.
 
-    Interrupted, the same command resumes it.
+    If interrupted, rerun the same command; it resumes.
     """
     check_resume(resume, overwrite)
     settings = resolve(TrainTeacher, _table(recipe, "train-teacher"), given)
@@ -242,9 +241,10 @@ def precompute(
     as_json: Json = False,
     **given: Any,
 ) -> None:
-    """Stage one: run CNN teacher and CLIP once, and write the store.
+    """Stage one: run the CNN teacher and CLIP once, and write the cache.
 
-    Interrupted, the same command resumes it. Without teacher weights it trains the teacher first.
+    Without teacher weights, it trains the teacher first. If interrupted, rerun the same command; it
+    resumes.
     """
     check_resume(resume, overwrite)
     settings = resolve(Precompute, _table(recipe, "precompute"), given)
@@ -258,7 +258,7 @@ def precompute(
         teacher_recipe=_table(recipe, "train-teacher"),
         report=_report(as_json),
     )
-    if not is_first():  # of the processes of a job, one speaks
+    if not is_first():  # only one process of a job prints
         return
     if as_json:
         _print(summarize(cache.location.name), as_json)
@@ -284,22 +284,23 @@ def precompute(
 )
 def plan(
     dataset: Annotated[
-        str | None, typer.Option(help=f"{describe(Precompute, 'dataset')}; imagenet needs no files")
+        str | None,
+        typer.Option(help=f"{describe(Precompute, 'dataset')}; or imagenet, which needs no files"),
     ] = None,
     measured: Annotated[
-        str | None, path_option(help="JSON of this plan made on the machine that will do the work")
+        str | None, path_option(help="JSON of this plan, made on the machine that will do the work")
     ] = None,
     price: Annotated[
-        float | None, typer.Option(help="of keeping the store: USD a GB and month; default 0.023")
+        float | None, typer.Option(help="storage price in USD per GB and month; default 0.023")
     ] = None,
     recipe: Recipe = None,
     as_json: Json = False,
     **given: Any,
 ) -> None:
-    """Say what stage one would take: bytes, passes, hours, and the store's rent.
+    """Estimate what stage one would take: bytes, forward passes, hours and storage costs.
 
-    It tries stage one on some images, here; random weights and drawn images stand for what is not
-    here, and nothing is downloaded.
+    It measures stage one on a few images on this machine. Random weights and images stand in for
+    missing files; nothing is downloaded.
     """
     known = dataset == catalog.IMAGENET
     given["dataset"] = f"{catalog.IMAGE_FOLDER}:{dataset}" if known else dataset
@@ -313,12 +314,12 @@ def plan(
     _print(result, as_json)
 
 
-@_command(STORES, "richkd inspect cache/cifar100.zarr")
+@_command(CACHES, "richkd inspect cache/cifar100.zarr")
 def inspect(
-    cache: Annotated[str, path_argument(help="a store, complete or not")],
+    cache: Annotated[str, path_argument(help="a cache, complete or not")],
     as_json: Json = False,
 ) -> None:
-    """Say what is in a store: data, teachers, accuracies, arrays and sizes."""
+    """Show what is in a cache: data, teachers, accuracies, arrays and sizes."""
     from richkd.tools.inspect import show, summarize
 
     summary = summarize(cache)
@@ -329,18 +330,19 @@ def inspect(
 
 
 @_command(
-    STORES,
+    CACHES,
     "richkd verify cache/cifar100.zarr",
     "richkd verify cache/cifar100.zarr --teacher teachers/cifar100-resnet32x4.safetensors",
 )
 def verify(
-    cache: Annotated[str, path_argument(help="a complete store")],
+    cache: Annotated[str, path_argument(help="a complete cache")],
     teacher: Annotated[
-        str | None, path_option(help="the CNN teacher's weights: recompute a sample of its rows")
+        str | None,
+        path_option(help="weights of the CNN teacher, to recompute a sample of its rows"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check every byte of a store, and that its rows are what they should be."""
+    """Check every byte of a cache, and that its rows are correct."""
     from richkd.tools.verify import raise_faults, show_checks, verify_store
 
     report = _report(as_json)
@@ -358,17 +360,20 @@ def verify(
     "richkd analyze cache/cifar100.zarr --split train --threshold 0.9",
 )
 def analyze(
-    cache: Annotated[str, path_argument(help="a complete store")],
+    cache: Annotated[str, path_argument(help="a complete cache")],
     threshold: Annotated[
-        float, typer.Option(help="top probability from which a prediction is confident")
+        float, typer.Option(help="top probability above which a prediction counts as confident")
     ] = 0.8,
     split: Annotated[str, typer.Option(help="test, train (its first view) or validation")] = "test",
     out: Annotated[
-        str | None, path_option(help="folder for the page; default where the store is, or here")
+        str | None,
+        path_option(
+            help="folder for the page; default the folder of the cache, or the current one"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Put the teachers of a store under the lens: a page, from the store alone."""
+    """Analyse the teachers of a cache, from the cache alone, and write an HTML page."""
     from richkd.report.analysis import show, write_analysis
 
     report = _report(as_json)
@@ -379,12 +384,12 @@ def analyze(
         typer.echo(result["files"]["html"])
 
 
-@_command(STORES, "richkd repair cache/cifar100.zarr")
+@_command(CACHES, "richkd repair cache/cifar100.zarr")
 def repair(
-    cache: Annotated[str, path_argument(help="a complete store that is damaged")],
+    cache: Annotated[str, path_argument(help="a complete cache that is damaged")],
     as_json: Json = False,
 ) -> None:
-    """Compute the damaged blocks of a store again, and no others."""
+    """Recompute the damaged blocks of a cache, and no others."""
     from richkd.tools.verify import repair_store
 
     blocks = repair_store(cache, _report(as_json))
@@ -411,9 +416,9 @@ def distill(
     as_json: Json = False,
     **given: Any,
 ) -> None:
-    """Stage two: train a student from a store.
+    """Stage two: train a student from a cache.
 
-    Interrupted, the same command resumes it.
+    If interrupted, rerun the same command; it resumes.
     """
     check_resume(resume, overwrite)
     settings = resolve(Distill, _table(recipe, "distill"), given)
@@ -447,16 +452,17 @@ def distill(
 )
 def sweep(
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="show the grid and its cost; train nothing")
+        bool, typer.Option("--dry-run", help="show the grid and its cost, but train nothing")
     ] = False,
     recipe: Recipe = None,
     validation: NoValidation = None,
     as_json: Json = False,
     **given: Any,
 ) -> None:
-    """Train many students from one store: a grid of students, methods, blends and seeds.
+    """Train many students from one cache: a grid of students, methods, blends and seeds.
 
-    What is done is not done again; interrupted, the same command resumes it.
+    Each run gives exactly the results it would give alone, and complete runs are not repeated. If
+    interrupted, rerun the same command; it resumes.
     """
     grid = {field.name: given.pop(field.name, None) for field in fields(Sweep)}
     read = recipes.load(recipe) if recipe else None
@@ -484,30 +490,30 @@ def sweep(
     ],
 )
 def run(
-    recipe: Annotated[str, path_argument(help="TOML file, or a name that richkd recipes lists")],
+    recipe: Annotated[str, path_argument(help="TOML file, or a name listed by richkd recipes")],
     cache: Annotated[
-        str | None, path_option(help="the store; default cache/DATASET-TEACHER.zarr")
+        str | None, path_option(help="location of the cache; default cache/DATASET-TEACHER.zarr")
     ] = None,
     out: Annotated[
         str | None,
         path_option(
-            help="run folder; default runs/RECIPE/STUDENT-METHOD-sSEED, and runs/RECIPE for a sweep"
+            help="run folder; default runs/RECIPE/STUDENT-METHOD-sSEED, or runs/RECIPE for a sweep"
         ),
     ] = None,
     as_json: Json = False,
     **given: Any,
 ) -> None:
-    """A recipe from end to end: teacher, stage one, stage two or its sweep, and the report.
+    """Run a recipe from end to end: teacher, stage one, stage two or its sweep, and report.
 
-    What is done is not done again. A recipe with a [sweep] trains its grid; --student, --method,
-    --target, --set or --seed ask for that one run instead.
+    Complete steps are not repeated. A recipe with a [sweep] trains its grid; with --student,
+    --method, --target, --set or --seed it trains that one run instead.
     """
     from richkd.analysis.results import results_table
     from richkd.run import run_recipe
 
     report = _report(as_json)
     result = run_recipe(recipes.load(recipe), {**given, "cache": cache, "out": out}, report)
-    if "run" in result:  # a sweep has shown its leaderboard
+    if "run" in result:  # a sweep has printed its leaderboard
         results_table(report, f"{result['run']}", [result])
     _print(result, as_json)
     _check_failed(result)
@@ -522,19 +528,19 @@ def run(
     name="report",
 )
 def write_report(
-    runs: Annotated[list[str], path_argument(help="folders with runs in them")],
+    runs: Annotated[list[str], path_argument(help="folders that contain runs")],
     out: Annotated[
         str | None, path_option(help="folder for the page; default the first of RUNS")
     ] = None,
     cache: Annotated[
-        str | None, path_option(help="only the runs that were trained on this store")
+        str | None, path_option(help="include only the runs that were trained from this cache")
     ] = None,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="write TensorBoard's event files too")
+        bool, typer.Option("--tensorboard", help="also write TensorBoard event files")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write one HTML page on all runs in a folder, with CSV and JSON beside it."""
+    """Write an HTML page on all runs in a folder, with CSV and JSON beside it."""
     from pathlib import Path
 
     from richkd.report import write_report
@@ -558,50 +564,50 @@ def write_report(
 )
 def evaluate(
     runs: Annotated[
-        list[str], path_argument(help="complete runs of one data set; compared with the first")
+        list[str],
+        path_argument(help="complete runs on one dataset; the others are compared with the first"),
     ],
-    weights: Annotated[str, typer.Option(help="last, or best")] = "last",
+    weights: Annotated[str, typer.Option(help="last or best")] = "last",
     threshold: Annotated[
-        float, typer.Option(help="top probability from which a prediction is confident")
+        float, typer.Option(help="top probability above which a prediction counts as confident")
     ] = 0.8,
     limit: Annotated[
         int | None,
-        typer.Option(help="only the first N test images, of those that no run chose its α on"),
+        typer.Option(help="use only the first N test images, of those on which no run chose its α"),
     ] = None,
     corruptions: Annotated[
         bool,
         typer.Option(
             "--corruptions",
             help=plain(
-                "15 corruptions, five severities: DATA_ROOT/CIFAR-100-C or -10-C, else "
-                "made here (richkd[corruptions])"
+                "15 corruptions at five severities: from DATA_ROOT/CIFAR-100-C or -10-C, else "
+                "computed (richkd[corruptions])"
             ),
         ),
     ] = False,
     corruption_files: Annotated[
-        str | None, path_option(help="the same from this folder, in the layout of CIFAR-100-C")
+        str | None, path_option(help="corruptions from this folder, in the layout of CIFAR-100-C")
     ] = None,
     shift: Annotated[
         str | None,
-        path_option(help="other images: a folder a class, by the classes' names or numbers"),
+        path_option(help="other images: one folder per class, named or numbered like the classes"),
     ] = None,
-    cache: Annotated[
-        str | None, path_option(help="the store, where it is not where the run says")
-    ] = None,
+    cache: Annotated[str | None, path_option(help="location of the cache, if it has moved")] = None,
     dataset: Annotated[
-        str | None, path_option(help="imagefolder:PATH, where a folder of images has moved")
+        str | None, path_option(help="imagefolder:PATH, if the folder has moved")
     ] = None,
     data_root: DataRoot = None,
-    seed: Annotated[int, typer.Option(help="of the noise in corruptions")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the noise in corruptions")] = 0,
     device: Device = None,
     out: Annotated[
         str | None, path_option(help="folder for the page; default the first run's")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Put students under the lens: calibration, classes, corruptions, shifts; a page.
+    """Evaluate students: calibration, classes, corruptions and shifts, on an HTML page.
 
-    What concerns one run stays in its folder (evaluation.json), where richkd report finds it.
+    The results of each run are kept in its folder (evaluation.json), where richkd report finds
+    them.
     """
     from richkd.report.evaluation import show, write_evaluation
 
@@ -631,14 +637,14 @@ def evaluate(
 @_command(RESULTS, "richkd export runs/A", "richkd export runs/A --format torch --weights best")
 def export(
     run: Annotated[str, path_argument(help="a complete run")],
-    kind: Annotated[str, typer.Option("--format", help="onnx, or torch (torch.export)")] = "onnx",
-    weights: Annotated[str, typer.Option(help="last, or best")] = "last",
+    kind: Annotated[str, typer.Option("--format", help="onnx or torch (torch.export)")] = "onnx",
+    weights: Annotated[str, typer.Option(help="last or best")] = "last",
     out: Annotated[
-        str | None, path_option(help="the file; default student.onnx in the run folder")
+        str | None, path_option(help="file; default student.onnx in the run folder")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a run's student as ONNX or as an exported program, checked against PyTorch."""
+    """Export a run's student to ONNX or torch.export, and check it against PyTorch."""
     from richkd.tools.export import export
 
     result = export(run, kind, weights=weights, out=out)
@@ -653,14 +659,14 @@ def export(
     "richkd push runs/A me/resnet8x4-cifar100 --private",
 )
 def push(
-    path: Annotated[str, path_argument(help="a complete store, or a complete run")],
-    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME; made where it is not there")],
-    private: Annotated[bool, typer.Option("--private", help="not for everybody's eyes")] = False,
+    path: Annotated[str, path_argument(help="a complete cache, or a complete run")],
+    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME; created if missing")],
+    private: Annotated[bool, typer.Option("--private", help="make the repository private")] = False,
     as_json: Json = False,
 ) -> None:
-    """Put a store (as a data set) or a student (as a model) on the Hugging Face hub, with a card.
+    """Upload a cache (as a dataset) or a student (as a model) to the Hugging Face hub, with a card.
 
-    Images that a store embeds go with it, and so do the paths that its recipe names.
+    This includes the images embedded in a cache and the paths named in its recipe.
     """
     from richkd.tools.hub import push
 
@@ -677,16 +683,16 @@ def push(
 )
 def pull(
     repo_id: Annotated[
-        str, typer.Argument(help="OWNER/NAME; with datasets/ or models/ before it if it is both")
+        str, typer.Argument(help="OWNER/NAME; prefix datasets/ or models/ if both exist")
     ],
     out: Annotated[
         str | None,
-        path_option(help="default cache/NAME.zarr for a store, runs/NAME for a student"),
+        path_option(help="folder; default cache/NAME.zarr for a cache, runs/NAME for a student"),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit")] = None,
     as_json: Json = False,
 ) -> None:
-    """Fetch a store or a student from the Hugging Face hub; every byte of it is checked."""
+    """Download a cache or a student from the Hugging Face hub, and check every byte."""
     from richkd.tools.hub import pull
 
     result = pull(repo_id, _report(as_json), out=out, revision=revision)
@@ -697,14 +703,16 @@ def pull(
 
 @_command(LISTS, "richkd bench --quick", "richkd bench --cache cache/cifar100.zarr --json")
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="fewer rounds, within 3 minutes")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="fewer rounds; takes at most 3 minutes")
+    ] = False,
     cache: Annotated[
-        str | None, path_option(help="a real store, for what compression makes of its rows")
+        str | None, path_option(help="a real cache, to measure the compression of its rows")
     ] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what steps, stage one, slabs, CRD and the store cost on this machine."""
+    """Measure the speed of steps, stage one, slabs, CRD and the cache on this machine."""
     from richkd.tools.bench import FULL, QUICK, run_bench
 
     result = run_bench(
@@ -715,7 +723,7 @@ def bench(
 
 @_command(START, "richkd doctor")
 def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
-    """Say what this machine has, and what is missing for which command."""
+    """Show what this machine has, and what is missing for which command."""
     from richkd.tools import doctor as doctors
 
     report = _report(as_json)
@@ -727,7 +735,7 @@ def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
 
 @_command(LISTS, "richkd recipes", name="recipes")
 def list_recipes(as_json: Json = False) -> None:
-    """List the recipes that richkd brings along."""
+    """List the packaged recipes."""
     from richkd.tools.listing import show_recipes
 
     _print(show_recipes(_report(as_json)), as_json)
@@ -735,7 +743,9 @@ def list_recipes(as_json: Json = False) -> None:
 
 @_command(LISTS, "richkd methods", "richkd methods dkd", name="methods")
 def list_methods(
-    name: Annotated[str | None, typer.Argument(help="only this one, with its options")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="show only this method, with its options")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the distillation methods, or the options of one."""
@@ -747,11 +757,14 @@ def list_methods(
 @_command(LISTS, "richkd models", "richkd models 'mobilenet*'", name="models")
 def list_models(
     pattern: Annotated[
-        str | None, typer.Argument(help="of names, e.g. 'mobilenet*': zoo and timm; else the zoo")
+        str | None,
+        typer.Argument(
+            help="pattern for names of the zoo and timm, e.g. 'mobilenet*'; default the zoo"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the networks of the zoo, or all that match a pattern."""
+    """List the networks of the zoo, or all whose names match a pattern."""
     from richkd.tools.listing import show_models
 
     _print(show_models(pattern, _report(as_json)), as_json)
@@ -771,13 +784,13 @@ def _print(result: Mapping[str, Any], as_json: bool) -> None:
 
 
 def _check_failed(result: Mapping[str, Any]) -> None:
-    """Raise RichKDError where runs of a sweep failed."""
+    """Raise RichKDError if runs of a sweep failed."""
     failed = result.get("failed")
     if failed:
         names = ", ".join(failure["run"] for failure in failed)
         raise RichKDError(
-            f"{len(failed)} of the runs failed: {names}; the same command tries them again, each "
-            f"from its last epoch",
+            f"{len(failed)} of the runs failed: {names}; rerun the same command to retry them, "
+            f"each from its last epoch",
             code="sweep-runs-failed",
         )
 
@@ -787,25 +800,25 @@ def _table(recipe: str | None, section: str) -> dict[str, Any]:
 
 
 def execute(arguments: Sequence[str]) -> int:
-    """Run a command; the only place that turns errors into exit codes."""
+    """Run a command and return its exit code; the only place that turns errors into codes."""
     try:
         with interruptible():
             code = app([*arguments] or ["--help"], standalone_mode=False)
     except RichKDError as error:
         code = fail(f"{error} [{error.code}]", 2)
     except Interrupted as interrupted:
-        warnings.simplefilter("ignore")  # of coroutines that nobody awaits any more
+        warnings.simplefilter("ignore")  # about coroutines that are no longer awaited
         code = fail(str(interrupted), interrupted.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         code = fail("interrupted", 130)
-    except BrokenPipeError:  # who read what is printed has seen enough, as has rich's reader below
+    except BrokenPipeError:  # the reader of the output closed the pipe
         code = 141
     except SystemExit as exit_:
         code = exit_.code
-    except OSError as error:  # a disk that is full, a folder without permission, …
-        code = fail(f"{error}; make room, or see to the path and its permissions", 2)
+    except OSError as error:  # e.g. a full disk, or no permission
+        code = fail(f"{error}; free some space, or check the path and its permissions", 2)
     except Exception as error:
-        # a mistyped command or flag; typer's own class for it is not public
+        # a mistyped command or flag, whose class is not public in typer
         if hasattr(error, "format_message"):
             code = fail(f"{error.format_message().rstrip('.')}; see richkd --help", 2)
         elif (fault := machine_fault(error)) is not None:

@@ -417,8 +417,8 @@ class Distill(Training):
     )
     holdout: Annotated[float, within(0, 0.9)] | None = setting(
         None,
-        "share of the test images to make choices on instead of testing; default 0.2 for alpha auto "
-        "and halving if the cache has no validation images, else 0",
+        "share of the test images to make choices on instead of testing; default 0.2 for alpha "
+        "auto and halving if the cache has no validation images, else 0",
     )
     dataset: str = setting("", "imagefolder:PATH, if the folder has moved", path=True)
     data_root: str = setting("data", "folder of the datasets", path=True)

@@ -1,6 +1,6 @@
-"""Distillation losses and the methods made of them, one file a family.
+"""Distillation losses and methods, one file per family.
 
-Importing a file registers its methods; `METHODS` has them all by name.
+Importing a file registers its methods; `METHODS` holds all of them by name.
 """
 
 from richkd.losses.crd import CRD as CRD
