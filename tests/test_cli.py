@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from helpers import Refusal, changed, tree
 
 import richkd
 from richkd.cli import app
+from richkd.config.settings import Distill, Precompute, TrainTeacher
 from richkd.data.datasets import SHAPES_SEEDS
 
 Run = Callable[..., Any]
@@ -198,9 +200,14 @@ def test_weights_that_do_not_fit_or_hold_code(
         "none",
         "--teacher-weights",
     )
-    assert "wrn.pth is of another architecture than resnet8" in fails(*command, "wrn.pth")
-    assert "another number of classes" in fails(*command, "ten.pth")
-    assert "refused to read code.pth: it holds more than tensors" in fails(*command, "code.pth")
+    for file, code in {
+        "wrn.pth": "weights-other-architecture",
+        "ten.pth": "weights-do-not-fit",
+        "code.pth": "weights-unsafe",
+    }.items():
+        line = fails(*command, file)
+        assert line.code == code and file in line
+    assert not (tmp_path / "ran").exists()
     assert changed(before, tree(tmp_path)) == []
 
 
@@ -217,10 +224,9 @@ def test_what_a_store_without_clip_cannot_give(
         ("--method", "kd", "--target", "fused", "--clip-head", "probe"),
     ):
         line = fails("distill", "--cache", bare, *wanted)
-        assert "made with --clip none; use --method kd, or precompute with a CLIP" in line
-    assert "method sp takes no target logits" in fails(
-        "distill", "--cache", bare, "--method", "sp", "--target", "fused"
-    )
+        assert line.code == "array-absent" and "--clip none" in line and "--method kd" in line
+    line = fails("distill", "--cache", bare, "--method", "sp", "--target", "fused")
+    assert line.code == "target-not-taken" and "method sp" in line
     assert not list(tmp_path.iterdir())
 
 
@@ -258,7 +264,8 @@ def test_no_network_for_data_is_found_first(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
-    assert "copy cifar-100-python.tar.gz" in fails("precompute", "--dataset", "cifar100")
+    line = fails("precompute", "--dataset", "cifar100")
+    assert line.code == "dataset-download-failed" and "cifar-100-python.tar.gz" in line
 
 
 def test_no_network_for_clip_is_found_before_a_teacher_is_trained(
@@ -272,7 +279,7 @@ def test_no_network_for_clip_is_found_before_a_teacher_is_trained(
     monkeypatch.setattr("richkd.teachers.clip.hub_fault", lambda: None)
     clip = "ViT-B-32:laion2b_s34b_b79k"
     line = fails("precompute", "--dataset", "shapes", "--limit", 20, "--clip", clip)
-    assert f"cannot load CLIP {clip}" in line and "--clip DIRECTORY" in line
+    assert line.code == "clip-cannot-be-loaded" and clip in line and "--clip DIRECTORY" in line
     assert not list(tmp_path.iterdir())
 
 
@@ -294,7 +301,8 @@ def test_teacher_of_other_classes(
         "--clip",
         "none",
     )
-    assert "does not fit resnet8" in line and not list(tmp_path.iterdir())
+    assert line.code == "weights-do-not-fit" and "resnet8" in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_both_stages_and_json(
@@ -328,7 +336,8 @@ def test_both_stages_and_json(
     before = tree(tmp_path / "cache")
     again = run(*stage_one)
     assert again.code == 0 and "is complete already" in again.err and again.out == done.out
-    assert "views was 2 and is now 3" in fails(*stage_one, "--views", 3)
+    line = fails(*stage_one, "--views", 3)
+    assert line.code == "cache-settings-differ" and "views was 2 and is now 3" in line
     assert changed(before, tree(tmp_path / "cache")) == []
     assert run(*stage_one, "--overwrite").code == 0
 
@@ -379,7 +388,8 @@ def test_train_teacher_is_found_by_precompute(
     assert summary["weights"] == "teachers/shapes-24-resnet8.safetensors"
     assert Path(summary["weights"]).is_file()
     assert run(*training, "--json").json == summary
-    assert "epochs was 1 and is now 2" in fails(*training, "--epochs", 2)
+    line = fails(*training, "--epochs", 2)
+    assert line.code == "teacher-settings-differ" and "epochs was 1 and is now 2" in line
     stage_one = ("precompute", *data, "--teacher", "resnet8", "--clip", clip_dir, "--views", 1)
     done = run(*stage_one)
     assert done.code == 0 and "training teacher" not in done.err
@@ -395,7 +405,7 @@ def test_a_teacher_found_by_name_that_learnt_other_data_is_refused(
     assert run("train-teacher", *data, "--model", "resnet8", "--epochs", 1).code == 0
     monkeypatch.setitem(SHAPES_SEEDS, "train", 9)
     stage_one = ("precompute", *data, "--teacher", "resnet8", "--clip", "none", "--views", 1)
-    assert "was trained on other data" in fails(*stage_one)
+    assert fails(*stage_one).code == "teacher-of-other-data"
     weights = "teachers/shapes-24-resnet8.safetensors"
     assert run(*stage_one, "--teacher-weights", weights).code == 0
 
@@ -456,6 +466,34 @@ def test_every_command_has_examples_that_parse() -> None:
             program, verb, *arguments = shlex.split(example)
             assert (program, verb) == ("richkd", name)
             assert command.make_context(verb, arguments)
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [("train-teacher", TrainTeacher), ("precompute", Precompute), ("distill", Distill)],
+)
+def test_every_setting_is_a_flag(command: str, settings: type) -> None:
+    import typer
+
+    group = typer.main.get_command(app)
+    params = group.get_command(typer.Context(group), command).params
+    names = [param.name for param in params if not param.hidden]
+    assert {field.name for field in fields(settings)} <= {*names}
+    assert len(names) == len({*names})
+
+
+def test_home_is_expanded_in_every_path(
+    run: Run, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for words in (
+        ("inspect", "~/x.zarr"),
+        ("report", "~/x.zarr"),
+        ("distill", "--cache=~/x.zarr"),
+        ("verify", "x", "--teacher=~/x.zarr"),
+        ("run", "~/x.zarr"),
+    ):
+        assert "~" not in fails(*words), words
 
 
 def test_help_shows_brackets(run: Run) -> None:
