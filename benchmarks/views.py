@@ -95,7 +95,7 @@ class Measure:
         kind, options = method_of(settings)
         model, width = build_student(settings, self.source.cache)
         alpha = self.source.cache.manifest["alpha"]
-        objective = kind(options, self.source.widths(width, alpha))
+        objective = kind(options, self.source.task(width, alpha))
         trainer = Trainer(model, objective, self.source.data, settings, self.source.device)
         rows = self.rows(kind.reads(options), settings)
         epoch_rows = self.epochs(views, rows, seed)

@@ -1,4 +1,4 @@
-"""The parts of the documentation that are read off the code, as Markdown."""
+"""Generate the parts of the documentation that come from the code, as Markdown."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import typer
 from richkd.cli import app
 from richkd.config import recipes
 from richkd.config.settings import SECTIONS, describe
-from richkd.core.checks import hints
+from richkd.core.validation import hints
 from richkd.losses import METHODS, describe_method
 
 
 def write_all(folder: Path) -> None:
-    """Write every part that changed, so that only its page is built again."""
+    """Write every part that changed, so that only its page is rebuilt."""
     folder.mkdir(exist_ok=True)
     for name, part in (
         ("settings", settings),
@@ -36,10 +36,10 @@ def write_all(folder: Path) -> None:
 
 
 def settings() -> Iterator[str]:
-    """Every key of a recipe."""
+    """Yield tables of all keys of a recipe."""
     for section in ("train-teacher", "precompute", "distill", "sweep"):
         kind = SECTIONS[section]
-        yield f"### `[{section}]`\n\n| key | type | default | what |\n|---|---|---|---|"
+        yield f"### `[{section}]`\n\n| key | type | default | meaning |\n|---|---|---|---|"
         for field in dataclasses.fields(kind):
             default = _default(field)
             what = _cell(describe(kind, field.name))
@@ -57,9 +57,12 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def _type(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type(one) for one in arguments if one is not type(None))
+        named = (_type(one) for one in arguments if one is not type(None))
+        return " or ".join(filter(None, named))
+    if origin is typing.Annotated:
+        return _type(arguments[0])
     if origin is typing.Literal:
-        return ", ".join(f"`{value}`" for value in arguments)
+        return ", ".join(f"`{value}`" for value in arguments if value)
     if origin is tuple:
         return f"list of {_type(arguments[0])}"
     names = {str: "text", int: "integer", float: "number", bool: "true or false"}
@@ -67,8 +70,8 @@ def _type(hint: Any) -> str:
 
 
 def methods() -> Iterator[str]:
-    """The distillation methods with their options."""
-    yield "| method | what | matches | options and defaults |\n|---|---|---|---|"
+    """Yield a table of the distillation methods and their options."""
+    yield "| method | description | matches | options and defaults |\n|---|---|---|---|"
     for name in sorted(METHODS):
         entry = describe_method(name)
         options = ", ".join(
@@ -82,8 +85,8 @@ def methods() -> Iterator[str]:
 
 
 def recipe_table() -> Iterator[str]:
-    """The recipes that richkd brings along."""
-    yield "| recipe | what | last epoch | best epoch on the test images | epoch not known |"
+    """Yield a table of the packaged recipes."""
+    yield "| recipe | description | last epoch | best epoch on the test images | unknown epoch |"
     yield "|---|---|---|---|---|"
     for path in sorted(recipes.packaged().glob("*.toml")):
         recipe = recipes.load(str(path))
@@ -99,7 +102,7 @@ def recipe_table() -> Iterator[str]:
 
 
 def commands() -> Iterator[str]:
-    """Every command as its help has it."""
+    """Yield the help of every command."""
     group: Any = typer.main.get_command(app)
     context = typer.Context(group)
     for name in group.list_commands(context):
@@ -107,7 +110,7 @@ def commands() -> Iterator[str]:
         yield f"## richkd {name}\n\n{_plain(command.help)}\n"
         examples = _plain(command.epilog).split("\n\n")[1:]
         yield "```console\n" + "\n".join(f"$ {example}" for example in examples) + "\n```\n"
-        yield "| option | what |\n|---|---|"
+        yield "| option | meaning |\n|---|---|"
         for parameter in command.params:
             if parameter.name == "help":
                 continue
@@ -119,7 +122,7 @@ def commands() -> Iterator[str]:
 
 
 def examples() -> Iterator[str]:
-    """The example files, each under what it says of itself."""
+    """Yield the example files, each under its docstring."""
     for path in sorted((Path(__file__).parent / "examples").glob("*.py")):
         source = path.read_text(encoding="utf-8")
         about = ast.get_docstring(ast.parse(source)) or path.stem

@@ -1,8 +1,8 @@
 """RichKD: distil image models from a CNN teacher fused with CLIP, cached once.
 
-Stage one (`richkd.precompute`) runs the teachers and writes a Zarr store; stage two
-(`richkd.distill`) trains students from the store. Every public name below is imported on first
-use, so that `import richkd` costs nothing.
+Stage one (`richkd.precompute`) runs the teachers and writes a Zarr cache; stage two
+(`richkd.distill`) trains students from the cache. Public names are imported on first use, so that
+`import richkd` is fast.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The process behind `richkd` and `python -m richkd`: what surrounds a command, before any import.
+"""Set up the process of `richkd` and `python -m richkd`: signals, standard streams and OpenMP.
 
-Signals, the standard streams and OpenMP are seen to here; the commands are in cli.py.
+This happens before anything heavy is imported. The commands are in cli.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NoReturn
 from richkd.core import cpus, streams
 from richkd.core import interrupts as interrupt
 
-# Commands that go on where they were interrupted, when they are given again.
+# Commands that resume when they are rerun.
 RESUMED = {"demo", "train-teacher", "precompute", "distill", "sweep", "run"}
 NARROW = 60  # columns
 
@@ -24,7 +24,7 @@ def main() -> NoReturn:
     streams.prepare()
     prepare_threads()
     if shutil.get_terminal_size().columns < NARROW:
-        os.environ.setdefault("TYPER_USE_RICH", "0")  # whose columns cut the names of flags there
+        os.environ.setdefault("TYPER_USE_RICH", "0")  # its columns would cut the names of flags
     interrupt.ignore_signals_at_exit()
     try:
         with interrupt.interruptible(closing_line(sys.argv[1:])):
@@ -33,22 +33,22 @@ def main() -> NoReturn:
             code = streams.flushed(execute(sys.argv[1:]))
     except interrupt.Interrupted as interrupted:
         code = streams.flushed(streams.fail(str(interrupted), interrupted.exit_code))
-    interrupt.leave(code)
+    interrupt.exit_process(code)
 
 
 def closing_line(arguments: Sequence[str]) -> str:
-    """What to say where a command is interrupted, without a word of its own on how far it is."""
+    """Return what to print if a command is interrupted and has no message of its own."""
     command = next((word for word in arguments if not word.startswith("-")), "")
-    return interrupt.RESUMES if command in RESUMED else "interrupted; run it again from the start"
+    return interrupt.RESUMES if command in RESUMED else "interrupted; rerun it from the start"
 
 
 def prepare_threads() -> None:
-    """Say to OpenMP, before PyTorch loads it, how many threads to use and how they wait.
+    """Tell OpenMP, before PyTorch loads it, how many threads to use and how they wait.
 
-    By default a thread of GNU's spins for about a millisecond before it sleeps: beside one other
-    busy process on two CPUs, a training step takes five times as long. Spinning a few microseconds
-    costs a few per cent of a step where nothing else runs. And OpenMP does not know the quota of a
-    container.
+    By default a thread of GNU OpenMP spins for about a millisecond before it sleeps; beside one
+    other busy process on two CPUs, a training step then takes five times as long. Spinning for a
+    few microseconds costs a few per cent of a step on an idle machine. OpenMP also ignores the CPU
+    quota of a container.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

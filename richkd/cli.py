@@ -1,22 +1,23 @@
-"""The command line: a command a verb. Heavy imports happen inside the commands.
+"""The command line. Heavy imports happen inside the commands.
 
-What the user can mend is one line on standard error and exit code 2; a bug is a traceback and 1.
+An error that the user can fix is one line on standard error and exit code 2; a bug is a traceback
+and exit code 1.
 """
 
 from __future__ import annotations
 
 import inspect as inspection
-import tomllib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from typing import Annotated, Any
 
 import typer
-from typer.core import HAS_RICH
 
-from richkd.config import recipes
+from richkd.config import catalog, recipes
 from richkd.config.catalog import at_home
+from richkd.config.flags import Flag, flags, option, plain
 from richkd.config.settings import (
     Distill,
     Precompute,
@@ -24,10 +25,6 @@ from richkd.config.settings import (
     TrainTeacher,
     check_resume,
     describe,
-    parse_alpha,
-    parse_epochs,
-    parse_numbers,
-    parse_scale,
     resolve,
 )
 from richkd.core.errors import RichKDError, local_path, machine_fault
@@ -42,105 +39,106 @@ app = typer.Typer(
 )
 
 
-# The help's headings.
-START, STAGES, RESULTS = "Start here", "The two stages", "Look at results"
-STORES, LISTS = "Keep stores", "What there is"
+# Headings of the help.
+START, STAGES, RESULTS = "Start here", "The two stages", "Results"
+CACHES, LISTS = "Caches", "Lists and benchmarks"
+
+# The settings of the CNN teacher and of CLIP.
+TEACHERS = (
+    "teacher teacher_weights teacher_size teacher_mean teacher_std teacher_crop "
+    "teacher_interpolation teacher_classes clip clip_precision prompts"
+)
 
 
-def _command(heading: str, *examples: str, name: str | None = None) -> Callable[..., Any]:
-    """A command of the app: its docstring and examples are its help."""
+def _command(
+    heading: str, *examples: str, name: str | None = None, settings: Sequence[Flag] = ()
+) -> Callable[..., Any]:
+    """Register a command; its docstring and examples are its help.
+
+    Args:
+        heading: its heading in the list of commands.
+        examples: command lines, for its help.
+        name: of the command, if not the function's.
+        settings: flags, of which the function gets those that were given as `**given`.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        text, epilog = _help_of(function), _plain("\n\n".join(("Examples:", *examples)))
-        app.command(name, help=text, epilog=epilog, rich_help_panel=heading)(function)
+        known = {flag.parameter.name: flag for flag in reversed(settings)}
+
+        def command(**arguments: Any) -> None:
+            not_given = {name for name in known if arguments[name] in (None, [])}
+            function(
+                **{
+                    name: known[name].read(value) if name in known else value
+                    for name, value in arguments.items()
+                    if name not in not_given
+                }
+            )
+
+        command.__signature__ = _signature(function, settings)  # type: ignore[attr-defined]
+        text, epilog = _help_of(function), plain("\n\n".join(("Examples:", *examples)))
+        verb = name or function.__name__
+        app.command(verb, help=text, epilog=epilog, rich_help_panel=heading)(command)
         return function
 
     return register
 
 
+def _signature(function: Callable[..., None], settings: Sequence[Flag]) -> inspection.Signature:
+    """Return a signature for typer: the arguments, the settings, then the other options."""
+    own = inspection.signature(function, eval_str=True).parameters
+    arguments = [each for each in own.values() if each.default is each.empty]
+    by_name: dict[str, inspection.Parameter] = {}
+    for each in (*arguments, *(flag.parameter for flag in settings), *own.values()):
+        by_name.setdefault(
+            each.name, own.get(each.name, each)
+        )  # its own option replaces a setting's
+    return inspection.Signature(
+        [
+            each.replace(kind=each.KEYWORD_ONLY)
+            for each in by_name.values()
+            if each.kind is not each.VAR_KEYWORD
+        ]
+    )
+
+
 def _help_of(function: Callable[..., None]) -> str:
-    """Its docstring, a line a paragraph."""
+    """Return a command's docstring, one line per paragraph."""
     paragraphs = inspection.cleandoc(function.__doc__ or "").split("\n\n")
-    return _plain("\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))
+    return plain("\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))
 
 
-def _plain(text: str) -> str:
-    """Text that rich does not read as its markup, where rich shows it."""
-    return text.replace("[", "\\[") if HAS_RICH else text
+def _at_home(value: Any) -> Any:
+    """Expand `~`, which the shell does not in --out=~/runs."""
+    return [*map(at_home, value)] if isinstance(value, list) else value and at_home(value)
 
 
-def _option(settings: type, name: str, *flags: str) -> Any:
-    return typer.Option(*flags, help=_plain(describe(settings, name)), show_default=False)
+path_option = partial(typer.Option, callback=_at_home)
+path_argument = partial(typer.Argument, callback=_at_home)
 
-
-def _shared(name: str) -> Any:
-    return _option(Distill, name)
-
-
-Recipe = Annotated[
-    str | None, typer.Option(help="TOML file, or the name of one that richkd brings along")
-]
+Recipe = Annotated[str | None, path_option(help="TOML file, or the name of a packaged recipe")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="begin anew, in the place of what richkd wrote there")
+    bool, typer.Option("--overwrite", help="start over, replacing what richkd wrote there")
 ]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="resume what was interrupted, which is the default")
-]
-Json = Annotated[bool, typer.Option("--json", help="print the result as JSON, and nothing else")]
-Dataset = Annotated[str | None, _option(Precompute, "dataset")]
-Limit = Annotated[int | None, _option(Precompute, "limit")]
-DataRoot = Annotated[str | None, _option(Precompute, "data_root")]
-ImageSize = Annotated[int | None, _option(Precompute, "image_size")]
-ClassNames = Annotated[str | None, _option(Precompute, "class_names")]
-Broken = Annotated[str | None, _option(Precompute, "broken")]
-Background = Annotated[str | None, _option(Precompute, "background")]
-PixelRange = Annotated[str | None, _option(Precompute, "pixel_range")]
-Validation = Annotated[float | None, _option(Precompute, "validation")]
-Teacher = Annotated[str | None, _option(Precompute, "teacher")]
-TeacherWeights = Annotated[str | None, _option(Precompute, "teacher_weights")]
-TeacherSize = Annotated[int | None, _option(Precompute, "teacher_size")]
-TeacherMean = Annotated[str | None, _option(Precompute, "teacher_mean")]
-TeacherStd = Annotated[str | None, _option(Precompute, "teacher_std")]
-TeacherCrop = Annotated[float | None, _option(Precompute, "teacher_crop")]
-TeacherInterpolation = Annotated[str | None, _option(Precompute, "teacher_interpolation")]
-TeacherClasses = Annotated[str | None, _option(Precompute, "teacher_classes")]
-Clip = Annotated[str | None, _option(Precompute, "clip")]
-ClipPrecision = Annotated[str | None, _option(Precompute, "clip_precision")]
-Prompts = Annotated[str | None, _option(Precompute, "prompts")]
-Dtype = Annotated[str | None, _option(Precompute, "dtype")]
-Keep = Annotated[str | None, _option(Precompute, "keep")]
-Views = Annotated[int | None, _option(Precompute, "views")]
-KeepBits = Annotated[int | None, _option(Precompute, "keep_bits")]
-ForwardBatch = Annotated[int | None, _option(Precompute, "batch_size")]
-Epochs = Annotated[int | None, _shared("epochs")]
-BatchSize = Annotated[int | None, _shared("batch_size")]
-LearningRate = Annotated[float | None, _shared("lr")]
-Momentum = Annotated[float | None, _shared("momentum")]
-WeightDecay = Annotated[float | None, _shared("weight_decay")]
-Schedule = Annotated[str | None, _shared("schedule")]
-Milestones = Annotated[
-    str | None, typer.Option(help=describe(Distill, "milestones") + ", e.g. 30,60,90")
-]
-EvalEvery = Annotated[int | None, _shared("eval_every")]
-Seed = Annotated[int | None, _shared("seed")]
-Device = Annotated[str | None, _shared("device")]
-Precision = Annotated[str | None, _shared("precision")]
-Step = Annotated[str | None, _shared("step")]
+Resume = Annotated[bool, typer.Option("--resume", help="resume an interrupted run (the default)")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON and nothing else")]
+DataRoot = Annotated[str | None, option(Precompute, "data_root")]
+Device = Annotated[str | None, option(Distill, "device")]
 
 
-def _of_the_store(share: float | None) -> None:
-    """Refuse to hold out validation images where the store is made already."""
+def _refuse_validation(share: float | None) -> None:
+    """Raise RichKDError: the validation images are chosen when the cache is made."""
     if share is not None:
         raise RichKDError(
-            f"--validation {share:g}: validation images belong to the store, whose teacher must "
-            f"not be trained on them; make it by richkd precompute --validation {share:g}, or hold "
-            f"out test images by --holdout",
+            f"--validation {share:g}: validation images belong to the cache, because its teacher "
+            f"must not be trained on them; make one with richkd precompute --validation {share:g}, "
+            f"or use --holdout to set test images aside",
             code="validation-belongs-to-cache",
         )
 
 
 NoValidation = Annotated[
-    float | None, typer.Option("--validation", hidden=True, callback=_of_the_store)
+    float | None, typer.Option("--validation", hidden=True, callback=_refuse_validation)
 ]
 
 
@@ -156,14 +154,14 @@ def top(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", help="say which richkd this is", callback=_version, is_eager=True
+            "--version", help="print the version of richkd", callback=_version, is_eager=True
         ),
     ] = False,
 ) -> None:
     """Distil image models from a CNN teacher fused with CLIP.
 
-    Stage one (precompute) asks both teachers once and writes a Zarr store; stage two (distill)
-    trains students from the store, with no teacher in memory.
+    Stage one (precompute) runs both teachers once and writes a Zarr cache; stage two (distill)
+    trains students from the cache, with no teacher in memory.
     """
 
 
@@ -172,14 +170,14 @@ app.callback(help=_help_of(top))(top)
 
 @_command(START, "richkd demo", "richkd demo --out runs/demo-1 --seed 1")
 def demo(
-    out: Annotated[str, typer.Option(help="where everything goes")] = "runs/demo",
-    seed: Annotated[int, typer.Option(help="seed of students and teacher")] = 0,
+    out: Annotated[str, path_option(help="folder for everything")] = "runs/demo",
+    seed: Annotated[int, typer.Option(help="seed of the teacher and the students")] = 0,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """The whole story on embedded data, in a few minutes on a laptop.
+    """Run both stages on embedded data, in a few minutes on a laptop.
 
-    Interrupted, the same command resumes it.
+    If interrupted, rerun the same command; it resumes.
     """
     from richkd.demo import run_demo
 
@@ -191,42 +189,20 @@ def demo(
     "richkd train-teacher --dataset cifar100 --model resnet32x4",
     "richkd train-teacher --dataset shapes --limit 1000 --epochs 24 --schedule cosine",
     name="train-teacher",
+    settings=flags(TrainTeacher, "dataset model epochs limit validation out"),
 )
 def train_teacher(
-    dataset: Dataset = None,
-    model: Annotated[str | None, _option(TrainTeacher, "model")] = None,
-    epochs: Epochs = None,
-    limit: Limit = None,
-    validation: Validation = None,
-    out: Annotated[str | None, _option(TrainTeacher, "out")] = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-    momentum: Momentum = None,
-    weight_decay: WeightDecay = None,
-    schedule: Schedule = None,
-    milestones: Milestones = None,
-    eval_every: EvalEvery = None,
-    seed: Seed = None,
-    data_root: DataRoot = None,
-    image_size: ImageSize = None,
-    class_names: ClassNames = None,
-    broken: Broken = None,
-    background: Background = None,
-    pixel_range: PixelRange = None,
-    device: Device = None,
-    precision: Precision = None,
-    step: Step = None,
     recipe: Recipe = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Train a CNN teacher with cross-entropy and save its weights.
 
-    Interrupted, the same command resumes it.
+    If interrupted, rerun the same command; it resumes.
     """
     check_resume(resume, overwrite)
-    given = _given(locals())
     settings = resolve(TrainTeacher, _table(recipe, "train-teacher"), given)
     from pathlib import Path
 
@@ -249,55 +225,28 @@ def train_teacher(
     "richkd precompute --dataset imagefolder:my-images --class-names names.txt --broken skip",
     "richkd precompute --dataset imagefolder:my-images --teacher-weights resnet32x4.pth "
     "--teacher-mean 0.507,0.487,0.441 --teacher-std 0.267,0.256,0.276 --teacher-crop 1",
+    settings=[
+        *flags(Precompute, "dataset limit validation", others=False),
+        *flags(Precompute, TEACHERS, others=False),
+        *flags(
+            Precompute,
+            "views alpha scale dtype keep_bits keep keep_temperature out batch_size seed",
+        ),
+    ],
 )
 def precompute(
-    dataset: Dataset = None,
-    limit: Limit = None,
-    validation: Validation = None,
-    teacher: Teacher = None,
-    teacher_weights: TeacherWeights = None,
-    teacher_size: TeacherSize = None,
-    teacher_mean: TeacherMean = None,
-    teacher_std: TeacherStd = None,
-    teacher_crop: TeacherCrop = None,
-    teacher_interpolation: TeacherInterpolation = None,
-    teacher_classes: TeacherClasses = None,
-    clip: Clip = None,
-    clip_precision: ClipPrecision = None,
-    prompts: Prompts = None,
-    views: Views = None,
-    alpha: Annotated[str | None, _option(Precompute, "alpha")] = None,
-    scale: Annotated[str | None, _option(Precompute, "scale")] = None,
-    dtype: Dtype = None,
-    keep_bits: KeepBits = None,
-    keep: Keep = None,
-    keep_temperature: Annotated[float | None, _option(Precompute, "keep_temperature")] = None,
-    out: Annotated[str | None, _option(Precompute, "out")] = None,
-    batch_size: ForwardBatch = None,
-    seed: Annotated[int | None, _option(Precompute, "seed")] = None,
-    data_root: DataRoot = None,
-    image_size: ImageSize = None,
-    class_names: ClassNames = None,
-    broken: Broken = None,
-    background: Background = None,
-    pixel_range: PixelRange = None,
-    device: Device = None,
     recipe: Recipe = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
-    """Stage one: run CNN teacher and CLIP once, and write the store.
+    """Stage one: run the CNN teacher and CLIP once, and write the cache.
 
-    Interrupted, the same command resumes it. Without teacher weights it trains the teacher first.
+    Without teacher weights, it trains the teacher first. If interrupted, rerun the same command; it
+    resumes.
     """
     check_resume(resume, overwrite)
-    given = _given(locals())
-    if given["alpha"] == "auto":
-        raise RichKDError(
-            "alpha 'auto' is chosen in stage two; pass it to richkd distill",
-            code="alpha-auto-in-stage-one",
-        )
     settings = resolve(Precompute, _table(recipe, "precompute"), given)
     from richkd import precompute as stage_one
     from richkd.core.ranks import is_first
@@ -309,7 +258,7 @@ def precompute(
         teacher_recipe=_table(recipe, "train-teacher"),
         report=_report(as_json),
     )
-    if not is_first():  # of the processes of a job, one speaks
+    if not is_first():  # only one process of a job prints
         return
     if as_json:
         _print(summarize(cache.location.name), as_json)
@@ -322,51 +271,39 @@ def precompute(
     "richkd plan --dataset imagenet --views 8 --clip ViT-L-14",
     "richkd plan --dataset imagefolder:my-images --keep top-50 --json",
     "richkd plan --dataset imagefolder:my-images --keep top-50 --measured gpu.json",
+    settings=[
+        *flags(Precompute, "dataset limit validation", others=False),
+        *flags(Precompute, TEACHERS, others=False),
+        *flags(
+            Precompute,
+            "views dtype keep_bits keep batch_size",
+            without="alpha scale keep_temperature seed out class_names broken background "
+            "pixel_range",
+        ),
+    ],
 )
 def plan(
     dataset: Annotated[
-        str | None, typer.Option(help=f"{describe(Precompute, 'dataset')}; imagenet needs no files")
+        str | None,
+        typer.Option(help=f"{describe(Precompute, 'dataset')}; or imagenet, which needs no files"),
     ] = None,
-    limit: Limit = None,
-    validation: Validation = None,
-    teacher: Teacher = None,
-    teacher_weights: TeacherWeights = None,
-    teacher_size: TeacherSize = None,
-    teacher_mean: TeacherMean = None,
-    teacher_std: TeacherStd = None,
-    teacher_crop: TeacherCrop = None,
-    teacher_interpolation: TeacherInterpolation = None,
-    teacher_classes: TeacherClasses = None,
-    clip: Clip = None,
-    clip_precision: ClipPrecision = None,
-    prompts: Prompts = None,
-    views: Views = None,
-    dtype: Dtype = None,
-    keep_bits: KeepBits = None,
-    keep: Keep = None,
-    batch_size: ForwardBatch = None,
-    data_root: DataRoot = None,
-    image_size: ImageSize = None,
-    device: Device = None,
     measured: Annotated[
-        str | None, typer.Option(help="JSON of this plan made on the machine that will do the work")
+        str | None, path_option(help="JSON of this plan, made on the machine that will do the work")
     ] = None,
     price: Annotated[
-        float | None, typer.Option(help="of keeping the store: USD a GB and month; default 0.023")
+        float | None, typer.Option(help="storage price in USD per GB and month; default 0.023")
     ] = None,
     recipe: Recipe = None,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
-    """Say what stage one would take: bytes, passes, hours, and the store's rent.
+    """Estimate what stage one would take: bytes, forward passes, hours and storage costs.
 
-    It tries stage one on some images, here; random weights and drawn images stand for what is not
-    here, and nothing is downloaded.
+    It measures stage one on a few images on this machine. Random weights and images stand in for
+    missing files; nothing is downloaded.
     """
-    given = _given(locals())
-    measured, price = given.pop("measured"), given.pop("price")
-    known = given["dataset"] == "imagenet"
-    if known:
-        given["dataset"] = "imagefolder:imagenet"
+    known = dataset == catalog.IMAGENET
+    given["dataset"] = f"{catalog.IMAGE_FOLDER}:{dataset}" if known else dataset
     settings = resolve(Precompute, _table(recipe, "precompute"), given)
     from richkd.tools import plan as plans
 
@@ -377,12 +314,12 @@ def plan(
     _print(result, as_json)
 
 
-@_command(STORES, "richkd inspect cache/cifar100.zarr")
+@_command(CACHES, "richkd inspect cache/cifar100.zarr")
 def inspect(
-    cache: Annotated[str, typer.Argument(help="a store, complete or not")],
+    cache: Annotated[str, path_argument(help="a cache, complete or not")],
     as_json: Json = False,
 ) -> None:
-    """Say what is in a store: data, teachers, accuracies, arrays and sizes."""
+    """Show what is in a cache: data, teachers, accuracies, arrays and sizes."""
     from richkd.tools.inspect import show, summarize
 
     summary = summarize(cache)
@@ -393,18 +330,19 @@ def inspect(
 
 
 @_command(
-    STORES,
+    CACHES,
     "richkd verify cache/cifar100.zarr",
     "richkd verify cache/cifar100.zarr --teacher teachers/cifar100-resnet32x4.safetensors",
 )
 def verify(
-    cache: Annotated[str, typer.Argument(help="a complete store")],
+    cache: Annotated[str, path_argument(help="a complete cache")],
     teacher: Annotated[
-        str | None, typer.Option(help="the CNN teacher's weights: recompute a sample of its rows")
+        str | None,
+        path_option(help="weights of the CNN teacher, to recompute a sample of its rows"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check every byte of a store, and that its rows are what they should be."""
+    """Check every byte of a cache, and that its rows are correct."""
     from richkd.tools.verify import raise_faults, show_checks, verify_store
 
     report = _report(as_json)
@@ -422,17 +360,20 @@ def verify(
     "richkd analyze cache/cifar100.zarr --split train --threshold 0.9",
 )
 def analyze(
-    cache: Annotated[str, typer.Argument(help="a complete store")],
+    cache: Annotated[str, path_argument(help="a complete cache")],
     threshold: Annotated[
-        float, typer.Option(help="top probability from which a prediction is confident")
+        float, typer.Option(help="top probability above which a prediction counts as confident")
     ] = 0.8,
     split: Annotated[str, typer.Option(help="test, train (its first view) or validation")] = "test",
     out: Annotated[
-        str | None, typer.Option(help="folder for the page; default where the store is, or here")
+        str | None,
+        path_option(
+            help="folder for the page; default the folder of the cache, or the current one"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Put the teachers of a store under the lens: a page, from the store alone."""
+    """Analyse the teachers of a cache, from the cache alone, and write an HTML page."""
     from richkd.report.analysis import show, write_analysis
 
     report = _report(as_json)
@@ -443,12 +384,12 @@ def analyze(
         typer.echo(result["files"]["html"])
 
 
-@_command(STORES, "richkd repair cache/cifar100.zarr")
+@_command(CACHES, "richkd repair cache/cifar100.zarr")
 def repair(
-    cache: Annotated[str, typer.Argument(help="a complete store that is damaged")],
+    cache: Annotated[str, path_argument(help="a complete cache that is damaged")],
     as_json: Json = False,
 ) -> None:
-    """Compute the damaged blocks of a store again, and no others."""
+    """Recompute the damaged blocks of a cache, and no others."""
     from richkd.tools.verify import repair_store
 
     blocks = repair_store(cache, _report(as_json))
@@ -461,50 +402,25 @@ def repair(
     "richkd distill --cache cache/cifar100.zarr",
     "richkd distill --cache cache/cifar100.zarr --student ShuffleV2 --method dkd --target fused",
     "richkd distill --cache cache/cifar100.zarr --alpha auto --set temperature=4",
+    settings=flags(
+        Distill,
+        "cache student method target epochs seed out alpha scale prompts clip_head holdout options "
+        "student_options",
+    ),
 )
 def distill(
-    cache: Annotated[str | None, _option(Distill, "cache")] = None,
-    student: Annotated[str | None, _option(Distill, "student")] = None,
-    method: Annotated[str | None, _option(Distill, "method")] = None,
-    target: Annotated[str | None, _option(Distill, "target")] = None,
-    epochs: Epochs = None,
-    seed: Seed = None,
-    out: Annotated[str | None, _option(Distill, "out")] = None,
-    resume: Resume = False,
-    alpha: Annotated[str | None, _option(Distill, "alpha")] = None,
-    scale: Annotated[str | None, _option(Distill, "scale")] = None,
-    prompts: Annotated[
-        str | None, typer.Option(help=describe(Distill, "prompts") + ", e.g. 0,3,5")
-    ] = None,
-    clip_head: Annotated[str | None, _option(Distill, "clip_head")] = None,
-    validation: NoValidation = None,
-    holdout: Annotated[float | None, _option(Distill, "holdout")] = None,
-    options: Annotated[list[str] | None, _option(Distill, "options", "--set")] = None,
-    student_options: Annotated[
-        list[str] | None, _option(Distill, "student_options", "--student-set")
-    ] = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-    momentum: Momentum = None,
-    weight_decay: WeightDecay = None,
-    schedule: Schedule = None,
-    milestones: Milestones = None,
-    eval_every: EvalEvery = None,
-    dataset: Annotated[str | None, _option(Distill, "dataset")] = None,
-    data_root: DataRoot = None,
-    device: Device = None,
-    precision: Precision = None,
-    step: Step = None,
     recipe: Recipe = None,
+    validation: NoValidation = None,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
-    """Stage two: train a student from a store.
+    """Stage two: train a student from a cache.
 
-    Interrupted, the same command resumes it.
+    If interrupted, rerun the same command; it resumes.
     """
     check_resume(resume, overwrite)
-    given = {**_given(locals()), "prompts": None if prompts is None else _indices(prompts)}
     settings = resolve(Distill, _table(recipe, "distill"), given)
     from richkd.analysis.results import results_table
     from richkd.distill import distill as stage_two
@@ -522,56 +438,39 @@ def distill(
     "richkd sweep --cache cache/cifar100.zarr --students resnet8x4,ShuffleV2 --dry-run",
     "richkd sweep --cache cache/cifar100.zarr --students resnet20 --methods kd,richkd --seeds 5",
     "richkd sweep --cache cache/cifar100.zarr --students resnet20 --engine ray --gpus-per-run 0.25",
+    settings=[
+        *flags(Distill, "cache", others=False),
+        *flags(Sweep, "students methods seeds alpha", others=False),
+        *flags(Distill, "epochs", others=False),
+        *flags(Sweep, "out"),
+        *flags(
+            Distill,
+            "target scale clip_head holdout",
+            without="student student_options method options prompts seed",
+        ),
+    ],
 )
 def sweep(
-    cache: Annotated[str | None, _option(Distill, "cache")] = None,
-    students: Annotated[str | None, _option(Sweep, "students")] = None,
-    methods: Annotated[str | None, _option(Sweep, "methods")] = None,
-    seeds: Annotated[int | None, _option(Sweep, "seeds")] = None,
-    alpha: Annotated[str | None, _option(Sweep, "alpha")] = None,
-    epochs: Epochs = None,
-    out: Annotated[str | None, _option(Sweep, "out")] = None,
-    concurrent: Annotated[str | None, _option(Sweep, "concurrent")] = None,
-    halving: Annotated[int | None, _option(Sweep, "halving")] = None,
-    engine: Annotated[str | None, _option(Sweep, "engine")] = None,
-    address: Annotated[str | None, _option(Sweep, "address")] = None,
-    gpus_per_run: Annotated[float | None, _option(Sweep, "gpus_per_run")] = None,
-    cpus_per_run: Annotated[int | None, _option(Sweep, "cpus_per_run")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="show the grid and its cost; train nothing")
+        bool, typer.Option("--dry-run", help="show the grid and its cost, but train nothing")
     ] = False,
-    target: Annotated[str | None, _option(Distill, "target")] = None,
-    scale: Annotated[str | None, _option(Distill, "scale")] = None,
-    clip_head: Annotated[str | None, _option(Distill, "clip_head")] = None,
-    validation: NoValidation = None,
-    holdout: Annotated[float | None, _option(Distill, "holdout")] = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-    momentum: Momentum = None,
-    weight_decay: WeightDecay = None,
-    schedule: Schedule = None,
-    milestones: Milestones = None,
-    eval_every: EvalEvery = None,
-    dataset: Annotated[str | None, _option(Distill, "dataset")] = None,
-    data_root: DataRoot = None,
-    device: Device = None,
-    precision: Precision = None,
-    step: Step = None,
     recipe: Recipe = None,
+    validation: NoValidation = None,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
-    """Train many students from one store: a grid of students, methods, blends and seeds.
+    """Train many students from one cache: a grid of students, methods, blends and seeds.
 
-    What is done is not done again; interrupted, the same command resumes it.
+    Each run gives exactly the results it would give alone, and complete runs are not repeated. If
+    interrupted, rerun the same command; it resumes.
     """
-    arguments = locals()
-    grid = {field.name: arguments.pop(field.name) for field in fields(Sweep)}
+    grid = {field.name: given.pop(field.name, None) for field in fields(Sweep)}
     read = recipes.load(recipe) if recipe else None
-    settings = resolve(Sweep, read.table("sweep") if read else {}, _grid(grid))
+    settings = resolve(Sweep, read.table("sweep") if read else {}, grid)
     from richkd.sweep.run import run_sweep
 
     report = _report(as_json)
-    result = run_sweep(settings, read, _given(arguments), dry_run=dry_run, report=report)
+    result = run_sweep(settings, read, given, dry_run=dry_run, report=report)
     _print(result, as_json)
     _check_failed(result)
 
@@ -581,48 +480,40 @@ def sweep(
     "richkd run shapes",
     "richkd run richkd --teacher-weights resnet32x4.pth",
     "richkd run mine.toml --method kd --seed 1",
+    settings=[
+        *flags(Distill, "method target student epochs milestones seed options", others=False),
+        *flags(
+            Precompute,
+            "dataset limit validation views teacher_weights teacher_classes clip data_root device",
+            others=False,
+        ),
+    ],
 )
 def run(
-    recipe: Annotated[str, typer.Argument(help="TOML file, or a name that richkd recipes lists")],
-    method: Annotated[str | None, _option(Distill, "method")] = None,
-    target: Annotated[str | None, _option(Distill, "target")] = None,
-    student: Annotated[str | None, _option(Distill, "student")] = None,
-    epochs: Epochs = None,
-    milestones: Milestones = None,
-    seed: Seed = None,
-    options: Annotated[list[str] | None, _option(Distill, "options", "--set")] = None,
-    dataset: Dataset = None,
-    limit: Limit = None,
-    validation: Validation = None,
-    views: Views = None,
-    teacher_weights: TeacherWeights = None,
-    teacher_classes: TeacherClasses = None,
-    clip: Clip = None,
+    recipe: Annotated[str, path_argument(help="TOML file, or a name listed by richkd recipes")],
     cache: Annotated[
-        str | None, typer.Option(help="the store; default cache/DATASET-TEACHER.zarr")
+        str | None, path_option(help="location of the cache; default cache/DATASET-TEACHER.zarr")
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option(
-            help="run folder; default runs/RECIPE/STUDENT-METHOD-sSEED, and runs/RECIPE for a sweep"
+        path_option(
+            help="run folder; default runs/RECIPE/STUDENT-METHOD-sSEED, or runs/RECIPE for a sweep"
         ),
     ] = None,
-    data_root: DataRoot = None,
-    device: Device = None,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
-    """A recipe from end to end: teacher, stage one, stage two or its sweep, and the report.
+    """Run a recipe from end to end: teacher, stage one, stage two or its sweep, and report.
 
-    What is done is not done again. A recipe with a [sweep] trains its grid; --student, --method,
-    --target, --set or --seed ask for that one run instead.
+    Complete steps are not repeated. A recipe with a [sweep] trains its grid; with --student,
+    --method, --target, --set or --seed it trains that one run instead.
     """
-    given = _given(locals())
     from richkd.analysis.results import results_table
     from richkd.run import run_recipe
 
     report = _report(as_json)
-    result = run_recipe(recipes.load(recipe), given, report)
-    if "run" in result:  # a sweep has shown its leaderboard
+    result = run_recipe(recipes.load(recipe), {**given, "cache": cache, "out": out}, report)
+    if "run" in result:  # a sweep has printed its leaderboard
         results_table(report, f"{result['run']}", [result])
     _print(result, as_json)
     _check_failed(result)
@@ -637,19 +528,19 @@ def run(
     name="report",
 )
 def write_report(
-    runs: Annotated[list[str], typer.Argument(help="folders with runs in them")],
+    runs: Annotated[list[str], path_argument(help="folders that contain runs")],
     out: Annotated[
-        str | None, typer.Option(help="folder for the page; default the first of RUNS")
+        str | None, path_option(help="folder for the page; default the first of RUNS")
     ] = None,
     cache: Annotated[
-        str | None, typer.Option(help="only the runs that were trained on this store")
+        str | None, path_option(help="include only the runs that were trained from this cache")
     ] = None,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="write TensorBoard's event files too")
+        bool, typer.Option("--tensorboard", help="also write TensorBoard event files")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write one HTML page on all runs in a folder, with CSV and JSON beside it."""
+    """Write an HTML page on all runs in a folder, with CSV and JSON beside it."""
     from pathlib import Path
 
     from richkd.report import write_report
@@ -673,50 +564,50 @@ def write_report(
 )
 def evaluate(
     runs: Annotated[
-        list[str], typer.Argument(help="complete runs of one data set; compared with the first")
+        list[str],
+        path_argument(help="complete runs on one dataset; the others are compared with the first"),
     ],
-    weights: Annotated[str, typer.Option(help="last, or best")] = "last",
+    weights: Annotated[str, typer.Option(help="last or best")] = "last",
     threshold: Annotated[
-        float, typer.Option(help="top probability from which a prediction is confident")
+        float, typer.Option(help="top probability above which a prediction counts as confident")
     ] = 0.8,
     limit: Annotated[
         int | None,
-        typer.Option(help="only the first N test images, of those that no run chose its α on"),
+        typer.Option(help="use only the first N test images, of those on which no run chose its α"),
     ] = None,
     corruptions: Annotated[
         bool,
         typer.Option(
             "--corruptions",
-            help=_plain(
-                "15 corruptions, five severities: DATA_ROOT/CIFAR-100-C or -10-C, else "
-                "made here (richkd[corruptions])"
+            help=plain(
+                "15 corruptions at five severities: from DATA_ROOT/CIFAR-100-C or -10-C, else "
+                "computed (richkd[corruptions])"
             ),
         ),
     ] = False,
     corruption_files: Annotated[
-        str | None, typer.Option(help="the same from this folder, in the layout of CIFAR-100-C")
+        str | None, path_option(help="corruptions from this folder, in the layout of CIFAR-100-C")
     ] = None,
     shift: Annotated[
         str | None,
-        typer.Option(help="other images: a folder a class, by the classes' names or numbers"),
+        path_option(help="other images: one folder per class, named or numbered like the classes"),
     ] = None,
-    cache: Annotated[
-        str | None, typer.Option(help="the store, where it is not where the run says")
-    ] = None,
+    cache: Annotated[str | None, path_option(help="location of the cache, if it has moved")] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="imagefolder:PATH, where a folder of images has moved")
+        str | None, path_option(help="imagefolder:PATH, if the folder has moved")
     ] = None,
     data_root: DataRoot = None,
-    seed: Annotated[int, typer.Option(help="of the noise in corruptions")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the noise in corruptions")] = 0,
     device: Device = None,
     out: Annotated[
-        str | None, typer.Option(help="folder for the page; default the first run's")
+        str | None, path_option(help="folder for the page; default the first run's")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Put students under the lens: calibration, classes, corruptions, shifts; a page.
+    """Evaluate students: calibration, classes, corruptions and shifts, on an HTML page.
 
-    What concerns one run stays in its folder (evaluation.json), where richkd report finds it.
+    The results of each run are kept in its folder (evaluation.json), where richkd report finds
+    them.
     """
     from richkd.report.evaluation import show, write_evaluation
 
@@ -745,15 +636,15 @@ def evaluate(
 
 @_command(RESULTS, "richkd export runs/A", "richkd export runs/A --format torch --weights best")
 def export(
-    run: Annotated[str, typer.Argument(help="a complete run")],
-    kind: Annotated[str, typer.Option("--format", help="onnx, or torch (torch.export)")] = "onnx",
-    weights: Annotated[str, typer.Option(help="last, or best")] = "last",
+    run: Annotated[str, path_argument(help="a complete run")],
+    kind: Annotated[str, typer.Option("--format", help="onnx or torch (torch.export)")] = "onnx",
+    weights: Annotated[str, typer.Option(help="last or best")] = "last",
     out: Annotated[
-        str | None, typer.Option(help="the file; default student.onnx in the run folder")
+        str | None, path_option(help="file; default student.onnx in the run folder")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a run's student as ONNX or as an exported program, checked against PyTorch."""
+    """Export a run's student to ONNX or torch.export, and check it against PyTorch."""
     from richkd.tools.export import export
 
     result = export(run, kind, weights=weights, out=out)
@@ -768,14 +659,14 @@ def export(
     "richkd push runs/A me/resnet8x4-cifar100 --private",
 )
 def push(
-    path: Annotated[str, typer.Argument(help="a complete store, or a complete run")],
-    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME; made where it is not there")],
-    private: Annotated[bool, typer.Option("--private", help="not for everybody's eyes")] = False,
+    path: Annotated[str, path_argument(help="a complete cache, or a complete run")],
+    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME; created if missing")],
+    private: Annotated[bool, typer.Option("--private", help="make the repository private")] = False,
     as_json: Json = False,
 ) -> None:
-    """Put a store (as a data set) or a student (as a model) on the Hugging Face hub, with a card.
+    """Upload a cache (as a dataset) or a student (as a model) to the Hugging Face hub, with a card.
 
-    Images that a store embeds go with it, and so do the paths that its recipe names.
+    This includes the images embedded in a cache and the paths named in its recipe.
     """
     from richkd.tools.hub import push
 
@@ -792,16 +683,16 @@ def push(
 )
 def pull(
     repo_id: Annotated[
-        str, typer.Argument(help="OWNER/NAME; with datasets/ or models/ before it if it is both")
+        str, typer.Argument(help="OWNER/NAME; prefix datasets/ or models/ if both exist")
     ],
     out: Annotated[
         str | None,
-        typer.Option(help="default cache/NAME.zarr for a store, runs/NAME for a student"),
+        path_option(help="folder; default cache/NAME.zarr for a cache, runs/NAME for a student"),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit")] = None,
     as_json: Json = False,
 ) -> None:
-    """Fetch a store or a student from the Hugging Face hub; every byte of it is checked."""
+    """Download a cache or a student from the Hugging Face hub, and check every byte."""
     from richkd.tools.hub import pull
 
     result = pull(repo_id, _report(as_json), out=out, revision=revision)
@@ -812,14 +703,16 @@ def pull(
 
 @_command(LISTS, "richkd bench --quick", "richkd bench --cache cache/cifar100.zarr --json")
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="fewer rounds, within 3 minutes")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="fewer rounds; takes at most 3 minutes")
+    ] = False,
     cache: Annotated[
-        str | None, typer.Option(help="a real store, for what compression makes of its rows")
+        str | None, path_option(help="a real cache, to measure the compression of its rows")
     ] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what steps, stage one, slabs, CRD and the store cost on this machine."""
+    """Measure the speed of steps, stage one, slabs, CRD and the cache on this machine."""
     from richkd.tools.bench import FULL, QUICK, run_bench
 
     result = run_bench(
@@ -830,7 +723,7 @@ def bench(
 
 @_command(START, "richkd doctor")
 def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
-    """Say what this machine has, and what is missing for which command."""
+    """Show what this machine has, and what is missing for which command."""
     from richkd.tools import doctor as doctors
 
     report = _report(as_json)
@@ -842,7 +735,7 @@ def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
 
 @_command(LISTS, "richkd recipes", name="recipes")
 def list_recipes(as_json: Json = False) -> None:
-    """List the recipes that richkd brings along."""
+    """List the packaged recipes."""
     from richkd.tools.listing import show_recipes
 
     _print(show_recipes(_report(as_json)), as_json)
@@ -850,7 +743,9 @@ def list_recipes(as_json: Json = False) -> None:
 
 @_command(LISTS, "richkd methods", "richkd methods dkd", name="methods")
 def list_methods(
-    name: Annotated[str | None, typer.Argument(help="only this one, with its options")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="show only this method, with its options")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the distillation methods, or the options of one."""
@@ -862,11 +757,14 @@ def list_methods(
 @_command(LISTS, "richkd models", "richkd models 'mobilenet*'", name="models")
 def list_models(
     pattern: Annotated[
-        str | None, typer.Argument(help="of names, e.g. 'mobilenet*': zoo and timm; else the zoo")
+        str | None,
+        typer.Argument(
+            help="pattern for names of the zoo and timm, e.g. 'mobilenet*'; default the zoo"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the networks of the zoo, or all that match a pattern."""
+    """List the networks of the zoo, or all whose names match a pattern."""
     from richkd.tools.listing import show_models
 
     _print(show_models(pattern, _report(as_json)), as_json)
@@ -886,110 +784,41 @@ def _print(result: Mapping[str, Any], as_json: bool) -> None:
 
 
 def _check_failed(result: Mapping[str, Any]) -> None:
-    """Raise RichKDError where runs of a sweep failed."""
+    """Raise RichKDError if runs of a sweep failed."""
     failed = result.get("failed")
     if failed:
         names = ", ".join(failure["run"] for failure in failed)
         raise RichKDError(
-            f"{len(failed)} of the runs failed: {names}; the same command tries them again, each "
-            f"from its last epoch",
+            f"{len(failed)} of the runs failed: {names}; rerun the same command to retry them, "
+            f"each from its last epoch",
             code="sweep-runs-failed",
         )
-
-
-_NOT_SETTINGS = {"recipe", "overwrite", "resume", "as_json", "dry_run"}
-
-
-def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings among a command's arguments."""
-    given = {name: value for name, value in arguments.items() if name not in _NOT_SETTINGS}
-    readers: dict[str, Callable[[Any], Any]] = {
-        "scale": parse_scale,
-        "pixel_range": parse_numbers,
-        "teacher_mean": parse_numbers,
-        "teacher_std": parse_numbers,
-        "alpha": parse_alpha,
-        "milestones": parse_epochs,
-        "options": lambda texts: _assignments("--set", texts),
-        "student_options": lambda texts: _assignments("--student-set", texts),
-    }
-    return {
-        name: readers[name](value) if value is not None and name in readers else value
-        for name, value in given.items()
-    }
-
-
-def _grid(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a sweep; its axes are given with commas."""
-
-    def names(text: str) -> tuple[str, ...]:
-        return tuple(filter(None, (part.strip() for part in text.split(","))))
-
-    def number(text: str) -> int | str:
-        return int(text) if text.isdecimal() else text
-
-    readers: dict[str, Callable[[Any], Any]] = {
-        "students": names,
-        "methods": names,
-        "concurrent": number,
-        "alpha": lambda text: tuple(parse_alpha(part) for part in names(text)),
-    }
-    return {
-        name: readers[name](value) if value is not None and name in readers else value
-        for name, value in arguments.items()
-    }
 
 
 def _table(recipe: str | None, section: str) -> dict[str, Any]:
     return recipes.load(recipe).table(section) if recipe else {}
 
 
-def _indices(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise RichKDError(
-            f"--prompts {text!r}: give numbers with commas, e.g. 0,3,5", code="value-malformed"
-        ) from None
-
-
-def _assignments(flag: str, texts: list[str]) -> dict[str, Any]:
-    """NAME=VALUE as TOML has it: numbers, true and false, and text with or without its quotes."""
-    values: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name or not value:
-            raise RichKDError(
-                f"{flag} {text!r}: give NAME=VALUE, e.g. {flag} temperature=4",
-                code="value-malformed",
-            )
-        try:
-            values[name] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            values[name] = value
-    return values
-
-
 def execute(arguments: Sequence[str]) -> int:
-    """Run a command; the only place that turns errors into exit codes."""
+    """Run a command and return its exit code; the only place that turns errors into codes."""
     try:
         with interruptible():
-            code = app([*map(_at_home, arguments)] or ["--help"], standalone_mode=False)
+            code = app([*arguments] or ["--help"], standalone_mode=False)
     except RichKDError as error:
         code = fail(f"{error} [{error.code}]", 2)
     except Interrupted as interrupted:
-        warnings.simplefilter("ignore")  # of coroutines that nobody awaits any more
+        warnings.simplefilter("ignore")  # about coroutines that are no longer awaited
         code = fail(str(interrupted), interrupted.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         code = fail("interrupted", 130)
-    except BrokenPipeError:  # who read what is printed has seen enough, as has rich's reader below
+    except BrokenPipeError:  # the reader of the output closed the pipe
         code = 141
     except SystemExit as exit_:
         code = exit_.code
-    except OSError as error:  # a disk that is full, a folder without permission, …
-        code = fail(f"{error}; make room, or see to the path and its permissions", 2)
+    except OSError as error:  # e.g. a full disk, or no permission
+        code = fail(f"{error}; free some space, or check the path and its permissions", 2)
     except Exception as error:
-        # a mistyped command or flag; typer's own class for it is not public
+        # a mistyped command or flag, whose class is not public in typer
         if hasattr(error, "format_message"):
             code = fail(f"{error.format_message().rstrip('.')}; see richkd --help", 2)
         elif (fault := machine_fault(error)) is not None:
@@ -997,11 +826,3 @@ def execute(arguments: Sequence[str]) -> int:
         else:
             raise
     return code if isinstance(code, int) else 0
-
-
-def _at_home(argument: str) -> str:
-    """An argument with the home folder for `~`: the shell leaves --out=~/x as it is."""
-    flag, equals, value = argument.partition("=")
-    if equals and flag.startswith("--"):
-        return f"{flag}={at_home(value)}"
-    return at_home(argument)

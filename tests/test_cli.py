@@ -9,19 +9,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import changed, tree
+from helpers import Refusal, changed, tree
 
 import richkd
 from richkd.cli import app
+from richkd.config.settings import Distill, Precompute, TrainTeacher
 from richkd.data.datasets import SHAPES_SEEDS
 
 Run = Callable[..., Any]
-Fails = Callable[..., str]
+Fails = Callable[..., Refusal]
 
 
 def fresh(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
@@ -60,63 +62,93 @@ def test_version(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "message"),
+    ("command", "code", "values"),
     [
-        ("distil", "No such command 'distil'"),
-        ("distill --cash x", "No such option"),
-        ("distill --epochs many", "--epochs"),
-        ("distill", "no store given"),
-        ("distill --cache nowhere.zarr", "no store at nowhere.zarr; make one"),
-        ("distill --cache x --recipe nowhere", "no recipe 'nowhere'"),
-        ("distill --cache x --set temperature", "--set 'temperature'.*NAME=VALUE"),
-        ("distill --cache x --prompts a,b", "--prompts 'a,b'"),
-        ("distill --cache x --scale much", "unknown scale 'much'"),
-        ("distill --cache x --alpha most", "alpha = 'most': must be a number in .* or auto"),
-        ("distill --cache x --alpha auto --holdout 0.95", r"holdout = 0.95: must be in \[0, 0.9\]"),
-        ("distill --cache x --target both", "unknown target 'both'; choose from clip, fused"),
-        ("distill --cache x --clip-head linear", "unknown clip_head 'linear'"),
-        ("distill --cache x --student-set patch_size", "--student-set 'patch_size'"),
-        ("precompute --dataset shapes --alpha auto", "alpha 'auto' is chosen in stage two"),
-        ("methods kdd", "unknown method 'kdd'"),
-        ("run nowhere", "no recipe 'nowhere'"),
-        ("run kd-t4 --student resnet9", "unknown model 'resnet9'"),
-        ("inspect nowhere.zarr", "no store at nowhere.zarr"),
-        ("precompute", "no data set given"),
-        ("precompute --dataset cifar1000", "unknown data set 'cifar1000'; .*cifar100"),
-        ("precompute --dataset shapes --alpha 1.2", r"alpha = 1.2: must be in \[0, 1\]"),
-        ("precompute --dataset shapes --views 0", "views = 0"),
-        ("precompute --dataset shapes --limit 0", "limit = 0"),
-        ("precompute --dataset shapes --limit 20 --views 163 --clip none", "162 views"),
-        ("precompute --dataset shapes --dtype float8", "unknown dtype 'float8'"),
-        ("precompute --dataset shapes --prompts mine.txt", "prompt set.*'mine.txt'"),
-        ("precompute --dataset shapes --clip ViT-B-99:openai", "unknown CLIP.*'ViT-B-99'"),
-        ("precompute --dataset shapes --clip ViT-L-14:openai", "use ViT-L-14-quickgelu:openai"),
-        ("precompute --dataset shapes --teacher resnet21 --clip none", "resnet21.*resnet20"),
-        ("precompute --dataset shapes --teacher-weights no.pth", "no teacher weights at no.pth"),
-        ("precompute --dataset imagefolder:nowhere", "no such folder"),
-        ("precompute --dataset shapes --device tpu9", "device 'tpu9'"),
-        ("train-teacher --dataset shapes --model resnet21", "unknown model 'resnet21'"),
-        ("train-teacher --dataset shapes --out weights.pth", "safetensors"),
-        ("train-teacher --dataset shapes --schedule linear", "unknown schedule 'linear'"),
+        ("distil", "", "'distil'"),
+        ("distill --cash x", "", "--cash"),
+        ("distill --epochs many", "", "--epochs integer"),
+        ("distill", "cache-not-given", "--cache"),
+        ("distill --cache nowhere.zarr", "cache-missing", "nowhere.zarr"),
+        ("distill --cache x --recipe nowhere", "recipe-missing", "'nowhere'"),
+        ("distill --cache x --set temperature", "value-malformed", "--set 'temperature'"),
+        ("distill --cache x --prompts a,b", "value-malformed", "--prompts 'a,b'"),
+        ("distill --cache x --scale much", "unknown-name", "scale 'much' native raw"),
+        ("distill --cache x --alpha most", "value-malformed", "alpha 'most' auto"),
+        ("distill --cache x --alpha 1.5", "value-out-of-range", "alpha 1.5 1]"),
+        ("distill --cache x --alpha auto --holdout 0.95", "value-out-of-range", "0.95 0.9"),
+        ("distill --cache x --validation 0.1", "validation-belongs-to-cache", "--holdout 0.1"),
+        ("distill --cache x --target both", "unknown-name", "'both' teacher clip fused"),
+        ("distill --cache x --clip-head linear", "unknown-name", "'linear' zero-shot probe"),
+        ("distill --cache x --student-set patch_size", "value-malformed", "--student-set"),
+        ("distill --cache x --resume --overwrite", "resume-and-overwrite", "--overwrite"),
+        ("precompute --dataset shapes --alpha auto", "alpha-auto-in-stage-one", "distill"),
+        ("precompute --dataset shapes --alpha most", "value-malformed", "'most'"),
+        ("methods kdd", "unknown-name", "'kdd' kd"),
+        ("run nowhere", "recipe-missing", "'nowhere'"),
+        ("run kd-t4 --student resnet9", "unknown-model", "'resnet9'"),
+        ("inspect nowhere.zarr", "cache-missing", "nowhere.zarr"),
+        ("precompute", "dataset-not-given", "--dataset"),
+        ("precompute --dataset cifar1000", "unknown-name", "'cifar1000' cifar100"),
+        ("precompute --dataset cifar10:x", "dataset-takes-no-path", "cifar10"),
+        ("precompute --dataset shapes --alpha 1.2", "value-out-of-range", "alpha 1.2 1]"),
+        ("precompute --dataset shapes --views 0", "value-out-of-range", "views 0 1"),
+        ("precompute --dataset shapes --limit 0", "value-out-of-range", "limit 0 1"),
+        ("precompute --dataset shapes --limit 20 --views 163 --clip none", "too-many-views", "162"),
+        ("precompute --dataset shapes --dtype float8", "unknown-name", "'float8' float16 float32"),
+        ("precompute --dataset shapes --keep top-0", "value-out-of-range", "'top-0' top-50"),
+        ("precompute --dataset shapes --keep-bits 11", "value-out-of-range", "keep_bits 11 10"),
+        ("precompute --dataset shapes --teacher-std 0", "value-out-of-range", "teacher_std 0"),
+        ("precompute --dataset shapes --teacher-mean a", "value-malformed", "--teacher-mean 'a'"),
+        ("precompute --dataset shapes --prompts mine.txt", "unknown-name", "'mine.txt'"),
+        ("precompute --dataset shapes --clip ViT-B-99:openai", "unknown-name", "'ViT-B-99'"),
+        (
+            "precompute --dataset shapes --clip ViT-L-14:openai",
+            "clip-activation",
+            "ViT-L-14-quickgelu:openai",
+        ),
+        (
+            "precompute --dataset shapes --teacher resnet21 --clip none",
+            "unknown-model",
+            "resnet21 resnet20",
+        ),
+        ("precompute --dataset shapes --teacher-weights no.pth", "weights-missing", "no.pth"),
+        ("precompute --dataset imagefolder:nowhere", "dataset-folder-missing", "nowhere"),
+        ("precompute --dataset shapes --device tpu9", "device-unusable", "'tpu9'"),
+        ("train-teacher --dataset shapes --model resnet21", "unknown-model", "'resnet21'"),
+        ("train-teacher --dataset shapes --out weights.pth", "value-out-of-range", "weights.pth"),
+        ("train-teacher --dataset shapes --schedule linear", "unknown-name", "'linear' cosine"),
         (
             "train-teacher --dataset shapes --epochs 90 --milestones 30,90",
-            r"milestones = \[30, 90\]: must be ascending epochs, from 1 to below epochs = 90",
+            "value-out-of-range",
+            "milestones [30, 90] 90",
         ),
-        ("distill --cache x --milestones 60,30", r"milestones = \[60, 30\]: must be ascending"),
-        ("distill --cache x --milestones 30,x", "milestones = '30,x': must be epochs with commas"),
-        ("sweep --cache x --students resnet8 --milestones 240", "must be ascending .* = 240"),
-        ("run kd-t4 --milestones 300", "must be ascending epochs"),
-        ("distill --cache x --schedule cosine --milestones 3", "left out for schedule cosine"),
+        ("distill --cache x --milestones 60,30", "value-out-of-range", "milestones [60, 30]"),
+        ("distill --cache x --milestones 30,x", "value-malformed", "--milestones '30,x'"),
+        ("sweep --cache x --students resnet8 --milestones 240", "value-out-of-range", "[240] 240"),
+        ("sweep --cache x --students ,", "sweep-empty", "--students"),
+        ("sweep --cache x --students resnet8 --alpha 0.5,x", "value-malformed", "'x'"),
+        ("sweep --cache x --students resnet8 --concurrent many", "unknown-name", "'many' auto"),
+        ("sweep --cache x --students resnet8 --address auto", "value-out-of-range", "--engine ray"),
+        ("run kd-t4 --milestones 300", "value-out-of-range", "milestones [300]"),
+        (
+            "distill --cache x --schedule cosine --milestones 3",
+            "value-out-of-range",
+            "milestones cosine",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
-    fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, message: str
+    fails: Fails,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    code: str,
+    values: str,
 ) -> None:
-    import re
-
     monkeypatch.chdir(tmp_path)
     line = fails(*command.split())
-    assert re.search(message, line), line
+    assert line.code == code, line
+    assert all(value in line for value in values.split()), line
     assert not list(tmp_path.iterdir())
 
 
@@ -168,9 +200,14 @@ def test_weights_that_do_not_fit_or_hold_code(
         "none",
         "--teacher-weights",
     )
-    assert fails(*command, "wrn.pth").code == "weights-other-architecture"
-    assert fails(*command, "ten.pth").code == "weights-do-not-fit"
-    assert fails(*command, "code.pth").code == "weights-unsafe"
+    for file, code in {
+        "wrn.pth": "weights-other-architecture",
+        "ten.pth": "weights-do-not-fit",
+        "code.pth": "weights-unsafe",
+    }.items():
+        line = fails(*command, file)
+        assert line.code == code and file in line
+    assert not (tmp_path / "ran").exists()
     assert changed(before, tree(tmp_path)) == []
 
 
@@ -187,10 +224,9 @@ def test_what_a_store_without_clip_cannot_give(
         ("--method", "kd", "--target", "fused", "--clip-head", "probe"),
     ):
         line = fails("distill", "--cache", bare, *wanted)
-        assert "made with --clip none; use --method kd, or precompute with a CLIP" in line
-    assert "method sp takes no target logits" in fails(
-        "distill", "--cache", bare, "--method", "sp", "--target", "fused"
-    )
+        assert line.code == "array-absent" and "--clip none" in line and "--method kd" in line
+    line = fails("distill", "--cache", bare, "--method", "sp", "--target", "fused")
+    assert line.code == "target-not-taken" and "method sp" in line
     assert not list(tmp_path.iterdir())
 
 
@@ -228,7 +264,23 @@ def test_no_network_for_data_is_found_first(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
-    assert "copy cifar-100-python.tar.gz" in fails("precompute", "--dataset", "cifar100")
+    line = fails("precompute", "--dataset", "cifar100")
+    assert line.code == "dataset-download-failed" and "cifar-100-python.tar.gz" in line
+
+
+def test_no_network_for_clip_is_found_before_a_teacher_is_trained(
+    fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("open_clip.factory.download_pretrained", offline)
+    monkeypatch.setattr("richkd.teachers.clip.hub_fault", lambda: None)
+    clip = "ViT-B-32:laion2b_s34b_b79k"
+    line = fails("precompute", "--dataset", "shapes", "--limit", 20, "--clip", clip)
+    assert line.code == "clip-cannot-be-loaded" and clip in line and "--clip DIRECTORY" in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_teacher_of_other_classes(
@@ -249,7 +301,8 @@ def test_teacher_of_other_classes(
         "--clip",
         "none",
     )
-    assert "does not fit resnet8" in line and not list(tmp_path.iterdir())
+    assert line.code == "weights-do-not-fit" and "resnet8" in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_both_stages_and_json(
@@ -283,7 +336,8 @@ def test_both_stages_and_json(
     before = tree(tmp_path / "cache")
     again = run(*stage_one)
     assert again.code == 0 and "is complete already" in again.err and again.out == done.out
-    assert "views was 2 and is now 3" in fails(*stage_one, "--views", 3)
+    line = fails(*stage_one, "--views", 3)
+    assert line.code == "cache-settings-differ" and "views was 2 and is now 3" in line
     assert changed(before, tree(tmp_path / "cache")) == []
     assert run(*stage_one, "--overwrite").code == 0
 
@@ -334,7 +388,8 @@ def test_train_teacher_is_found_by_precompute(
     assert summary["weights"] == "teachers/shapes-24-resnet8.safetensors"
     assert Path(summary["weights"]).is_file()
     assert run(*training, "--json").json == summary
-    assert "epochs was 1 and is now 2" in fails(*training, "--epochs", 2)
+    line = fails(*training, "--epochs", 2)
+    assert line.code == "teacher-settings-differ" and "epochs was 1 and is now 2" in line
     stage_one = ("precompute", *data, "--teacher", "resnet8", "--clip", clip_dir, "--views", 1)
     done = run(*stage_one)
     assert done.code == 0 and "training teacher" not in done.err
@@ -350,7 +405,7 @@ def test_a_teacher_found_by_name_that_learnt_other_data_is_refused(
     assert run("train-teacher", *data, "--model", "resnet8", "--epochs", 1).code == 0
     monkeypatch.setitem(SHAPES_SEEDS, "train", 9)
     stage_one = ("precompute", *data, "--teacher", "resnet8", "--clip", "none", "--views", 1)
-    assert "was trained on other data" in fails(*stage_one)
+    assert fails(*stage_one).code == "teacher-of-other-data"
     weights = "teachers/shapes-24-resnet8.safetensors"
     assert run(*stage_one, "--teacher-weights", weights).code == 0
 
@@ -411,6 +466,34 @@ def test_every_command_has_examples_that_parse() -> None:
             program, verb, *arguments = shlex.split(example)
             assert (program, verb) == ("richkd", name)
             assert command.make_context(verb, arguments)
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [("train-teacher", TrainTeacher), ("precompute", Precompute), ("distill", Distill)],
+)
+def test_every_setting_is_a_flag(command: str, settings: type) -> None:
+    import typer
+
+    group = typer.main.get_command(app)
+    params = group.get_command(typer.Context(group), command).params
+    names = [param.name for param in params if not param.hidden]
+    assert {field.name for field in fields(settings)} <= {*names}
+    assert len(names) == len({*names})
+
+
+def test_home_is_expanded_in_every_path(
+    run: Run, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for words in (
+        ("inspect", "~/x.zarr"),
+        ("report", "~/x.zarr"),
+        ("distill", "--cache=~/x.zarr"),
+        ("verify", "x", "--teacher=~/x.zarr"),
+        ("run", "~/x.zarr"),
+    ):
+        assert "~" not in fails(*words), words
 
 
 def test_help_shows_brackets(run: Run) -> None:

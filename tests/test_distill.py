@@ -24,7 +24,7 @@ from richkd.core import fusion
 from richkd.core.progress import Report
 from richkd.data.inputs import Normalize
 from richkd.distill import distill
-from richkd.losses import METHODS, Batch, Widths, method_class
+from richkd.losses import METHODS, Batch, Task, method_class
 from richkd.models.weights import load_into, read_weights
 from richkd.store import pages, schema
 from richkd.training import loop
@@ -168,7 +168,13 @@ def in_the_loop(
     kind, options = method_class(method_name, settings.options.get(method_name, {}))
     method = kind(
         options,
-        Widths(labels=labels, student=64, teacher=64, clip=clip_features.shape[1], alpha=0.7),
+        Task(
+            labels=labels,
+            student_dim=64,
+            teacher_dim=64,
+            clip_dim=clip_features.shape[1],
+            alpha=0.7,
+        ),
     )
     student = student.to(memory_format=torch.channels_last)
     parameters = [*student.parameters(), *method.parameters()]

@@ -31,11 +31,11 @@ from richkd.analysis.corruptions import (
 )
 from richkd.analysis.results import Difference, paired_difference
 from richkd.config.settings import Distill, recorded_holdout, resolve
-from richkd.core.checks import misfit
 from richkd.core.errors import RichKDError, nearest
 from richkd.core.files import check_replaceable, read_json, write_json
 from richkd.core.ownership import ABOUT_RUN
 from richkd.core.progress import Report
+from richkd.core.validation import find_fault
 from richkd.data.boxes import CLEAN_SHARE
 from richkd.data.class_names import class_words, text_key
 from richkd.data.datasets import ImageFiles, Split, files_split
@@ -543,7 +543,7 @@ def read_evaluation(folder: Path) -> tuple[Scores, Robustness | None] | None:
         return None
     found = read_json(path) or {}
     robustness = found.get("corruptions")
-    fault = misfit(found, Scores) or misfit(robustness, Robustness | None, "corruptions")
+    fault = find_fault(found, Scores) or find_fault(robustness, Robustness | None, "corruptions")
     if fault:
         raise RichKDError(
             f"{path} is damaged ({fault}); run richkd evaluate again, or remove it",

@@ -1,4 +1,4 @@
-"""The data sets by name, and what each suggests when the user says nothing. No torch in here."""
+"""The datasets by name, and the defaults that follow from them. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IMAGENET = "imagenet"  # for `plan`, which needs no images
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a data set suggests for settings that were not given."""
+    """The networks that a dataset suggests."""
 
     teacher: str
     student: str
@@ -28,14 +28,14 @@ DATASETS: dict[str, Defaults] = {
     "fashion-mnist": Defaults(teacher="resnet20", student="resnet8", clip=_OPENAI),
     "cifar10": Defaults(teacher="resnet32x4", student="resnet8x4", clip=_OPENAI),
     "cifar100": Defaults(teacher="resnet32x4", student="resnet8x4", clip=_OPENAI),
-    # networks: by the size of the images, once that is known (`networks`)
+    # its networks follow from the size of the images (`networks`)
     IMAGE_FOLDER: Defaults(teacher="", student="", clip=_OPENAI),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """How many images there are, of how many classes and pixels a side."""
+    """The size of a dataset: its images, their classes and pixels per side."""
 
     train: int
     test: int
@@ -50,86 +50,86 @@ COUNTS: dict[str, Counts] = {
     IMAGENET: Counts(train=1_281_167, test=50_000, classes=1000, image_size=224),
 }
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-# Where a data set is: unpacked under --data-root, or beside that what it is unpacked from.
+# The unpacked files of a dataset under --data-root, and the archive they come from.
 PLACES = {
     "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
     "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
     "fashion-mnist": ("FashionMNIST/raw", str(DEBIAN_FASHION_MNIST)),
 }
-SMALL = 64  # pixels: up to here the CIFAR zoo is at home, beyond it timm's networks are
+SMALL = 64  # pixels per side, up to which the CIFAR zoo is used; timm's networks beyond
 
 
 def networks(dataset: str, image_size: int) -> tuple[str, str]:
-    """Teacher and student that suit a data set with images of a size."""
+    """Return the names of the teacher and the student for a dataset and an image size."""
     suggested = defaults(dataset)
     by_size = ("resnet32x4", "resnet8x4") if image_size <= SMALL else ("resnet50", "resnet18")
     return suggested.teacher or by_size[0], suggested.student or by_size[1]
 
 
-# The learning rate that the CIFAR distillation literature starts a network with, by its name.
+# The initial learning rates of the CIFAR distillation literature, by network.
 LEARNING_RATE = 0.05
 LEARNING_RATES = {"MobileNetV2": 0.01, "ShuffleV1": 0.01, "ShuffleV2": 0.01}
 
 
 def learning_rate(network: str) -> float:
-    """The learning rate to start a network with, where none was given."""
+    """Return the default initial learning rate of a network."""
     return LEARNING_RATES.get(network, LEARNING_RATE)
 
 
 def at_home(text: str) -> str:
-    """A path, or a data set's name, with the user's home folder for a `~` at the path's start.
+    """Expand `~` at the start of a path, or of the path in `imagefolder:PATH`.
 
-    The shell puts it there only at the start of a word: not after a colon or an equals sign.
+    The shell expands it only at the start of a word: not after a colon or an equals sign.
 
     Raises:
-        RichKDError: there is no home folder.
+        RichKDError: the home folder is unknown.
     """
     prefix = f"{IMAGE_FOLDER}:"
     path = text.removeprefix(prefix)
     if not path.startswith("~"):
         return text
-    whole = os.path.expanduser(path)  # noqa: PTH111  # which leaves ~x where x is no user
-    if whole == path and path[1:2] in ("", "/"):
+    expanded = os.path.expanduser(path)  # noqa: PTH111  # leaves ~x as it is if x is no user
+    if expanded == path and path[1:2] in ("", "/"):
         raise RichKDError(
-            f"{text}: there is no home folder to put for ~; set HOME, or name it",
+            f"{text}: the home folder is unknown; set HOME, or write the whole path",
             code="home-unknown",
         )
-    return text[: len(text) - len(path)] + whole
+    return text[: len(text) - len(path)] + expanded
 
 
 def split_name(dataset: str) -> tuple[str, Path | None]:
-    """`imagefolder:PATH` into its kind and path; any other name into itself and None.
+    """Split `imagefolder:PATH` into its kind and path; other names give None for the path.
 
     Raises:
-        RichKDError: the name is not one of the data sets, or a path is missing or too much.
+        RichKDError: an unknown dataset, a missing path, or a path where none belongs.
     """
     kind, colon, path = dataset.partition(":")
     if kind not in DATASETS:
-        raise unknown("data set", dataset, [*(set(DATASETS) - {IMAGE_FOLDER}), "imagefolder:PATH"])
+        raise unknown("dataset", dataset, [*(set(DATASETS) - {IMAGE_FOLDER}), "imagefolder:PATH"])
     if kind == IMAGE_FOLDER and not path:
         raise RichKDError(
             "imagefolder needs a folder: --dataset imagefolder:PATH", code="dataset-path-missing"
         )
     if kind != IMAGE_FOLDER and colon:
         raise RichKDError(
-            f"data set {kind!r} takes no path, got {dataset!r}", code="dataset-takes-no-path"
+            f"dataset {kind!r} takes no path, got {dataset!r}", code="dataset-takes-no-path"
         )
     return kind, Path(path) if path else None
 
 
 def found(dataset: str, root: Path) -> Path | None:
-    """Where a data set is on this disk, so that nothing is downloaded; None where it is not."""
+    """Return where a dataset is on this disk, or None if it would have to be downloaded."""
     kind, path = split_name(dataset)
     places = [path] if path else [root / place for place in PLACES[kind]]
     return next((place for place in places if place.exists()), None)
 
 
 def defaults(dataset: str) -> Defaults:
-    """The suggestions of a data set, by its name as the user gives it."""
+    """Return the defaults of a dataset, by its name as the user gives it."""
     return DATASETS[split_name(dataset)[0]]
 
 
 def short_name(dataset: str) -> str:
-    """A name fit for a file: the data set's, or the folder's for `imagefolder:PATH`."""
+    """Return a name for files: the dataset's, or the folder's for `imagefolder:PATH`."""
     kind, path = split_name(dataset)
     return kind if path is None else path.resolve().name or IMAGE_FOLDER

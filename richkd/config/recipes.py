@@ -1,4 +1,4 @@
-"""Recipes: TOML files with the settings of every stage."""
+"""Read recipes: TOML files with the settings of every stage."""
 
 from __future__ import annotations
 
@@ -6,48 +6,50 @@ import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
-from richkd.config.settings import SECTIONS, check_key
-from richkd.core.errors import RichKDError, nearest, require, unknown
+from richkd.config.settings import SECTIONS, check_table
+from richkd.core.errors import RichKDError, nearest, unknown
 from richkd.core.text_files import read_text
+from richkd.core.validation import within
 
-EPOCHS = ("last", "best", "unknown")  # that a published figure is of
+Epoch = Literal["last", "best", "unknown"]  # that a published figure is of
+EPOCHS = get_args(Epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """What others published."""
+    """A figure that others published."""
 
-    top1: float  # in %
-    epoch: str = "unknown"  # last; best, which was chosen on the test split; or unknown
+    top1: Annotated[float, within(0, 100)]  # in %
+    epoch: Epoch = "unknown"  # best was chosen on the test split
     source: str = ""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe file: its tables by command, and what it says about itself."""
+    """A recipe file: its settings by command, its description and published figures."""
 
     name: str
     about: str
-    published: dict[str, Figure]  # by others: of the teacher, and by the name of a method
+    published: dict[str, Figure]  # by others: of the teacher, or by method
     tables: dict[str, dict[str, Any]]
 
     def table(self, command: str) -> dict[str, Any]:
-        """The settings of a command; empty where the recipe has none."""
+        """Return the settings of a command; empty if the recipe has none."""
         return self.tables.get(command, {})
 
 
 def load(path_or_name: str) -> Recipe:
-    """Read a recipe file, or one that richkd brings along by its name, and check every key.
+    """Read a recipe by its path, or a packaged one by its name, and check every key and value.
 
     Raises:
-        RichKDError: no such recipe, not TOML, or a table, key or type that does not exist.
+        RichKDError: no such recipe, invalid TOML, an unknown table or key, or a bad value.
     """
     path = _find(path_or_name)
     try:
         content = tomllib.loads(read_text(path))
-    except (OSError, ValueError) as error:  # of which TOML's errors are some
+    except (OSError, ValueError) as error:  # TOML errors are ValueErrors
         raise RichKDError(f"cannot read recipe {path}: {error}", code="recipe-unreadable") from None
     about, published = content.pop("about", ""), content.pop("published", {})
     if not isinstance(about, str):
@@ -63,33 +65,27 @@ def load(path_or_name: str) -> Recipe:
     for section, values in content.items():
         if section not in SECTIONS or not isinstance(values, dict):
             raise unknown(f"table in recipe {path}:", section, ["about", "published", *SECTIONS])
-        for name, value in values.items():
-            check_key(SECTIONS[section], name, value, f"recipe {path} [{section}]")
+        check_table(values, SECTIONS[section], f"recipe {path} [{section}]")
     return Recipe(path.stem, about, figures, content)
 
 
 def packaged() -> Path:
-    """The folder of the recipes that richkd brings along."""
+    """Return the folder of the packaged recipes."""
     installed = Path(__file__).parents[1] / "pipelines"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "pipelines"
 
 
 def _read_figure(value: object, where: str) -> Figure:
-    """A figure as a recipe has it: a table, or a number of which no more is known.
+    """Return a figure of a recipe: a table, or a number alone.
 
     Raises:
         RichKDError: neither, or an entry that is missing, unknown or out of range.
     """
     table: dict[str, Any] = value if isinstance(value, dict) else {"top1": value}
-    for name, entry in table.items():
-        check_key(Figure, name, entry, where)
+    check_table(table, Figure, where)
     if "top1" not in table:
         raise RichKDError(f"{where}: top1 is missing", code="recipe-value")
-    require(0 <= table["top1"] <= 100, f"{where}: top1", table["top1"], "in 0..100 (%)")
-    figure = Figure(**table)
-    if figure.epoch not in EPOCHS:
-        raise unknown(f"epoch in {where}:", figure.epoch, EPOCHS)
-    return figure
+    return Figure(**table)
 
 
 def _find(path_or_name: str) -> Path:
@@ -100,7 +96,7 @@ def _find(path_or_name: str) -> Path:
     if os.sep not in path_or_name and path.stem in own:
         return own[path.stem]
     raise RichKDError(
-        f"no recipe {path_or_name!r}: neither a file nor one that richkd brings along "
+        f"no recipe {path_or_name!r}: neither a file nor one that comes with richkd "
         f"({nearest(path.stem, own)})",
         code="recipe-missing",
     )

@@ -1,43 +1,25 @@
-"""Names to choose from that settings and the rooms that act on them share."""
+"""Names that settings offer to choose from."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
-from richkd.core.errors import require, unknown
+from richkd.core.validation import Positive, Share, check
 
-Scale = float | Literal["native", "raw"]
+Scale = Positive | Literal["native", "raw"]
+Target = Literal["teacher", "clip", "fused"]
+ClipHead = Literal["zero-shot", "probe"]
+Step = Literal["auto", "eager", "captured", "compiled"]
+Precision = Literal["auto", "float32", "bfloat16"]
+ClipPrecision = Literal["float32", "bfloat16", "float16"]
+Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
-
-Alpha = float | Literal["auto"]
-
-
-TARGETS = ("teacher", "clip", "fused")
-
-
-CLIP_HEADS = ("zero-shot", "probe")
-
-
-STEPS = ("auto", "eager", "captured", "compiled")
-
-
-PRECISIONS = ("auto", "float32", "bfloat16")
-
-
-CLIP_PRECISIONS = ("float32", "bfloat16", "float16")
-
-
-INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
-
-
+CLIP_PRECISIONS = get_args(ClipPrecision)
+INTERPOLATIONS = get_args(Interpolation)
 ORDERS = ("sorted", "natural")  # of classes, by the names of their folders
 
 
 def check_blend(alpha: float, scale: Scale) -> None:
-    """Refuse an alpha outside [0, 1] and a scale that is neither a name nor a positive number."""
-    require(0 <= alpha <= 1, "alpha", alpha, "in [0, 1]")
-    if isinstance(scale, str):
-        if scale not in ("native", "raw"):
-            raise unknown("scale", scale, ["native", "raw", "or a positive number"])
-    else:
-        require(0 < scale < float("inf"), "scale", scale, "a positive number, native or raw")
+    """Check that alpha is in [0, 1], and the scale native, raw or positive; raise RichKDError."""
+    check(alpha, Share, "alpha")
+    check(scale, Scale, "scale")

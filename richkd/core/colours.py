@@ -1,4 +1,4 @@
-"""Colours as people write them."""
+"""Colours by CSS name or hexadecimal code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from richkd.core.errors import RichKDError
 
 
 def read_colour(text: str) -> tuple[int, int, int]:
-    """A colour by a name of CSS (white, black, …) or as #RRGGBB: three bytes.
+    """Return the red, green and blue bytes of a CSS colour name (white, …) or #RRGGBB.
 
     Raises:
         RichKDError: the text is neither.
@@ -17,7 +17,7 @@ def read_colour(text: str) -> tuple[int, int, int]:
         red, green, blue = ImageColor.getrgb(text)[:3]
     except ValueError:
         raise RichKDError(
-            f"background = {text!r}: must be a colour by its name, as white or black, or #RRGGBB",
+            f"background = {text!r}: must be the name of a colour, e.g. white, or #RRGGBB",
             code="value-malformed",
         ) from None
     return red, green, blue

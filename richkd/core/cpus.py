@@ -1,4 +1,4 @@
-"""How many CPUs this process may use; os.cpu_count() says how many the machine has."""
+"""The CPUs that this process may use; os.cpu_count() counts those of the machine."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def usable_cpus() -> int:
-    """Those that the scheduler lets it run on, or fewer where a container has less of their time.
+    """Return the number of CPUs that this process may use: its affinity, limited by its quota.
 
-    A batch system or `taskset` sets the first (sched_getaffinity), `docker run --cpus` or
-    Kubernetes the second (the quota of a control group); parts of a CPU count as a whole one.
+    A batch system or `taskset` sets the affinity, `docker run --cpus` or Kubernetes the quota of
+    the control group. A fraction of a CPU counts as one.
     """
     return max(1, min([assigned_cpus(), *map(math.ceil, _quotas())]))
 
 
 @contextmanager
 def threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads for work that is dropped, not waited for, where the block ends with an error."""
+    """Yield a pool of threads; pending work is cancelled when the block ends."""
     from concurrent.futures import ThreadPoolExecutor
 
     pool = ThreadPoolExecutor(count)
@@ -38,20 +38,20 @@ def threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def assigned_cpus() -> int:
-    """Those that the scheduler lets it run on."""
+    """Return the number of CPUs in this process's affinity mask."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _quotas() -> Iterator[float]:
-    """CPUs that the process's control groups, of both versions, leave it; each limits those in it.
+    """Yield the CPU quotas of this process's control groups (v1 and v2) and of their parents.
 
-    In a container, the paths may be those that the machine outside knows.
+    In a container the paths may be those of the host.
     """
     try:
         lines = MEMBERSHIP.read_text(encoding="utf-8").splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return
     for line in lines:
         _, _, rest = line.partition(":")
@@ -71,7 +71,7 @@ def _with_parents(mount: Path, group: str) -> list[Path]:
 
 
 def _quota(*files: Path) -> Iterator[float]:
-    """Time in a period, by the period: `max` and -1 are no limit."""
+    """Yield quota divided by period; `max` and -1 mean that there is no limit."""
     try:
         quota, period = " ".join(file.read_text(encoding="ascii") for file in files).split()
         if float(quota) > 0 and float(period) > 0:

@@ -1,4 +1,4 @@
-"""The one error that users see: it names the value, the place and the remedy, on one line."""
+"""The error that users see: one line that names the value, the place and the remedy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RichKDError(Exception):
     """An error that the user can fix. The command line prints it on one line and exits with 2.
 
     Attributes:
-        code: a stable name of the error, in kebab case; the wording of the message may change.
+        code: a stable identifier in kebab case; unlike the message, it never changes.
     """
 
     def __init__(self, message: str, *, code: str) -> None:
@@ -35,9 +35,9 @@ class RichKDError(Exception):
 
 
 def nearest(name: str, choices: Iterable[str], limit: int = 8, fallback: Iterable[str] = ()) -> str:
-    """The choices nearest to a mistyped name (all of them, when there are few), for a message.
+    """Return the choices nearest to a mistyped name, or all if there are few, for a message.
 
-    Where none is near, some of them are named: those of `fallback`, where it is given.
+    If none is near, list some of the choices: those in `fallback`, if given.
     """
     known = sorted(choices)
     if len(known) <= limit:
@@ -51,14 +51,14 @@ def nearest(name: str, choices: Iterable[str], limit: int = 8, fallback: Iterabl
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> RichKDError:
-    """The error for a name that does not exist, with the names that do."""
+    """Return the error for a name that does not exist; it lists those that do."""
     return RichKDError(f"unknown {kind} {name!r}; {nearest(name, choices)}", code="unknown-name")
 
 
 def machine_fault(error: Exception) -> str | None:
-    """What the machine lacks, in one line with the remedy; None where an error says something else.
+    """Return what the machine lacks and the remedy in one line; None for any other error.
 
-    PyTorch tells of memory in RuntimeErrors of many texts.
+    PyTorch reports a lack of memory as RuntimeErrors with many different texts.
     """
     reason = " ".join(str(error).split())
     if "received 0 items of ancdata" in reason or "Too many open files" in reason:
@@ -75,16 +75,16 @@ def machine_fault(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or _NO_MEMORY.search(reason) is not None:
         return (
             f"out of memory ({reason[:120] or type(error).__name__}); lower --batch-size or choose "
-            f"smaller networks, then run it again"
+            f"smaller networks, then rerun the command"
         )
     return None
 
 
 def local_path(name: str | Path, setting: str = "--out") -> Path:
-    """A path on this machine; RichKDError for a URL, which would become a folder called `s3:`."""
+    """Return a local path; raise RichKDError for a URL, which would become a folder named `s3:`."""
     if _URL.match(str(name)):
         raise RichKDError(
-            f"{setting} {name}: must be a path on this machine; only a store can be at a URL "
+            f"{setting} {name}: must be a local path; only a cache can be at a URL "
             f"(precompute --out, or --cache)",
             code="path-is-url",
         )
@@ -92,11 +92,12 @@ def local_path(name: str | Path, setting: str = "--out") -> Path:
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says, without what a server adds to it as XML."""
+    """Return the first line of an error's message, without XML that a server appended."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[0].partition("<?xml")[0].strip().rstrip(":")
 
 
 def require(condition: bool, name: str, value: object, must: str) -> None:
+    """Raise RichKDError, which says what a value must be, unless the condition holds."""
     if not condition:
         raise RichKDError(f"{name} = {value!r}: must be {must}", code="value-out-of-range")

@@ -1,7 +1,8 @@
-"""Writing files: whole or not at all, by one process at a time, and refused early."""
+"""Write files atomically, lock them against other processes, and refuse bad paths early."""
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -19,54 +20,54 @@ from typing import Any
 from filelock import FileLock, SoftFileLease, Timeout
 
 from richkd.core.errors import RichKDError, local_path
-from richkd.core.interrupts import uninterrupted, work_begins
+from richkd.core.interrupts import mark_work_started, uninterrupted
 
 try:
     import fcntl
-except ImportError:  # Windows, whose locks are others
+except ImportError:  # Windows, which has other locks
     fcntl = None  # type: ignore[assignment]
 
-# by `replacing`, and by zarr
+# as `atomic_write` and zarr name them
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp|.+\.[0-9a-f]{32}\.partial")
-ABANDONED_S = 3600.0  # where there is no flock: when nobody writes a temporary file any more
-FRESH_S = 0.1  # younger ones may be of a process that has yet to take the lock
-LEASE_S = 30.0  # where there is no flock: how long a lock lasts that its holder does not renew
+ABANDONED_S = 3600.0  # without flock: age at which a temporary file counts as abandoned
+GRACE_S = 0.1  # a process that has just created a temporary file may not have locked it yet
+LEASE_S = 30.0  # without flock: time after which a lock expires unless it is renewed
 _NO_FLOCK = {ENOSYS, ENOLCK, EOPNOTSUPP}
-_leases: dict[Path, SoftFileLease] = {}  # held by this process, by what they lock
+_leases: dict[Path, SoftFileLease] = {}  # of this process, by the path they lock
 
 
 def home() -> Path:
-    """The user's cache folder: RICHKD_HOME, else ~/.cache/richkd, else a temporary one."""
+    """Return the user's cache folder: RICHKD_HOME, else ~/.cache/richkd, else a temporary one."""
     given = os.environ.get("RICHKD_HOME")
     if given:
         return Path(given)
     try:
         return Path.home() / ".cache" / "richkd"
-    except RuntimeError:  # as in containers that run as a number
+    except RuntimeError:  # no such user, as in some containers
         return Path(tempfile.gettempdir()) / "richkd"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well."""
-    work_begins()
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that replaces `path` if the block succeeds."""
+    mark_work_started()
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{secrets.randbelow(10**12)}.tmp")
     try:
         with _marked_in_use(temporary):
             yield temporary
-            temporary.replace(path)  # still in use: another thread looks for abandoned ones
+            temporary.replace(path)  # still marked: other threads delete abandoned files
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def _marked_in_use(temporary: Path) -> Iterator[None]:
-    """A new file that others can tell from one whose process is gone."""
+    """Create a file and lock it, so that others can tell it from an abandoned one."""
     with temporary.open("wb") as file:
         if fcntl is not None:
-            with suppress(OSError):  # there age tells
+            with suppress(OSError):  # no flock; others go by its age
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
     if fcntl is None:
@@ -74,18 +75,18 @@ def _marked_in_use(temporary: Path) -> Iterator[None]:
 
 
 def write(path: Path, text: str) -> None:
-    """A text file, whole or not at all."""
-    with replacing(path) as temporary:
+    """Write a text file atomically."""
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: object) -> None:
-    """A JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     write(path, to_json(value, indent=2) + "\n")
 
 
 def to_json(value: object, indent: int | None = None) -> str:
-    """Strict JSON: numbers that are not finite, which JSON does not have, become null."""
+    """Return strict JSON; numbers that are not finite, which JSON lacks, become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
@@ -100,7 +101,7 @@ def _finite(value: object) -> object:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is none that can be read."""
+    """Return the object in a JSON file, or None if it cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -109,14 +110,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def check_replaceable(path: Path, ours: Callable[[Path], bool]) -> None:
-    """Refuse to write over what richkd did not write; errors also as of `check_writable`.
+    """Check that a file can be written and would replace nothing that richkd did not write.
 
     Args:
-        path: of the file to write.
-        ours: whether a file that is there was written by richkd.
+        path: the file to write.
+        ours: tells whether an existing file was written by richkd.
 
     Raises:
-        RichKDError: a folder or another file is there.
+        RichKDError: the path is a folder or a foreign file, or `check_writable` refuses it.
     """
     check_writable(path)
     if path.is_file() and (path.stat().st_size == 0 or ours(path)):
@@ -129,11 +130,11 @@ def check_replaceable(path: Path, ours: Callable[[Path], bool]) -> None:
 
 
 def remove_abandoned(path: Path) -> None:
-    """Delete what processes left that were killed while they wrote this file."""
-    for left in path.parent.glob(f".{escaped(path.name)}.*.tmp"):
+    """Delete the temporary files of processes that were killed while writing this file."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with suppress(OSError):
-            if is_temporary(left) and _abandoned(left):
-                left.unlink()
+            if is_temporary(temporary) and _abandoned(temporary):
+                temporary.unlink()
 
 
 def _abandoned(temporary: Path) -> bool:
@@ -144,8 +145,8 @@ def _abandoned(temporary: Path) -> bool:
         except OSError as error:
             if error.errno not in _NO_FLOCK:
                 return False
-        else:  # of a process that is gone, or that is about to take the lock
-            return _age(temporary) > FRESH_S
+        else:  # its process is gone, or about to take the lock
+            return _age(temporary) > GRACE_S
     return _age(temporary) > ABANDONED_S
 
 
@@ -153,17 +154,12 @@ def _age(path: Path) -> float:
     return time.time() - path.stat().st_mtime
 
 
-def escaped(name: str) -> str:
-    """A name in a pattern of `glob` that stands for itself."""
-    return re.sub(r"([*?[])", r"[\1]", name)
-
-
 def remove_temporary(folder: Path, *, deep: bool = False) -> None:
-    """Delete what a killed process was in the middle of writing; the caller holds the folder.
+    """Delete the temporary files in a folder that the caller has locked.
 
     Args:
-        folder: the one that is held.
-        deep: look into the folders in it too, which are held with it.
+        folder: the locked folder.
+        deep: delete those in its subfolders too.
     """
     for path in [*filter(is_temporary, folder.rglob("*") if deep else folder.glob("*"))]:
         if not path.is_dir():
@@ -171,16 +167,15 @@ def remove_temporary(folder: Path, *, deep: bool = False) -> None:
 
 
 def is_temporary(path: PurePath) -> bool:
-    """Whether a file was to take the place of another."""
+    """Return whether a file is a temporary one that was to replace another."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a path that cannot be made, before anything long is done for it; makes nothing.
+    """Check, without creating anything, that a path can be written.
 
     Raises:
-        RichKDError: a file is where a folder should be, a folder may not be written to, or it is
-            a URL.
+        RichKDError: a parent is a file or not writable, or the path is a URL.
     """
     local_path(path)
     folder = next(parent for parent in path.absolute().parents if parent.exists())
@@ -197,16 +192,16 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """A store or a run folder is this process's to write; a lock dies with its process.
+    """Lock a cache or a run folder for writing; the lock ends with the process.
 
-    Where the file system has no flock (Lustre without it, some FUSE and NFS), the lock is a file
-    that its holder renews. That of a process of this machine that is gone is free at once, that of
-    another machine when it was not renewed for `LEASE_S`.
+    On file systems without flock (some Lustre, FUSE and NFS) the lock is a lease: a file that its
+    holder keeps renewing. The lease of a dead process on this machine is void at once, that of one
+    on another machine after `LEASE_S` without renewal.
 
     Raises:
-        RichKDError: another process has it.
+        RichKDError: another process holds the lock.
     """
-    work_begins()
+    mark_work_started()
     path.parent.mkdir(parents=True, exist_ok=True)
     note = _lock_file(path)
     if _flock_is_missing(path):
@@ -251,25 +246,25 @@ def _leased(path: Path, note: Path) -> Iterator[None]:
 
 
 def check_still_locked(path: Path) -> None:
-    """Refuse to go on with what another process took over meanwhile.
+    """Check that this process still holds its lock on a path.
 
     Raises:
-        RichKDError: this process was held up for so long that its lock ran out.
+        RichKDError: its lease expired, and another process took over.
     """
     lease = _leases.get(path)
     if lease is not None and lease.compromise is not None:
         raise RichKDError(
-            f"{path} was taken over by another process, which could not see this one renew its "
-            f"lock; let that one finish",
+            f"{path} was taken over by another process, because this one did not renew its lock "
+            f"in time; let the other one finish",
             code="lock-lost",
         )
 
 
 def check_unlocked(path: Path) -> None:
-    """Refuse a path that another process is writing; makes nothing.
+    """Check that no other process is writing to a path.
 
     Raises:
-        RichKDError: that is so.
+        RichKDError: another process is.
     """
     if _lock_file(path).exists():
         with locked(path):
@@ -277,7 +272,7 @@ def check_unlocked(path: Path) -> None:
 
 
 def _flock_is_missing(path: Path) -> bool:
-    """Whether the file system of a path has no flock, which only trying tells."""
+    """Return whether the file system of a path lacks flock, by trying it."""
     if fcntl is None:
         return False
     probe = path.with_name(f".{path.name}.{secrets.randbelow(10**12)}.tmp")
@@ -294,7 +289,7 @@ def _flock_is_missing(path: Path) -> bool:
 
 
 def _stamp(note: Path) -> tuple[int, int] | None:
-    """What changes when a lock is renewed or taken."""
+    """Return what changes whenever a lease is taken or renewed."""
     try:
         found = note.stat()
     except FileNotFoundError:
@@ -311,12 +306,12 @@ def _locked_by(path: Path, note: Path) -> RichKDError:
         holder = note.read_text().strip()
     except (OSError, ValueError):
         holder = ""
-    told = dict(line.split("=", 1) for line in holder.splitlines() if "=" in line)
-    if "pid" in told:  # of a lease, as filelock notes it
-        host = told.get("host", "?").partition("?")[0] or "another machine"
-        holder = f"process {told['pid']} on {host}"
+    entries = dict(line.split("=", 1) for line in holder.splitlines() if "=" in line)
+    if "pid" in entries:  # a lease, as filelock writes it
+        host = entries.get("host", "?").partition("?")[0] or "another machine"
+        holder = f"process {entries['pid']} on {host}"
     return RichKDError(
-        f"{path} is being written by {holder or 'another process'}; wait for that, or choose "
-        f"another --out",
+        f"{path} is being written by {holder or 'another process'}; wait for it to finish, or "
+        f"choose another --out",
         code="locked",
     )

@@ -1,6 +1,7 @@
-"""The blend of CNN teacher and CLIP (RichKD, arXiv 2511.09286): pure functions, for both stages.
+"""Blend the CNN teacher with CLIP (RichKD, arXiv 2511.09286): pure functions for both stages.
 
-C classes, P prompts a class, D CLIP's embedding width. All arithmetic is in f32.
+C is the number of classes, P of prompts per class, D the width of CLIP's embeddings. All
+arithmetic is in f32.
 """
 
 from __future__ import annotations
@@ -15,24 +16,24 @@ from richkd.core.errors import RichKDError
 
 
 def class_embeddings(prompt_embeddings: Tensor, prompts: Sequence[int] | None = None) -> Tensor:
-    """One text embedding a class: the unit embeddings of its prompts, averaged, unit again.
+    """Return one text embedding per class: the mean of its prompts' embeddings, normalised.
 
     Args:
         prompt_embeddings: [C,P,D], unit length.
-        prompts: which of the P prompts to use; all for None.
+        prompts: indices of the prompts to use; None for all.
 
     Returns:
         [C,D], unit length.
 
     Raises:
-        RichKDError: no prompt is left, one is named twice, or one that does not exist.
+        RichKDError: no prompts, a repeated one, or one that does not exist.
     """
     if prompts is not None:
         have = prompt_embeddings.shape[1]
         wrong = [p for p in prompts if not 0 <= p < have]
         if wrong or not prompts or len(set(prompts)) != len(prompts):
             raise RichKDError(
-                f"prompts = {list(prompts)}: name each wanted prompt once, from 0 to {have - 1}",
+                f"prompts = {list(prompts)}: must be different numbers from 0 to {have - 1}",
                 code="prompts-out-of-range",
             )
         prompt_embeddings = prompt_embeddings[:, list(prompts)]
@@ -41,15 +42,15 @@ def class_embeddings(prompt_embeddings: Tensor, prompts: Sequence[int] | None = 
 
 
 def clip_similarity(image_features: Tensor, classes: Tensor) -> Tensor:
-    """Cosines of images and classes: [N,D] and [C,D], both unit length, -> [N,C] f32."""
+    """Return cosine similarities: unit vectors [N,D] and [C,D] -> [N,C], f32."""
     return image_features.float() @ classes.float().T
 
 
 def resolve_scale(scale: Scale, logit_scale: float) -> float:
-    """The number that a scale stands for: `native` is CLIP's own, `raw` is 1.
+    """Return a scale as a number: `native` is CLIP's own, `raw` is 1.
 
-    `raw` is what the released RichKD code does; cosines lie in [-1, 1], so CLIP then hardly
-    moves the blend.
+    The released RichKD code uses `raw`. Cosines lie in [-1, 1], so CLIP then hardly changes the
+    blend.
     """
     check_blend(0.0, scale)
     if scale == "native":
@@ -58,10 +59,10 @@ def resolve_scale(scale: Scale, logit_scale: float) -> float:
 
 
 def fuse_logits(teacher_logits: Tensor, similarity: Tensor, alpha: float, scale: float) -> Tensor:
-    """Fused logits z_F = α·z_T + (1−α)·s·cosine, [N,C] and [N,C] -> [N,C] f32."""
+    """Return the fused logits z_F = α·z_T + (1−α)·s·cosine: [N,C] and [N,C] -> [N,C], f32."""
     return alpha * teacher_logits.float() + (1 - alpha) * scale * similarity.float()
 
 
 def fuse_features(teacher: Tensor, clip: Tensor, alpha: float) -> Tensor:
-    """Fused features f_F = unit(α·E_T(f_T) + (1−α)·E_C(f_C)): unit [B,d], [B,d] -> unit [B,d]."""
+    """Return f_F = normalise(α·E_T(f_T) + (1−α)·E_C(f_C)): unit vectors [B,d], [B,d] -> [B,d]."""
     return F.normalize(alpha * teacher + (1 - alpha) * clip, dim=-1)

@@ -1,10 +1,11 @@
-"""Being told to stop (Ctrl-C, a batch system, a terminal that is closed), so that nothing is lost.
+"""Handle SIGINT, SIGTERM and SIGHUP so that no finished work is lost.
 
-A signal raises `Interrupted` wherever the program is, but for three places: while signals are held
-back, which is until the work in hand is done; inside an import, whose modules would stay half made
-for whoever catches ImportError; and where Python cannot raise (`__del__`), after which it is raised
-again. Before any work has begun, one in an import ends the process. A second signal does not wait;
-one that comes while the first is being answered ends the process there and then.
+A signal raises `Interrupted` in the main thread, with three exceptions. While signals are deferred,
+it waits for the current piece of work. During an import, it waits for the import to end, because a
+caller that catches ImportError would be left with half-initialised modules; before any work has
+started, it ends the process instead. Where Python cannot raise (`__del__`), it is raised again
+later. A second signal does not wait. A signal that arrives while `Interrupted` is propagating ends
+the process immediately.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from typing import Any, NoReturn
 STOPPING = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
-RESUMES = "interrupted; the same command goes on"
-# `timeout` and others signal the process and then its group, which is one request
+RESUMES = "interrupted; the same command resumes it"
+# `timeout` and others signal the process and then its group, which counts as one request
 SAME_REQUEST_S = 0.5
 TRY_AGAIN_S = 0.05
 
 
 class Interrupted(BaseException):
-    """Somebody asked the program to stop; the message says how to go on."""
+    """A signal asked the program to stop; the message says how to resume."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -41,16 +42,16 @@ class Interrupted(BaseException):
 
 @dataclass
 class _State:
-    """What has been asked of the main thread, and how far the answer is."""
+    """The signals received by the main thread, and how far they have been handled."""
 
     message: str = RESUMES
-    handled: bool = False  # by this module
-    begun: bool = False  # there is something to take down
-    imports: int = 0  # that whoever is stopped is inside of, and that are not awaited
-    caught: int = 0  # the signal that is being answered
-    when: float = 0.0  # it came
-    holding: int = 0  # blocks that hold signals back
-    insisted: bool = False  # a second one came: hold nothing back
+    handled: bool = False  # this module's handlers are installed
+    started: bool = False  # there is something to clean up
+    imports: int = 0  # imports on the stack when the handlers were installed
+    caught: int = 0  # the first signal received
+    when: float = 0.0  # it was received
+    deferring: int = 0  # blocks that defer signals
+    insisted: bool = False  # a second signal came: defer no longer
     raised: bool = False
 
 
@@ -59,11 +60,11 @@ _state = _State()
 
 @contextmanager
 def interruptible(message: str = RESUMES) -> Iterator[None]:
-    """A signal raises Interrupted, with the message; what fails afterwards failed because of it."""
+    """Raise Interrupted with this message on a signal, or on an exception that follows one."""
     with _handled(message):
         try:
             yield
-        except Exception:  # as some libraries make of what is raised inside them
+        except Exception:  # some libraries turn Interrupted into errors of their own
             if not _state.caught:
                 raise
             raise Interrupted(_state.caught, _state.message) from None
@@ -71,7 +72,7 @@ def interruptible(message: str = RESUMES) -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[Callable[[str], None]]:
-    """Signals wait for a call of what this gives, with the message; a second one does not wait."""
+    """Defer signals until the yielded function is called with a message; a second one is not."""
 
     def check(message: str) -> None:
         if _state.caught and not _state.raised and _in_main_thread():
@@ -83,22 +84,22 @@ def deferred() -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """A signal waits for the end of the block, wherever signals are handled."""
+    """Defer signals until the end of the block."""
     if not _in_main_thread():
         yield
         return
-    _state.holding += 1
+    _state.deferring += 1
     try:
         yield
     finally:
-        _state.holding -= 1
-        if _state.caught and not _state.holding and not _state.raised:
+        _state.deferring -= 1
+        if _state.caught and not _state.deferring and not _state.raised:
             signal.raise_signal(signal.SIGALRM)
 
 
 @contextmanager
-def children_left_alone() -> Iterator[None]:
-    """Processes made in the block are never reached by these signals: whoever made them ends them.
+def signals_blocked() -> Iterator[None]:
+    """Block signals in the processes started in the block, which their parent ends itself.
 
     A terminal or a batch system signals all processes of a job.
     """
@@ -110,18 +111,17 @@ def children_left_alone() -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def work_begins() -> None:
-    """Say that there is something to take down: files that are temporary, locks, processes.
+def mark_work_started() -> None:
+    """Note that there is something to clean up: temporary files, locks, processes.
 
-    Until then a signal need not wait for an import to end, which may take long: it ends the
-    process.
+    Before that, a signal during an import, which may take long, ends the process at once.
     """
-    _state.begun = True
+    _state.started = True
 
 
 @contextmanager
-def handlers_kept() -> Iterator[None]:
-    """What handles signals now does so afterwards, whatever a library sets meanwhile."""
+def preserved_handlers() -> Iterator[None]:
+    """Restore the signal handlers after the block, whatever a library installs in it."""
     if not _in_main_thread():
         yield
         return
@@ -133,9 +133,9 @@ def handlers_kept() -> Iterator[None]:
             signal.signal(which, earlier)
 
 
-def leave(code: int) -> NoReturn:
-    """End the process, whose work is over: a signal hurries it, and changes nothing else."""
-    logging.disable()  # asyncio would tell of what was cut off, as would Python
+def exit_process(code: int) -> NoReturn:
+    """Exit with a code; a signal received meanwhile ends the process at once with the same code."""
+    logging.disable()  # asyncio and Python would report what was interrupted
     sys.unraisablehook = lambda _: None
     for which in STOPPING:
         signal.signal(which, lambda *_: os._exit(code))
@@ -143,31 +143,31 @@ def leave(code: int) -> NoReturn:
 
 
 def ignore_signals_at_exit() -> None:
-    """Let no signal change the exit code while Python takes itself down; to be called early."""
+    """Let no signal change the exit code while Python shuts down; must be called early."""
 
     def ignore() -> None:
         for which in STOPPING:
             signal.signal(which, signal.SIG_IGN)
 
-    atexit.register(ignore)  # the first to be registered is the last to be called
+    atexit.register(ignore)  # first registered, so called last
 
 
 @contextmanager
 def _handled(message: str) -> Iterator[None]:
-    """Signals are answered here. In a thread other than the main one, where none arrive, no-op."""
+    """Install the handlers for the block; does nothing outside the main thread."""
     if not _in_main_thread() or _state.handled:
         yield
         return
     before, hook = vars(_state).copy(), sys.unraisablehook
-    own = _State(message, handled=True, begun=_state.begun, imports=_imports(sys._getframe()))
+    own = _State(message, handled=True, started=_state.started, imports=_imports(sys._getframe()))
     vars(_state).update(vars(own))
     alarm = signal.getsignal(signal.SIGALRM)
-    with handlers_kept():
+    with preserved_handlers():
         for which in STOPPING:
             # nohup ignores SIGHUP, for the process to outlive its terminal
             if which is signal.SIGINT or signal.getsignal(which) is not signal.SIG_IGN:
-                signal.signal(which, _answer)
-        signal.signal(signal.SIGALRM, _answer)
+                signal.signal(which, _handle)
+        signal.signal(signal.SIGALRM, _handle)
         sys.unraisablehook = _raise_again(hook)
         try:
             yield
@@ -178,8 +178,8 @@ def _handled(message: str) -> Iterator[None]:
             vars(_state).update(before)
 
 
-def _answer(signum: int, frame: FrameType | None) -> None:
-    """The handler: of the signals, and of the alarm that reminds of one."""
+def _handle(signum: int, frame: FrameType | None) -> None:
+    """Handle a signal, or the alarm that retries one."""
     if signum != signal.SIGALRM:
         now = time.monotonic()
         if not _state.caught:
@@ -190,11 +190,11 @@ def _answer(signum: int, frame: FrameType | None) -> None:
             _end()
         else:
             _state.insisted, _state.when = True, now
-    if _state.raised or not _state.caught or (_state.holding and not _state.insisted):
+    if _state.raised or not _state.caught or (_state.deferring and not _state.insisted):
         return
     if not _importing(frame):
         _raise(_state.message)
-    if not _state.begun:
+    if not _state.started:
         _end()
     signal.setitimer(signal.ITIMER_REAL, TRY_AGAIN_S)
 
@@ -205,13 +205,13 @@ def _raise(message: str) -> NoReturn:
 
 
 def _raise_again(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A hook for what Python could not raise."""
+    """Return an unraisablehook that raises Interrupted again later."""
 
     def unraisable(failure: Any) -> None:
         if isinstance(failure.exc_value, Interrupted):
             _state.raised = False
             signal.setitimer(signal.ITIMER_REAL, TRY_AGAIN_S)
-        elif not _state.raised:  # else it is of something that was cut off as it was made
+        elif not _state.raised:  # else it concerns an object that was interrupted in __init__
             hook(failure)
 
     return unraisable
@@ -222,7 +222,7 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 def _imports(frame: FrameType | None) -> int:
-    """How deep in imports a frame is."""
+    """Return how many imports are on a frame's stack."""
     depth = 0
     while frame is not None:
         depth += frame.f_code.co_filename.startswith("<frozen importlib")
@@ -231,10 +231,10 @@ def _imports(frame: FrameType | None) -> int:
 
 
 def _end() -> NoReturn:
-    """End this process and those that it made, whatever they are doing."""
-    made = sys.modules.get("multiprocessing.process")
+    """Kill this process and its children, whatever they are doing."""
+    multiprocessing = sys.modules.get("multiprocessing.process")
     with suppress(Exception):
-        for child in made.active_children() if made else ():
+        for child in multiprocessing.active_children() if multiprocessing else ():
             child.kill()
     with suppress(OSError):
         os.write(2, f"richkd: {_state.message}\n".encode("ascii", "replace"))

@@ -1,31 +1,31 @@
-"""How much memory this process may still take, and how to take little at once."""
+"""Measure the available memory, and process rows in parts that need little of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-ROWS_AT_ONCE = 4096  # no result depends on it
+ROWS_AT_ONCE = 4096  # results do not depend on it
 
 
 def available_memory() -> int:
-    """Bytes: of the machine, or of the container that this process is in."""
+    """Return the bytes that this process may still use on the machine or in its container."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
-    except (OSError, StopIteration):  # no Linux
+    except (OSError, StopIteration):  # not Linux
         return 4 * 2**30
     return min(free, _free_in_container(free))
 
 
 def spans(count: int) -> Iterator[slice]:
-    """0 to `count` in parts, so that what is made of one part stays small beside all the rows."""
+    """Yield consecutive slices that cover 0 to `count`, `ROWS_AT_ONCE` at a time."""
     for start in range(0, count, ROWS_AT_ONCE):
         yield slice(start, min(start + ROWS_AT_ONCE, count))
 
 
 def _free_in_container(free: int, group: Path = Path("/sys/fs/cgroup")) -> int:
-    """What the limit of a container leaves, pages of files that can be dropped included."""
+    """Return the bytes left below the container's limit; reclaimable page cache counts as free."""
     try:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

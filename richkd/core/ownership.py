@@ -1,6 +1,7 @@
-"""What richkd wrote, told apart from other people's files of the same name.
+"""Recognise files that richkd wrote.
 
-Nothing else is written over or deleted: pages and exports lie where users have files of their own.
+Pages and exports are written where users keep files of their own; only files recognised here are
+overwritten or deleted.
 """
 
 from __future__ import annotations
@@ -13,28 +14,28 @@ from pathlib import Path
 from richkd.core.files import read_json
 
 Ours = Callable[[Path], bool]
-EVENTS = "events.out.tfevents.*"  # of TensorBoard
+EVENTS = "events.out.tfevents.*"  # TensorBoard's event files
 
 
 def is_page(path: Path) -> bool:
-    """A page of HTML."""
+    """Return whether a file is an HTML page by richkd."""
     with path.open("rb") as file:
         return b"<title>richkd: " in file.read(1024)
 
 
 def has_keys(*keys: str) -> Ours:
-    """JSON with these keys."""
+    """Return a test for JSON files that have these keys."""
     return lambda path: {*keys} <= (read_json(path) or {}).keys()
 
 
 def is_leaderboard(path: Path) -> bool:
-    """A leaderboard as CSV."""
+    """Return whether a file is a leaderboard in CSV."""
     with path.open("rb") as file:
         return file.readline(1024).strip().split(b",")[0] == b"student"
 
 
 def is_export(path: Path) -> bool:
-    """A student as ONNX or as an exported program."""
+    """Return whether a file is a student as ONNX or as an exported program."""
     if not zipfile.is_zipfile(path):
         content = path.read_bytes()
         return all(name in content for name in (b"class_names", b"pixels", b"logits"))
@@ -46,9 +47,9 @@ def is_export(path: Path) -> bool:
         return False
 
 
-# by name, what is written into a run folder about the run in it
+# files about a run that are written into its folder, by name
 ABOUT_RUN: dict[str, Ours] = {
-    "evaluation.json": lambda _: True,  # a name of our own, and the remedy where one is damaged
+    "evaluation.json": lambda _: True,  # even a damaged one, which is to be rewritten
     "evaluation-best.json": lambda _: True,
     "evaluation.html": is_page,
     "comparison.json": has_keys("dataset", "runs"),
@@ -58,7 +59,7 @@ ABOUT_RUN: dict[str, Ours] = {
 
 
 def remove_about_run(folder: Path) -> None:
-    """Delete what tells of a run that is to be replaced."""
+    """Delete the files about a run that is about to be replaced."""
     for name, ours in ABOUT_RUN.items():
         path = folder / name
         with suppress(OSError):

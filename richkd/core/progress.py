@@ -1,7 +1,7 @@
-"""What a stage says while it runs: lines, progress with rate and time left, tables.
+"""Log lines, progress with rate and time left, and tables.
 
-Everything goes to standard error, so that standard output is free for results. In a terminal
-progress is a live bar; elsewhere it is a plain line every few seconds.
+Lines and progress go to standard error, results to standard output. Progress is a live bar in a
+terminal, and a plain line every few seconds elsewhere.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 
 Advance = Callable[[int], None]
 LINE_EVERY_S = 10.0
-MOST_OF_A_WORD = 12  # longer ones, as paths are, may be cut in two where there is no room
+MOST_OF_A_WORD = 12  # columns; longer words, e.g. paths, may be broken in a narrow table
 
 
 class Report:
-    """Where a stage reports to. `Report(quiet=True)` says nothing."""
+    """Where a command logs its progress; `Report(quiet=True)` prints nothing."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
 
     @cached_property
     def console(self) -> Console:
-        """The console on standard error: one, so that lines appear above a bar, not in it."""
+        """The one console on standard error; lines logged to it appear above a progress bar."""
         from rich.console import Console
 
         return Console(stderr=True, quiet=self.quiet, highlight=False)
 
     def log(self, message: str) -> None:
-        """One line; what is in it is text, never markup. A terminal wraps it between words."""
+        """Log one line to standard error: plain text, never markup, wrapped in a terminal."""
         if self.quiet:
             return
         try:
@@ -45,12 +45,12 @@ class Report:
                 print(harmless(message), file=sys.stderr, flush=True)
         except BrokenPipeError:
             raise
-        except OSError:  # a log on a disk that is full, a terminal that is gone: work goes on
+        except OSError:  # e.g. a full disk or a closed terminal: the work continues
             pass
 
     @contextmanager
     def track(self, task: str, total: int, unit: str) -> Iterator[Advance]:
-        """Progress of one task: call what it yields with the number of units just done."""
+        """Show the progress of a task; call the yielded function with the number of units done."""
         if self.quiet:
             yield lambda _: None
         elif self.console.is_terminal:
@@ -87,10 +87,16 @@ class Report:
     def table(
         self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1
     ) -> None:
-        """A table on standard output: the first `left` columns to the left, the others right.
+        """Print a table on standard output.
 
-        Where there is no room, those to the left wrap, but not the first of several. Where there
-        is none for that either, each row is lines of its own: no number is cut.
+        If the terminal is too narrow, left-aligned columns wrap, except the first of several; if
+        that is not enough, each row is printed as a block of lines. Numbers are never cut.
+
+        Args:
+            title: above the table.
+            header: names of the columns; none is shown if all are empty.
+            rows: cells as text.
+            left: number of left-aligned columns; the others are right-aligned.
         """
         if self.quiet:
             return
@@ -124,7 +130,7 @@ class Report:
 
 
 def _least_width(cells: Sequence[Sequence[str]], wraps: Container[int]) -> int:
-    """The columns that a table takes at the least: those that wrap do so between words."""
+    """Return the least width of a table in characters, if some columns wrap between words."""
     from rich.cells import cell_len
 
     widths = [
@@ -140,7 +146,7 @@ def _least_width(cells: Sequence[Sequence[str]], wraps: Container[int]) -> int:
 
 
 def _print_lines(console: Console, title: str, cells: Sequence[Sequence[str]]) -> None:
-    """A table as lines: the first cell of a row, and below it the others with their names."""
+    """Print a table as lines: the first cell of each row, and the named others below it."""
     from rich.padding import Padding
     from rich.text import Text
 
@@ -150,8 +156,8 @@ def _print_lines(console: Console, title: str, cells: Sequence[Sequence[str]]) -
         console.print(Text(first), overflow="fold")
         for name, cell in zip(names[1:], rest, strict=True):
             if cell:
-                said = f"{name}: {cell}" if name else cell
-                console.print(Padding(Text(said, overflow="fold"), (0, 0, 0, 2)))
+                line = f"{name}: {cell}" if name else cell
+                console.print(Padding(Text(line, overflow="fold"), (0, 0, 0, 2)))
 
 
 class _Lines:
@@ -184,9 +190,9 @@ def _amount(count: float, unit: str) -> str:
 
 
 def harmless(text: str) -> str:
-    """Text without what would command the terminal: names come from files.
+    """Return text without control characters, which names of files may contain.
 
-    A byte of a name that is no UTF-8 is shown as the shell would take it, as in caf\\xe9.
+    A byte that is not valid UTF-8 is shown as an escape, as in caf\\xe9.
     """
     return "".join(map(_harmless, text))
 
@@ -198,7 +204,7 @@ def _harmless(char: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 0.4 s, 12 s, 3 min 20 s, 2 h 05 min."""
+    """Format seconds: 0.4 s, 12 s, 3 min 20 s, 2 h 05 min."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 60:
@@ -210,7 +216,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people: 3.1 MiB."""
+    """Format a number of bytes: 3.1 MiB."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
@@ -219,5 +225,5 @@ def size(count: float) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share in 0..1 as a percentage with two decimals; a dash for None."""
+    """Format a share in 0..1 as a percentage with two decimals, None as a dash."""
     return "–" if share is None else f"{100 * share:.2f}"

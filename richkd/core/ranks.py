@@ -1,7 +1,7 @@
-"""The processes of one job, as torchrun starts them: which this is, and what the first tells all.
+"""The processes of one job, as torchrun starts them.
 
-They speak by gloo, which every machine has; no tensor of a network goes over it. A process that no
-launcher started is alone: rank 0 of 1, and nothing here costs it anything.
+They communicate through gloo, which every machine has; no network's tensors go over it. A process
+started without a launcher is rank 0 of 1, at no cost.
 """
 
 from __future__ import annotations
@@ -17,86 +17,86 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from richkd.core.errors import RichKDError
+from richkd.core.errors import RichKDError, first_line
 
-PATIENCE = timedelta(days=7)  # the first may train a teacher while the others wait
-WAKE_S = 0.02  # while waiting, for signals; inside gloo they have to wait
+PATIENCE = timedelta(days=7)  # rank 0 may train a teacher while the others wait
+WAKE_S = 0.02  # between polls, so that signals are handled; gloo would block them
 T = TypeVar("T")
 
 
 def is_first() -> bool:
-    """Whether this process is the one that speaks for its job."""
+    """Return whether this is the process of its job that prints and decides."""
     return _world() == 1 or os.environ.get("RANK") == "0"
 
 
 def _world() -> int:
-    """How many processes the launcher says that there are."""
-    told = os.environ.get("WORLD_SIZE", "")
-    return int(told) if told.isdecimal() and "RANK" in os.environ else 1
+    """Return the number of processes of the job, by the launcher's environment variables."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if size.isdecimal() and "RANK" in os.environ else 1
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of its job."""
+    """The place of this process among those of its job."""
 
     rank: int
     world: int
-    first_here: bool = True  # of those on this machine
+    first_here: bool = True  # the first one on this machine
 
     @property
     def first(self) -> bool:
-        """Whether this one decides, and reports."""
+        """Whether this process is rank 0, which decides and reports."""
         return self.rank == 0
 
     @property
     def task(self) -> str:
-        """For progress: of many, what is shown is the first one's share."""
+        """A suffix for the name of a task: with several processes, progress is rank 0's share."""
         return "" if self.world == 1 else f", rank 0 of {self.world}"
 
     def own(self, work: Sequence[T]) -> Sequence[T]:
-        """This process's share of some work: no two have the same, all have much the same."""
+        """Return this process's share of some work; the shares are disjoint and of similar size."""
         return work[self.rank :: self.world]
 
     def from_first(self, compute: Callable[[], T]) -> T:
-        """What the first process computes, for all of them.
+        """Compute a value in rank 0 and return it in all processes.
 
         Raises:
-            RichKDError: whatever the first one raises; in the others, that it did.
+            RichKDError: what rank 0 raises; in the others, that rank 0 failed.
         """
         if self.world == 1:
             return compute()
-        told: list[tuple[bool, T | None]] = [(False, None)]
+        sent: list[tuple[bool, T | None]] = [(False, None)]
         try:
             if self.first:
-                told = [(True, compute())]
+                sent = [(True, compute())]
         finally:
             self.wait()
             with _others_gone():
-                dist.broadcast_object_list(told, src=0)
-        good, value = told[0]
-        if not good:
+                dist.broadcast_object_list(sent, src=0)
+        succeeded, value = sent[0]
+        if not succeeded:
             raise RichKDError(
-                f"rank {self.rank} stops: rank 0 could not go on, and says why",
+                f"rank {self.rank} stops because rank 0 failed; see its message",
                 code="rank-zero-failed",
             )
         return value  # type: ignore[return-value]
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes have called this."""
         if self.world > 1:
             with _others_gone():
-                here = dist.barrier(async_op=True)
-                while not here.is_completed():
+                barrier = dist.barrier(async_op=True)
+                while not barrier.is_completed():
                     time.sleep(WAKE_S)
-                here.wait()
+                barrier.wait()
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The job that the environment describes, this process being one of it.
+    """Join the job that the environment describes.
 
     Raises:
-        RichKDError: the other processes cannot be met.
+        RichKDError: the other processes cannot be reached.
     """
     if _world() == 1:
         yield Ranks(0, 1)
@@ -107,8 +107,8 @@ def joined() -> Iterator[Ranks]:
         dist.init_process_group("gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RichKDError(
-            f"cannot meet the other processes of this job ({str(error).splitlines()[0]}); start "
-            f"it by torchrun --nproc-per-node N -m richkd …",
+            f"cannot reach the other processes of this job ({first_line(error)}); start "
+            f"it with torchrun --nproc-per-node N -m richkd …",
             code="ranks-cannot-meet",
         ) from None
     here = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -117,7 +117,7 @@ def joined() -> Iterator[Ranks]:
     except Exception:
         dist.destroy_process_group()
         raise
-    dist.destroy_process_group()  # not where a signal came: it would wait for the others
+    dist.destroy_process_group()  # not after a signal: it would wait for the others
 
 
 @contextmanager
@@ -126,7 +126,6 @@ def _others_gone() -> Iterator[None]:
         yield
     except RuntimeError:
         raise RichKDError(
-            "another process of this job is gone, and has said why if it could; start the job "
-            "again, it goes on where it stopped",
+            "another process of this job ended; see its message, and start the job again to resume",
             code="rank-lost",
         ) from None

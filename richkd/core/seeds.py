@@ -1,4 +1,4 @@
-"""Seeds that follow from others."""
+"""Derive seeds from other seeds."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import numpy as np
 
 
 def derive_seed(*numbers: int) -> int:
-    """An independent seed for every tuple of numbers."""
+    """Return a seed that is independent for every tuple of numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

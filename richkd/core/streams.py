@@ -1,4 +1,4 @@
-"""Standard output and standard error that take any text, wherever they lead."""
+"""Make the standard streams accept any text, whatever they are connected to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
-# What our own text has and a terminal may not; those of one column stay one, for tables.
+# Replacements for symbols that a terminal may lack; single columns stay single, for tables.
 READABLE = {
     "×": "x",
     "–": "-",
@@ -54,14 +54,16 @@ READABLE = {
 
 
 def prepare() -> None:
-    """Make the three streams take any text, in what encoding ever, and be there where closed.
+    """Make the standard streams accept any text in any encoding, and open those that are closed.
 
-    A name that is no text in the stream's encoding is shown with escapes, as in caf\\xe9.
+    What the stream's encoding lacks is shown with escapes, as in caf\\xe9.
     """
     codecs.register_error("readable", _readable)
     closed = [fd for fd in range(3) if not _is_open(fd)]
     for _ in closed:
-        os.open(os.devnull, os.O_RDWR)  # else the next file opened would be standard error
+        os.open(
+            os.devnull, os.O_RDWR
+        )  # else the next file to be opened would become standard error
     for fd, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is None:
@@ -72,7 +74,7 @@ def prepare() -> None:
 
 
 def fail(message: str, code: int) -> int:
-    """Say in one line why the program ends; its exit code."""
+    """Print in one line why the program ends, and return its exit code."""
     from richkd.core.progress import harmless
 
     with suppress(OSError):
@@ -81,10 +83,9 @@ def fail(message: str, code: int) -> int:
 
 
 def flushed(code: int) -> int:
-    """The exit code, once standard output is written; another where that fails.
+    """Flush the standard streams and return the exit code, or another one if that fails.
 
-    A reader that has seen enough (`| head`) is no failure to speak of, but shows in the code, as
-    of a program that SIGPIPE ends.
+    A reader that closes the pipe (`| head`) is not reported, but gives the code of SIGPIPE.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -99,11 +100,11 @@ def flushed(code: int) -> int:
 
 
 def _discard(stream: TextIO) -> None:
-    """Let what is left in the stream go nowhere, so that Python does not try again at its end."""
+    """Discard what is left in a stream, so that Python does not try to flush it again at exit."""
     with suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def _is_open(fd: int) -> bool:
@@ -115,12 +116,12 @@ def _is_open(fd: int) -> bool:
 
 
 def _readable(error: UnicodeError) -> tuple[str | bytes, int]:
-    """The error handler: our own symbols by letters, all else by escapes."""
+    """Encode our own symbols as ASCII and everything else as escapes (a codec error handler)."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     parts = []
     for char in error.object[error.start : error.end]:
-        if "\udc80" <= char <= "\udcff":  # a byte of a file name that is not UTF-8
+        if "\udc80" <= char <= "\udcff":  # a byte of a file name that is not valid UTF-8
             parts.append(f"\\x{ord(char) - 0xDC00:02x}")
         else:
             parts.append(READABLE.get(char) or char.encode("ascii", "backslashreplace").decode())

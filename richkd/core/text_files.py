@@ -1,4 +1,4 @@
-"""Text files of any system: prompts, class names and recipes that people write."""
+"""Read text files that people write: prompts, class names and recipes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 def read_text(path: Path) -> str:
-    """A text file of any system: UTF-8 or UTF-16 (by its byte-order mark), lines that end in \\n.
+    """Return a text with \\n line ends: UTF-8, or UTF-16 or UTF-32 with a byte-order mark.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no such text; the message says why.
+        OSError: the file cannot be read.
+        ValueError: the file is not such a text; the message says why.
     """
     content = path.read_bytes()
     marks = {
@@ -28,8 +28,10 @@ def read_text(path: Path) -> str:
         before = content[: error.start].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         line = before.count(b"\n") + 1
         raise ValueError(
-            f"line {line} is no {encoding.upper().removesuffix('-SIG')}; save it as UTF-8"
+            f"line {line} is not {encoding.upper().removesuffix('-SIG')}; save it as UTF-8"
         ) from None
     if "\0" in text:
-        raise ValueError("it holds zero bytes, as UTF-16 without its mark does; save it as UTF-8")
+        raise ValueError(
+            "it contains zero bytes, e.g. UTF-16 without a byte-order mark; save it as UTF-8"
+        )
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from richkd.core.cpus import threads, usable_cpus
 from richkd.core.errors import RichKDError
-from richkd.core.files import home, replacing
+from richkd.core.files import atomic_write, home
 from richkd.core.progress import Report
 from richkd.data import decoding
 from richkd.data.decoding import SUFFIXES, Values
@@ -276,7 +276,7 @@ def _cached_scan(folder: Path, paths: Paths, decode: bool, report: Report, look:
     scan = _load_scan(note, state, len(paths))
     if scan is None or decode > scan.decoded:
         scan = _scan(folder, paths, decode, report, look)
-        with suppress(OSError), replacing(note) as temporary, temporary.open("wb") as file:
+        with suppress(OSError), atomic_write(note) as temporary, temporary.open("wb") as file:
             np.savez(
                 file,
                 state=state,

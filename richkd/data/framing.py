@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, TypedDict, cast
 
-from richkd.core.checks import misfit
 from richkd.core.choices import INTERPOLATIONS
+from richkd.core.validation import find_fault
 from richkd.data.boxes import CLEAN_SHARE
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ class InputEntry(TypedDict):
 
 def input_fault(entry: Mapping[str, Any]) -> str | None:
     """Return what is wrong with an untrusted entry, or None."""
-    fault = misfit(entry, InputEntry)
+    fault = find_fault(entry, InputEntry)
     if fault is not None:
-        return fault
+        return str(fault)
     mean, std, crop, mode = (entry[name] for name in ("mean", "std", "crop", "crop_mode"))
     if entry["size"] < 1:
         return f"size is {entry['size']}"

@@ -31,7 +31,7 @@ from torch.utils.data._utils import signal_handling as _signal_handling
 
 from richkd.core.cpus import usable_cpus
 from richkd.core.errors import RichKDError
-from richkd.core.interrupts import STOPPING, children_left_alone, uninterrupted, work_begins
+from richkd.core.interrupts import STOPPING, mark_work_started, signals_blocked, uninterrupted
 from richkd.core.progress import Report, size
 
 MAX_WORKERS = 8
@@ -190,8 +190,8 @@ def _start(
     try:
         if START_METHOD != "fork":
             resource_tracker.ensure_running()  # its start unblocks signals
-        with children_left_alone(), _handler_restored(signal.SIGCHLD):
-            work_begins()
+        with signals_blocked(), _handler_restored(signal.SIGCHLD):
+            mark_work_started()
             _prepare()
             iterator = make(workers)
             _open.add(iterator)

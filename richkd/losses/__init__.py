@@ -1,6 +1,6 @@
-"""Distillation losses and the methods made of them, one file a family.
+"""Distillation losses and methods, one file per family.
 
-Importing a file registers its methods; `METHODS` has them all by name.
+Importing a file registers its methods; `METHODS` holds all of them by name.
 """
 
 from richkd.losses.crd import CRD as CRD
@@ -17,7 +17,7 @@ from richkd.losses.kd import standardize as standardize
 from richkd.losses.method import METHODS as METHODS
 from richkd.losses.method import Batch as Batch
 from richkd.losses.method import Method as Method
-from richkd.losses.method import Widths as Widths
+from richkd.losses.method import Task as Task
 from richkd.losses.method import describe_method as describe_method
 from richkd.losses.method import method_class as method_class
 from richkd.losses.method import method_options as method_options

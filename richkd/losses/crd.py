@@ -1,8 +1,9 @@
 """Contrastive representation distillation (Tian et al. 2020, arXiv 1910.10699).
 
-Each side's embedding is scored against the other side's memory bank of all N training samples.
-One matrix product [B,D]·[D,N] scores everything, then B·(K+1) scalars are gathered: the numbers of
-gathering K+1 vectors a sample, at a fraction of the memory traffic.
+The embeddings of each side are scored against the memory bank of the other side, which has a row
+for each of the N training samples. One matrix product [B,D]·[D,N] computes all scores, of which
+B·(K+1) are gathered. The result equals that of gathering K+1 vectors per sample, at a fraction of
+the memory traffic.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from richkd.core.errors import RichKDError
+from richkd.core.validation import Count, NotNegative, Positive, Share
 from richkd.losses import method
 from richkd.losses.kd import LogitMethod, LogitOptions, kd_loss
-from richkd.losses.method import Batch, Widths, register
+from richkd.losses.method import Batch, Task, register
 from richkd.losses.relational import FeatureMethod
 
 EPSILON = 1e-7  # as in the published loss
@@ -27,40 +29,40 @@ Contrast = Literal["exact", "shared", "bank"]
 
 
 class Embed(nn.Module):
-    """A linear layer to 128 dimensions, then unit length (E_S, E_T and E_C of the papers)."""
+    """A linear layer to 128 dimensions, then L2 normalisation (E_S, E_T and E_C in the papers)."""
 
     def __init__(self, in_features: int) -> None:
         super().__init__()
         self.linear = nn.Linear(in_features, EMBEDDING)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B,F] -> [B,128], unit length, f32."""
+        """Embed features: [B,F] -> [B,128], unit length, f32."""
         return F.normalize(self.linear(features.float().flatten(1)), dim=1)
 
 
 class CRDLoss(nn.Module):
-    """The two-sided noise-contrastive loss over memory banks, and the banks.
+    """The two-sided noise-contrastive loss with its memory banks.
 
-    Negatives are of other classes where `labels` are given, else all other samples. They are drawn
-    uniformly and with replacement, as the noise distribution 1/N of the loss has it; the published
-    code for CIFAR draws them without replacement, and that for ImageNet with it.
+    Negatives are samples of other classes if `labels` are given, else all other samples. They are
+    drawn uniformly with replacement, which is the noise distribution 1/N of the loss. (The
+    published code draws them without replacement for CIFAR, and with it for ImageNet.)
 
-    - exact: K for every sample;
-    - shared: K for the whole batch, of which a sample leaves out those of its own class;
-    - bank: none are drawn, all N samples of other classes are negatives.
+    - exact: draw K negatives for every sample;
+    - shared: draw K for the whole batch; each sample ignores those of its own class;
+    - bank: draw none; all samples of other classes are negatives.
 
     Args:
-        num_samples: N, rows of each bank.
-        dim: D, width of the embeddings.
+        num_samples: N, the number of rows of each bank.
+        dim: D, the width of the embeddings.
         num_negatives: K.
-        temperature: of the scores.
+        temperature: divides the scores.
         momentum: of the banks.
-        labels: [N], the class of every sample; only needed to draw negatives.
+        labels: [N], the classes of all samples; only needed to draw negatives.
         contrast: exact, shared or bank.
 
     Raises:
-        RichKDError: there is no negative, because all samples are of one class; or a temperature
-            at which the exponentials overflow.
+        RichKDError: all samples are of one class, so that there are no negatives; or the
+            temperature makes the exponentials overflow.
     """
 
     student_bank: Tensor
@@ -91,17 +93,17 @@ class CRDLoss(nn.Module):
         bound = 1 / math.sqrt(dim / 3)
         for side in ("student_bank", "teacher_bank"):
             self.register_buffer(side, torch.empty(num_samples, dim).uniform_(-bound, bound))
-        # Z of the student's and the teacher's scores; 0 until the first batch has fixed them
+        # Z of the student's and the teacher's scores; 0 until the first batch sets them
         self.register_buffer("normalizers", torch.zeros(2))
-        # samples in order of class, and for every sample where its class begins and its size
+        # samples sorted by class, and for every sample the first position and size of its class
         groups = torch.arange(num_samples) if labels is None else labels.cpu()
         order = groups.argsort(stable=True)
         counts = torch.bincount(groups)
         first = counts.cumsum(0) - counts
         if num_samples < 2 or int(counts.max()) == num_samples:
             raise RichKDError(
-                f"CRD contrasts samples of at least two classes; the {num_samples} training "
-                f"samples are of one",
+                f"CRD needs samples of at least two classes, but all {num_samples} training "
+                f"samples are of one; use more samples, or another method",
                 code="crd-one-class",
             )
         self.register_buffer("_class", groups, persistent=False)
@@ -111,10 +113,10 @@ class CRDLoss(nn.Module):
         self._pending: tuple[Tensor, Tensor, Tensor] | None = None
 
     def draw_negatives(self, index: Tensor) -> Tensor:
-        """K samples of other classes for each of [B] samples -> [B,K], drawn on the device."""
+        """Draw K samples of other classes for each of [B] samples, on the device -> [B,K]."""
         first, count = self._first[index, None].int(), self._count[index, None].int()
         others = self.num_samples - count
-        # a rank among the samples of other classes, then a step over one's own class
+        # a position among the samples of other classes, shifted past the sample's own class
         uniform = torch.rand(len(index), self.num_negatives, device=index.device)
         rank = torch.minimum(uniform.mul_(others).int(), others - 1)
         rank += (rank >= first) * count
@@ -127,13 +129,13 @@ class CRDLoss(nn.Module):
         index: Tensor,
         negative_index: Tensor | None = None,
     ) -> Tensor:
-        """The loss of a batch, both sides; the gradient flows into both embeddings.
+        """Return the loss of a batch, the sum of both sides; gradients flow into both embeddings.
 
         Args:
             student: [B,D], unit length.
             teacher: [B,D], unit length.
-            index: [B], which samples these are.
-            negative_index: [B,K]; drawn where None.
+            index: [B], the training samples of the batch.
+            negative_index: [B,K]; None to draw them.
 
         Returns:
             A scalar, f32.
@@ -165,14 +167,14 @@ class CRDLoss(nn.Module):
         return losses[0] + losses[1]  # type: ignore[no-any-return]
 
     def _candidates(self, index: Tensor) -> Tensor:
-        """The samples [M] that all of a batch shares as negatives, its own classes among them."""
+        """Return candidate negatives [M] for the whole batch; some are of a sample's own class."""
         if self.contrast == "bank":
             return torch.arange(self.num_samples, device=index.device)
         return torch.randint(self.num_samples, (self.num_negatives,), device=index.device)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the banks' rows of the last batch to its embeddings; after the backward pass."""
+        """Update the banks' rows of the last batch; call it after the backward pass."""
         if self._pending is None:
             raise RuntimeError("CRDLoss.update() before forward()")
         student, teacher, index = self._pending
@@ -183,8 +185,10 @@ class CRDLoss(nn.Module):
 
 
 def check_temperature(temperature: float, count: int) -> None:
-    """Refuse a temperature at which a sum of so many exponentials a sample overflows in f32."""
-    room = math.log(torch.finfo(torch.float32).max) - math.log(1024 * count)  # samples of a batch
+    """Check that sums of `count` exponentials per sample fit f32; raise RichKDError if not."""
+    room = math.log(torch.finfo(torch.float32).max) - math.log(
+        1024 * count
+    )  # up to 1024 samples per batch
     if 1 / temperature > room:
         raise RichKDError(
             f"crd_temperature = {temperature:g}: exp(1/{temperature:g}) overflows float32 among "
@@ -194,11 +198,11 @@ def check_temperature(temperature: float, count: int) -> None:
 
 
 class _NoiseContrast(torch.autograd.Function):
-    """One side's loss: equations 8 to 13 of the paper, in the form of the published code.
+    """The loss of one side: equations 8 to 13 of the paper, in the form of the published code.
 
-    With p = exp(score)/Z and noise n = K/N: −log(p/(p+n)) of the positive and −log(n/(p+n)) of
-    every negative, summed over both and averaged over the batch. The gradient by a score is
-    p/(p+n), less 1 for the positive, so that loss and gradient come out of one pass.
+    With p = exp(score)/Z and noise n = K/N, it sums −log(p/(p+n)) of the positive and −log(n/(p+n))
+    of all negatives, averaged over the batch. The gradient with respect to a score is p/(p+n),
+    minus 1 for the positive, so that one pass computes both the loss and the gradient.
     """
 
     @staticmethod
@@ -210,13 +214,13 @@ class _NoiseContrast(torch.autograd.Function):
         z: Tensor,
         num_samples: int,
     ) -> tuple[Tensor, Tensor]:
-        """Loss and the constant Z, which is made here where it is still 0.
+        """Return the loss and the constant Z, which the first batch sets.
 
         Args:
-            ctx: autograd's.
-            scores: cosines over temperature: [B,N], or [B,1+M] of the positive and the negatives.
-            columns: [B,1+M], which of [B,N] are the positive and the negatives.
-            kept: [B,M], which negatives count; all for None.
+            ctx: the context of autograd.
+            scores: cosines over temperature: [B,N], or [B,1+M] for the positive and M negatives.
+            columns: [B,1+M], the columns of [B,N] of the positive and the negatives.
+            kept: [B,M], the negatives that count; None for all.
             z: Z, or 0 before the first batch.
             num_samples: N.
         """
@@ -242,7 +246,7 @@ class _NoiseContrast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """The gradient by the scores."""
+        """Return the gradient with respect to the scores."""
         slope, columns = ctx.saved_tensors
         slope = slope * (gradients[0] / len(slope))
         if columns is not None:
@@ -256,22 +260,22 @@ class CRD(FeatureMethod):
 
     @dataclass(frozen=True, kw_only=True)
     class Options(method.Options):
-        """Weight, kind of negatives and their number K, temperature and momentum of the banks."""
+        """Weight; kind and number K of negatives; temperature; momentum of the banks."""
 
-        feature_weight: float = 0.8
+        feature_weight: NotNegative = 0.8
         contrast: Contrast = "exact"
-        negatives: int = 16384
-        crd_temperature: float = 0.07
-        bank_momentum: float = 0.5
+        negatives: Count = 16384
+        crd_temperature: Positive = 0.07
+        bank_momentum: Share = 0.5
 
-    def __init__(self, options: Options, widths: Widths) -> None:
-        super().__init__(options, widths)
-        self.embed_student = Embed(widths.student)
-        self.embed_teacher = Embed(widths.teacher)
-        self.contrast = contrast_of(options, widths)
+    def __init__(self, options: Options, task: Task) -> None:
+        super().__init__(options, task)
+        self.embed_student = Embed(task.student_dim)
+        self.embed_teacher = Embed(task.teacher_dim)
+        self.contrast = contrast_of(options, task)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Tian et al., equation 18 with the label term."""
+        """Return the terms of Tian et al., equation 18, with the label term."""
         contrast = self.contrast(
             self.embed_student(batch.features),
             self.embed_teacher(batch.rows["teacher_features"]),
@@ -283,7 +287,7 @@ class CRD(FeatureMethod):
         }
 
     def update(self) -> None:
-        """The memory banks."""
+        """Update the memory banks."""
         self.contrast.update()
 
 
@@ -293,30 +297,29 @@ class CRDKD(LogitMethod, CRD):
 
     @dataclass(frozen=True, kw_only=True)
     class Options(CRD.Options, LogitOptions):
-        """Those of CRD, and weight and temperature τ of the logits' term."""
+        """Options of CRD, and weight and temperature τ of the logit term."""
 
-        logit_weight: float = 1.0
-        temperature: float = 4.0
+        logit_weight: NotNegative = 1.0
+        temperature: Positive = 4.0
 
     @classmethod
     def reads(cls, options: Any) -> tuple[str, ...]:
-        """The target's logits and the CNN teacher's pooled features."""
         return (*LogitMethod.reads(options), *CRD.reads(options))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The terms of CRD, and that of Hinton et al."""
+        """Return the terms of CRD and that of Hinton et al."""
         loss = kd_loss(*self.logits(batch), self.options.temperature)
         return {**CRD.forward(self, batch), "logit": self.options.logit_weight * loss}
 
 
-def contrast_of(options: CRD.Options, widths: Widths) -> CRDLoss:
-    """The contrastive loss that a method's options ask for."""
+def contrast_of(options: CRD.Options, task: Task) -> CRDLoss:
+    """Return the contrastive loss for a method's options."""
     return CRDLoss(
-        len(widths.labels),
+        len(task.labels),
         EMBEDDING,
         options.negatives,
         options.crd_temperature,
         options.bank_momentum,
-        widths.labels,
+        task.labels,
         options.contrast,
     )

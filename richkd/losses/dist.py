@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from richkd.core.validation import NotNegative, Positive
 from richkd.losses.kd import LogitMethod, LogitOptions
 from richkd.losses.method import Batch, register
 
 
 def pearson_distance(a: Tensor, b: Tensor) -> Tensor:
-    """1 − Pearson's correlation of the rows of [B,C] and [B,C], the mean over the rows."""
+    """Return 1 − Pearson's correlation of the rows of [B,C] and [B,C], averaged over the rows."""
     a, b = (x - x.mean(dim=1, keepdim=True) for x in (a, b))
     return 1 - F.cosine_similarity(a, b, dim=1).mean()
 
@@ -20,13 +21,13 @@ def pearson_distance(a: Tensor, b: Tensor) -> Tensor:
 def dist_loss(
     student_logits: Tensor, target_logits: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Inter-class and intra-class relations (equations 8 and 9), each times τ²; f32 scalars.
+    """Return the inter-class and intra-class losses (equations 8 and 9), times τ²; f32 scalars.
 
-    Inter: the classes of each sample. Intra: the samples of the batch for each class.
+    Inter correlates the classes of each sample, intra the samples of the batch for each class.
 
     Args:
         student_logits: [B,C].
-        target_logits: [B,C]; no gradient flows into them.
+        target_logits: [B,C]; they get no gradient.
         temperature: τ > 0.
     """
     student, target = (
@@ -38,18 +39,18 @@ def dist_loss(
 
 @register("dist")
 class DIST(LogitMethod):
-    """Relations instead of values (Huang et al. 2022), as its published code for CIFAR-100."""
+    """Distillation of relations (DIST; Huang et al. 2022), as in its code for CIFAR-100."""
 
     @dataclass(frozen=True, kw_only=True)
     class Options(LogitOptions):
-        """Weights β and γ of the two relations, and τ (1 in the published code for ImageNet)."""
+        """Weights β and γ of the two losses, and τ (1 in the published code for ImageNet)."""
 
-        inter_weight: float = 2.0
-        intra_weight: float = 2.0
-        temperature: float = 4.0
+        inter_weight: NotNegative = 2.0
+        intra_weight: NotNegative = 2.0
+        temperature: Positive = 4.0
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Huang et al., equation 10."""
+        """Return the terms of Huang et al., equation 10."""
         o = self.options
         inter, intra = dist_loss(*self.logits(batch), o.temperature)
         return {

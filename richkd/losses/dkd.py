@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from richkd.core.validation import Count, NotNegative, Positive
 from richkd.losses.kd import LogitMethod, LogitOptions
 from richkd.losses.method import Batch, register
 
@@ -15,13 +16,13 @@ from richkd.losses.method import Batch, register
 def dkd_loss(
     student_logits: Tensor, target_logits: Tensor, labels: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """TCKD and NCKD (equation 7), each times τ², the mean over the batch; f32 scalars.
+    """Return TCKD and NCKD (equation 7), times τ², averaged over the batch; f32 scalars.
 
-    TCKD is the divergence of (true class, all others); NCKD that of the others among themselves.
+    TCKD is the divergence of the true class against all others, NCKD that among the others.
 
     Args:
         student_logits: [B,C].
-        target_logits: [B,C]; no gradient flows into them.
+        target_logits: [B,C]; they get no gradient.
         labels: [B].
         temperature: τ > 0.
     """
@@ -38,7 +39,7 @@ def dkd_loss(
 
 
 def _true_and_others(z: Tensor, true: Tensor) -> Tensor:
-    """Log-probabilities of the true class and of all others together: [B,C] -> [B,2]."""
+    """Return log-probabilities of the true class and of all others: [B,C] -> [B,2]."""
     parts = (z.masked_fill(~true, -torch.inf), z.masked_fill(true, -torch.inf))
     return torch.stack([part.logsumexp(1) for part in parts], dim=1) - z.logsumexp(1, keepdim=True)
 
@@ -50,20 +51,20 @@ class DKD(LogitMethod):
 
     @dataclass(frozen=True, kw_only=True)
     class Options(LogitOptions):
-        """Weights α and β of the parts, epochs over which they grow to that, temperature τ."""
+        """Weights α and β, epochs over which they grow to these values, and temperature τ."""
 
-        tckd_weight: float = 1.0
-        nckd_weight: float = 8.0
-        warmup: int = 20
-        temperature: float = 4.0
+        tckd_weight: NotNegative = 1.0
+        nckd_weight: NotNegative = 8.0
+        warmup: Count = 20
+        temperature: Positive = 4.0
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Zhao et al., equation 7, with the published code's warm-up."""
+        """Return the terms of Zhao et al., equation 7, with the warm-up of the published code."""
         o = self.options
         tckd, nckd = dkd_loss(*self.logits(batch), batch.labels, o.temperature)
-        grown = torch.as_tensor(batch.epoch / o.warmup).clamp(max=1.0)
+        warmup = torch.as_tensor(batch.epoch / o.warmup).clamp(max=1.0)
         return {
             "ce": self.label_term(batch),
-            "tckd": (grown * o.tckd_weight).to(tckd.dtype) * tckd,
-            "nckd": (grown * o.nckd_weight).to(nckd.dtype) * nckd,
+            "tckd": (warmup * o.tckd_weight).to(tckd.dtype) * tckd,
+            "nckd": (warmup * o.nckd_weight).to(nckd.dtype) * nckd,
         }

@@ -8,20 +8,21 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from richkd.core.validation import NotNegative, Positive
 from richkd.losses import method
 from richkd.losses.method import TARGET, Batch, Method, register
 
 
 def kd_loss(student_logits: Tensor, target_logits: Tensor, temperature: float) -> Tensor:
-    """τ² · KL(softmax(target/τ) ‖ softmax(student/τ)), the mean over the batch.
+    """Return τ² · KL(softmax(target/τ) ‖ softmax(student/τ)), averaged over the batch.
 
     Args:
         student_logits: [B,C].
-        target_logits: [B,C]; no gradient flows into them.
+        target_logits: [B,C]; they get no gradient.
         temperature: τ > 0.
 
     Returns:
-        A scalar, in f32.
+        A scalar, f32.
     """
     student = F.log_softmax(student_logits.float() / temperature, dim=1)
     target = F.log_softmax(target_logits.detach().float() / temperature, dim=1)
@@ -29,10 +30,10 @@ def kd_loss(student_logits: Tensor, target_logits: Tensor, temperature: float) -
 
 
 def standardize(logits: Tensor) -> Tensor:
-    """Z-scores over the classes: [B,C] -> [B,C], f32, mean 0 and standard deviation 1 a row.
+    """Standardise logits over the classes: [B,C] -> [B,C], f32, rows of mean 0 and deviation 1.
 
-    Logit standardisation (Sun et al. 2024, arXiv 2403.01732, algorithm 1), which is done to student
-    and target before a temperature divides them. The deviation is the unbiased one, as there.
+    Logit standardisation (Sun et al. 2024, arXiv 2403.01732, algorithm 1) is applied to student and
+    target before dividing by the temperature. As there, the standard deviation is the unbiased one.
     """
     logits = logits.float()
     deviation = logits.std(dim=1, keepdim=True)
@@ -41,7 +42,7 @@ def standardize(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class LogitOptions(method.Options):
-    """Those of methods that match logits: whether to standardise them first."""
+    """Options of methods that match logits: whether to standardise them first."""
 
     standardize: bool = False
 
@@ -51,21 +52,19 @@ class LogitMethod(Method):
 
     @classmethod
     def reads(cls, options: Any) -> tuple[str, ...]:
-        """The target's logits."""
         return (TARGET,)
 
     def logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Student's and target's logits [B,C], f32, standardised where the options say so."""
+        """Return the student's and the target's logits [B,C], f32, standardised if so chosen."""
         pair = batch.logits.float(), batch.rows[TARGET].float()
         return (standardize(pair[0]), standardize(pair[1])) if self.options.standardize else pair
 
 
 @register("ce")
 class CE(Method):
-    """The student alone: cross-entropy with the labels."""
+    """Training without a teacher: cross-entropy with the labels."""
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The cross-entropy."""
         return {"ce": self.label_term(batch)}
 
 
@@ -76,13 +75,13 @@ class KD(LogitMethod):
 
     @dataclass(frozen=True, kw_only=True)
     class Options(LogitOptions):
-        """The weight of the term beside the labels', and its temperature τ."""
+        """Weights of the label term and the logit term, and temperature τ."""
 
-        ce_weight: float = 0.1
-        logit_weight: float = 0.9
-        temperature: float = 4.0
+        ce_weight: NotNegative = 0.1
+        logit_weight: NotNegative = 0.9
+        temperature: Positive = 4.0
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Hinton et al., section 2."""
+        """Return the terms of Hinton et al., section 2."""
         loss = kd_loss(*self.logits(batch), self.options.temperature)
         return {"ce": self.label_term(batch), "logit": self.options.logit_weight * loss}

@@ -1,53 +1,78 @@
-"""What a method is: named options, the cached arrays that it reads, and its loss terms.
+"""The base class of methods: options, the cached arrays that it reads, and its loss terms.
 
-A new method is a class in a file of its own: give it `Options` and `reads`, return its weighted
-terms from `forward`, and register it by name with `@register("name")`. CONTRIBUTING.md shows one.
+To add a method, write a class in a new file: define `Options` and `reads`, return the weighted
+terms from `forward`, and register it with `@register("name")`. CONTRIBUTING.md has an example.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from richkd.core.errors import RichKDError, nearest, unknown
+from richkd.core.validation import NotNegative, check, hints
 
-TARGET = "target_logits"  # the logits of whichever teacher the user chose
+TARGET = "target_logits"  # of the teacher, CLIP or both fused, as the user chooses
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loss sees of a step: B samples, C classes, F features, f32."""
+    """The inputs of a loss for one step: B samples, C classes, F features; f32."""
 
-    logits: Tensor  # [B,C], the student's
-    features: Tensor  # [B,F], the student's pooled ones
+    logits: Tensor  # [B,C], of the student
+    features: Tensor  # [B,F], pooled features of the student
     labels: Tensor  # [B]
-    index: Tensor  # [B], training sample ids
-    rows: Mapping[str, Tensor] = field(default_factory=dict)  # what `reads` names, of these samples
-    epoch: int | Tensor = 1  # from 1; in training a scalar f64 on the device
+    index: Tensor  # [B], indices of the training samples
+    rows: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # the arrays named by `reads`, for these samples
+    epoch: int | Tensor = 1  # from 1; during training a float64 scalar on the device
 
 
 @dataclass(frozen=True, kw_only=True)
-class Widths:
-    """The sizes that a method's own modules depend on."""
+class Task:
+    """What a method is built for: the training labels, the widths of the features, and the blend.
+
+    F is a network's pooled-feature width, D that of CLIP's image embeddings.
+    """
 
     labels: Tensor  # [N], of all training samples
-    student: int  # F of the student
-    teacher: int  # F of the CNN teacher
-    clip: int  # D, 0 without CLIP
-    alpha: float  # of the blend
+    student_dim: int  # F of the student
+    teacher_dim: int  # F of the CNN teacher
+    clip_dim: int  # D, 0 without CLIP
+    alpha: float  # weight of the CNN teacher in the fused target
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every method has: the weight of the cross-entropy with the labels."""
+    """The options of every method: the weight of the cross-entropy with the labels."""
 
-    ce_weight: float = 1.0
+    ce_weight: NotNegative = 1.0
+
+    def __post_init__(self) -> None:
+        check_options(type(self), vars(self), "options")
+
+
+def check_options(kind: type[Any], given: Mapping[str, Any], where: str) -> None:
+    """Raise RichKDError if a method has no such option, or a value is of a wrong type or range.
+
+    Args:
+        kind: the method's dataclass of options.
+        given: options by name.
+        where: whose options they are, for the message.
+    """
+    known = hints(kind)
+    for key, value in given.items():
+        if key not in known:
+            raise RichKDError(
+                f"{where} has no option {key!r}; {nearest(key, known)}", code="unknown-option"
+            )
+        check(value, known[key], key, f"{where}: ", code="option-out-of-range")
 
 
 MEASURED_VIEWS = (8, 16, 32, 64, 162)
@@ -55,21 +80,21 @@ MEASURED_VIEWS = (8, 16, 32, 64, 162)
 
 @dataclass(frozen=True, kw_only=True)
 class FewViews:
-    """What few cached views of an image cost, as benchmarks/views.py measured it.
+    """The accuracy lost by caching few views of an image, as measured by benchmarks/views.py.
 
-    A number of views is in `points` where its 95 % interval lies below a teacher in the loop.
+    `points` holds a number of views if its 95 % interval lies below that of an online teacher.
     """
 
-    measured_with: str  # the method
-    points: Mapping[int, float]  # of top-1 that are lost, by the number of views
+    measured_with: str  # method
+    points: Mapping[int, float]  # of top-1 lost, by number of views
 
     @property
     def enough(self) -> int:
-        """The least number of views that was not measurably behind, nor any larger one."""
+        """The least number of views from which on nothing is measurably lost."""
         return next(count for count in MEASURED_VIEWS if count > max(self.points))
 
     def cost(self, count: int) -> str:
-        """What so many views cost, in words: of the next number that was measured."""
+        """Return in words what so many views cost, by the next larger number measured."""
         at = min((each for each in self.points if each >= count), default=max(self.points))
         fewer = ", and fewer cost more" if count < min(self.points) else ""
         return (
@@ -82,45 +107,45 @@ class Method(nn.Module):
     """A training objective. Its parameters are trained and saved with the student's."""
 
     Options: ClassVar[type[Any]] = Options
-    target: ClassVar[str] = "teacher"  # whose logits it takes where the user does not say
+    target: ClassVar[str] = "teacher"  # whose logits it takes by default
     few_views: ClassVar[FewViews] = FewViews(measured_with="kd", points={8: 0.49})
 
-    def __init__(self, options: Any, widths: Widths) -> None:
+    def __init__(self, options: Any, task: Task) -> None:
         super().__init__()
         self.options = options
 
     @classmethod
     def reads(cls, options: Any) -> tuple[str, ...]:
-        """What it wants of the store: `target_logits`, `teacher_features`, `clip_features`."""
+        """Return the names of the arrays it needs: TARGET, teacher_features, clip_features."""
         return ()
 
     @classmethod
     def needs_whole_rows(cls, options: Any) -> bool:
-        """Whether it needs every logit of a row as it was, not only the largest ones."""
+        """Return whether it needs all logits of a row, not only the largest ones."""
         return getattr(options, "standardize", False)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The weighted loss terms by name, scalars; the loss is their sum."""
+        """Return the weighted loss terms by name, scalars; the loss is their sum."""
         raise NotImplementedError
 
     def label_term(self, batch: Batch) -> Tensor:
-        """The weighted cross-entropy with the labels, f32."""
+        """Return the weighted cross-entropy with the labels, f32."""
         weight: float = self.options.ce_weight
         return weight * F.cross_entropy(batch.logits.float(), batch.labels)
 
     def update(self) -> None:
-        """Called after the optimizer's step, for memory banks."""
+        """Update memory banks; called after the step of the optimizer."""
 
 
 METHODS: dict[str, tuple[type[Method], Mapping[str, Any]]] = {}
 
 
 def register(name: str, **options: Any) -> Callable[[type[Method]], type[Method]]:
-    """Make a method known by a name, with options other than the class's own defaults."""
+    """Register a method by name, with options that override the defaults of its class."""
 
     def add(method: type[Method]) -> type[Method]:
         if name in METHODS:
-            raise ValueError(f"two methods are called {name!r}")
+            raise ValueError(f"two methods are named {name!r}")
         METHODS[name] = (method, options)
         return method
 
@@ -128,38 +153,28 @@ def register(name: str, **options: Any) -> Callable[[type[Method]], type[Method]
 
 
 def method_class(name: str, given: Mapping[str, Any]) -> tuple[type[Method], Any]:
-    """A method's class and its resolved options.
+    """Return a method's class and its resolved options.
 
     Raises:
-        RichKDError: no such method, no such option, or a value out of range.
+        RichKDError: no such method or option, or a value of a wrong type or range.
     """
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     method, own = METHODS[name]
-    types = typing.get_type_hints(method.Options)
-    for key, value in given.items():
-        if key not in types:
-            raise RichKDError(
-                f"method {name} has no option {key!r}; {nearest(key, types)}", code="unknown-option"
-            )
-        fault = _fault(key, value, types[key])
-        if fault is not None:
-            raise RichKDError(
-                f"method {name}: {key} = {value!r} should be {fault}", code="option-out-of-range"
-            )
+    check_options(method.Options, given, f"method {name}")
     return method, method.Options(**{**own, **given})
 
 
 def method_options(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The options of one method among those that a recipe gives by method.
+    """Return the options of one method from those of a recipe, which are by method.
 
     Raises:
-        RichKDError: options of a method that does not exist, or not by method at all.
+        RichKDError: an unknown method, or options that are not by method.
     """
     for method, table in options.items():
         if not isinstance(table, Mapping):
             raise RichKDError(
-                f"options.{method} = {table!r}: options are by method, as in "
+                f"options.{method} = {table!r}: options must be by method, as in "
                 f"[distill.options.{name}]",
                 code="options-not-by-method",
             )
@@ -170,7 +185,7 @@ def method_options(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def describe_method(name: str) -> dict[str, Any]:
-    """A method for a listing: what it is, what it reads, and its options with their defaults."""
+    """Return a method's description, the arrays it reads, and its options with their defaults."""
     method, options = method_class(name, {})
     reads = method.reads(options)
     own = METHODS[name][1]
@@ -185,27 +200,3 @@ def describe_method(name: str) -> dict[str, Any]:
         "target": method.target if TARGET in reads else None,
         "options": dataclasses.asdict(options),
     }
-
-
-def _fault(key: str, value: object, hint: Any) -> str | None:  # noqa: PLR0911
-    """What a value of an option should be instead, or None where it is fine."""
-    if type(None) in typing.get_args(hint):  # None has a meaning of its own
-        if value is None:
-            return None
-        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
-    if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        return None if value in choices else "one of " + ", ".join(choices)
-    if hint is bool:
-        return None if isinstance(value, bool) else "true or false"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "a whole number" if hint is int else "a number"
-    if hint is int and not isinstance(value, int):
-        return "a whole number"
-    if key.endswith("alpha"):
-        return None if 0 <= value <= 1 else "in [0, 1]"
-    if not 0 <= value < float("inf"):
-        return "finite and not negative"
-    if value == 0 and (key.endswith("temperature") or hint is int):
-        return "above 0"
-    return None

@@ -1,8 +1,8 @@
-"""Relations among the samples of a batch, in feature space: RKD, SP and PKT.
+"""Relations among the samples of a batch in feature space: RKD, SP and PKT.
 
-All three take pooled features [B,F] of any two widths and train no layer of their own.
-RepDistiller's RKD and PKT take these as well; its SP takes the last feature map, so its figures are
-of another method. No gradient flows into the teacher's features. Losses are f32 scalars.
+All three take pooled features [B,F] of any two widths and have no trainable layers. So do RKD and
+PKT in RepDistiller, but its SP takes the last feature map, so that its results are those of another
+method. The teacher's features get no gradient. Losses are f32 scalars.
 """
 
 from __future__ import annotations
@@ -13,37 +13,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from richkd.core.validation import NotNegative
 from richkd.losses import method
 from richkd.losses.method import Batch, FewViews, Method, register
 
 
 def rkd_loss(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance-wise and angle-wise loss (RKD; Park et al. 2019, arXiv 1904.05068, eq. 6 and 9).
+    """Return distance-wise and angle-wise loss (RKD; Park et al. 2019, arXiv 1904.05068, eq. 6, 9).
 
-    Distances of all pairs, relative to their mean; cosines at every corner of all triplets.
+    They compare the distances of all pairs, relative to their mean, and the angles of all triplets.
     """
     pairs = [f.float()[None] - f.float()[:, None] for f in (student, teacher.detach())]  # [B,B,F]
     distances = [torch.linalg.vector_norm(pair, dim=2) for pair in pairs]
     units = [pair / d.where(d > 0, 1)[..., None] for pair, d in zip(pairs, distances, strict=True)]
-    angles = [unit @ unit.transpose(1, 2) for unit in units]  # [B,B,B], the corner first
+    angles = [unit @ unit.transpose(1, 2) for unit in units]  # [B,B,B], the vertex first
     relative = [d * (d > 0).sum() / d.sum().clamp_min(1e-12) for d in distances]  # mean 1
     return F.smooth_l1_loss(*relative), F.smooth_l1_loss(*angles)
 
 
 def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """‖G_T − G_S‖²_F/B² of the row-normalised similarities G = f·fᵀ (SP; Tung & Mori 2019, eq. 4).
+    """Return ‖G_T − G_S‖²_F/B², where G = f·fᵀ with normalised rows.
 
-    arXiv 1907.09682.
+    SP: Tung & Mori 2019, arXiv 1907.09682, equation 4.
     """
     similar = [F.normalize(f.float() @ f.float().T, dim=1) for f in (student, teacher.detach())]
     return (similar[1] - similar[0]).square().mean()
 
 
 def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Divergence of the neighbour probabilities (PKT; Passalis & Tefas 2018, arXiv 1803.10837).
+    """Return KL(teacher ‖ student) of neighbour probabilities, averaged over all B² pairs.
 
-    Cosine similarities moved to 0..1 and normalised a row; KL(teacher ‖ student), the mean over
-    all B² pairs as in the published code.
+    PKT: Passalis & Tefas 2018, arXiv 1803.10837, averaged as in the published code. The
+    probabilities are cosine similarities mapped to 0..1, normalised over each row.
     """
     probabilities = []
     for features in (student, teacher.detach()):
@@ -61,7 +62,6 @@ class FeatureMethod(Method):
 
     @classmethod
     def reads(cls, options: method.Options) -> tuple[str, ...]:
-        """The CNN teacher's pooled features."""
         return ("teacher_features",)
 
 
@@ -74,13 +74,13 @@ class RKD(FeatureMethod):
 
     @dataclass(frozen=True, kw_only=True)
     class Options(method.Options):
-        """Weights of distances and angles."""
+        """Weights of the distance and the angle term."""
 
-        distance_weight: float = 25.0
-        angle_weight: float = 50.0
+        distance_weight: NotNegative = 25.0
+        angle_weight: NotNegative = 50.0
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Park et al., equation 12."""
+        """Return the terms of Park et al., equation 12."""
         distance, angle = rkd_loss(batch.features, batch.rows["teacher_features"])
         return {
             "ce": self.label_term(batch),
@@ -93,17 +93,17 @@ class RKD(FeatureMethod):
 class SP(FeatureMethod):
     """Similarity-preserving distillation (Tung & Mori 2019) on pooled features, not on maps.
 
-    Weighted as in RepDistiller, which takes the last feature map.
+    The weight is that of RepDistiller, which takes the last feature map.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Options(method.Options):
-        """The weight γ."""
+        """Weight γ."""
 
-        feature_weight: float = 3000.0
+        feature_weight: NotNegative = 3000.0
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Tung & Mori, equation 5."""
+        """Return the terms of Tung & Mori, equation 5."""
         loss = sp_loss(batch.features, batch.rows["teacher_features"])
         return {"ce": self.label_term(batch), "feature": self.options.feature_weight * loss}
 
@@ -117,11 +117,10 @@ class PKT(FeatureMethod):
 
     @dataclass(frozen=True, kw_only=True)
     class Options(method.Options):
-        """The weight of the divergence."""
+        """Weight of the divergence."""
 
-        feature_weight: float = 30000.0
+        feature_weight: NotNegative = 30000.0
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The labels' term and the divergence."""
         loss = pkt_loss(batch.features, batch.rows["teacher_features"])
         return {"ce": self.label_term(batch), "feature": self.options.feature_weight * loss}

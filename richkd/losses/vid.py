@@ -1,6 +1,6 @@
 """Variational information distillation (Ahn et al. 2019, arXiv 1904.05835), on pooled features.
 
-RepDistiller's takes the intermediate feature maps, so its figures are of another method.
+RepDistiller's VID takes intermediate feature maps, so its results are those of another method.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from richkd.core.validation import NotNegative
 from richkd.losses import method
-from richkd.losses.method import Batch, Widths, register
+from richkd.losses.method import Batch, Task, register
 from richkd.losses.relational import FeatureMethod
 
-EPSILON = 1e-5  # the least variance
+EPSILON = 1e-5  # lower bound of the variance
 FIRST_VARIANCE = 5.0
 
 
 class VIDLoss(nn.Module):
-    """−log q(t|s) with a Gaussian q: mean by a small network, one variance a teacher channel.
+    """−log q(t|s), q a Gaussian: its mean by a small network, one variance per teacher channel.
 
-    Equations 5 and 6, without the constant; the network is the published code's, three layers with
-    the teacher's width in between and no biases.
+    Equations 5 and 6 without the constant. As in the published code, the network has three layers
+    of the teacher's width and no biases.
     """
 
     def __init__(self, student: int, teacher: int) -> None:
@@ -40,7 +41,7 @@ class VIDLoss(nn.Module):
         self.log_scale = nn.Parameter(torch.full((teacher,), first))
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """[B,F_S] and [B,F_T] -> the mean over samples and channels, an f32 scalar."""
+        """Return the mean over samples and channels of [B,F_S] and [B,F_T]; an f32 scalar."""
         variance = F.softplus(self.log_scale) + EPSILON
         error: Tensor = self.regressor(student.float()) - teacher.detach().float()
         return 0.5 * (error.square() / variance + variance.log()).mean()
@@ -50,20 +51,20 @@ class VIDLoss(nn.Module):
 class VID(FeatureMethod):
     """Variational information distillation (Ahn et al. 2019) on pooled features, not on maps.
 
-    Weighted as in RepDistiller, which takes the intermediate feature maps.
+    The weight is that of RepDistiller, which takes intermediate feature maps.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Options(method.Options):
-        """The weight of the information term."""
+        """Weight of the information term."""
 
-        feature_weight: float = 1.0
+        feature_weight: NotNegative = 1.0
 
-    def __init__(self, options: Options, widths: Widths) -> None:
-        super().__init__(options, widths)
-        self.information = VIDLoss(widths.student, widths.teacher)
+    def __init__(self, options: Options, task: Task) -> None:
+        super().__init__(options, task)
+        self.information = VIDLoss(task.student_dim, task.teacher_dim)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Ahn et al., equation 4 with one layer."""
+        """Return the terms of Ahn et al., equation 4, for one layer."""
         loss = self.information(batch.features, batch.rows["teacher_features"])
         return {"ce": self.label_term(batch), "feature": self.options.feature_weight * loss}

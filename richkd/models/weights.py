@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from richkd.core.errors import RichKDError, first_line
-from richkd.core.files import replacing
+from richkd.core.files import atomic_write
 
 _SHA256 = "richkd-sha256"
 Content = Mapping[str, Any]
@@ -576,6 +576,6 @@ def save_tensors(
     """Write a safetensors file atomically; raise OSError if the disk is full."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     note = {**(metadata or {}), _SHA256: tensors_sha256(plain)}
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         # `save_file` would write a temporary file of its own, which a killed process leaves behind
         temporary.write_bytes(save(plain, note))

@@ -11,7 +11,7 @@ from typing import Any
 
 from richkd.analysis.results import Standing, leaderboard, mean_and_std
 from richkd.analysis.students import read_evaluation
-from richkd.core.files import replacing
+from richkd.core.files import atomic_write
 from richkd.core.progress import Report
 from richkd.report.cost import Cost, student_cost
 from richkd.training.run_folder import Run
@@ -132,7 +132,7 @@ def as_record(row: Row) -> dict[str, Any]:
 
 def write_csv(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Write the leaderboard with a header; settings and seeds are JSON within their cells."""
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(records[0] if records else ["student"])
         for record in records:

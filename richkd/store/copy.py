@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from richkd.core.errors import RichKDError
-from richkd.core.files import home, replacing
+from richkd.core.files import atomic_write, home
 from richkd.store.checksums import intact, read_chunk
 from richkd.store.folder import Folder
 from richkd.store.location import METADATA, Location
@@ -102,7 +102,7 @@ def keep(path: Path, content: bytes) -> None:
         RichKDError: the disk is full, or the folder is not writable.
     """
     try:
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(content)
     except OSError as error:
         with suppress(OSError):

@@ -49,7 +49,7 @@ class Folder(Location):
             return opened.read(count)
 
     def write(self, file: str, content: bytes) -> None:
-        with files.replacing(self.path / file) as temporary:
+        with files.atomic_write(self.path / file) as temporary:
             temporary.write_bytes(content)
 
     def delete(self, file: str) -> None:

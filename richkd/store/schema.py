@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
-from richkd.core.checks import misfit
 from richkd.core.choices import CLIP_PRECISIONS
 from richkd.core.progress import percent
+from richkd.core.validation import find_fault
 from richkd.data.boxes import CLEAN_SHARE
 from richkd.data.entries import DecodingEntry
 from richkd.data.framing import InputEntry, NetworkInput, input_fault
@@ -313,7 +313,8 @@ def raw_bytes(manifest: Manifest) -> int:
 
 def manifest_fault(attributes: Mapping[str, Any]) -> str | None:
     """Return what is wrong with an untrusted manifest, in types or ranges; None if nothing is."""
-    return misfit(attributes, Manifest) or next(_out_of_range(cast(Manifest, attributes)), None)
+    fault = find_fault(attributes, Manifest)
+    return str(fault) if fault else next(_out_of_range(cast(Manifest, attributes)), None)
 
 
 def _out_of_range(manifest: Manifest) -> Iterator[str]:

@@ -89,9 +89,9 @@ def try_student(settings: Distill, source: Source) -> Estimate:
 def method_memory(settings: Distill, student: Estimate, source: Source) -> int:
     """Return the bytes of a method's buffers, such as memory banks."""
     kind, options = method_of(settings)
-    widths = source.widths(student.features, alpha=0.5)  # which may read the images
+    task = source.task(student.features, alpha=0.5)  # which may read the images
     with torch.device("meta"):
-        method = kind(options, widths)
+        method = kind(options, task)
     return sum(buffer.nbytes for buffer in method.buffers())
 
 

@@ -30,9 +30,9 @@ from ray.exceptions import RayError, RaySystemError, RayTaskError
 
 from richkd.config.settings import Distill, Sweep, to_table
 from richkd.core.cpus import usable_cpus
-from richkd.core.errors import RichKDError
+from richkd.core.errors import RichKDError, first_line
 from richkd.core.files import check_unlocked, locked
-from richkd.core.interrupts import RESUMES, Interrupted, deferred, handlers_kept
+from richkd.core.interrupts import RESUMES, Interrupted, deferred, preserved_handlers
 from richkd.core.progress import Report
 from richkd.store.reader import TeacherCache
 from richkd.sweep.board import Board
@@ -129,11 +129,11 @@ def connected(address: str) -> Iterator[str]:
     address = address or os.environ.get("RAY_ADDRESS", "") or "local"
     check_address(address)
     try:
-        with handlers_kept():
+        with preserved_handlers():
             start(address)
         yield "this machine" if address == "local" else f"the Ray cluster at {address}"
     finally:
-        with handlers_kept(), quiet():
+        with preserved_handlers(), quiet():
             ray.shutdown()
 
 
@@ -150,7 +150,7 @@ def start(address: str) -> None:
             logging_level=logging.ERROR,
         )
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:
-        raise _unreachable(address, str(error).splitlines()[0]) from None
+        raise _unreachable(address, first_line(error)) from None
     except SystemExit:  # Ray's answer to SIGTERM
         raise Interrupted(signal.SIGTERM, RESUMES) from None
 
@@ -260,7 +260,7 @@ class RayEngine:
                             continue
                     except RayTaskError as error:
                         if isinstance(error, RaySystemError):  # its arguments could not be read
-                            raise _foreign(str(error.cause)) from None
+                            raise _foreign(error.cause) from None
                         raise  # a bug
                     except RayError as error:
                         self.lose(entry, error, board)
@@ -308,7 +308,7 @@ class RayEngine:
     def lose(self, entry: Entry, error: RayError, board: Board) -> None:
         """Count a lost worker; after too many, the run has failed."""
         self.losses[entry.settings.out] += 1
-        reason = str(error).splitlines()[0].partition(". ")[0]
+        reason = first_line(error).partition(". ")[0]
         if self.losses[entry.settings.out] < ATTEMPTS:
             entry.state = "waiting"
             board.log(f"{entry.label}: its worker was lost ({reason}); another takes over")
@@ -317,9 +317,9 @@ class RayEngine:
             board.log_line(entry)
 
 
-def _foreign(reason: str) -> RichKDError:
+def _foreign(cause: BaseException) -> RichKDError:
     return RichKDError(
-        f"a worker cannot read a run ({reason.splitlines()[0]}); install the same versions of "
+        f"a worker cannot read a run ({first_line(cause)}); install the same versions of "
         f"richkd, Ray and Python on every node",
         code="ray-worker-differs",
     )

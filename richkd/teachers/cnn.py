@@ -32,7 +32,7 @@ from richkd.data.datasets import Dataset
 from richkd.data.framing import NetworkInput
 from richkd.data.inputs import Normalize, make_inputs
 from richkd.data.views import views_tensor
-from richkd.losses import Widths, method_class
+from richkd.losses import Task, method_class
 from richkd.models import check_fit, check_trainable, create_model, forward
 from richkd.models.weights import file_sha256, load_into, read_note, read_weights, save_tensors
 from richkd.training.checkpoint import Progress
@@ -223,7 +223,9 @@ def make_trainer(
     check_fit(model, settings.model, dataset.image_size, num_classes)
     method_type, options = method_class("ce", {})
     labels = dataset.train.labels.to(device)
-    method = method_type(options, Widths(labels=labels, student=0, teacher=0, clip=0, alpha=1.0))
+    method = method_type(
+        options, Task(labels=labels, student_dim=0, teacher_dim=0, clip_dim=0, alpha=1.0)
+    )
     data = Data(
         train=make_inputs(dataset.train.images, device),
         train_labels=labels,

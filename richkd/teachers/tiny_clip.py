@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from richkd.core.interrupts import work_begins
+from richkd.core.interrupts import mark_work_started
 from richkd.training.checkpoint import Checkpoints, Progress
 
 IMAGE_SIZE: Final = 32
@@ -278,7 +278,7 @@ def _optimizer(
 
 def _write(model: nn.Module, config: dict[str, Any], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    work_begins()
+    mark_work_started()
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as workplace:
         part = Path(workplace) / out.name
         part.mkdir()

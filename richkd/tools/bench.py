@@ -30,13 +30,13 @@ from richkd.config import catalog
 from richkd.config.settings import Distill, Precompute
 from richkd.core import fusion
 from richkd.core.cpus import usable_cpus
-from richkd.core.interrupts import work_begins
+from richkd.core.interrupts import mark_work_started
 from richkd.core.progress import Report
 from richkd.core.versions import versions
 from richkd.data.datasets import Dataset, Split
 from richkd.data.inputs import ArrayInputs, Normalize
 from richkd.data.views import PadCropFlip, views_tensor
-from richkd.losses import CRDLoss, Widths, kd_loss, method_class
+from richkd.losses import CRDLoss, Task, kd_loss, method_class
 from richkd.losses.method import TARGET
 from richkd.models import create_model, forward
 from richkd.models.weights import save_tensors
@@ -113,7 +113,7 @@ def run_bench(
         sizes = replace(sizes, steps=10 * sizes.steps, stage_one=100 * sizes.stage_one)
     started = time.perf_counter()
     seconds: dict[str, list[float]] = {}
-    work_begins()
+    mark_work_started()
     with tempfile.TemporaryDirectory(prefix="richkd-bench-") as folder:
         seconds |= time_crd(sizes, where, report)
         seconds |= time_steps(sizes, where, report)
@@ -398,11 +398,11 @@ def new_trainer(
 ) -> Trainer:
     """Return the trainer of a randomly initialised student; settings are those of `Distill`."""
     model = create_model(student, sizes.num_classes)
-    widths = Widths(
+    task = Task(
         labels=data.train_labels.cpu(),
-        student=model.num_features,  # type: ignore[arg-type]
-        teacher=create_model(sizes.teacher, sizes.num_classes).num_features,  # type: ignore[arg-type]
-        clip=CLIP_WIDTH,
+        student_dim=model.num_features,  # type: ignore[arg-type]
+        teacher_dim=create_model(sizes.teacher, sizes.num_classes).num_features,  # type: ignore[arg-type]
+        clip_dim=CLIP_WIDTH,
         alpha=0.7,
     )
     kind, resolved = method_class(method, options)
@@ -416,7 +416,7 @@ def new_trainer(
         eval_every=10**6,
         **settings,
     )
-    return Trainer(model, kind(resolved, widths), data, chosen, device)
+    return Trainer(model, kind(resolved, task), data, chosen, device)
 
 
 def endless(trainer: Trainer, source: EpochRows) -> Iterator[int]:

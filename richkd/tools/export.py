@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from richkd.core.errors import RichKDError, local_path
-from richkd.core.files import check_replaceable, replacing
+from richkd.core.files import atomic_write, check_replaceable
 from richkd.core.ownership import is_export
 from richkd.training.run_folder import complete_run, load_student
 
@@ -79,7 +79,7 @@ def export(
     batches = [torch.rand(n, 3, side, side, generator=generator) for n in (2, 5)]
     with torch.no_grad():
         expected = [student(batch) for batch in batches]
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         if kind == "onnx":
             found = write_onnx(student, batches, temporary, labels)
         else:

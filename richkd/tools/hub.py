@@ -9,6 +9,7 @@ huggingface_hub chooses the token, its cache and the host (HF_TOKEN, HF_HOME, HF
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from richkd.core.errors import RichKDError, first_line, local_path
-from richkd.core.files import check_unlocked, check_writable, escaped, locked
+from richkd.core.files import check_unlocked, check_writable, locked
 from richkd.core.progress import Report
 from richkd.core.versions import richkd_version
 from richkd.models.weights import read_safetensors
@@ -243,7 +244,7 @@ def _work_folder(target: Path, commit: str) -> Iterator[Path]:
     It survives an interruption, to resume from, but not an error, and not another commit.
     """
     folder = target.with_name(f".{target.name}.{commit[:12]}.pull")
-    for other in target.parent.glob(f".{escaped(target.name)}.*.pull"):
+    for other in target.parent.glob(f".{glob.escape(target.name)}.*.pull"):
         if other != folder:
             shutil.rmtree(other, ignore_errors=True)
     try:

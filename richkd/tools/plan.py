@@ -27,10 +27,10 @@ from torch import Tensor
 
 from richkd.config import catalog
 from richkd.config.settings import Precompute, TrainTeacher, resolve
-from richkd.core.checks import fits, hints
 from richkd.core.errors import RichKDError
-from richkd.core.interrupts import work_begins
+from richkd.core.interrupts import mark_work_started
 from richkd.core.progress import Report, duration, size
+from richkd.core.validation import find_fault, hints
 from richkd.core.versions import versions
 from richkd.data.datasets import Dataset, ImageFiles, Split, introduce, load_dataset
 from richkd.data.decoding import Decoding
@@ -126,7 +126,7 @@ def plan(
         RichKDError: anything the user can fix.
     """
     device = choose_device(settings.device)
-    work_begins()
+    mark_work_started()
     with tempfile.TemporaryDirectory(prefix="richkd-plan-") as folder:
         dataset, counts = sample_of(settings, known, Path(folder), most, report)
         settings = settings.for_size(dataset.image_size)
@@ -379,8 +379,8 @@ def read_pace(file: Path, here: Pace) -> Pace:
         found = json.loads(file.read_text(encoding="utf-8"))["pace"]
         found.setdefault("teacher_size", found["image_size"])  # older plans lack it
         for name, hint in hints(Pace).items():
-            if not fits(found[name], hint):
-                raise ValueError(f"{name} is {found[name]!r}")
+            if (fault := find_fault(found[name], hint, name)) is not None:
+                raise ValueError(fault)
         there = Pace(**found)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RichKDError(

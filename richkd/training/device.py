@@ -9,7 +9,7 @@ import sys
 import torch
 
 from richkd.core.cpus import usable_cpus
-from richkd.core.errors import RichKDError
+from richkd.core.errors import RichKDError, first_line
 from richkd.core.memory import available_memory
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
@@ -27,7 +27,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise RichKDError(
             f"device {name!r} cannot be used: {reason}; try --device cpu", code="device-unusable"
         ) from None

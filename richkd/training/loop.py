@@ -21,7 +21,7 @@ from torch.backends import cudnn
 
 from richkd.config.settings import Training
 from richkd.core.accuracy import accuracy
-from richkd.core.errors import RichKDError
+from richkd.core.errors import RichKDError, first_line
 from richkd.core.seeds import derive_seed
 from richkd.data.inputs import Batches, Normalize
 from richkd.losses.method import Batch, Method
@@ -102,7 +102,7 @@ class Trainer:
         self.parameters = [*model.parameters(), *method.parameters()]
         self.optimizer, self.rate = make_optimizer(self.parameters, settings, device)
         self.objective = make_objective(self.model, self.method, data.normalize, self.half)
-        self.wanted = settings.step
+        self.wanted: str = settings.step
         self.runner: Runner | None = None
         self.ran = "eager"  # the runner of the steps so far, here or before an interruption
         # of a GPU: trainers whose steps take turns draw what each would draw alone
@@ -304,7 +304,7 @@ class Trainer:
         try:
             self.load_state(tensors)
         except (RuntimeError, KeyError, IndexError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise RichKDError(
                 f"the checkpoint in {folder} does not fit this network ({reason}); start over with "
                 f"--overwrite",

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from richkd.config.settings import Distill, recorded_holdout
 from richkd.core.errors import RichKDError
 from richkd.core.files import (
+    atomic_write,
     check_still_locked,
     check_unlocked,
     check_writable,
@@ -38,7 +39,6 @@ from richkd.core.files import (
     locked,
     read_json,
     remove_temporary,
-    replacing,
     to_json,
     write,
     write_json,
@@ -406,7 +406,7 @@ class RunFolder(TrainingFolder):
     def receive(self, files: Mapping[str, bytes]) -> None:
         """Write the `contents` of the same run from another disk; the summary last, as `finish`."""
         for name in sorted(files, key=SUMMARY.__eq__):
-            with replacing(self.path / name) as temporary:
+            with atomic_write(self.path / name) as temporary:
                 temporary.write_bytes(files[name])
         self.checkpoints.remove()
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from richkd.config.settings import Training
-from richkd.core.errors import RichKDError
+from richkd.core.errors import RichKDError, first_line
 from richkd.core.progress import duration
 from richkd.data.inputs import ArrayInputs
 from richkd.training.data import Data, EpochRows, StepBatch
@@ -324,9 +324,9 @@ def _prepared(runner: Runner, otherwise: Runner, order: Tensor, source: EpochRow
             runner.prepare(order, source)
     except Exception as error:  # a network, a method or the compiler may raise anything
         trainer.objective = objective
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         trainer.log(
-            f"the step cannot be {runner.name} ({lines[0]}); continuing with {otherwise.name}"
+            f"the step cannot be {runner.name} ({first_line(error)}); "
+            f"continuing with {otherwise.name}"
         )
         if cuda(trainer.device):
             torch.cuda.empty_cache()

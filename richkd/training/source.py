@@ -17,7 +17,7 @@ from richkd.core.seeds import derive_seed
 from richkd.data.datasets import Split
 from richkd.data.inputs import Normalize, make_inputs
 from richkd.data.views import views_tensor
-from richkd.losses import Widths, method_class, method_options
+from richkd.losses import Task, method_class, method_options
 from richkd.losses.method import TARGET, Method
 from richkd.models import check_fit, check_trainable, create_model
 from richkd.store import pages
@@ -85,14 +85,14 @@ class Source:
             choice=replace(test, ids=chosen.to(self.device)),
         )
 
-    def widths(self, student: int, alpha: float) -> Widths:
-        """Return the sizes that a method depends on, for a student's feature width and an α."""
+    def task(self, student_dim: int, alpha: float) -> Task:
+        """Return what a method is built for, given a student's feature width and an α."""
         clip = self.cache.manifest["clip"]
-        return Widths(
+        return Task(
             labels=self.data.train_labels.cpu(),
-            student=student,
-            teacher=self.cache.manifest["teacher"]["num_features"],
-            clip=clip["num_features"] if clip else 0,
+            student_dim=student_dim,
+            teacher_dim=self.cache.manifest["teacher"]["num_features"],
+            clip_dim=clip["num_features"] if clip else 0,
             alpha=alpha,
         )
 
@@ -137,7 +137,7 @@ class Source:
             rows |= {TARGET: name} if TARGET in reads else {}
         model, num_features = build_student(settings, self.cache)
         alpha = 1.0 if target is None else target.alpha
-        method = method_type(options, self.widths(num_features, alpha))
+        method = method_type(options, self.task(num_features, alpha))
         return Trainer(model, method, data, settings, self.device, log), rows, target
 
     def own(self, shared: EpochRows, rows: Mapping[str, str], seed: int, epoch: int) -> EpochRows:

@@ -16,7 +16,7 @@ import torch
 from helpers import refuses
 
 import richkd
-from richkd.core.files import FRESH_S, is_temporary, replacing
+from richkd.core.files import GRACE_S, atomic_write, is_temporary
 from richkd.models import check_fit
 from richkd.models.weights import (
     file_sha256,
@@ -128,7 +128,7 @@ def test_other_architecture_and_other_classes(tmp_path: Path) -> None:
 def test_nothing_is_left_where_writing_fails(tmp_path: Path) -> None:
     path = tmp_path / "w"
     path.write_text("old")
-    with pytest.raises(ValueError, match="no"), replacing(path) as temporary:
+    with pytest.raises(ValueError, match="no"), atomic_write(path) as temporary:
         temporary.write_text("half")
         raise ValueError("no")
     assert [p.name for p in tmp_path.iterdir()] == ["w"] and path.read_text() == "old"
@@ -151,7 +151,7 @@ def test_what_a_killed_process_was_writing_is_removed_by_the_next(tmp_path: Path
     (left,) = tmp_path.iterdir()
     assert left.stat().st_size == 100_000 and is_temporary(left)
 
-    time.sleep(2 * FRESH_S)
+    time.sleep(2 * GRACE_S)
     subprocess.run([sys.executable, "-c", write, "1000000"], check=True)
     assert [*tmp_path.iterdir()] == [path]
     assert read_weights(path)["a"].shape == (100_000,)

@@ -216,11 +216,11 @@ def test_threads_that_write_one_file_leave_each_other_alone(tmp_path: Path) -> N
     """None takes another's temporary file for one whose process is gone."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from richkd.core.files import replacing
+    from richkd.core.files import atomic_write
 
     def write(number: int) -> None:
         for _ in range(200):
-            with replacing(tmp_path / "a") as temporary:
+            with atomic_write(tmp_path / "a") as temporary:
                 temporary.write_bytes(bytes([number]) * 100)
 
     with ThreadPoolExecutor(8) as pool:

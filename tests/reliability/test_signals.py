@@ -31,8 +31,8 @@ from richkd.core.interrupts import (
     Interrupted,
     deferred,
     interruptible,
+    mark_work_started,
     uninterrupted,
-    work_begins,
 )
 
 SIGNALS = int(os.environ.get("RICHKD_TEST_SIGNALS", "2"))
@@ -479,7 +479,7 @@ def test_an_import_comes_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     monkeypatch.syspath_prepend(tmp_path)
     with answered():
-        work_begins()
+        mark_work_started()
         import made_whole  # type: ignore[import-not-found]
 
         assert made_whole.done

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from richkd.config.settings import Distill
 from richkd.data.inputs import ArrayInputs, Normalize
-from richkd.losses import METHODS, Widths, method_class
+from richkd.losses import METHODS, Task, method_class
 from richkd.losses.method import TARGET, Method
 from richkd.models import create_model
 from richkd.store.topk import keep_top
@@ -40,8 +40,8 @@ def captured(method: str, student: str = "resnet8", compact: bool = False) -> Ca
     model = create_model(student, C)
     width: Any = model.num_features
     kind, options = method_class(method, {})
-    widths = Widths(labels=labels, student=width, teacher=24, clip=32, alpha=0.5)
-    objective = kind(options, widths)
+    task = Task(labels=labels, student_dim=width, teacher_dim=24, clip_dim=32, alpha=0.5)
+    objective = kind(options, task)
     with FakeTensorMode():
         fake(model)
         fake(objective)
