@@ -15,7 +15,6 @@ from helpers import Refusal, changed, tree, write_teacher
 
 import richkd
 from richkd.config.settings import Distill
-from richkd.core.accuracy import accuracy
 from richkd.core.errors import RichKDError
 from richkd.core.progress import Report
 from richkd.distill import distill
@@ -24,7 +23,7 @@ from richkd.store.checksums import take_checksums, write_sealed
 from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
 from richkd.store.schema import array_specs
-from richkd.tools.verify import top1, verify_store
+from richkd.tools.verify import verify_store
 
 Run = Callable[..., Any]
 Fails = Callable[..., Refusal]
@@ -55,13 +54,6 @@ def test_a_good_store_has_no_faults(run: Run, store: Path, shapes_teacher: Path)
     shown = run("verify", store)
     assert shown.code == 0 and shown.out.count("right") == 8
     assert changed(before, tree(store)) == []
-
-
-def test_accuracies_are_counted_as_everywhere_else(rng: np.random.Generator) -> None:
-    for count in (1, 3, 40, 10_007):
-        logits = torch.from_numpy(rng.integers(-3, 4, (count, 7)).astype(np.float16))  # many tie
-        labels = torch.from_numpy(rng.integers(0, 7, count))
-        assert top1(logits, labels) == accuracy(logits, labels, 1)
 
 
 @pytest.mark.slow
