@@ -9,6 +9,7 @@ only parsed by the command line. The README's two `sh` blocks are run by CI itse
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import shlex
 import shutil
@@ -248,6 +249,18 @@ def test_both_stages_in_the_open(tmp_path: Path) -> None:
     top1 = dict(line.removesuffix(" %").split(": ") for line in done.stdout.splitlines())
     assert len(top1) == 6
     assert float(top1["student by RichKD L"]) > 10  # chance is 6.25
+
+
+# --- names and paths -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
+def test_modules_and_files_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"`(richkd(?:\.\w+)+)`", text):
+        assert pkgutil.resolve_name(name), name
+    for file in re.findall(r"`((?:richkd|tests|docs)/[\w/.-]+)`", text):
+        assert (ROOT / file.replace("/NAME.toml", "")).exists(), file
 
 
 # --- the README ----------------------------------------------------------------------------------
