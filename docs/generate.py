@@ -1,4 +1,4 @@
-"""Generate the parts of the documentation that come from the code, as Markdown."""
+"""The parts of the documentation that are read off the code, as Markdown."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from richkd.losses import METHODS, describe_method
 
 
 def write_all(folder: Path) -> None:
-    """Write each part that changed, so that only its page is rebuilt."""
+    """Write every part that changed, so that only its page is built again."""
     folder.mkdir(exist_ok=True)
     for name, part in (
         ("settings", settings),
@@ -36,10 +36,10 @@ def write_all(folder: Path) -> None:
 
 
 def settings() -> Iterator[str]:
-    """Describe every key of a recipe."""
+    """Every key of a recipe."""
     for section in ("train-teacher", "precompute", "distill", "sweep"):
         kind = SECTIONS[section]
-        yield f"### `[{section}]`\n\n| key | type | default | meaning |\n|---|---|---|---|"
+        yield f"### `[{section}]`\n\n| key | type | default | what |\n|---|---|---|---|"
         for field in dataclasses.fields(kind):
             default = _default(field)
             what = _cell(describe(kind, field.name))
@@ -67,8 +67,8 @@ def _type(hint: Any) -> str:
 
 
 def methods() -> Iterator[str]:
-    """List the distillation methods with their options."""
-    yield "| method | description | matches | options and defaults |\n|---|---|---|---|"
+    """The distillation methods with their options."""
+    yield "| method | what | matches | options and defaults |\n|---|---|---|---|"
     for name in sorted(METHODS):
         entry = describe_method(name)
         options = ", ".join(
@@ -82,8 +82,8 @@ def methods() -> Iterator[str]:
 
 
 def recipe_table() -> Iterator[str]:
-    """List the packaged recipes with their published figures."""
-    yield "| recipe | description | last epoch | best epoch on the test images | unknown epoch |"
+    """The recipes that richkd brings along."""
+    yield "| recipe | what | last epoch | best epoch on the test images | epoch not known |"
     yield "|---|---|---|---|---|"
     for path in sorted(recipes.packaged().glob("*.toml")):
         recipe = recipes.load(str(path))
@@ -99,7 +99,7 @@ def recipe_table() -> Iterator[str]:
 
 
 def commands() -> Iterator[str]:
-    """Repeat the help of every command."""
+    """Every command as its help has it."""
     group: Any = typer.main.get_command(app)
     context = typer.Context(group)
     for name in group.list_commands(context):
@@ -107,7 +107,7 @@ def commands() -> Iterator[str]:
         yield f"## richkd {name}\n\n{_plain(command.help)}\n"
         examples = _plain(command.epilog).split("\n\n")[1:]
         yield "```console\n" + "\n".join(f"$ {example}" for example in examples) + "\n```\n"
-        yield "| option | meaning |\n|---|---|"
+        yield "| option | what |\n|---|---|"
         for parameter in command.params:
             if parameter.name == "help":
                 continue
@@ -119,7 +119,7 @@ def commands() -> Iterator[str]:
 
 
 def examples() -> Iterator[str]:
-    """Show the example files, each titled by its docstring."""
+    """The example files, each under what it says of itself."""
     for path in sorted((Path(__file__).parent / "examples").glob("*.py")):
         source = path.read_text(encoding="utf-8")
         about = ast.get_docstring(ast.parse(source)) or path.stem
