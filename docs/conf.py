@@ -1,4 +1,4 @@
-"""Sphinx: pages in Markdown, the API from docstrings, settings and commands from the code."""
+"""Sphinx configuration: pages in Markdown, the API from docstrings, settings from the code."""
 
 import sys
 from pathlib import Path
@@ -33,7 +33,7 @@ linkcheck_timeout = 20
 
 
 def setup(app: Any) -> None:
-    """Pages written from the code, and equations as MathML: no script, no network."""
+    """Generate pages from the code and render equations as MathML, without scripts or network."""
     app.connect("builder-inited", lambda _: generate.write_all(Path(__file__).parent / "generated"))
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
 

@@ -128,7 +128,7 @@ def examples() -> Iterator[str]:
         about = ast.get_docstring(ast.parse(source)) or path.stem
         title, _, rest = about.partition(": ")
         code = source.split('"""', 2)[2].strip()
-        yield f"## {title}\n\n{rest[:1].upper()}{rest[1:]}\n\n```python\n{code}\n```\n"
+        yield f"### {title}\n\n{rest[:1].upper()}{rest[1:]}\n\n```python\n{code}\n```\n"
 
 
 def _plain(text: str) -> str:

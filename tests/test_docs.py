@@ -1,13 +1,15 @@
-"""The documentation: it builds without a warning, its links lead somewhere, its commands work.
+"""The documentation builds without a warning, its links resolve, and its commands work.
 
-A fence says what it is. `python` runs. Commands are `bash` and run too, page by page in one folder,
-unless the line before says what they need (`<!-- network -->`, `<!-- gpu -->`) or which test runs
-them (`<!-- tested: FILE -->`); those are still parsed by the command line. The README's two `sh`
-blocks are what CI itself runs. `text` and `toml` are shown only.
+The kind of a fenced block says how it is tested. `python` blocks run. `bash` blocks contain richkd
+commands and run too, page by page in one folder, unless the line before names what they need
+(`<!-- network -->`, `<!-- gpu -->`) or the test that runs them (`<!-- tested: FILE -->`); those are
+only parsed by the command line. The README's two `sh` blocks are run by CI itself. `text` and
+`toml` blocks are not run.
 """
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import shlex
 import shutil
@@ -61,7 +63,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(block: Block) -> list[list[str]]:
-    """The commands of a block, words apart."""
+    """Return the commands of a block, each split into words."""
     lines = block.code.replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
@@ -99,7 +101,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Links(HTMLParser):
-    """What a page points to, what it loads, and the anchors that it has."""
+    """The link targets, loaded resources and anchors of a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +121,7 @@ class Links(HTMLParser):
 
 
 @pytest.mark.slow
-def test_links_lead_somewhere_and_nothing_is_loaded_from_the_network(site: Path) -> None:
+def test_links_resolve_and_nothing_is_loaded_from_the_network(site: Path) -> None:
     pages = {}
     for file in site.rglob("*.html"):
         pages[file] = Links()
@@ -132,10 +134,10 @@ def test_links_lead_somewhere_and_nothing_is_loaded_from_the_network(site: Path)
             if re.match(r"[a-z]+:", target):
                 continue
             path, _, anchor = target.partition("#")
-            there = (file.parent / path.partition("?")[0]).resolve() if path else file
-            assert there.exists(), f"{file.name}: {target}"
-            if anchor and there.suffix == ".html":
-                assert anchor in pages[there].anchors, f"{file.name}: {target}"
+            linked = (file.parent / path.partition("?")[0]).resolve() if path else file
+            assert linked.exists(), f"{file.name}: {target}"
+            if anchor and linked.suffix == ".html":
+                assert anchor in pages[linked].anchors, f"{file.name}: {target}"
             checked += 1
     assert checked > 200
 
@@ -157,14 +159,14 @@ def test_the_site_has_every_key_method_command_and_public_name(site: Path) -> No
     assert "<math" in (site / "method.html").read_text()
 
 
-# --- what is in fences ---------------------------------------------------------------------------
+# --- fenced blocks -------------------------------------------------------------------------------
 
 
 def group() -> Any:
     return typer.main.get_command(app)
 
 
-def test_every_fence_says_what_it_is() -> None:
+def test_every_block_has_a_known_kind_and_mark() -> None:
     for block in ALL:
         where = f"{block.page.relative_to(ROOT)}: {block.code[:60]!r}"
         assert block.kind in {*SHOWN, "python", "bash", "sh"}, where
@@ -190,7 +192,7 @@ def test_every_fence_says_what_it_is() -> None:
     ],
     ids=" ".join,
 )
-def test_every_command_that_is_shown_parses(words: list[str]) -> None:
+def test_every_command_parses(words: list[str]) -> None:
     if words[1].startswith("--"):
         return
     command = group().get_command(typer.Context(group()), words[1])
@@ -198,7 +200,7 @@ def test_every_command_that_is_shown_parses(words: list[str]) -> None:
     assert command.make_context(words[1], words[2:])
 
 
-def test_the_recipe_that_is_shown_is_one(tmp_path: Path) -> None:
+def test_every_recipe_loads(tmp_path: Path) -> None:
     shown = [block for block in ALL if block.kind == "toml"]
     assert shown
     for block in shown:
@@ -213,14 +215,14 @@ def test_the_recipe_that_is_shown_is_one(tmp_path: Path) -> None:
     [page for page in PAGES if page.name != "CONTRIBUTING.md"],
     ids=lambda page: f"{page.parent.name}-{page.stem}",
 )
-def test_what_a_page_shows_runs(
+def test_the_blocks_of_a_page_run(
     page: Path,
     store: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     run: Callable[..., Any],
 ) -> None:
-    """In a folder where the store that pages speak of stands in for that of CIFAR-100."""
+    """Run them in a folder in which a small cache stands in for the one of CIFAR-100."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(store, tmp_path / "cache" / "cifar100.zarr")
     for block in blocks(page):
@@ -234,3 +236,38 @@ def test_what_a_page_shows_runs(
                 assert words[0] == "richkd", words
                 outcome = run(*words[1:])
                 assert outcome.code == 0, f"{words}\n{outcome.err}"
+
+
+@pytest.mark.slow
+def test_both_stages_in_the_open(tmp_path: Path) -> None:
+    script = ROOT / "docs" / "two_stages.py"
+    assert len(script.read_text(encoding="utf-8").splitlines()) <= 150
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    top1 = dict(line.removesuffix(" %").split(": ") for line in done.stdout.splitlines())
+    assert len(top1) == 6
+    assert float(top1["student by RichKD L"]) > 10  # chance is 6.25
+
+
+# --- names and paths -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
+def test_modules_and_files_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"`(richkd(?:\.\w+)+)`", text):
+        assert pkgutil.resolve_name(name), name
+    for file in re.findall(r"`((?:richkd|tests|docs)/[\w/.-]+)`", text):
+        assert (ROOT / file.replace("/NAME.toml", "")).exists(), file
+
+
+# --- the README ----------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short_and_its_links_resolve() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 1300
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (ROOT / target).is_file(), target

@@ -1,4 +1,4 @@
-"""PyTorch Lightning: a module of one's own, and a fresh view of every sample each epoch."""
+"""PyTorch Lightning: a module of your own, and another view of every sample in each epoch."""
 
 import lightning
 import torch

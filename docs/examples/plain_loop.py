@@ -1,4 +1,4 @@
-"""A plain PyTorch loop: KD from the fused logits, one view of every sample an epoch."""
+"""A plain PyTorch loop: KD from the fused logits, one view of every sample per epoch."""
 
 import torch
 from torch.utils.data import DataLoader

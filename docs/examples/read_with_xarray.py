@@ -1,4 +1,4 @@
-"""The store with xarray alone: arrays have named dimensions, and are read when they are used."""
+"""A cache with xarray alone: arrays have named dimensions and are read when they are used."""
 
 import xarray
 

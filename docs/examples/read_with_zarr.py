@@ -1,12 +1,12 @@
-"""The store with zarr alone: accuracy of each teacher, and another blend by arithmetic."""
+"""A cache with zarr alone: the accuracy of each teacher, and other blends by arithmetic."""
 
 import numpy as np
 import zarr
 
-store = zarr.open_group("cache/shapes.zarr", mode="r")
-labels = store["test/labels"][:]
-teacher = store["test/teacher_logits"][:].astype(np.float32)
-clip = store.attrs["clip"]["logit_scale"] * store["test/clip_similarity"][:]
+cache = zarr.open_group("cache/shapes.zarr", mode="r")
+labels = cache["test/labels"][:]
+teacher = cache["test/teacher_logits"][:].astype(np.float32)
+clip = cache.attrs["clip"]["logit_scale"] * cache["test/clip_similarity"][:]
 
 for alpha in (0.0, 0.3, 0.7, 1.0):
     fused = alpha * teacher + (1 - alpha) * clip

@@ -1,4 +1,4 @@
-"""timm's training step: its network, optimizer, schedule and moving average around the KD loss."""
+"""timm's training step: its network, optimizer, schedule and weight averaging with the KD loss."""
 
 import timm
 import torch
