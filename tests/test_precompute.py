@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tree, write_clip, write_teacher
+from helpers import refuses, tree, write_clip, write_teacher
 
 import richkd
 from richkd.config.settings import Images
@@ -443,9 +443,6 @@ def test_precisions_that_do_not_exist_or_are_not_there(
         raise RuntimeError(f"{device} does not support {dtype}.\nAt all.")
 
     monkeypatch.setattr(torch, "autocast", lacks)
-    with pytest.raises(RichKDError) as raised:
+    values = "'bfloat16'", "cpu does not support torch.bfloat16", "float32, bfloat16, float16"
+    with refuses("clip-precision-unsupported", *values):
         make_store(clip_precision="bfloat16")
-    assert str(raised.value) == (
-        "clip_precision = 'bfloat16': cpu does not have it (cpu does not support torch.bfloat16.); "
-        "choose another of float32, bfloat16, float16"
-    )
