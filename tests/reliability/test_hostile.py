@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tree
+from helpers import Refusal, refuses, tree
 
 from richkd.models.weights import save_tensors
 from richkd.store.checksums import metadata_digest, write_sealed
@@ -22,7 +22,7 @@ from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
 
 Run = Callable[..., Any]
-Fails = Callable[..., str]
+Fails = Callable[..., Refusal]
 pytestmark = pytest.mark.fault
 
 
@@ -69,7 +69,7 @@ def test_pickle_bombs_as_teacher_weights(
             "--out",
             tmp_path / "s.zarr",
         )
-        assert "refused to read" in line and "could run code" in line
+        assert line.code == "weights-unsafe"
         fails("verify", store, "--teacher", file)
     assert not crater.exists() and not (tmp_path / "s.zarr").exists()
 
@@ -145,7 +145,7 @@ def test_pickle_bombs_as_a_checkpoint_and_as_weights_of_a_run(
     assert "no checkpoint in" in fails(*words, "--resume")
     assert run(*words, "--overwrite").code == 0
     shutil.copy(files[1], tmp_path / "run" / "last.safetensors")
-    assert "no safetensors file" in fails("export", tmp_path / "run")
+    assert fails("export", tmp_path / "run").code == "weights-damaged"
     assert not crater.exists()
 
 
@@ -201,13 +201,12 @@ def test_names_with_markup_and_paths(run: Run, fails: Fails, store: Path, tmp_pa
 
 def test_archive_members_do_not_leave_their_folder(store: Path, tmp_path: Path) -> None:
     """Names of tensors are no paths: a file of weights with such names is only another network."""
-    from richkd.core.errors import RichKDError
     from richkd.models import create_model
     from richkd.models.weights import load_into, read_weights
 
     path = tmp_path / "w.safetensors"
     save_tensors(path, {"../../outside": torch.ones(2)})
-    with pytest.raises(RichKDError, match="another architecture"):
+    with refuses("weights-other-architecture", path):
         load_into(create_model("resnet8", 16), read_weights(path), "resnet8", path)
     assert list(tree(tmp_path)) == ["w.safetensors"]
 
