@@ -124,6 +124,20 @@ Resume = Annotated[bool, typer.Option("--resume", help="resume an interrupted ru
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON and nothing else")]
 DataRoot = Annotated[str | None, option(Precompute, "data_root")]
 Device = Annotated[str | None, option(Distill, "device")]
+Weights = Annotated[str, typer.Option(help="last or best")]
+Threshold = Annotated[
+    float, typer.Option(help="top probability above which a prediction counts as confident")
+]
+Corruptions = Annotated[
+    bool,
+    typer.Option(
+        "--corruptions",
+        help=plain(
+            "15 corruptions at five severities: from DATA_ROOT/CIFAR-100-C or -10-C, else "
+            "computed (richkd[corruptions])"
+        ),
+    ),
+]
 
 
 def _refuse_validation(share: float | None) -> None:
@@ -361,9 +375,7 @@ def verify(
 )
 def analyze(
     cache: Annotated[str, path_argument(help="a complete cache")],
-    threshold: Annotated[
-        float, typer.Option(help="top probability above which a prediction counts as confident")
-    ] = 0.8,
+    threshold: Threshold = 0.8,
     split: Annotated[str, typer.Option(help="test, train (its first view) or validation")] = "test",
     out: Annotated[
         str | None,
@@ -567,24 +579,13 @@ def evaluate(
         list[str],
         path_argument(help="complete runs on one dataset; the others are compared with the first"),
     ],
-    weights: Annotated[str, typer.Option(help="last or best")] = "last",
-    threshold: Annotated[
-        float, typer.Option(help="top probability above which a prediction counts as confident")
-    ] = 0.8,
+    weights: Weights = "last",
+    threshold: Threshold = 0.8,
     limit: Annotated[
         int | None,
         typer.Option(help="use only the first N test images, of those on which no run chose its α"),
     ] = None,
-    corruptions: Annotated[
-        bool,
-        typer.Option(
-            "--corruptions",
-            help=plain(
-                "15 corruptions at five severities: from DATA_ROOT/CIFAR-100-C or -10-C, else "
-                "computed (richkd[corruptions])"
-            ),
-        ),
-    ] = False,
+    corruptions: Corruptions = False,
     corruption_files: Annotated[
         str | None, path_option(help="corruptions from this folder, in the layout of CIFAR-100-C")
     ] = None,
@@ -638,7 +639,7 @@ def evaluate(
 def export(
     run: Annotated[str, path_argument(help="a complete run")],
     kind: Annotated[str, typer.Option("--format", help="onnx or torch (torch.export)")] = "onnx",
-    weights: Annotated[str, typer.Option(help="last or best")] = "last",
+    weights: Weights = "last",
     out: Annotated[
         str | None, path_option(help="file; default student.onnx in the run folder")
     ] = None,

@@ -8,10 +8,26 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1] / "richkd"
 # From the bottom up: a room imports from itself and from those before it.
 ROOMS = [
-    "core", "config", "data", "models", "losses", "store", "training", "teachers",
-    "precompute", "distill", "analysis", "sweep", "report", "tools", "run", "demo",
-    "__init__", "cli", "__main__",
-]  # fmt: skip
+    "core",
+    "config",
+    "data",
+    "models",
+    "losses",
+    "store",
+    "training",
+    "teachers",
+    "precompute",
+    "distill",
+    "analysis",
+    "sweep",
+    "report",
+    "tools",
+    "run",
+    "demo",
+    "__init__",
+    "cli",
+    "__main__",
+]
 AT_THE_ROOT = 8
 
 
