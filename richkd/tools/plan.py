@@ -121,9 +121,6 @@ def plan(
 
     Returns:
         The dataset's counts, the passes, the pace, the bytes of each array, and the options.
-
-    Raises:
-        RichKDError: anything the user can fix.
     """
     device = choose_device(settings.device)
     mark_work_started()
@@ -152,17 +149,23 @@ def plan(
         "num_classes": len(dataset.class_names),
         "image_size": dataset.image_size,
         "about": tried.about,
-        "passes": {
-            "cnn": train * chosen.views + test,
-            "clip": train + test if texts else 0,
-            "texts": texts,
-        },
+        "passes": count_passes(counts, chosen.views, texts),
         "pace": asdict(pace),
         "arrays": {name: round(count) for name, count in arrays.items()},
         **{key: value for key, value in asdict(chosen).items() if key != "chosen"},
         "usd_a_gb_month": price,
         "options": [asdict(each) for each in options],
         "versions": versions(),
+    }
+
+
+def count_passes(counts: tuple[int, int], views: int, texts: int) -> dict[str, int]:
+    """Return the forward passes of each network, given the sizes of both splits."""
+    train, test = counts
+    return {
+        "cnn": train * views + test,
+        "clip": train + test if texts else 0,
+        "texts": texts,
     }
 
 
