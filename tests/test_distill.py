@@ -405,7 +405,7 @@ def test_bad_settings_leave_nothing(store: Path, make_store: Make, tmp_path: Pat
         with refuses(code, value):
             train(store, tmp_path / "run", **settings)
         assert not (tmp_path / "run").exists(), settings
-    with refuses("cache-without-clip", "--clip none"):
+    with refuses("array-absent", "--clip none"):
         train(make_store(clip="none"), tmp_path / "run", method="richkd-f")
     assert not (tmp_path / "run").exists()
 

@@ -249,7 +249,7 @@ def test_targets_of_a_store_without_clip(make_store: Make, tmp_path: Path) -> No
         {"method": "kd", "target": "fused", "clip_head": "probe"},
         {"method": "richkd-f", "target": ""},
     ):
-        with refuses("cache-without-clip", "--clip none", "--method kd"):
+        with refuses("array-absent", "--clip none", "--method kd"):
             train(bare, tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
 
