@@ -504,7 +504,7 @@ def test_without_a_terminal_a_sweep_says_lines(
         ("--students resnet8 --concurrent 0", "value-out-of-range", "concurrent = 0"),
         ("--students resnet8 --halving 1", "value-out-of-range", "halving = 1"),
         ("--students resnet8 --alpha 0.5,x", "value-malformed", "alpha = 'x'"),
-        ("--students resnet8 --alpha 1.5", "value-out-of-range", "alpha = 1.5"),
+        ("--students resnet8 --alpha 1.5", "value-out-of-range", "= 1.5"),
         ("--students resnet8,crossvit_9_240", "model-does-not-fit", "crossvit_9_240"),
         ("--students resnet8 --cache none.zarr", "cache-missing", "none.zarr"),
     ],

@@ -528,7 +528,7 @@ student = "resnet8"
 method = "kd"
 epochs = 1
 """)
-    for said in ("by --teacher-classes natural", "is there already"):
+    for said in ("by --teacher-classes natural", "is up to date"):
         done = run("run", "r.toml", "--device", "cpu")
         assert done.code == 0 and said in done.err, done.err
     assert read_manifest(tmp_path / "s.zarr")["teacher"]["accuracy"] == 1

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from safetensors import safe_open
 from test_distill import metrics, same, train, weights
 
 from richkd.config.settings import Distill
+from richkd.core.choices import Step
 from richkd.core.progress import Report
 from richkd.models import create_model
 from richkd.training import runners
@@ -185,7 +186,7 @@ def test_what_cannot_be_asked_for(store: Path, tmp_path: Path, fails: Fails) -> 
     assert all(value in line for value in ("'captured'", "cpu", "--step"))
     assert not (tmp_path / "a").exists()
     line = fails("distill", *common, "--step", "graphs")
-    assert line.code == "unknown-name" and "auto, captured, compiled, eager" in line
+    assert line.code == "unknown-name" and all(step in line for step in get_args(Step))
     line = fails(
         "train-teacher",
         "--dataset",
