@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import NoReturn
 
 from richkd.core import cpus, streams
@@ -42,7 +42,11 @@ def closing_line(arguments: Sequence[str]) -> str:
     return interrupt.RESUMES if command in RESUMED else "interrupted; rerun it from the start"
 
 
-def prepare_threads() -> None:
+def prepare_threads(
+    environment: MutableMapping[str, str] = os.environ,
+    assigned: int | None = None,
+    usable: int | None = None,
+) -> None:
     """Tell OpenMP, before PyTorch loads it, how many threads to use and how they wait.
 
     By default a thread of GNU OpenMP spins for about a millisecond before it sleeps; beside one
@@ -50,10 +54,11 @@ def prepare_threads() -> None:
     few microseconds costs a few per cent of a step on an idle machine. OpenMP also ignores the CPU
     quota of a container.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    if cpus.usable_cpus() < cpus.assigned_cpus():
-        os.environ.setdefault("OMP_NUM_THREADS", str(cpus.usable_cpus()))
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", "1000")
+    usable = usable or cpus.usable_cpus()
+    if usable < (assigned or cpus.assigned_cpus()):
+        environment.setdefault("OMP_NUM_THREADS", str(usable))
 
 
 if __name__ == "__main__":

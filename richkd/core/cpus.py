@@ -16,13 +16,20 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
 
 
-def usable_cpus() -> int:
+def usable_cpus(
+    assigned: int | None = None, membership: Path = MEMBERSHIP, groups: Path = CGROUPS
+) -> int:
     """Return the number of CPUs that this process may use: its affinity, limited by its quota.
 
     A batch system or `taskset` sets the affinity, `docker run --cpus` or Kubernetes the quota of
     the control group. A fraction of a CPU counts as one.
+
+    Args:
+        assigned: the size of the affinity mask, if known.
+        membership: the file that names the process's control groups.
+        groups: the folder in which control groups are mounted.
     """
-    return max(1, min([assigned_cpus(), *map(math.ceil, _quotas())]))
+    return max(1, min([assigned or assigned_cpus(), *map(math.ceil, _quotas(membership, groups))]))
 
 
 @contextmanager
@@ -44,23 +51,23 @@ def assigned_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _quotas() -> Iterator[float]:
+def _quotas(membership: Path, groups: Path) -> Iterator[float]:
     """Yield the CPU quotas of this process's control groups (v1 and v2) and of their parents.
 
     In a container the paths may be those of the host.
     """
     try:
-        lines = MEMBERSHIP.read_text(encoding="utf-8").splitlines()
+        lines = membership.read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         return
     for line in lines:
         _, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if not controllers:
-            for folder in _with_parents(CGROUPS, group):
+            for folder in _with_parents(groups, group):
                 yield from _quota(folder / "cpu.max")
         elif "cpu" in controllers.split(","):
-            for mount in (CGROUPS / controllers, CGROUPS / "cpu"):
+            for mount in (groups / controllers, groups / "cpu"):
                 for folder in _with_parents(mount, group):
                     yield from _quota(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
 

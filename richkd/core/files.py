@@ -191,12 +191,12 @@ def check_writable(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, lease_s: float = LEASE_S) -> Iterator[None]:
     """Lock a cache or a run folder for writing; the lock ends with the process.
 
     On file systems without flock (some Lustre, FUSE and NFS) the lock is a lease: a file that its
     holder keeps renewing. The lease of a dead process on this machine is void at once, that of one
-    on another machine after `LEASE_S` without renewal.
+    on another machine after `lease_s` without renewal.
 
     Raises:
         RichKDError: another process holds the lock.
@@ -205,7 +205,7 @@ def locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     note = _lock_file(path)
     if _flock_is_missing(path):
-        with _leased(path, note):
+        with _leased(path, note, lease_s):
             yield
         return
     lock = FileLock(note)
@@ -225,9 +225,9 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _leased(path: Path, note: Path) -> Iterator[None]:
-    lease = SoftFileLease(note, lease_duration=LEASE_S)
-    first, patience = _stamp(note), time.monotonic() + 1.5 * LEASE_S
+def _leased(path: Path, note: Path, lease_s: float) -> Iterator[None]:
+    lease = SoftFileLease(note, lease_duration=lease_s)
+    first, patience = _stamp(note), time.monotonic() + 1.5 * lease_s
     while True:
         try:
             lease.acquire(timeout=0)
@@ -236,7 +236,7 @@ def _leased(path: Path, note: Path) -> Iterator[None]:
             renewed = _stamp(note) != first
             if renewed or time.monotonic() > patience:
                 raise _locked_by(path, note) from None
-        time.sleep(min(0.2, LEASE_S / 10))
+        time.sleep(min(0.2, lease_s / 10))
     _leases[path] = lease
     try:
         yield
@@ -260,14 +260,14 @@ def check_still_locked(path: Path) -> None:
         )
 
 
-def check_unlocked(path: Path) -> None:
+def check_unlocked(path: Path, lease_s: float = LEASE_S) -> None:
     """Check that no other process is writing to a path.
 
     Raises:
         RichKDError: another process is.
     """
     if _lock_file(path).exists():
-        with locked(path):
+        with locked(path, lease_s):
             pass
 
 

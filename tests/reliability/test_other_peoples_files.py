@@ -1,4 +1,4 @@
-"""What others have written is neither replaced nor deleted, and refusals come first."""
+"""Files of others are neither replaced nor deleted, and refusals come before any change."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import changed, tree, write_teacher
+from forked import interrupted
+from helpers import changed, refuses, tree, write_teacher
 from safetensors.torch import save_file
 
-from richkd.core.errors import RichKDError, local_path
+from richkd.core.errors import local_path
 from richkd.core.ownership import is_export
 
 Run = Callable[..., Any]
-Fails = Callable[..., str]
+Fails = Callable[..., Any]
+SAVE = "richkd.training.checkpoint:Checkpoints.save"
 STUDENT = (
     "--student",
     "resnet8",
@@ -54,7 +56,7 @@ def trained(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mine(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of which the test may do what it likes, in the working folder."""
+    """A copy of a run in the working folder, which the test may change."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained, "mine")
     return Path("mine")
@@ -78,12 +80,12 @@ def test_a_folder_that_is_no_run_stays_as_it_is(
     for name, text in files.items():
         (folder / name).write_text(text)
     before = tree(folder)
-    said = fails("distill", "--cache", store, *STUDENT, "--out", folder, *flag)
-    assert "[foreign-file]" in said or "[run-cache-differs]" in said
+    line = fails("distill", "--cache", store, *STUDENT, "--out", folder, *flag)
+    assert line.code == "foreign-file" and str(folder) in line
     assert tree(folder) == before
 
 
-def test_what_lies_in_a_run_that_is_begun_anew_stays(run: Run, store: Path, mine: Path) -> None:
+def test_other_files_in_a_run_that_is_overwritten_stay(run: Run, store: Path, mine: Path) -> None:
     shutil.copytree(mine, mine / "another")
     theirs = {
         "notes.txt": "precious",
@@ -110,13 +112,11 @@ def test_what_lies_in_a_run_that_is_begun_anew_stays(run: Run, store: Path, mine
         "metrics.jsonl",
         "summary.json",
     }
-    assert "evaluation.json" not in now  # it told of the run of before
+    assert "evaluation.json" not in now  # it described the replaced run
     assert now["best.safetensors"] != b"to be replaced"
 
 
-def test_refusals_come_before_anything_is_thrown_away(
-    fails: Fails, store: Path, mine: Path
-) -> None:
+def test_refusals_come_before_anything_is_deleted(fails: Fails, store: Path, mine: Path) -> None:
     before = tree(mine)
     for words in (
         ("--student", "resnet9"),
@@ -168,7 +168,8 @@ def test_a_store_with_other_files_is_not_replaced(
         copy,
         "--overwrite",
     )
-    assert f"files that are not of the store ({file})" in fails(*words)
+    line = fails(*words)
+    assert line.code == "foreign-file" and file in line and str(copy) in line
     assert tree(copy) == before
     (copy / file).unlink()
     done = run(*words)
@@ -239,8 +240,8 @@ def test_weights_that_richkd_did_not_train_stay(fails: Fails, tmp_path: Path) ->
         tmp_path / "u.safetensors",
     ):
         for flag in ((), ("--overwrite",)):
-            said = fails(*words, path, *flag)
-            assert "was not written by richkd" in said or "is not a training of a teacher" in said
+            line = fails(*words, path, *flag)
+            assert line.code == "foreign-file" and path.stem in line
             assert tree(tmp_path) == before, path
 
 
@@ -258,7 +259,8 @@ def test_pages_and_exports_of_others_stay(
         for name in names:
             (mine / name).write_text("<title>my thesis</title>")
             before = tree(tmp_path)
-            assert f"{name} exists and was not written by richkd" in fails(*words)
+            line = fails(*words)
+            assert line.code == "foreign-file" and name in line
             assert tree(tmp_path) == before, name
             (mine / name).write_text("")  # in which nothing is lost
         for _ in range(2):
@@ -275,7 +277,8 @@ def test_an_export_as_onnx_is_known_again(run: Run, fails: Fails, mine: Path) ->
         assert run("export", mine, "--out", "a.onnx").code == 0
     assert is_export(Path("a.onnx"))
     Path("b.onnx").write_bytes(b"\x08\x09somebody's")
-    assert "b.onnx exists and was not written by richkd" in fails("export", mine, "--out", "b.onnx")
+    line = fails("export", mine, "--out", "b.onnx")
+    assert line.code == "foreign-file" and "b.onnx" in line
 
 
 def test_tensorboard_takes_its_own_events_only(run: Run, mine: Path) -> None:
@@ -294,11 +297,13 @@ def test_a_demo_among_other_files(fails: Fails, tmp_path: Path, flag: tuple[str,
     folder = tmp_path / "demo"
     folder.mkdir()
     (folder / "notes.txt").write_text("precious")
-    assert "exists and holds no demo" in fails("demo", "--out", folder, *flag)
+    line = fails("demo", "--out", folder, *flag)
+    assert line.code == "demo-foreign-folder" and str(folder) in line
     (folder / "report.html").write_text("my thesis")
     (folder / "shapes.zarr").mkdir()
     before = tree(folder)
-    assert "was not written by richkd" in fails("demo", "--out", folder, *flag)
+    line = fails("demo", "--out", folder, *flag)
+    assert line.code == "foreign-file" and "report.html" in line
     assert tree(folder) == before
 
 
@@ -335,22 +340,23 @@ def test_a_url_is_no_path(fails: Fails, store: Path, mine: Path, url: str, tmp_p
         ("analyze", store, "--out", url),
         ("pull", "me/x", "--out", url),
     ):
-        assert "must be a path on this machine" in fails(*words), words
+        line = fails(*words)
+        assert line.code == "path-is-url" and url in line, words
     assert tree(tmp_path) == before and not list(tmp_path.glob("*:"))
 
 
 def test_paths_with_colons_are_paths() -> None:
     for url in ("gs://b/x", "az://b/x", "https://host/x", "S3://b/x", Path("s3://b/x")):
-        with pytest.raises(RichKDError, match="must be a path"):
+        with refuses("path-is-url", url):
             local_path(url)
     for name in ("a:b", "12:30/x", "C:/x", "x/s3:/y", "", "~/x"):
         assert local_path(name) == Path(name)
 
 
-# --- what is not to be made out -------------------------------------------------------------------
+# --- settings that were not recorded --------------------------------------------------------------
 
 
-def test_teachers_of_earlier_versions_are_compared_by_what_they_say(
+def test_teachers_of_earlier_versions_are_compared_by_what_they_record(
     run: Run, fails: Fails, tmp_path: Path
 ) -> None:
     from richkd.models.weights import read_safetensors, save_tensors
@@ -378,25 +384,17 @@ def test_teachers_of_earlier_versions_are_compared_by_what_they_say(
     before = tree(tmp_path)
     done = run(*words, 1, "--lr", 0.2)
     assert done.code == 0 and "did not record the other settings" in done.err
-    told = json.loads(run(*words, 1, "--json").out)
-    assert told["seconds"] is None and told["top1_last"] == float(note["test_accuracy"])
-    assert "epochs was 1 and is now 2" in fails(*words, 2)
-    assert "seed was 0 and is now 5" in fails(*words, 1, "--seed", 5)
-    assert "fingerprint of the images was" in fails(*words, 1, "--limit", 17)
+    shown = run(*words, 1, "--json").json
+    assert shown["seconds"] is None and shown["top1_last"] == float(note["test_accuracy"])
+    for flags, value in ((("2",), "epochs"), ((1, "--seed", 5), "seed"), ((1, "--limit", 17), "")):
+        line = fails(*words, *flags)
+        assert line.code == "teacher-settings-differ" and value in line
     assert tree(tmp_path) == before
 
 
 def test_an_interrupted_teacher_of_other_settings_is_named(
-    run: Run, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, fails: Fails, tmp_path: Path
 ) -> None:
-    from richkd.training.checkpoint import Checkpoints
-
-    saved = Checkpoints.save
-
-    def cut(self: Checkpoints, *arguments: Any) -> None:
-        saved(self, *arguments)
-        raise KeyboardInterrupt
-
     path = tmp_path / "t.safetensors"
     words = (
         "train-teacher",
@@ -412,29 +410,19 @@ def test_an_interrupted_teacher_of_other_settings_is_named(
         path,
         "--epochs",
     )
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", cut)
+    with interrupted(SAVE):
         assert run(*words, 2).code == 130
     before = tree(tmp_path)
-    assert "epochs was 2 and is now 3; " in fails(*words, 3)
-    assert "lr was 0.05 and is now 0.1; " in fails(*words, 2, "--lr", 0.1)
+    for flags, values in (((3,), ("epochs", "2", "3")), ((2, "--lr", 0.1), ("lr", "0.05", "0.1"))):
+        line = fails(*words, *flags)
+        assert line.code == "teacher-settings-differ"
+        assert all(value in line for value in values)
     assert tree(tmp_path) == before
     assert run(*words, 3, "--overwrite").code == 0
     assert set(tree(tmp_path)) == {"t.safetensors", "t.json"}
 
 
-def test_a_teacher_with_damaged_checkpoints(
-    run: Run, fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from richkd.training.checkpoint import Checkpoints
-
-    saved = Checkpoints.save
-
-    def cut(self: Checkpoints, progress: Any, *arguments: Any) -> None:
-        saved(self, progress, *arguments)
-        if progress.epoch == 2:
-            raise KeyboardInterrupt
-
+def test_a_teacher_with_damaged_checkpoints(run: Run, fails: Fails, tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     words = (
         "train-teacher",
@@ -451,8 +439,7 @@ def test_a_teacher_with_damaged_checkpoints(
         "--out",
         path,
     )
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", cut)
+    with interrupted(SAVE, 2):
         assert run(*words).code == 130
     last, previous = (
         tmp_path / "t.training" / f"{name}.safetensors" for name in ("checkpoint", "previous")
@@ -461,14 +448,14 @@ def test_a_teacher_with_damaged_checkpoints(
     for file in (last, previous):
         content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 4]))
-    assert "no checkpoint in" in fails(*words)
+    assert fails(*words).code == "checkpoint-unreadable"
     previous.write_bytes(whole)
     done = run(*words)
-    assert done.code == 0 and f"{last} is damaged" in done.err
-    assert "resuming after epoch 1 of 3" in done.err
+    assert done.code == 0
+    assert str(last) in done.err and "epoch 1 of 3" in done.err
 
 
-def test_held_out_sets_that_come_out_empty_are_refused_for_all_runs_at_once(
+def test_held_out_sets_that_would_be_empty_are_refused_before_all_runs(
     fails: Fails, store: Path, tmp_path: Path
 ) -> None:
     for holdout in ("0.001", "0.01"):
@@ -484,7 +471,8 @@ def test_held_out_sets_that_come_out_empty_are_refused_for_all_runs_at_once(
                 "--out",
                 tmp_path / "out",
             )
-            assert f"holdout = {holdout}: of 40 test images that leaves 0 to choose on" in said
+            assert said.code == "holdout-share"
+            assert all(f" {value} " in said for value in (40, 0)) and holdout in said
     assert not list(tmp_path.iterdir())
 
 

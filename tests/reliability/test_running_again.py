@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_hub import TOKEN, serving
-from forked import Done, Forks, Kill
+from forked import Forks, Kill, Outcome
 from helpers import assert_same_run, tree
 from safetensors import safe_open
 
 from richkd.config.recipes import packaged
 
+pytestmark = pytest.mark.fault
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 RUN = {"recipe.toml", "metrics.jsonl", "last.safetensors", "best.safetensors", "summary.json"}
 CUT = {
@@ -50,20 +51,14 @@ TEACHER = (
 STUDENT = ("--student", "resnet8", "--epochs", 4, "--batch-size", 16, "--device", "cpu")
 
 
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    with Forks() as forks:
-        yield forks
-
-
 @pytest.fixture
-def again(forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+def again(forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """Run a command in an empty folder, which it may be killed in."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("RICHKD_HOME", str(tmp_path / "home"))
 
-    def run(*words: Any, kill: Kill | None = None, values: dict[str, Any] = FEW) -> Done:
+    def run(*words: Any, kill: Kill | None = None, values: dict[str, Any] = FEW) -> Outcome:
         return forks.run(*words, kill=kill, values=values)
 
     return run
@@ -78,7 +73,7 @@ def of(folder: str, names: set[str]) -> set[str]:
     return {f"{folder}/{name}" for name in names}
 
 
-def cut_off(done: Done, by: int) -> None:
+def cut_off(done: Outcome, by: int) -> None:
     assert done.code == (-by if by == signal.SIGKILL else 128 + by), done
     assert "Traceback" not in done.err
 
@@ -95,9 +90,8 @@ def tensors(path: str) -> tuple[dict[str, bytes], dict[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.fault
 @pytest.mark.parametrize("by", SIGNALS)
-def test_train_teacher(again: Callable[..., Done], by: int) -> None:
+def test_train_teacher(again: Callable[..., Outcome], by: int) -> None:
     whole = again(*TEACHER[:-1], "whole.safetensors", "--json")
     assert whole.code == 0 and left() == {"whole.safetensors", "whole.json"}
     at = "richkd.training.checkpoint:Checkpoints.save"
@@ -122,8 +116,7 @@ def test_train_teacher(again: Callable[..., Done], by: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.fault
-def test_a_teacher_killed_where_its_weights_are_written(again: Callable[..., Done]) -> None:
+def test_a_teacher_killed_where_its_weights_are_written(again: Callable[..., Outcome]) -> None:
     cut_off(
         again(*TEACHER, kill=Kill("richkd.training.run_folder:TeacherFolder.remove", before=True)),
         signal.SIGKILL,
@@ -135,9 +128,8 @@ def test_a_teacher_killed_where_its_weights_are_written(again: Callable[..., Don
 
 
 @pytest.mark.slow
-@pytest.mark.fault
 @pytest.mark.parametrize("by", SIGNALS)
-def test_precompute(again: Callable[..., Done], clip_dir: Path, by: int, tmp_path: Path) -> None:
+def test_precompute(again: Callable[..., Outcome], clip_dir: Path, by: int, tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text('[train-teacher]\nepochs = 3\nout = "t.safetensors"\n')
     words = (
@@ -186,10 +178,9 @@ def test_precompute(again: Callable[..., Done], clip_dir: Path, by: int, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.fault
 @pytest.mark.parametrize("by", SIGNALS)
 def test_distill_and_what_is_made_of_a_run(
-    again: Callable[..., Done], store: Path, by: int
+    again: Callable[..., Outcome], store: Path, by: int
 ) -> None:
     words = ("distill", "--cache", store, *STUDENT, "--method", "kd", "--out")
     whole = again(*words, "whole", "--json")
@@ -251,9 +242,8 @@ def test_distill_and_what_is_made_of_a_run(
 
 
 @pytest.mark.slow
-@pytest.mark.fault
 @pytest.mark.parametrize("by", SIGNALS)
-def test_sweep(again: Callable[..., Done], store: Path, by: int) -> None:
+def test_sweep(again: Callable[..., Outcome], store: Path, by: int) -> None:
     words = (
         "sweep",
         "--cache",
@@ -283,10 +273,9 @@ def test_sweep(again: Callable[..., Done], store: Path, by: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.fault
 @pytest.mark.parametrize("by", SIGNALS)
 def test_run(
-    again: Callable[..., Done], clip_dir: Path, shapes_teacher: Path, tmp_path: Path, by: int
+    again: Callable[..., Outcome], clip_dir: Path, shapes_teacher: Path, tmp_path: Path, by: int
 ) -> None:
     recipe = tmp_path / "mine.toml"
     recipe.write_text(
@@ -313,14 +302,13 @@ def test_run(
 
 
 @pytest.mark.slow
-@pytest.mark.fault
-def test_demo(again: Callable[..., Done], tmp_path: Path) -> None:
+def test_demo(again: Callable[..., Outcome], tmp_path: Path) -> None:
     recipe = (packaged() / "demo.toml").read_text()
     for was, now in (("1000", "48"), ("24", "3"), ("30", "3")):
         recipe = recipe.replace(f"= {was}", f"= {now}")
     Path("../small.toml").write_text(recipe.replace("eval_every = 10", "eval_every = 1"))
 
-    def demo(*flags: Any, kill: Kill | None = None) -> Done:
+    def demo(*flags: Any, kill: Kill | None = None) -> Outcome:
         return again("demo", *flags, kill=kill, values=DEMO)
 
     saved = "richkd.training.checkpoint:Checkpoints.save"
@@ -360,8 +348,7 @@ def test_demo(again: Callable[..., Done], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.fault
-def test_commands_on_a_store(again: Callable[..., Done], store: Path) -> None:
+def test_commands_on_a_store(again: Callable[..., Outcome], store: Path) -> None:
     by = signal.SIGKILL
     shutil.copytree(store, "s.zarr")
     whole = left("s.zarr")
@@ -404,10 +391,9 @@ def test_commands_on_a_store(again: Callable[..., Done], store: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.fault
 @pytest.mark.parametrize("by", SIGNALS)
 def test_push_and_pull(
-    again: Callable[..., Done],
+    again: Callable[..., Outcome],
     store: Path,
     monkeypatch: pytest.MonkeyPatch,
     by: int,
@@ -419,7 +405,7 @@ def test_push_and_pull(
         "huggingface_hub.constants:HF_HOME": str(tmp_path / "hf"),
     }
 
-    def call(*words: Any, kill: Kill | None = None) -> Done:
+    def call(*words: Any, kill: Kill | None = None) -> Outcome:
         return again(*words, kill=kill, values=constants)
 
     with serving() as hub:

@@ -1,4 +1,4 @@
-"""Signals to all processes of a job, at any moment of any command: one line, and on it goes.
+"""Signals to all processes of a job, at any moment of any command: one line, and it resumes.
 
 RICHKD_TEST_SIGNALS=30 sends so many to each command.
 """
@@ -22,12 +22,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forked import Forks, Process
 from helpers import write_teacher
 from PIL import Image
 
-from richkd.core import interrupts as interrupt
 from richkd.core.files import is_temporary
 from richkd.core.interrupts import (
+    SAME_REQUEST_S,
     Interrupted,
     deferred,
     interruptible,
@@ -73,35 +74,28 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def environment(root: Path) -> dict[str, str]:
-    return {**os.environ, "RICHKD_HOME": str(root / "home"), "OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="module")
+def start(forks: Forks, photographs: Path) -> Callable[..., Process]:
+    """Start a command in the folder of images, in a process group of its own."""
+    env = {"RICHKD_HOME": str(photographs / "home")}
+    return lambda words, **given: forks.start(*words, cwd=photographs, env=env, **given)
 
 
-def start(root: Path, words: list[Any], **given: Any) -> subprocess.Popen[str]:
-    """A command in a session of its own, whose group is signalled."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "richkd", *map(str, words)],
-        cwd=root,
-        env=environment(root),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-        **given,
-    )
+@pytest.fixture(scope="module")
+def finish(start: Callable[..., Process]) -> Callable[[list[Any]], float]:
+    """Run a command to its end; return the seconds that it took."""
+
+    def finish(words: list[Any]) -> float:
+        began = time.perf_counter()
+        done = start(words).outcome()
+        assert done.code == 0, done.err
+        return time.perf_counter() - began
+
+    return finish
 
 
-def finish(root: Path, words: list[Any]) -> float:
-    began = time.perf_counter()
-    process = start(root, words)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    return time.perf_counter() - began
-
-
-def ready(process: subprocess.Popen[str]) -> None:
-    """Until the command answers signals: before that, Python has not come to it."""
+def ready(process: Process | subprocess.Popen[str]) -> None:
+    """Wait until the command handles signals."""
     bit = 1 << (signal.SIGTERM - 1)
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()
@@ -112,7 +106,7 @@ def ready(process: subprocess.Popen[str]) -> None:
 
 
 def members(group: int) -> list[int]:
-    """The processes of a group that live."""
+    """Return the live processes of a group."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -126,7 +120,7 @@ def members(group: int) -> list[int]:
 
 
 def gone(group: int) -> bool:
-    """Whether no process of a group lives, within the time that a killed one takes to go."""
+    """Whether all processes of a group end within two seconds."""
     for _ in range(100):
         if not members(group):
             return True
@@ -134,20 +128,20 @@ def gone(group: int) -> bool:
     return False
 
 
-def told(process: subprocess.Popen[str], by: int) -> tuple[int, str]:
-    """Signal the whole group; its exit code and what it said."""
+def signalled(process: Process, by: int) -> tuple[int, str]:
+    """Signal the whole group; return its exit code and its standard error."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, by)
     try:
-        _, err = process.communicate(timeout=90)
+        process.wait(timeout=90)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    return process.returncode, err
+    return process.wait(), process.err
 
 
 def check_stopped(code: int, err: str, by: int) -> None:
-    """One line of richkd's, the last, and the exit code of a signal."""
+    """Check that it ended with one line of richkd's and the exit code of the signal."""
     lines = err.strip().splitlines()
     assert code == 128 + by, (code, err)
     assert [line for line in lines if line.startswith("richkd: ")] == lines[-1:], err
@@ -157,16 +151,16 @@ def check_stopped(code: int, err: str, by: int) -> None:
 
 @dataclass
 class Job:
-    """A command, and what it makes at a path."""
+    """A command and what it writes to a folder."""
 
     words: Callable[[Path], list[Any]]
     made: Callable[[Path], Any]  # comparable
-    last: str = "?"  # the file that is written last: after it, only the exit code is to come
-    goes_on: bool = True
+    last: str = "?"  # the file that is written last
+    resumes: bool = True
 
 
 def complete(job: Job, out: Path) -> bool:
-    """Whether a signal came between the end of the work and that of the process."""
+    """Whether the work was done when the signal came, though the process had not ended."""
     file = out / job.last
     return file.is_file() and '"complete": false' not in file.read_bytes()[:4096].decode("latin-1")
 
@@ -176,7 +170,7 @@ def checksums(store: Path) -> Any:
 
 
 def content(file: Path) -> tuple[Any, bytes]:
-    """A file of tensors: its header, whose notes lie in no order, and the bytes of the tensors."""
+    """Return the header of a file of tensors, whose notes have no order, and the tensors' bytes."""
     whole = file.read_bytes()
     end = 8 + int.from_bytes(whole[:8], "little")
     return json.loads(whole[8:end]), whole[end:]
@@ -194,7 +188,7 @@ def evaluation(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def jobs(photographs: Path) -> dict[str, Job]:
+def jobs(finish: Callable[[list[Any]], float]) -> dict[str, Job]:
     images = ["--dataset", "imagefolder:images", "--image-size", 32, "--device", "cpu"]
     stage_one = [
         "precompute",
@@ -211,9 +205,8 @@ def jobs(photographs: Path) -> dict[str, Job]:
         8,
     ]
     student = ["--batch-size", 8, "--device", "cpu"]
-    finish(photographs, [*stage_one, "--views", 2, "--out", "given.zarr"])
+    finish([*stage_one, "--views", 2, "--out", "given.zarr"])
     finish(
-        photographs,
         [
             "distill",
             "--cache",
@@ -305,7 +298,7 @@ def jobs(photographs: Path) -> dict[str, Job]:
         "evaluate": Job(
             lambda out: ["evaluate", "given", "--corruptions", "--device", "cpu", "--out", out],
             evaluation,
-            goes_on=False,
+            resumes=False,
         ),
     }
 
@@ -315,11 +308,17 @@ def jobs(photographs: Path) -> dict[str, Job]:
     "name", ["train-teacher", "precompute", "distill", "sweep", "run", "evaluate"]
 )
 def test_signals_to_all_processes_at_any_moment(
-    name: str, jobs: dict[str, Job], photographs: Path, tmp_path: Path, moments: random.Random
+    name: str,
+    jobs: dict[str, Job],
+    start: Callable[..., Process],
+    finish: Callable[[list[Any]], float],
+    photographs: Path,
+    tmp_path: Path,
+    moments: random.Random,
 ) -> None:
     job = jobs[name]
     whole = tmp_path / "whole"
-    seconds = finish(photographs, job.words(whole))
+    seconds = finish(job.words(whole))
     right = job.made(whole)
     codes: Counter[int] = Counter()
     sent, runs = 0, 0
@@ -329,21 +328,21 @@ def test_signals_to_all_processes_at_any_moment(
         code = -1
         while code != 0 and sent < SIGNALS and not complete(job, out):
             by = moments.choice(KINDS)
-            process = start(photographs, job.words(out))
+            process = start(job.words(out))
             ready(process)
             time.sleep(moments.uniform(0, seconds))
-            code, err = told(process, by)
+            code, err = signalled(process, by)
             sent += 1
             codes[code] += 1
             if code != 0:
                 check_stopped(code, err, by)
-                assert ("same command" in err.splitlines()[-1]) == job.goes_on, err
+                assert ("same command" in err.splitlines()[-1]) == job.resumes, err
             assert gone(process.pid), members(process.pid)
             assert not [*filter(is_temporary, tmp_path.rglob("*"))], err
             assert not [*tmp_path.rglob(".*.lock")], err
             assert not [*filter(is_temporary, photographs.rglob("*"))], err
         if code != 0 and not complete(job, out):
-            finish(photographs, job.words(out))
+            finish(job.words(out))
         assert job.made(out) == right
     print(f"{name}: {seconds:.1f} s undisturbed, {sent} signals in {runs} runs, codes {codes}")
     assert not [*Path("/dev/shm").glob("torch_*")] or os.environ.get("PYTEST_XDIST_WORKER")
@@ -351,48 +350,65 @@ def test_signals_to_all_processes_at_any_moment(
 
 @pytest.mark.slow
 def test_a_second_signal_does_not_wait(
-    jobs: dict[str, Job], photographs: Path, tmp_path: Path, moments: random.Random
+    jobs: dict[str, Job],
+    start: Callable[..., Process],
+    finish: Callable[[list[Any]], float],
+    tmp_path: Path,
+    moments: random.Random,
 ) -> None:
     by = moments.choice(KINDS)
-    process = start(photographs, jobs["precompute"].words(tmp_path))
+    process = start(jobs["precompute"].words(tmp_path))
     while process.poll() is None and len(members(process.pid)) < 2:
         time.sleep(0.01)
     for _ in range(3):
         os.killpg(process.pid, by)
-        time.sleep(1.2 * interrupt.SAME_REQUEST_S)
+        time.sleep(1.2 * SAME_REQUEST_S)
         if process.poll() is not None:
             break
-    code, err = told(process, by)
+    code, err = signalled(process, by)
     check_stopped(code, err, by)
     assert gone(process.pid)
-    finish(photographs, jobs["precompute"].words(tmp_path))
+    finish(jobs["precompute"].words(tmp_path))
 
 
 @pytest.mark.slow
-def test_signals_in_the_first_second(photographs: Path, moments: random.Random) -> None:
+@pytest.mark.parametrize("name", ["inspect", "distill"])
+def test_signals_while_python_imports(
+    name: str, jobs: dict[str, Job], photographs: Path, tmp_path: Path, moments: random.Random
+) -> None:
+    """In a fresh process: a fork has imported everything."""
+    words = ["inspect", "given.zarr"] if name == "inspect" else jobs[name].words(tmp_path)
     for _ in range(max(4, SIGNALS)):
         by = moments.choice(KINDS)
-        process = start(photographs, ["inspect", "given.zarr"])
+        process = subprocess.Popen(
+            [sys.executable, "-m", "richkd", *map(str, words)],
+            cwd=photographs,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         ready(process)
-        time.sleep(moments.uniform(0, 0.6))
-        code, err = told(process, by)
-        if code != 0:
-            check_stopped(code, err, by)
+        time.sleep(moments.uniform(0, 0.6 if name == "inspect" else 3))
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, by)
+        _, err = process.communicate(timeout=90)
+        if process.returncode != 0:
+            check_stopped(process.returncode, err, by)
 
 
 @pytest.mark.slow
-def test_a_process_that_ignores_hangups_goes_on(
-    jobs: dict[str, Job], photographs: Path, tmp_path: Path
+def test_a_process_that_ignores_hangups_continues(
+    jobs: dict[str, Job], start: Callable[..., Process], tmp_path: Path
 ) -> None:
     """As nohup starts it."""
     process = start(
-        photographs,
         jobs["precompute"].words(tmp_path),
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+        ignore=signal.SIGHUP,
     )
     while process.poll() is None and len(members(process.pid)) < 2:
         time.sleep(0.01)
-    code, err = told(process, signal.SIGHUP)
+    code, err = signalled(process, signal.SIGHUP)
     assert code == 0, err
 
 
@@ -442,10 +458,10 @@ def test_it_waits_for_what_is_held_back_and_for_what_must_be_whole() -> None:
     assert seen == ["whole", "inner", "held", "to the end"]
 
 
-def test_a_second_one_ends_what_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interrupt, "SAME_REQUEST_S", 0.0)
+def test_a_second_one_ends_what_is_held_back() -> None:
     with answered(), deferred():
         signal.raise_signal(signal.SIGTERM)
+        time.sleep(1.2 * SAME_REQUEST_S)
         signal.raise_signal(signal.SIGTERM)
         wait()
 
