@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import re
 import shlex
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,21 +17,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Refusal, assert_same_run, refusal, tree, write_random_store
+from forked import Forks, Outcome, Process
+from helpers import Refusal, assert_same_run, refusal, tree
 from rich.console import Console
 
-import richkd
 from richkd.config.settings import Distill
 from richkd.core.progress import Report
 from richkd.distill import distill
-from richkd.store import schema
-from richkd.sweep import cost, grid, local
+from richkd.sweep import grid, local
 from richkd.sweep.board import Board
 from richkd.sweep.entries import Entry, Estimate
 from richkd.sweep.grid import rungs, stop_hopeless
 from richkd.sweep.local import choose_concurrent
 from richkd.training.loop import Trainer
-from richkd.training.source import Source
 
 Run = Callable[..., Any]
 Fails = Callable[..., Refusal]
@@ -209,35 +204,37 @@ def test_a_run_that_fails_leaves_the_others_whole(
 
 
 @pytest.mark.slow
-def test_killed_at_random_and_restarted_is_the_same_sweep(store: Path, tmp_path: Path) -> None:
+def test_killed_at_random_and_restarted_is_the_same_sweep(
+    forks: Forks, store: Path, tmp_path: Path
+) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     moments = random.Random(seed)
 
-    def command(out: str) -> list[str]:
-        words = ["--cache", store, "--out", tmp_path / out, *COMMON, *GRID, "--json"]
-        return [sys.executable, "-m", "richkd", "sweep", *map(str, words), "--epochs", "3"]
+    def start(out: str) -> Process:
+        words = ["sweep", "--cache", store, "--out", tmp_path / out, *COMMON, *GRID, "--json"]
+        return forks.start(*words, "--epochs", 3)
 
-    start = time.perf_counter()
-    whole = subprocess.run(command("whole"), capture_output=True, text=True, check=True)
-    took = time.perf_counter() - start
+    began = time.perf_counter()
+    whole = start("whole").outcome()
+    took = time.perf_counter() - began
+    assert whole.code == 0, whole.err
     kills = 0
     while kills < 5:
-        process = subprocess.Popen(
-            command("cut"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = start("cut")
         try:
             process.wait(moments.uniform(0.3 * took, 0.8 * took))
             shutil.rmtree(tmp_path / "cut")  # it came to its end: begin another
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             process.wait()
             kills += 1
         finished = {
             path.parent: path.stat().st_mtime_ns
             for path in (tmp_path / "cut").glob("*/summary.json")
         }
-    cut = subprocess.run(command("cut"), capture_output=True, text=True, check=True)
+    cut = start("cut").outcome()
+    assert cut.code == 0, cut.err
     for folder, when in finished.items():
         assert (folder / "summary.json").stat().st_mtime_ns == when  # not trained again
     names = {path.name for path in (tmp_path / "whole").iterdir()}
@@ -246,122 +243,11 @@ def test_killed_at_random_and_restarted_is_the_same_sweep(store: Path, tmp_path:
     for name in names:
         assert_same_run(tmp_path / "whole" / name, tmp_path / "cut" / name)
 
-    def table(done: Any) -> list[Any]:
-        rows = json.loads(done.stdout)["leaderboard"]
+    def table(done: Outcome) -> list[Any]:
+        rows = done.json["leaderboard"]
         return [(r["student"], r["method"], r["last"], r["best"], r["minus_kd"]) for r in rows]
 
     assert table(cut) == table(whole)
-
-
-PEAK = """
-import json, shlex, sys
-from richkd.__main__ import main
-try:
-    main()
-except SystemExit as end:
-    assert end.code == 0, end.code
-peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if "VmHWM" in line)
-print(peak, file=sys.stderr)
-"""
-
-
-@pytest.mark.slow
-def test_students_at_once_share_one_copy_of_the_data(store: Path, tmp_path: Path) -> None:
-    """Three at once need no more than one does, and weights and activations of two others."""
-    path = write_random_store(tmp_path / "s.zarr", store, 24_000, 2000, image_size=32)
-    specs = schema.array_specs(richkd.open_cache(path).manifest)
-    slab = specs["train/fused_logits"].nbytes // 3
-    images = specs["train/images"].nbytes
-
-    def peak(seeds: int) -> int:
-        words = [
-            "sweep",
-            "--cache",
-            path,
-            "--students",
-            "resnet8",
-            "--methods",
-            "richkd-l",
-            "--seeds",
-            seeds,
-            "--epochs",
-            1,
-            "--device",
-            "cpu",
-            "--batch-size",
-            16,
-            "--concurrent",
-            3,
-            "--json",
-            "--precision",
-            "float32",
-            "--out",
-            tmp_path / f"{seeds}",
-        ]
-        environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
-        done = subprocess.run(
-            [sys.executable, "-c", PEAK, *map(str, words)],
-            check=True,
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
-        assert len(json.loads(done.stdout)["runs"]) == seeds
-        return int(done.stderr.strip().splitlines()[-1])
-
-    one, three = peak(1), peak(3)
-    settings = Distill(cache=str(path), student="resnet8", batch_size=16, device="cpu")
-    source = Source(settings, Report(quiet=True))
-    others = 2 * cost.try_student(settings, source).memory
-    sizes = {"one": one, "three": three, "others": others, "slab": slab, "images": images}
-    print({name: f"{size / 2**20:.0f} MiB" for name, size in sizes.items()})
-    noise = 32 * 2**20  # logits of 2,000 classes come and go, and the heap has gaps
-    assert others + noise < min(slab, images)  # a second copy of either would be seen
-    assert three <= one + others + noise
-
-
-@pytest.mark.slow
-def test_one_process_takes_less_time_than_many(store: Path, tmp_path: Path) -> None:
-    students = ["resnet8", "resnet14", "wrn_16_1"]
-
-    def seconds(*words: object) -> float:
-        start = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "richkd", *map(str, words)], check=True, capture_output=True
-        )
-        return time.perf_counter() - start
-
-    together = seconds(
-        "sweep",
-        "--cache",
-        store,
-        "--students",
-        ",".join(students),
-        "--methods",
-        "kd",
-        "--seeds",
-        1,
-        "--out",
-        tmp_path / "sweep",
-        *COMMON,
-    )
-    apart = sum(
-        seconds(
-            "distill",
-            "--cache",
-            store,
-            "--student",
-            student,
-            "--method",
-            "kd",
-            "--out",
-            tmp_path / student,
-            *COMMON,
-        )
-        for student in students
-    )
-    print(f"{together:.1f} s in one process, {apart:.1f} s in {len(students)}")
-    assert together <= 0.9 * apart
 
 
 # --- stopping early ------------------------------------------------------------------------------

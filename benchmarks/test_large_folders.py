@@ -27,10 +27,9 @@ from richkd.data.datasets import ImageFiles, load_dataset
 from richkd.data.inputs import FileInputs
 from richkd.data.views import views_tensor
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory on Linux"),
-]
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="measures memory on Linux"
+)
 
 CLASSES, FEW, MANY = 1000, 5, 20  # images a class
 SIDE = 96
