@@ -1,35 +1,78 @@
-"""Small real things that many tests share: a CLIP directory, teacher weights, a finished store."""
+"""What many tests share: a CLIP directory, teacher weights, a complete cache, commands."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import chromium
+import pytest
+from forked import Forks, Outcome
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 
 from richkd.__main__ import prepare_threads
+from richkd.config.catalog import DEBIAN_FASHION_MNIST
+from richkd.core.cpus import usable_cpus
 
+if TYPE_CHECKING:  # PyTorch is not loaded in the process that only distributes the tests
+    import numpy as np
+    from helpers import Refusal
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # there are as many workers as CPUs
 prepare_threads()  # as every command does, before PyTorch is loaded
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from helpers import Refusal, refusal, write_clip, write_teacher  # noqa: E402
+for profile, examples in (("short", 20), ("long", 400)):  # --hypothesis-profile=long
+    hypothesis_settings.register_profile(
+        profile,
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        print_blob=True,
+        suppress_health_check=[
+            HealthCheck.function_scoped_fixture,
+            HealthCheck.too_slow,
+            HealthCheck.filter_too_much,
+        ],
+    )
+hypothesis_settings.load_profile("short")
 
-from richkd.cli import execute  # noqa: E402
-from richkd.config.settings import Precompute  # noqa: E402
-from richkd.precompute import precompute  # noqa: E402
+NEEDS = {
+    "root": (lambda: os.geteuid() == 0, "only root may mount a file system"),
+    "browser": (lambda: chromium.find() is not None, "Chromium is not on the PATH"),
+    "real_data": (
+        lambda: Path(DEBIAN_FASHION_MNIST).is_dir(),
+        "Fashion-MNIST is missing (Debian's package dataset-fashion-mnist)",
+    ),
+}
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run all tests on up to four CPUs, and tests that are named in this process."""
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return min(usable_cpus(), 4) if everything else 0
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker, (available, reason) in NEEDS.items():
+        if item.get_closest_marker(marker) and not available():
+            (pytest.fail if "RICHKD_TEST_ALL" in os.environ else pytest.skip)(reason)
 
 
 @pytest.fixture(scope="session")
 def clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from helpers import write_clip
+
     return write_clip(tmp_path_factory.mktemp("clip") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def shapes_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from helpers import write_teacher
+
     from richkd.data.shapes import CLASS_NAMES
 
     path = tmp_path_factory.mktemp("teacher") / "resnet8.safetensors"
@@ -38,7 +81,7 @@ def shapes_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer held-out drawings: most tests do not care how many there are."""
+    """Draw fewer test images: most tests do not depend on their number."""
     monkeypatch.setattr("richkd.data.datasets.SHAPES_TEST", 40)
 
 
@@ -49,7 +92,7 @@ def session_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_home(session_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What richkd keeps for the user is kept here."""
+    """Keep richkd's files of the user here."""
     monkeypatch.setenv("RICHKD_HOME", str(session_home))
     return session_home
 
@@ -58,7 +101,9 @@ def own_home(session_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def make_store(
     tmp_path_factory: pytest.TempPathFactory, clip_dir: Path, shapes_teacher: Path
 ) -> Callable[..., Path]:
-    """A function that writes a small store of `shapes`; settings as of Precompute, and `block`."""
+    """Write a small cache of `shapes`; settings as of Precompute, and `block`."""
+    from richkd.config.settings import Precompute
+    from richkd.precompute import precompute
 
     def make(block: int | None = None, **settings: Any) -> Path:
         given: dict[str, Any] = {
@@ -80,26 +125,22 @@ def make_store(
 
 @pytest.fixture(scope="session")
 def store(make_store: Callable[..., Path]) -> Path:
-    """A finished store that no test changes."""
+    """A complete cache that no test changes."""
     return make_store()
 
 
-@dataclass
-class Outcome:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Run commands and scripts in processes of their own, which start at once."""
+    with Forks() as forks:
+        yield forks
 
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Run a command of richkd in this process."""
+
+    from richkd.cli import execute
 
     def run(*arguments: object) -> Outcome:
         capfd.readouterr()
@@ -112,7 +153,9 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 
 @pytest.fixture
 def fails(run: Callable[..., Outcome]) -> Callable[..., Refusal]:
-    """Run a command that must fail as the user's mistake; its one line on standard error."""
+    """Run a command that must fail with exit code 2; return the error that it prints."""
+
+    from helpers import refusal
 
     def fails(*arguments: object) -> Refusal:
         outcome = run(*arguments)
@@ -125,7 +168,10 @@ def fails(run: Callable[..., Outcome]) -> Callable[..., Refusal]:
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Fresh random input in every run; the seed is shown where a test fails."""
+    """Return a generator with a new seed, which pytest shows if the test fails."""
+    import numpy as np
+    import torch
+
     seed = int(os.environ.get("RICHKD_TEST_SEED") or np.random.SeedSequence().entropy % 2**32)
     print(f"RICHKD_TEST_SEED={seed}")
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""An S3 server on loopback, moto's, with faults in front of it."""
+"""moto's S3 server on loopback, with faults in front of it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from werkzeug.serving import make_server
 
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
 BUCKET = "bucket"
-Fault = Callable[[str, str], str | None]  # of method and path -> what goes wrong, or None
+Fault = Callable[[str, str], str | None]  # (method, path) -> the fault, or None
 
 
 @dataclass
 class FakeS3:
-    """`fault` is asked at every request: fail, slow, cut (the body), flip (a byte of it)."""
+    """An S3 server; `fault` chooses for each request: fail, slow, cut (the body), flip (a byte)."""
 
     url: str = ""
     fault: Fault | None = None
@@ -52,13 +52,13 @@ class FakeS3:
         return [body]
 
     def got(self, part: str) -> list[str]:
-        """The requests for the bytes of files whose path holds a text."""
+        """Return the GET requests whose path contains a text."""
         return [line for line in self.asked if line.startswith("GET") and part in line]
 
 
 @contextmanager
 def serving(patch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
-    """A server with an empty bucket, which the environment names until the block ends."""
+    """Serve an empty bucket, and name the server in the environment, until the block ends."""
     import boto3
 
     server = FakeS3()

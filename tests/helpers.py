@@ -1,4 +1,4 @@
-"""Writers of small real files, and what tests ask of folders."""
+"""Writers of small real files, and comparisons of folders."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import io
 import json
 import pickle
 import re
-import shutil
-import subprocess
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,29 +31,34 @@ from richkd.store.writer import open_writer
 
 
 class Refusal(str):
-    """The line of an error that the user can fix, and its `code`; "" where it has none."""
+    """The line of an error that the user can fix, and its `code`, which may be empty."""
 
     code: str
 
 
 def refusal(err: str) -> Refusal:
-    """The error that a command ended with, from its standard error."""
+    """Return the error that ended a command, from its standard error."""
     line = err.strip().splitlines()[-1]
     assert line.startswith("richkd: "), err
     found = re.search(r" \[([a-z0-9-]+)\]$", line)
-    told = Refusal(line)
-    told.code = found[1] if found else ""
-    return told
+    error = Refusal(line)
+    error.code = found[1] if found else ""
+    return error
 
 
 @contextmanager
 def refuses(code: str, *values: object) -> Iterator[None]:
-    """The block must raise the RichKDError of this code, whose message has these values."""
+    """Check that the block raises a RichKDError of this code whose message contains the values."""
     with pytest.raises(RichKDError) as caught:
         yield
     error = caught.value
     assert error.code == code, (error.code, str(error))
     assert all(str(value) in str(error) for value in values), str(error)
+
+
+def slow(*values: object) -> list[Any]:
+    """Return values to parametrize a test with that are left to CI."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 TINY_CLIP = {
@@ -66,7 +69,7 @@ TINY_CLIP = {
 
 
 def write_clip(folder: Path, seed: int = 0, **model_cfg: Any) -> Path:
-    """An open_clip model of random weights in the layout that open_clip reads from a directory."""
+    """Write an open_clip model of random weights to a directory that open_clip can read."""
     folder.mkdir(parents=True)
     config = {**TINY_CLIP, **model_cfg}
     torch.manual_seed(seed)
@@ -80,7 +83,7 @@ def write_clip(folder: Path, seed: int = 0, **model_cfg: Any) -> Path:
 
 
 def write_teacher(path: Path, name: str, num_classes: int, seed: int = 0) -> Path:
-    """Weights of a network that was not trained but whose batch norms have seen some noise."""
+    """Write weights of an untrained network whose batch norms have seen some noise."""
     torch.manual_seed(seed)
     model = richkd.create_model(name, num_classes).train()
     with torch.no_grad():
@@ -91,7 +94,7 @@ def write_teacher(path: Path, name: str, num_classes: int, seed: int = 0) -> Pat
 
 
 def write_cifar100(root: Path, monkeypatch: pytest.MonkeyPatch, train: int, test: int) -> None:
-    """An archive in CIFAR-100's layout; its checksums take the place of the published ones."""
+    """Write an archive in CIFAR-100's layout, and replace the published checksums by its own."""
     rng = np.random.default_rng(0)
     names = [f"class_{number:02d}" for number in range(100)]
     files = {"meta": {"fine_label_names": names, "coarse_label_names": ["x"]}}
@@ -129,9 +132,15 @@ def write_random_store(
     image_size: int,
     dataset: Dataset | None = None,
 ) -> Path:
-    """A complete f32 store without CLIP features of its own sizes, filled with random rows.
+    """Write a complete float32 cache of the given sizes, filled with random rows.
 
-    Its images are random, too, or those of a folder, `dataset`.
+    Args:
+        path: of the new cache.
+        like: a cache whose manifest is copied but for the sizes.
+        num_samples: of the training split.
+        num_classes: in place of those of `like`.
+        image_size: in pixels.
+        dataset: an image folder for the labels and views; random images are embedded without one.
     """
     rng = np.random.default_rng(0)
     manifest: Any = {**richkd.open_cache(like).manifest, "complete": False, "dtype": "float32"}
@@ -181,7 +190,7 @@ def write_random_store(
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder with its bytes."""
+    """Return every file below a folder with its bytes."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -190,12 +199,12 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def changed(was: dict[str, bytes], now: dict[str, bytes]) -> list[str]:
-    """The files of two trees that are not the same; short where whole trees would be shown."""
+    """Return the names of files that differ between two trees."""
     return sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
 
 
 def exact(run: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], dict[str, Any]]:
-    """What a run has to have in common with the same run on another day."""
+    """Return what two runs of one command have in common: weights, metrics and summary."""
     timed = {"seconds", "images_per_second", "slab_wait_s", "run"}
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     metrics = [{key: value for key, value in line.items() if key not in timed} for line in lines]
@@ -212,36 +221,3 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert weights.keys() == other.keys()
     assert all(torch.equal(weights[name], other[name]) for name in weights), (a, b)
     assert rest == others
-
-
-def chromium(page: Path, tmp_path: Path, *flags: str) -> tuple[str, str]:
-    """The page's elements after its scripts ran, and what it said on the console."""
-    browser = next(
-        filter(
-            None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))
-        ),
-        None,
-    )
-    assert browser, "this test opens the page: install Chromium (Debian's package chromium)"
-    command = [
-        browser,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--enable-logging=stderr",
-        "--log-level=0",
-        "--virtual-time-budget=5000",
-        "--hide-scrollbars",
-        *flags,
-        "--dump-dom",
-        page.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return done.stdout, "\n".join(console)

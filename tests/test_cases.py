@@ -1,53 +1,33 @@
-"""Whole commands on what people bring: each script of tests/cases stands for a kind of it.
+"""Whole commands on the files that users have: each script of tests/cases is a kind of them.
 
-A script sets up its files, runs richkd as its users do, prints what it found, and exits 1 where
-something is read wrongly in silence or ends in a traceback. They wait for their own processes most
-of the time, so two run at once.
+A script writes its files, runs richkd as its users do, prints what it found, and exits with 1 if
+something was read wrongly in silence or ended in a traceback.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from forked import Forks
 
 CASES = sorted((Path(__file__).parent / "cases").glob("*.py"))
 BIN = Path(sys.executable).parent
-Done = subprocess.CompletedProcess[str]
-
-
-def run_case(case: Path) -> Done:
-    """Run a script with this environment's richkd."""
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", case],
-        env=environment,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-
-
-@pytest.fixture(scope="module")
-def cases(request: pytest.FixtureRequest) -> Iterator[dict[Path, Future[Done]]]:
-    """The scripts whose tests were asked for, under way."""
-    asked = {
-        item.callspec.params["case"] for item in request.session.items if item.path == request.path
-    }  # type: ignore[attr-defined]
-    with ThreadPoolExecutor(2) as pool:
-        yield {case: pool.submit(run_case, case) for case in CASES if case in asked}
+# They look at what only a process of its own has: mounts, encodings, children.
+REAL = {"plain_terminal", "signal_to_all", "small_shm", "worker_killed"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.stem)
-def test_what_people_bring(case: Path, cases: dict[Path, Future[Done]]) -> None:
-    if case.stem == "small_shm" and os.geteuid():
-        pytest.skip("needs root, to mount a small /dev/shm")
-    done = cases[case].result()
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.root if case.stem == "small_shm" else (), id=case.stem)
+        for case in CASES
+    ],
+)
+def test_case(case: Path, forks: Forks) -> None:
+    real = {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    done = forks.run_python(case, env=real if case.stem in REAL else forks.shim)
+    assert done.code == 0, done.out + done.err

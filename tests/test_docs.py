@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import typer
+from forked import Forks
 
 import richkd
 from richkd.cli import app
@@ -221,16 +222,15 @@ def test_the_blocks_of_a_page_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     run: Callable[..., Any],
+    forks: Forks,
 ) -> None:
     """Run them in a folder in which a small cache stands in for the one of CIFAR-100."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(store, tmp_path / "cache" / "cifar100.zarr")
     for block in blocks(page):
         if block.kind == "python":
-            done = subprocess.run(
-                [sys.executable, "-c", block.code], capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, f"{block.code}\n{done.stderr}"
+            done = forks.run_python(block.code)
+            assert done.code == 0, f"{block.code}\n{done.err}"
         elif block.kind == "bash" and not block.mark:
             for words in commands(block):
                 assert words[0] == "richkd", words

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import SHIM, Forks
 from PIL import Image
 
 from richkd.core.progress import Report
@@ -24,7 +25,7 @@ from richkd.core.streams import READABLE
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07|\x1b[()][A-Z0-9]")
 
 
-def in_terminal(columns: int, folder: Path, *arguments: object) -> str:
+def in_terminal(forks: Forks, columns: int, folder: Path, *arguments: object) -> str:
     """What a command writes to a terminal of so many columns, its bars included."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
@@ -32,9 +33,9 @@ def in_terminal(columns: int, folder: Path, *arguments: object) -> str:
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment["TERM"] = "xterm-256color"
     process = subprocess.Popen(
-        [sys.executable, "-m", "richkd", *map(str, arguments)],
+        [SHIM / "richkd", *map(str, arguments)],
         cwd=folder,
-        env=environment,
+        env={**environment, **forks.shim},
         stdin=slave,
         stdout=slave,
         stderr=slave,
@@ -70,7 +71,12 @@ def check_readable(text: str, columns: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("columns", [80, 120])
 def test_commands_in_a_terminal(
-    columns: int, store: Path, shapes_teacher: Path, clip_dir: Path, tmp_path: Path
+    columns: int,
+    forks: Forks,
+    store: Path,
+    shapes_teacher: Path,
+    clip_dir: Path,
+    tmp_path: Path,
 ) -> None:
     commands = {
         "precompute": (
@@ -126,7 +132,7 @@ def test_commands_in_a_terminal(
     for name, arguments in commands.items():
         if columns > 80 and name not in ("precompute", "distill", "sweep", "inspect", "help"):
             continue  # a narrow terminal is the hard one
-        text = in_terminal(columns, tmp_path, *arguments)
+        text = in_terminal(forks, columns, tmp_path, *arguments)
         print(f"--- {name}, {columns} columns\n{ESCAPE.sub('', text)}")
         check_readable(text, columns)
         if name in ("precompute", "distill"):
@@ -134,22 +140,18 @@ def test_commands_in_a_terminal(
 
 
 @pytest.mark.slow
-def test_commands_without_a_terminal(store: Path, tmp_path: Path) -> None:
+def test_commands_without_a_terminal(
+    forks: Forks, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("COLUMNS", "TERM"):
+        monkeypatch.delenv(name, raising=False)
     command = ["distill", "--cache", store, "--student", "resnet8", "--epochs", 2, "--out", "run"]
-    done = subprocess.run(
-        [sys.executable, "-m", "richkd", *map(str, command)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        env={name: value for name, value in os.environ.items() if name not in ("COLUMNS", "TERM")},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "\x1b" not in done.stdout + done.stderr and "\r" not in done.stdout + done.stderr
-    assert re.search(r"^epoch 2/2: loss .*, test .* %", done.stderr, re.MULTILINE)
-    assert re.search(r"^ resnet8 by richkd +\d", done.stdout, re.MULTILINE)
-    check_readable(done.stdout, 80)
+    done = forks.run(*command, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "\x1b" not in done.out + done.err and "\r" not in done.out + done.err
+    assert re.search(r"^epoch 2/2: loss .*, test .* %", done.err, re.MULTILINE)
+    assert re.search(r"^ resnet8 by richkd +\d", done.out, re.MULTILINE)
+    check_readable(done.out, 80)
 
 
 # --- other encodings, and streams that go nowhere ------------------------------------------------

@@ -3,8 +3,6 @@
 import argparse
 import pickle
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Forks
 from helpers import refuses
 
 import richkd
@@ -134,7 +133,9 @@ def test_nothing_is_left_where_writing_fails(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["w"] and path.read_text() == "old"
 
 
-def test_what_a_killed_process_was_writing_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_what_a_killed_process_was_writing_is_removed_by_the_next(
+    forks: Forks, tmp_path: Path
+) -> None:
     """Killed by the system in the middle of a file, at a limit of its size."""
     path = tmp_path / "w.safetensors"
     write = textwrap.dedent(f"""
@@ -146,13 +147,12 @@ def test_what_a_killed_process_was_writing_is_removed_by_the_next(tmp_path: Path
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))
         save_tensors(Path({str(path)!r}), {{"a": torch.zeros(100_000)}})
     """)
-    killed = subprocess.run([sys.executable, "-c", write, "100000"], check=False)
-    assert killed.returncode == -signal.SIGXFSZ
+    assert forks.run_python(write, 100_000).code == -signal.SIGXFSZ
     (left,) = tmp_path.iterdir()
     assert left.stat().st_size == 100_000 and is_temporary(left)
 
     time.sleep(2 * GRACE_S)
-    subprocess.run([sys.executable, "-c", write, "1000000"], check=True)
+    assert forks.run_python(write, 1_000_000).code == 0
     assert [*tmp_path.iterdir()] == [path]
     assert read_weights(path)["a"].shape == (100_000,)
 

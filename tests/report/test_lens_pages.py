@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import chromium
+from chromium import open_page
 
 from richkd.config.settings import Sweep
 from richkd.core.progress import Report
@@ -35,7 +35,7 @@ def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(page: Path, tmp_path: Path, width: int, scheme: str) -> str:
     """The page's elements in a window of a width, after scripts that log nothing."""
     dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
-    dom, console = chromium(page, tmp_path, f"--window-size={width},4000", *dark)
+    dom, console = open_page(page, tmp_path, f"--window-size={width},4000", *dark)
     assert console == ""
     return dom
 

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from helpers import Refusal, chromium
+from chromium import open_page
+from helpers import Refusal
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from richkd.analysis.results import leaderboard, paired_difference
@@ -61,7 +62,7 @@ def test_the_page_in_a_browser(
     assert done.code == 0, done.err
     page = tmp_path / "report.html"
     dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
-    dom, console = chromium(page, tmp_path, f"--window-size={width},2000", *dark)
+    dom, console = open_page(page, tmp_path, f"--window-size={width},2000", *dark)
     assert console == ""
     table = dom[dom.index('<table id="leaderboard">') : dom.index("</table>")]
     cells = [

@@ -22,6 +22,7 @@ import pytest
 import zarr
 from fake_hub import serving as hub_serving
 from fake_s3 import BUCKET, FakeS3
+from forked import Forks
 from helpers import Refusal, assert_same_run, changed, refuses, tree
 from obstore.store import from_url
 from zarr.storage import ObjectStore
@@ -229,27 +230,23 @@ def test_interrupted_it_resumes(
 @pytest.mark.slow
 @pytest.mark.fault
 def test_killed_it_resumes(
-    s3: FakeS3, url: str, stage_one: list[Any], run: Run, tmp_path: Path
+    s3: FakeS3, url: str, stage_one: list[Any], run: Run, forks: Forks, tmp_path: Path
 ) -> None:
-    words = [*map(str, stage_one), "--views", "60"]
-    command = [sys.executable, "-m", "richkd", *words, "--out", url]
+    words = [*stage_one, "--views", 60, "--out"]
     for _ in range(3):
         s3.asked.clear()
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = forks.start(*words, url)
         while (
             process.poll() is None
             and sum(line.startswith("PUT") and "/complete/c/" in line for line in s3.asked) < 12
         ):
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        _, err = process.communicate()
-        assert process.returncode == -signal.SIGKILL, err  # its lock stays, and stops nobody here
-    finished = [
-        subprocess.run([*command[:-1], out], check=False, capture_output=True, text=True)
-        for out in (url, str(tmp_path / "whole.zarr"))
-    ]
-    assert [done.returncode for done in finished] == [0, 0], finished
-    assert "resuming: " in finished[0].stderr
+        process.kill()
+        # its lock stays, and stops nobody here
+        assert process.wait() == -signal.SIGKILL, process.err
+    resumed, whole = (forks.run(*words, out) for out in (url, tmp_path / "whole.zarr"))
+    assert resumed.code == whole.code == 0, resumed.err + whole.err
+    assert "resuming: " in resumed.err
     assert changed(arrays(remote_tree(url)), arrays(tree(tmp_path / "whole.zarr"))) == []
     assert run("verify", url).code == 0
 

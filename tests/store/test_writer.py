@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from helpers import changed, refuses, tree
+from helpers import changed, refuses, slow, tree
 from torch import Tensor
 from zarr.storage import LocalStore
 
@@ -205,7 +205,9 @@ def failing_from(last: int, kind: BaseException) -> Callable[[str], None]:
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("kind", [OSError(28, "No space left on device"), ValueError("x"), Fault()])
+@pytest.mark.parametrize(
+    "kind", [OSError(28, "No space left on device"), *slow(ValueError("x"), Fault())]
+)
 def test_errors_of_threads_are_raised_and_the_cache_can_be_resumed(
     opened: Open,
     manifest: Any,

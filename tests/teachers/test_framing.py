@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import changed, refuses, tree
+from helpers import changed, refuses, slow, tree
 from PIL import Image
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
@@ -118,7 +118,7 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a.float(), b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS[:1], *slow(*NETWORKS[1:])])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_rows_are_those_of_a_plain_timm_pipeline(
     photos: str, tmp_path: Path, name: str, workers: int, monkeypatch: pytest.MonkeyPatch

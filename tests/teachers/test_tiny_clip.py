@@ -10,6 +10,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from helpers import slow
 from torch import Tensor
 
 from richkd.data.shapes import draw
@@ -75,7 +76,7 @@ class CutOff(BaseException):
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-@pytest.mark.parametrize("steps", [3, 5, 6, 8])
+@pytest.mark.parametrize("steps", [3, *slow(5, 6, 8)])
 def test_an_interrupted_training_ends_in_the_same_bytes(
     pairs: tuple[Tensor, list[str]], tmp_path: Path, steps: int, damaged: bool
 ) -> None:
