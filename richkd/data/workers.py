@@ -17,7 +17,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -222,9 +222,7 @@ def _next(iterator: Any) -> Any:
     try:
         with _handler_restored(signal.SIGCHLD):
             if _in_main_thread():
-                signal.signal(
-                    signal.SIGCHLD, lambda *_: signal_handling._error_if_any_worker_fails()
-                )
+                signal.signal(signal.SIGCHLD, partial(_fail_once, signal.getsignal(signal.SIGCHLD)))
             signal_handling._error_if_any_worker_fails()
             return next(iterator, None)
     except (RuntimeError, OSError, EOFError) as error:
@@ -234,6 +232,18 @@ def _next(iterator: Any) -> Any:
         if not codes:
             raise
         raise RichKDError(_describe(codes[0]), code="worker-died") from error
+
+
+def _fail_once(before: Any, *_: object) -> None:
+    """Handle SIGCHLD: raise an error if a worker failed, and leave further signals to `before`.
+
+    A second one would otherwise raise while the handler is being restored.
+    """
+    try:
+        signal_handling._error_if_any_worker_fails()
+    except RuntimeError:
+        signal.signal(signal.SIGCHLD, before)
+        raise
 
 
 def _describe(code: int) -> str:

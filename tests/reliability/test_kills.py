@@ -85,7 +85,7 @@ def test_stage_one_interrupted_at_every_block(
     for number in range(1, blocks):
         with interrupted(WRITE, count, before=before):
             assert run(*small, "--out", path).code == 130
-        assert blocks_written(path) == [True] * number + [False] * (blocks - number)
+        assert sum(blocks_written(path)) == number
         assert not hidden(tmp_path)
     assert run(*small, "--out", path).code == 0
     assert changed(arrays(whole), arrays(path)) == []
