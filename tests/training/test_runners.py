@@ -149,6 +149,7 @@ def test_a_network_that_cannot_be_compiled(
     assert same(weights(tmp_path / "a"), weights(tmp_path / "plain"))
 
 
+@pytest.mark.slow
 def test_no_compiler(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any, fresh_compiler: None
 ) -> None:
@@ -350,6 +351,7 @@ def test_learning_rates_are_those_of_timm(epochs: int, schedule: dict[str, Any])
         assert learning_rate(settings, epoch) == optimizer.param_groups[0]["lr"]
 
 
+@pytest.mark.slow
 def test_many_students_may_be_compiled(
     store: Path, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None
 ) -> None:
