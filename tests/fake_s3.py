@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from wsgiref.types import StartResponse, WSGIEnvironment
 
+import optional
 import pytest
-from moto.server import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
 
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
 BUCKET = "bucket"
@@ -31,6 +30,8 @@ class FakeS3:
     slow_s: float = 1.0
 
     def __post_init__(self) -> None:
+        from moto.server import DomainDispatcherApplication, create_backend_app
+
         self._moto = DomainDispatcherApplication(create_backend_app)
 
     def __call__(self, environ: WSGIEnvironment, start: StartResponse) -> Any:
@@ -59,7 +60,9 @@ class FakeS3:
 @contextmanager
 def serving(patch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
     """Serve an empty bucket, and name the server in the environment, until the block ends."""
+    optional.require("moto", "obstore")
     import boto3
+    from werkzeug.serving import make_server
 
     server = FakeS3()
     http = make_server("127.0.0.1", 0, server, threaded=True)

@@ -22,6 +22,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import optional
 import pytest
 import typer
 from forked import Forks
@@ -77,6 +78,7 @@ ALL = [block for page in PAGES for block in blocks(page)]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    optional.require("sphinx")
     out = tmp_path_factory.mktemp("site")
     done = subprocess.run(
         [

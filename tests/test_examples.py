@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import optional
 import pytest
 from forked import Forks
 
@@ -17,9 +18,12 @@ SAID = {
     "read_with_xarray": "of view 0 are classified right",
 }
 
+PACKAGES = {"lightning_module": ["lightning"], "read_with_xarray": ["xarray"]}
+
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example(forks: Forks, example: Path, store: Path, tmp_path: Path) -> None:
+    optional.require(*PACKAGES.get(example.stem, ()))
     lines = [line for line in example.read_text().splitlines() if line.strip()]
     assert 5 <= len(lines) <= 30
     shutil.copytree(store, tmp_path / "cache" / "shapes.zarr")

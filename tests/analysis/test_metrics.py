@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import optional
 import pytest
 import scipy.special
 import scipy.stats
 import torch
-from torchmetrics.functional import classification
 
 from richkd.analysis import metrics
 from richkd.analysis.corruptions import relative_errors
@@ -81,6 +81,7 @@ def test_certain_predictions_fall_into_the_last_bin() -> None:
 
 
 def test_torchmetrics_agrees(drawn: Drawn) -> None:
+    classification = optional.load("torchmetrics.functional.classification")
     logits, labels, p = (torch.from_numpy(array) for array in drawn)
     ties = logits.round().half()
     for k in (1, 2, 5):

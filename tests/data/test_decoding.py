@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optional
 import pytest
 from helpers import Refusal, refuses
 from numpy.typing import NDArray
@@ -428,7 +429,7 @@ def test_a_slender_image_that_is_not_absurd_is_read(tmp_path: Path) -> None:
 
 
 def test_heic_is_read_with_its_package_and_named_without(tmp_path: Path) -> None:
-    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif = optional.load("pillow_heif")
     path = tmp_path / "a.heic"
     pixels = np.full((40, 60, 3), (200, 30, 30), np.uint8)
     pillow_heif.from_pillow(Image.fromarray(pixels)).save(path)

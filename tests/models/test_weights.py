@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optional
 import pytest
 import timm
 import torch
@@ -498,8 +499,7 @@ def test_programs_are_refused(tmp_path: Path) -> None:
 
 
 def test_onnx_is_refused(tmp_path: Path) -> None:
-    import onnx
-    from onnx import helper
+    onnx, helper = optional.load("onnx"), optional.load("onnx.helper")
 
     graph = helper.make_graph([], "g", [], [])
     for producer in ("pytorch", "onnx-example"):

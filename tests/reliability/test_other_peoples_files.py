@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optional
 import pytest
 import torch
 from forked import interrupted
@@ -272,7 +273,7 @@ def test_pages_and_exports_of_others_stay(
 
 @pytest.mark.slow
 def test_an_export_as_onnx_is_known_again(run: Run, fails: Fails, mine: Path) -> None:
-    pytest.importorskip("onnx")
+    optional.require("onnx", "onnxscript", "onnxruntime")
     for _ in range(2):
         assert run("export", mine, "--out", "a.onnx").code == 0
     assert is_export(Path("a.onnx"))
@@ -282,7 +283,7 @@ def test_an_export_as_onnx_is_known_again(run: Run, fails: Fails, mine: Path) ->
 
 
 def test_tensorboard_takes_its_own_events_only(run: Run, mine: Path) -> None:
-    pytest.importorskip("tensorboard")
+    optional.require("tensorboard")
     logs = mine / "tensorboard" / "mine"
     logs.mkdir(parents=True)
     (logs / "plot.png").write_bytes(b"precious")

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optional
 import pytest
 import scipy.stats
 import torch
 from chromium import open_page
 from helpers import Refusal
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from richkd.analysis.results import leaderboard, paired_difference
 from richkd.models import create_model
@@ -249,8 +249,11 @@ def test_costs_are_counted(runs: Path) -> None:
 
 
 def test_tensorboard_files_hold_the_metrics(run: Run, runs: Path, tmp_path: Path) -> None:
+    accumulator = optional.load("tensorboard.backend.event_processing.event_accumulator")
     assert run("report", runs, "--out", tmp_path, "--tensorboard").code == 0
-    events = EventAccumulator(str(tmp_path / "tensorboard" / "shapes-resnet8-richkd-s0")).Reload()
+    events = accumulator.EventAccumulator(
+        str(tmp_path / "tensorboard" / "shapes-resnet8-richkd-s0")
+    ).Reload()
     read = load_run(runs / "shapes-resnet8-richkd-s0")
     assert read is not None
     for tag, key in (("accuracy/test", "test_accuracy"), ("loss/total", "loss"), ("lr", "lr")):
