@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
+import json
 import pathlib
 import pickle
 import re
@@ -578,4 +579,14 @@ def save_tensors(
     note = {**(metadata or {}), _SHA256: tensors_sha256(plain)}
     with atomic_write(path) as temporary:
         # `save_file` would write a temporary file of its own, which a killed process leaves behind
-        temporary.write_bytes(save(plain, note))
+        temporary.write_bytes(_sorted_metadata(save(plain, note)))
+
+
+def _sorted_metadata(content: bytes) -> bytes:
+    """Return a safetensors file with sorted metadata, which safetensors writes in random order."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    return len(text).to_bytes(8, "little") + text + content[start:]

@@ -25,7 +25,14 @@ from torch import Tensor, nn
 
 import richkd
 from richkd.core.errors import RichKDError
-from richkd.models.weights import load_into, read_note, read_weights, save_tensors, state_sha256
+from richkd.models.weights import (
+    load_into,
+    read_note,
+    read_safetensors,
+    read_weights,
+    save_tensors,
+    state_sha256,
+)
 
 State = dict[str, Tensor]
 CLASSES = 3
@@ -476,6 +483,18 @@ def test_files_of_other_kinds(tmp_path: Path, name: str, suffix: str) -> None:
     text = str(refused.value)
     assert refused.value.code == code and kind in text
     assert text.startswith(f"{path} ") and "\x1b" not in text and "weights_only" not in text
+
+
+def test_a_file_has_the_same_bytes_twice(tmp_path: Path) -> None:
+    metadata = {f"key {number}": "ä" * number for number in range(20)}
+    tensors = {"b": torch.arange(5), "a": torch.ones(2, 3)}
+    files = [tmp_path / f"{number}.safetensors" for number in range(8)]
+    for file in files:
+        save_tensors(file, tensors, metadata)
+    assert len({file.read_bytes() for file in files}) == 1
+    read, note = read_safetensors(files[0])
+    assert metadata.items() <= note.items()
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_directory_is_refused_by_what_is_in_it(tmp_path: Path) -> None:
