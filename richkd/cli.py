@@ -552,7 +552,7 @@ def write_report(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write an HTML page on all runs in a folder, with CSV and JSON beside it."""
+    """Write an HTML page about all runs in a folder, with CSV and JSON beside it."""
     from pathlib import Path
 
     from richkd.report import write_report

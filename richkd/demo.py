@@ -67,7 +67,7 @@ def run_demo(out: str, seed: int, report: Report, *, overwrite: bool = False) ->
     show_scores(analysis, report)
     seconds = time.perf_counter() - started
     pages = {"analysis": analysis["files"]["html"], "report": page["files"]["report.html"]}
-    report.log(f"{duration(seconds)} in all. One seed shows the way, not who wins.")
+    report.log(f"{duration(seconds)} in all. One seed is an example, not a comparison.")
     report.log(f"the teachers' page: {pages['analysis']}\nthe students' page: {pages['report']}")
     report.log(
         f"\nTry next:\n"

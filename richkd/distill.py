@@ -1,7 +1,7 @@
 """Stage two: train a student from a cache, one slab per epoch. No teacher is loaded here.
 
-`Source` holds what runs can share: cache, images, slabs and targets. `StudentRun` holds what is a
-run's own: student, method, optimizer and run folder. `distill` has one run, a sweep has many.
+`Source` holds what runs can share: cache, images, slabs and targets. `StudentRun` holds what one
+run owns: student, method, optimizer and run folder. `distill` has one run, a sweep has many.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def distill(
 
     Args:
         settings: cache, student, method and training.
-        resume: no effect, since resuming is the default; not allowed with `overwrite`.
-        overwrite: start over if there is a run. Files of others in its folder stay.
-        report: where progress goes.
+        resume: has no effect, since resuming is the default; contradicts `overwrite`.
+        overwrite: start over if there is a run; other files in its folder are kept.
+        report: receives progress.
 
     Returns:
         The content of the run's summary.json. Accuracies are in 0..1.
 
     Raises:
-        RichKDError: anything the user can mend; raised before training starts, unless the
+        RichKDError: anything the user can fix; raised before training starts, unless the
             student diverges.
     """
     check_resume(resume, overwrite)

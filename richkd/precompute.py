@@ -66,7 +66,7 @@ def precompute(
 
     Args:
         settings: what to compute.
-        resume: has no effect, as resuming is the default; contradicts `overwrite`.
+        resume: has no effect, since resuming is the default; contradicts `overwrite`.
         overwrite: replace a cache that exists.
         dataset: the images, if they are already loaded; by default `settings` say which to load.
         teacher_recipe: settings for the teacher's training, if one has to be trained.
@@ -106,7 +106,7 @@ def recompute(
     dataset: Dataset | None = None,
     report: Report | None = None,
 ) -> TeacherCache:
-    """Compute the missing or damaged blocks of a cache, by what its manifest says.
+    """Compute the missing or damaged blocks of a cache, as its manifest describes them.
 
     The CNN teacher keeps its recorded input and class order, and the rules for new caches do not
     apply, as the cache may be older than they are.
@@ -234,7 +234,7 @@ class StageOne:
         todo = [block for block, done in zip(writer.blocks, writer.done, strict=True) if not done]
         count, written = len(writer.blocks), 0
         if len(todo) < count:
-            report.log(f"resuming: {count - len(todo)} of {count} blocks are there already")
+            report.log(f"resuming: {count - len(todo)} of {count} blocks are already written")
         phases = [ranks.own(units) for units in compute.phases(todo)]
         own = [block for units in phases for unit in units for block in unit]
         total = sum(block.stop - block.start for block in own)
@@ -282,7 +282,7 @@ class StageOne:
 
 
 def closing(cache: TeacherCache, seconds: float) -> str:
-    """Return stage one's last line; before it, what keeping only the largest logits costs."""
+    """Return stage one's last line, after a line on the cost of keeping only the largest logits."""
     manifest = cache.manifest
     clip = manifest["clip"]
     stored = sum(cache.location.sizes().values())

@@ -1,6 +1,6 @@
 """A recipe from end to end: CNN teacher, stage one, stage two or a sweep, and the report.
 
-What is complete is not repeated.
+Complete steps are not repeated.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict
         recipe: the settings of each stage.
         flags: values that override them, by the names of the settings; `cache` is the cache, `out`
             the run folder (of a sweep, the folder of the run folders) and `seed` the student's.
-        report: where progress goes.
+        report: receives progress.
 
     Returns:
         The run's summary or the sweep's outcome, with the recipe's published figures and the
         report's `page`.
 
     Raises:
-        RichKDError: anything the user can mend, e.g. a cache or run of other settings.
+        RichKDError: anything the user can fix, e.g. a cache or run of other settings.
     """
     stage_one = cache_settings(recipe, flags)
     stage_two = run_settings(recipe, flags, stage_one.out)
@@ -115,11 +115,11 @@ def run_name(settings: Distill) -> str:
 
 
 def published_lines(published: Mapping[str, Figure]) -> Iterator[str]:
-    """Yield the published figures, a line for each kind of epoch, with what they compare to."""
+    """Yield a line of published figures for each kind of epoch, with what to compare them to."""
     kinds = {
         "last": "after the last epoch (compare with top-1 last)",
         "best": "of the best epoch on the test images (compare with best)",
-        "unknown": "of an epoch that is not known",
+        "unknown": "of an unknown epoch",
     }
     for epoch, kind in kinds.items():
         figures = [
@@ -132,7 +132,7 @@ def published_lines(published: Mapping[str, Figure]) -> Iterator[str]:
 
 
 def check_names(settings: Distill) -> None:
-    """Check that student and method exist, before stage one takes its time."""
+    """Check that student and method exist, before stage one starts."""
     method_class(settings.method, method_options(settings.options, settings.method))
     if settings.student:
         check_trainable(settings.student)
@@ -146,7 +146,7 @@ def make_cache(
     """Open the cache of these settings, or run stage one if it is not complete.
 
     Raises:
-        RichKDError: a complete cache of other settings or teacher weights is in its place.
+        RichKDError: the cache is complete, but has other settings or teacher weights.
     """
     out = open_location(settings.out)
     if overwrite or not out.exists or not read_manifest(out.name)["complete"]:
@@ -168,7 +168,7 @@ def make_cache(
             f"{out} was made with other teacher weights than {weights}; {remedy}",
             code="cache-teacher-differs",
         )
-    report.log(f"{out} is complete already")
+    report.log(f"{out} is already complete")
     return cache
 
 

@@ -329,7 +329,7 @@ def test_both_stages_and_json(
     assert done.out.strip() == "next: richkd distill --cache cache/shapes.zarr"
     before = tree(tmp_path / "cache")
     again = run(*stage_one)
-    assert again.code == 0 and "is complete already" in again.err and again.out == done.out
+    assert again.code == 0 and "is already complete" in again.err and again.out == done.out
     line = fails(*stage_one, "--views", 3)
     assert line.code == "cache-settings-differ" and "views was 2 and is now 3" in line
     assert changed(before, tree(tmp_path / "cache")) == []
@@ -365,7 +365,7 @@ def test_both_stages_and_json(
     assert max(map(len, done.out.splitlines())) <= 80
     assert "epoch 2/2: loss" in done.err
     again = run(*stage_two)
-    assert again.code == 0 and "is complete already" in again.err
+    assert again.code == 0 and "is already complete" in again.err
     result = run(*stage_two, "--overwrite", "--json")
     assert result.err == "" and result.json["method"] == "richkd"
     recipe = (tmp_path / "runs/shapes-resnet8-richkd-s0/recipe.toml").read_text()

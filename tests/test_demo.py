@@ -63,4 +63,4 @@ def test_demo_from_nothing(forks: Forks, tmp_path: Path) -> None:
 
     again = forks.run("demo", cwd=tmp_path, env=env)
     assert again.code == 0, again.err
-    assert again.err.count("is complete already") == 4
+    assert again.err.count("is already complete") == 4

@@ -121,7 +121,7 @@ def test_figures_are_said_by_kind_of_epoch() -> None:
         "revkd 75.63",
     ]
     assert "last epoch" in lines[0] and "best epoch on the test images" in lines[1]
-    assert "not known" in lines[2]
+    assert "unknown epoch" in lines[2]
     assert not list(published_lines({}))
 
 
@@ -132,7 +132,7 @@ def test_what_is_done_is_not_done_again(run: Run, tiny: Callable[..., list[Any]]
     before = tree(Path("cache")), tree(Path("runs"))
     again = run(*command)
     assert again.code == 0
-    assert again.err.count("is complete already") == 2
+    assert again.err.count("is already complete") == 2
     assert "published by others" in again.err and "kd 73.33" in again.err
     assert (tree(Path("cache")), tree(Path("runs"))) == before
     other = run(*command, "--method", "ce", "--seed", 1, "--json").json

@@ -2,7 +2,7 @@
 
 The images are the published files of CIFAR-10-C and CIFAR-100-C, which hold the whole test split in
 order, or made here by the library imagecorruptions. Its severities are those of ImageNet-C, which
-on images of 32 pixels are harsher than CIFAR-C's: results on the two do not compare.
+on images of 32 pixels are harsher than CIFAR-C's: results on the two are not comparable.
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ def describe_logits(
 
 
 def open_store_of(runs: Sequence[Run], cache: str | None) -> TeacherCache:
-    """Open the cache that the first run names, or `cache`, and check that all runs are of its data.
+    """Open the cache that the first run names, or `cache`, and check that all runs used its data.
 
     Raises:
         RichKDError: it is missing or cannot be opened, or a run was trained on other data.
@@ -223,7 +223,7 @@ def open_store_of(runs: Sequence[Run], cache: str | None) -> TeacherCache:
         if run.identity.dataset != of_cache.dataset:
             raise RichKDError(
                 f"{run.path} was trained on other data than {named} holds; evaluate runs of one "
-                f"data set at a time, and with a store of it",
+                f"dataset at a time, with a cache of that dataset",
                 code="run-of-other-data",
             )
     return store

@@ -1,1 +1,1 @@
-"""Settings, recipes and the catalog of data sets. No torch in here."""
+"""Settings, recipes and the catalogue of datasets. Nothing here imports torch."""

@@ -1,4 +1,4 @@
-"""The datasets by name, and the defaults that follow from them. Does not import torch."""
+"""The catalogue of datasets and the defaults that follow from them. Does not import torch."""
 
 from __future__ import annotations
 

@@ -13,13 +13,13 @@ from richkd.core.errors import RichKDError, nearest, unknown
 from richkd.core.text_files import read_text
 from richkd.core.validation import within
 
-Epoch = Literal["last", "best", "unknown"]  # that a published figure is of
+Epoch = Literal["last", "best", "unknown"]  # the epoch that a published figure refers to
 EPOCHS = get_args(Epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A figure that others published."""
+    """A published figure."""
 
     top1: Annotated[float, within(0, 100)]  # in %
     epoch: Epoch = "unknown"  # best was chosen on the test split
@@ -32,7 +32,7 @@ class Recipe:
 
     name: str
     about: str
-    published: dict[str, Figure]  # by others: of the teacher, or by method
+    published: dict[str, Figure]  # of the teacher, or by method
     tables: dict[str, dict[str, Any]]
 
     def table(self, command: str) -> dict[str, Any]:
@@ -53,10 +53,10 @@ def load(path_or_name: str) -> Recipe:
         raise RichKDError(f"cannot read recipe {path}: {error}", code="recipe-unreadable") from None
     about, published = content.pop("about", ""), content.pop("published", {})
     if not isinstance(about, str):
-        raise RichKDError(f"recipe {path}: about = {about!r} should be text", code="recipe-value")
+        raise RichKDError(f"recipe {path}: about = {about!r}: must be text", code="recipe-value")
     if not isinstance(published, dict):
         raise RichKDError(
-            f"recipe {path}: [published] should be a table of figures", code="recipe-value"
+            f"recipe {path}: [published] must be a table of figures", code="recipe-value"
         )
     figures = {
         name: _read_figure(value, f"recipe {path} [published]: {name}")
@@ -76,7 +76,7 @@ def packaged() -> Path:
 
 
 def _read_figure(value: object, where: str) -> Figure:
-    """Return a figure of a recipe: a table, or a number alone.
+    """Return a published figure of a recipe, given as a table or as a number.
 
     Raises:
         RichKDError: neither, or an entry that is missing, unknown or out of range.
@@ -96,7 +96,7 @@ def _find(path_or_name: str) -> Path:
     if os.sep not in path_or_name and path.stem in own:
         return own[path.stem]
     raise RichKDError(
-        f"no recipe {path_or_name!r}: neither a file nor one that comes with richkd "
-        f"({nearest(path.stem, own)})",
+        f"no recipe {path_or_name!r}: neither a file nor a packaged recipe; "
+        f"{nearest(path.stem, own)}",
         code="recipe-missing",
     )

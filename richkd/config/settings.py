@@ -216,7 +216,7 @@ class Images(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Settings):
-    """Settings of training; the defaults are those of the CIFAR distillation literature."""
+    """Settings of training; the defaults follow the CIFAR distillation literature."""
 
     epochs: Count = setting(240, "passes over the training samples")
     batch_size: Count = setting(64, "samples per step")
@@ -295,7 +295,7 @@ class Precompute(Images):
         None, "pixels per side of the images it was trained on; default by timm or dataset"
     )
     teacher_mean: Mean | None = setting(
-        None, "mean of the pixels, in 0..1, it was trained with: one number, or R,G,B"
+        None, "mean of the pixels in 0..1 that it was trained with: one number, or R,G,B"
     )
     teacher_std: Deviation | None = setting(None, "standard deviation of the pixels, like the mean")
     teacher_crop: Annotated[float, Limit("in (0, 1]", lambda share: 0 < share <= 1)] | None = (
@@ -387,7 +387,7 @@ class Precompute(Images):
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Training):
-    """Settings of `richkd distill`, stage two; the blend defaults to that of the cache."""
+    """Settings of `richkd distill`, stage two; the blend defaults to the cache's."""
 
     cache: str = setting("", "cache that richkd precompute wrote: a folder or a URL", path=True)
     student: str = setting("", "student of the zoo or of timm; default by dataset")
@@ -530,7 +530,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def check_resume(resume: bool, overwrite: bool) -> None:
-    """Check that not both `--resume` and `--overwrite` are given; raise RichKDError."""
+    """Raise RichKDError if both `--resume` and `--overwrite` are given."""
     if resume and overwrite:
         raise RichKDError(
             "--resume and --overwrite contradict each other; leave out --overwrite to resume, or "
@@ -556,8 +556,8 @@ def describe(settings: type, name: str) -> str:
 def resolve(settings: type[S], recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> S:
     """Return the defaults, overridden by a recipe's table, overridden by the flags given.
 
-    A recipe has `options` by method; among the flags they are those of the chosen method. A
-    recipe's `student_options` are of its own student.
+    A recipe's `options` are grouped by method; a flag's belong to the chosen method. A recipe's
+    `student_options` apply to its own student only.
 
     Args:
         settings: which settings.
@@ -596,7 +596,7 @@ def check_table(table: Mapping[str, Any], known: type, where: str) -> None:
     Args:
         table: as read from a recipe.
         known: the dataclass.
-        where: the table is, for the message.
+        where: the location of the table, for the message.
     """
     for name, value in table.items():
         check_name(name, known, where)

@@ -1,1 +1,1 @@
-"""What every other package uses: errors, files, interrupts, memory, progress, ranks, the blend."""
+"""The basis of all other packages: errors, files, interrupts, memory, progress, ranks, fusion."""

@@ -51,12 +51,12 @@ def nearest(name: str, choices: Iterable[str], limit: int = 8, fallback: Iterabl
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> RichKDError:
-    """Return the error for a name that does not exist; it lists those that do."""
+    """Return the error for an unknown name; it lists the nearest known names."""
     return RichKDError(f"unknown {kind} {name!r}; {nearest(name, choices)}", code="unknown-name")
 
 
 def machine_fault(error: Exception) -> str | None:
-    """Return what the machine lacks and the remedy in one line; None for any other error.
+    """Return one line with what the machine lacks and the remedy; None for any other error.
 
     PyTorch reports a lack of memory as RuntimeErrors with many different texts.
     """
@@ -98,6 +98,6 @@ def first_line(error: BaseException) -> str:
 
 
 def require(condition: bool, name: str, value: object, must: str) -> None:
-    """Raise RichKDError, which says what a value must be, unless the condition holds."""
+    """Raise a RichKDError that states what a value must be, unless the condition holds."""
     if not condition:
         raise RichKDError(f"{name} = {value!r}: must be {must}", code="value-out-of-range")

@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows, which has other locks
     fcntl = None  # type: ignore[assignment]
 
-# as `atomic_write` and zarr name them
+# names given by `atomic_write` and by zarr
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp|.+\.[0-9a-f]{32}\.partial")
 ABANDONED_S = 3600.0  # without flock: age at which a temporary file counts as abandoned
 GRACE_S = 0.1  # a process that has just created a temporary file may not have locked it yet
@@ -110,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def check_replaceable(path: Path, ours: Callable[[Path], bool]) -> None:
-    """Check that a file can be written and would replace nothing that richkd did not write.
+    """Check that a file can be written and replaces at most a file that richkd wrote.
 
     Args:
         path: the file to write.
@@ -167,7 +167,7 @@ def remove_temporary(folder: Path, *, deep: bool = False) -> None:
 
 
 def is_temporary(path: PurePath) -> bool:
-    """Return whether a file is a temporary one that was to replace another."""
+    """Return whether a file is a temporary file of an atomic write."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
@@ -195,8 +195,8 @@ def locked(path: Path, lease_s: float = LEASE_S) -> Iterator[None]:
     """Lock a cache or a run folder for writing; the lock ends with the process.
 
     On file systems without flock (some Lustre, FUSE and NFS) the lock is a lease: a file that its
-    holder keeps renewing. The lease of a dead process on this machine is void at once, that of one
-    on another machine after `lease_s` without renewal.
+    holder keeps renewing. If the holder dies, its lease expires at once for processes on the same
+    machine, and after `lease_s` without renewal for others.
 
     Raises:
         RichKDError: another process holds the lock.
@@ -289,7 +289,7 @@ def _flock_is_missing(path: Path) -> bool:
 
 
 def _stamp(note: Path) -> tuple[int, int] | None:
-    """Return what changes whenever a lease is taken or renewed."""
+    """Return a stamp that changes whenever a lease is taken or renewed."""
     try:
         found = note.stat()
     except FileNotFoundError:

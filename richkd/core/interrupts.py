@@ -49,9 +49,9 @@ class _State:
     started: bool = False  # there is something to clean up
     imports: int = 0  # imports on the stack when the handlers were installed
     caught: int = 0  # the first signal received
-    when: float = 0.0  # it was received
+    when: float = 0.0  # time at which it was received
     deferring: int = 0  # blocks that defer signals
-    insisted: bool = False  # a second signal came: defer no longer
+    insisted: bool = False  # a second signal arrived: defer no longer
     raised: bool = False
 
 
@@ -72,7 +72,7 @@ def interruptible(message: str = RESUMES) -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[Callable[[str], None]]:
-    """Defer signals until the yielded function is called with a message; a second one is not."""
+    """Defer signals until the yielded function is called; a second signal is not deferred."""
 
     def check(message: str) -> None:
         if _state.caught and not _state.raised and _in_main_thread():

@@ -1,4 +1,4 @@
-"""Measure the available memory, and process rows in parts that need little of it."""
+"""Measure the available memory, and process rows in slices to save it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The processes of one job, as torchrun starts them.
 
-They communicate through gloo, which every machine has; no network's tensors go over it. A process
-started without a launcher is rank 0 of 1, at no cost.
+They communicate through gloo, which every machine has, and never send tensors of networks. A
+process started without a launcher is rank 0 of 1, at no cost.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def is_first() -> bool:
 
 
 def _world() -> int:
-    """Return the number of processes of the job, by the launcher's environment variables."""
+    """Return the number of processes of the job, from the launcher's environment variables."""
     size = os.environ.get("WORLD_SIZE", "")
     return int(size) if size.isdecimal() and "RANK" in os.environ else 1
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process among those of its job."""
+    """The rank of this process in its job."""
 
     rank: int
     world: int

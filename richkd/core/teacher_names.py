@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# beside others of their kind, where little room is
+# short names, for tables and plots of teachers alone
 NAMES = {
     "cnn": "CNN teacher",
     "clip": "CLIP",
@@ -10,5 +10,5 @@ NAMES = {
     "raw": "fused, raw scale",
     "native": "fused, native scale",
 }
-# beside students and other models
+# full names, beside students and other models
 FULL_NAMES = {"cnn": "CNN teacher", "clip": "CLIP zero-shot", "fused": "fused teacher"}

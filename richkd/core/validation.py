@@ -83,7 +83,7 @@ class Fault:
 def find_fault(value: object, hint: Any, place: str = "") -> Fault | None:
     """Return the first fault of a value, or None if it fits its hint.
 
-    An int is a float, a bool is no int, and a list is a tuple. A TypedDict may have more keys.
+    An int fits float, a list fits tuple, a bool does not fit int. A TypedDict may have more keys.
 
     Args:
         value: of any type.
@@ -101,7 +101,7 @@ def check(value: object, hint: Any, name: str, where: str = "", code: str | None
         hint: as in `find_fault`.
         name: the name of the value.
         where: a prefix of the message, e.g. the recipe it was read from.
-        code: of the error, instead of the fault's own.
+        code: replaces the fault's own error code.
     """
     fault = find_fault(value, hint, name)
     if fault is not None:
@@ -166,7 +166,7 @@ def _faults_of_union(value: object, hint: Any, place: str) -> Iterator[Fault]:
     if None in found:
         return
     for fault in found:
-        # the value has this option's type; the others' faults are only that it is not theirs
+        # the value has this option's type, so the other options' faults say nothing
         if fault is not None and (fault.code == RANGE or fault.place != place):
             yield fault
             return

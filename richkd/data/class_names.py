@@ -191,7 +191,7 @@ class _Entry:
     """One name in a file."""
 
     place: str  # for messages, e.g. `line 3`
-    key: str | None  # the folder or number that the name belongs to, if the file says so
+    key: str | None  # the folder or number that the file gives for the name
     name: str
 
     @property
@@ -215,7 +215,7 @@ def read_class_names(file: Path, folders: Sequence[str]) -> ClassNames:
 
     Raises:
         RichKDError: the file is missing, names an unknown folder, has too few or too many names or
-            the same name twice, or leaves open which folder a name belongs to.
+            the same name twice, or does not determine the folder of a name.
     """
     try:
         entries = _parse(read_text(file), folders)

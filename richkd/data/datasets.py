@@ -147,7 +147,7 @@ class Dataset:
 
     @property
     def decoding(self) -> Decoding | None:
-        """How files become RGB; None if all of them are read just as they are stored."""
+        """How files become RGB; None if all of them are read as they are stored."""
         every = [split.images for split in self.splits.values()]
         files = [images for images in every if isinstance(images, ImageFiles)]
         changed = any((images.traits & CHANGED).any() for images in files)
@@ -162,7 +162,7 @@ class Dataset:
         return self._digest(self.decoding)
 
     def read_differently_in(self, fingerprint: str) -> bool:
-        """Return whether a fingerprint is of these files as read before there was `Decoding`."""
+        """Return whether a fingerprint was computed before files were read with `Decoding`."""
         return self.decoding is not None and fingerprint == self._digest(None)
 
     def _digest(self, decoding: Decoding | None) -> str:
@@ -198,8 +198,8 @@ def load_dataset(
 ) -> Dataset:
     """Load a dataset by name, with its first `limit` training samples.
 
-    For an image folder, `skipped`, `layout` and `decoding` repeat what stage one did; None decides
-    anew, and decodes every file once to find those that are broken.
+    For an image folder, `skipped`, `layout` and `decoding` repeat what stage one did; if they are
+    None, every file is decoded once to find damaged ones and to choose a range of values.
 
     Args:
         settings: which images.
@@ -426,7 +426,7 @@ def _image_folder(
     values = [each.values for each in listings.values()]
     decoding = decoding or Decoding.of(settings.background, settings.pixel_range, values)
     traits = np.concatenate([each.traits for each in listings.values()])
-    origin = "as --pixel-range says" if settings.pixel_range else ""
+    origin = "set by --pixel-range" if settings.pixel_range else ""
     read = describe_decoding(decoding, values, traits, origin)
     splits = {split: files_split(each, image_size, decoding) for split, each in listings.items()}
     earlier = layout is not None and layout.earlier

@@ -1,7 +1,7 @@
 """Decode image files as a viewer shows them: upright, on a background, and at full brightness.
 
-The stored pixels lack three things. The EXIF orientation says how to rotate them, an alpha channel
-says where the background is visible, and values of 16 bits, 32 bits or floats need a range from
+The stored pixels lack three things. The EXIF orientation tells how to rotate them, an alpha channel
+where the background is visible, and values of 16 bits, 32 bits or floats need a range from
 black to white. That range is chosen once per dataset (`Decoding.of`), recorded in the manifest and
 used whenever the files are read again.
 """
@@ -65,7 +65,7 @@ class Depth:
 
 @dataclass(frozen=True)
 class Found:
-    """What a file says about itself."""
+    """The properties of an image file."""
 
     size: tuple[int, int] = (0, 0)  # height and width when upright; 0 if it cannot be opened
     traits: int = 0  # flags: ROTATED, TRANSPARENT, …
@@ -257,7 +257,7 @@ def _strings(arguments: object) -> list[str]:
 
 
 def look(path: Path, decode: bool, formats: tuple[str, ...] = ()) -> Found:
-    """Return what a file says about itself.
+    """Return the properties of an image file.
 
     Args:
         path: of the file.
@@ -289,7 +289,7 @@ def _header(image: Image.Image, depth: Depth | None) -> Found:
 
 
 def _decoded(image: Image.Image, depth: Depth | None, found: Found) -> Found:
-    """Add what can be known only from the decoded pixels."""
+    """Add the properties that only the decoded pixels reveal."""
     image.load()
     # an MPO file is a photograph with its preview
     if image.format != "MPO" and getattr(image, "is_animated", False):
@@ -381,7 +381,7 @@ def describe_decoding(
 
     lines = []
     if rotated := images(ROTATED):
-        lines.append(f"rotated {rotated} upright, as the EXIF orientation says")
+        lines.append(f"rotated {rotated} upright, by their EXIF orientation")
     if transparent := images(TRANSPARENT):
         colour = decoding.entry["background"]
         lines.append(f"placed {transparent} with transparency on {colour} (--background)")

@@ -1,4 +1,4 @@
-"""List the images of one split of an image folder, with what their files say about themselves.
+"""List the images of one split of an image folder, with the properties of their files.
 
 Which files are images is decided in `walk`, which folder is which split in `layouts`, and what the
 classes are called in `class_names`.
@@ -41,7 +41,7 @@ EARLIER_SUFFIXES = {
     ".gif",
 }
 Look = Callable[[Path, bool], decoding.Found]  # as `decoding.look`
-_SCAN_VERSION = 2  # to be raised whenever a scan finds something else in the same file
+_SCAN_VERSION = 2  # increase it whenever a scan finds something else in the same file
 _QUEUED = 4096  # files that wait for a thread at once
 _REMEDY_NEW = "remove such files, or leave them out with --broken skip"
 _REMEDY_CACHED = (
@@ -160,8 +160,8 @@ def list_images(
         known: the files that an earlier listing skipped; with these, only headers are read.
         report: shows the progress.
         found: the result of `find_images`, if it is known already.
-        remedy: what the user should do about a refused file, if not what stage one says.
-        look: reads what a file says about itself.
+        remedy: the remedy for a refused file; stage one's by default.
+        look: reads the properties of a file.
 
     Raises:
         RichKDError: there are no classes, a class has no images, or a broken file is refused.
@@ -259,7 +259,7 @@ def find_images(folder: Path, *, earlier: bool = False) -> Found:
 
 @dataclass(frozen=True, kw_only=True)
 class _Scan:
-    """What the files of a folder say about themselves."""
+    """The properties of the files of a folder."""
 
     sizes: NDArray[np.int64]  # [N,2], height and width; 0 if not even these can be read
     traits: NDArray[np.uint8]  # [N]
@@ -363,6 +363,6 @@ def _scan(folder: Path, paths: Paths, decode: bool, report: Report, look: Look) 
 
 
 def suggest_image_size(sizes: NDArray[np.int64]) -> int:
-    """Return the largest usual side that at least three quarters of the images have; or else 32."""
+    """Return the largest usual side that three quarters of the images have at least, else 32."""
     shorter = np.quantile(sizes.min(1), 0.25)
     return next((side for side in (224, 160, 128, 96, 64, 48) if shorter >= side), 32)

@@ -52,7 +52,7 @@ def input_fault(entry: Mapping[str, Any]) -> str | None:
         or min(std) <= 0
     ):
         return f"mean is {mean!r}, std {std!r}"
-    if not 0 < crop <= (1 if mode == BOX else 2):  # some of timm leave a margin
+    if not 0 < crop <= (1 if mode == BOX else 2):  # some of timm's leave a margin
         return f"crop is {crop!r}"
     if entry["interpolation"] not in INTERPOLATIONS or mode not in CROP_MODES:
         return f"interpolation is {entry['interpolation']!r}, crop_mode {mode!r}"

@@ -67,7 +67,7 @@ class FileInputs:
     """Image files, decoded by data-loader workers; every batch goes to the device as bytes.
 
     `framing` adapts them to a network; with None they are as students see them. `workers` is the
-    number of workers, with None as many as `num_workers` says.
+    number of workers; None takes it from `num_workers`.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ class Layout:
     """The folder of each split, by its name in PATH."""
 
     folders: Mapping[str, str]
-    earlier: bool = False  # read as by versions whose caches do not name these folders
+    earlier: bool = False  # read as earlier versions did, whose caches do not name these folders
     notes: tuple[str, ...] = ()
 
 
@@ -79,7 +79,7 @@ def find_layout(path: Path) -> Layout:
 
 
 def _remedy(path: Path, names: list[str], has_train: bool) -> str:
-    """Say what is missing from a folder without a layout, and what to do."""
+    """Describe what is missing from a folder without a layout, and the remedy."""
     classes = [name for name in names if not is_hidden(name)]
     contents = f"it has the folders {listed(classes)}" if classes else "it has no folders"
     needs = (
@@ -158,7 +158,7 @@ def _has_classes(split: Found, train: Found) -> bool:
 
 
 def _check_number(train: Found) -> None:
-    """Raise RichKDError if there is one class only, for which every teacher is always right."""
+    """Raise RichKDError if there is only one class: every teacher would always be right."""
     if train.fault is None and len(train.classes) == 1:
         below = sorted({path.split("/")[1] for path in train.paths if path.count("/") > 1})
         nested = (
@@ -203,7 +203,7 @@ def _check_classes(split: Found, train: Found) -> None:
 
 
 def _describe(found: Mapping[str, Found]) -> str:
-    """Say what each folder is used for."""
+    """Describe what each folder is used for."""
     uses = ", ".join(
         f"{found[split].folder} for {purpose}"
         for split, purpose in _PURPOSES.items()

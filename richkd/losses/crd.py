@@ -61,7 +61,7 @@ class CRDLoss(nn.Module):
         contrast: exact, shared or bank.
 
     Raises:
-        RichKDError: all samples are of one class, so that there are no negatives; or the
+        RichKDError: all samples are of one class, so there are no negatives; or the
             temperature makes the exponentials overflow.
     """
 

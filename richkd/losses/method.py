@@ -94,7 +94,7 @@ class FewViews:
         return next(count for count in MEASURED_VIEWS if count > max(self.points))
 
     def cost(self, count: int) -> str:
-        """Return in words what so many views cost, by the next larger number measured."""
+        """Describe the cost of so many views, by the next larger number measured."""
         at = min((each for each in self.points if each >= count), default=max(self.points))
         fewer = ", and fewer cost more" if count < min(self.points) else ""
         return (
@@ -166,15 +166,15 @@ def method_class(name: str, given: Mapping[str, Any]) -> tuple[type[Method], Any
 
 
 def method_options(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return the options of one method from those of a recipe, which are by method.
+    """Return one method's options from a recipe's, which are grouped by method.
 
     Raises:
-        RichKDError: an unknown method, or options that are not by method.
+        RichKDError: an unknown method, or options that are not grouped by method.
     """
     for method, table in options.items():
         if not isinstance(table, Mapping):
             raise RichKDError(
-                f"options.{method} = {table!r}: options must be by method, as in "
+                f"options.{method} = {table!r}: must be grouped by method, as in "
                 f"[distill.options.{name}]",
                 code="options-not-by-method",
             )

@@ -5,7 +5,7 @@ epochs (960 for most ShuffleNet pairs). Here there is one view per step, and the
 number of epochs. The published code also computes masks of the less certain half of the samples and
 classes, but multiplies them with losses that are already averaged: nothing is masked, and the batch
 and class terms are halved, as they are here. Its instance term is halved on the first view but not
-on the second; that of our single view is not halved.
+on the second; on the single view here, it is not halved.
 """
 
 from __future__ import annotations

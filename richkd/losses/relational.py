@@ -1,8 +1,8 @@
 """Relations among the samples of a batch in feature space: RKD, SP and PKT.
 
-All three take pooled features [B,F] of any two widths and have no trainable layers. So do RKD and
-PKT in RepDistiller, but its SP takes the last feature map, so that its results are those of another
-method. The teacher's features get no gradient. Losses are f32 scalars.
+All three take pooled features [B,F] of any two widths and have no trainable layers. RepDistiller
+does the same for RKD and PKT, but its SP takes the last feature map, so its results belong to
+another method. The teacher's features get no gradient. Losses are f32 scalars.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ class _Candidate:
 
     @property
     def where(self) -> str:
-        """Their place in the file, such as `module.* in state_dict`; empty for all of the file."""
+        """Their position in the file, e.g. `module.* in state_dict`; empty for the whole file."""
         names = f"{self.prefix}*" if self.prefix else ""
         return " in ".join(filter(None, (names, ".".join(self.keys))))
 

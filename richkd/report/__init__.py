@@ -76,6 +76,6 @@ def write_report(
 
 
 def check_files(out: Path) -> None:
-    """Raise RichKDError if a file that the report would replace is not a report's."""
+    """Raise RichKDError if the report would replace a file that no report wrote."""
     for name, ours in FILES.items():
         check_replaceable(out / name, ours)

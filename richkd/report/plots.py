@@ -141,7 +141,7 @@ def learning_curves(
 ) -> go.Figure | None:
     """Plot accuracy by epoch, the mean over seeds: one line per configuration of a student.
 
-    The accuracy is that of the images for choices if the runs have any, else of the test images.
+    The accuracy is on the images for choices if the runs have any, else on the test images.
     """
     figure = go.Figure()
     ends: list[End] = []

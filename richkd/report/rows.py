@@ -96,7 +96,7 @@ def comparable(evaluated: Sequence[Evaluated | None]) -> tuple[list[Evaluated | 
     if source is not None:
         note += f", corrupted is top-1 on these under 15 corruptions, {source}"
     lacking = sum(one is None for one in kept)
-    left_out = f"; {lacking} rows were not evaluated, or otherwise" if lacking else ""
+    left_out = f"; {lacking} rows were evaluated differently or not at all" if lacking else ""
     return kept, f"{note}; both by richkd evaluate{left_out}."
 
 

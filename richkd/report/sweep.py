@@ -35,7 +35,7 @@ OPTIONAL = ("settings", "ece", "corrupted")  # left out if no row has any
 
 
 def render(rows: Sequence[Row], num_runs: int, result: Mapping[str, Any]) -> str:
-    """Return the page of the leaderboard's rows and of what report.json says."""
+    """Return the page for the leaderboard's rows and the content of report.json."""
     looks = plots.looks_of(row.standing.method for row in rows)
     parts = {
         images: list(members)

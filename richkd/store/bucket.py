@@ -139,7 +139,7 @@ class Bucket(Location):
 
     @property
     def exists(self) -> bool:
-        """Whether a cache is there; a server that has never responded is given less time."""
+        """Whether a cache exists; a server that has never responded is given less time."""
         store = self._store if self._contacted else self._open(self._first_patience)
         try:
             with self.explained("reach"):
@@ -204,7 +204,7 @@ class Bucket(Location):
             self.check_writable()
 
     def check_still_locked(self) -> None:
-        """Look at the lock, unless that was done recently."""
+        """Check the lock, unless it was checked recently."""
         with self.explained("write to"):
             self._lease.check()
 

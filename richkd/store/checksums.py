@@ -142,7 +142,7 @@ def write_sealed(location: Location, manifest: Manifest) -> None:
 
 
 def sealed(location: Location) -> bool:
-    """Return whether the manifest's file is, to the byte, what was sealed."""
+    """Return whether the manifest's file matches its seal, byte by byte."""
     content = location.read(METADATA)
     seals = _SEAL.findall(content)
     return len(seals) == 1 and seals[0][1].decode() == _seal_of(content)

@@ -1,8 +1,8 @@
 """A cache on this disk: the cache itself, or a copy that grows as files are read.
 
-Copies are in RICHKD_HOME. Each belongs to one manifest, so a cache that is written anew gets a new
-copy. A chunk is kept only if it matches its own CRC; the reader checks that it is the right chunk,
-as in any cache.
+Copies are in RICHKD_HOME. Each belongs to one manifest, so a cache that is written again gets a
+new copy. A chunk is kept only if it matches its own CRC; the reader checks that it is the right
+chunk, as in any cache.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def keep(path: Path, content: bytes) -> None:
         with suppress(OSError):
             path.unlink(missing_ok=True)
         raise RichKDError(
-            f"cannot keep a copy of the cache in {home()} ({error.strerror or error}); make room "
-            f"there, or set RICHKD_HOME to another folder",
+            f"cannot keep a copy of the cache in {home()} ({error.strerror or error}); free some "
+            f"space there, or set RICHKD_HOME to another folder",
             code="local-copy-failed",
         ) from None

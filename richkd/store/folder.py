@@ -1,6 +1,6 @@
 """A cache in a folder of this machine.
 
-obstore's LocalStore would not do instead: it has no conditional puts to lock a cache with, never
+obstore's LocalStore cannot replace it: it has no conditional puts to lock a cache with, never
 calls fsync, and is an optional dependency.
 """
 
@@ -100,7 +100,7 @@ class Folder(Location):
         files.check_still_locked(self.path)
 
     def explained(self, do: str) -> AbstractContextManager[None]:
-        """Pass errors through: those of a disk explain themselves."""
+        """Pass errors through: those of a disk need no explanation."""
         return nullcontext()
 
     @property

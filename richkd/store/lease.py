@@ -29,7 +29,7 @@ from richkd.store.patient import again
 
 LOCK = ".lock"
 BEAT_S = 10.0  # between renewals
-TAKEN = (AlreadyExistsError, PreconditionError)  # the lock is not what it was assumed to be
+TAKEN = (AlreadyExistsError, PreconditionError)  # another process changed the lock meanwhile
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Lease:
             self._renew()
         if self._lost:
             raise RichKDError(
-                f"{self._name} was taken over by another process, which saw no renewal of this "
-                f"one's lock; let it finish",
+                f"{self._name} was taken over by another process, because this one did not "
+                f"renew its lock in time; let the other one finish",
                 code="lock-lost",
             )
 
@@ -179,7 +179,7 @@ class Lease:
 
     def _locked_by(self, holder: str) -> RichKDError:
         return RichKDError(
-            f"{self._name} is being written by {holder}; wait until it is done, or choose another "
+            f"{self._name} is being written by {holder}; wait for it to finish, or choose another "
             f"--out",
             code="locked",
         )

@@ -124,7 +124,7 @@ class Location(ABC):
 
     @property
     def exists(self) -> bool:
-        """Whether a cache, complete or not, is there."""
+        """Whether a cache, complete or not, exists here."""
         try:
             self.tail(METADATA, 1)
         except (FileNotFoundError, NotADirectoryError):
@@ -133,9 +133,9 @@ class Location(ABC):
 
     @property
     def vacant(self) -> bool:
-        """Whether there is nothing at all."""
+        """Whether nothing exists here."""
         return not self.sizes()
 
     def explain(self, error: BaseException) -> str:
         """Describe a failed write and its remedy."""
-        return f"{error}; make room or mend the disk"
+        return f"{error}; free some space or repair the disk"

@@ -1,4 +1,4 @@
-"""The one door to a location: a path or a URL becomes a folder, a bucket or a repository."""
+"""Open a location: a path or a URL becomes a folder, a bucket or a repository."""
 
 from __future__ import annotations
 

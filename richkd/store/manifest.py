@@ -1,4 +1,4 @@
-"""Reading and checking the manifest of a cache, without PyTorch."""
+"""Read and check the manifest of a cache, without PyTorch."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from richkd.core.progress import size
 
 
 def beyond_memory(count: int, available: int | None = None) -> bool:
-    """Return whether twice as many bytes exceed half of the available memory, if None measured."""
+    """Return whether twice as many bytes exceed half of the available memory (None: measure it)."""
     return 2 * count > (available_memory() if available is None else available) / 2
 
 
@@ -36,7 +36,7 @@ def empty(
     Args:
         shape: of the array.
         dtype: of the array.
-        on_disk: whether it is placed in a temporary file; None if it is `beyond_memory`.
+        on_disk: whether it is placed in a temporary file; None decides by `beyond_memory`.
 
     Raises:
         RichKDError: it belongs on disk, and no folder has room for it.
@@ -72,7 +72,7 @@ def _mapped_file(length: int) -> mmap.mmap:
             refusals.append(f"{folder} ({error.strerror or error})")
     raise RichKDError(
         f"an array of {size(length)} does not fit in memory, and there is no room for it in "
-        f"{' or '.join(refusals)}; make room, or set TMPDIR to a folder on a larger disk",
+        f"{' or '.join(refusals)}; free some space, or set TMPDIR to a folder on a larger disk",
         code="disk-too-small",
     )
 

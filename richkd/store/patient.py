@@ -1,4 +1,4 @@
-"""Retrying requests where obstore does not: after a truncated or damaged body."""
+"""Retry requests where obstore does not: after a truncated or damaged body."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading a cache: slabs in bulk, and other blends computed from the cached parts."""
+"""Read a cache: slabs in bulk, and other blends computed from the cached parts."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class TeacherCache:
         return rows.dense() if isinstance(rows, TopKRows) else rows
 
     def rows(self, name: str, view: int | None = None, on_disk: bool | None = None) -> Rows:
-        """Return the same, but with logits of which the cache keeps the K largest still compact.
+        """Return the same, but leave logits of which the cache keeps the K largest compact.
 
         Raises:
             RichKDError: as `read`, or stored classes are out of range.

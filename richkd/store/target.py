@@ -1,4 +1,4 @@
-"""What a new cache may replace: nothing but another cache, and only if that was asked for."""
+"""Decide what a new cache may replace: only another cache, and only with `overwrite`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing a cache, block by block, in threads beside the computation.
+"""Write a cache, block by block, in threads beside the computation.
 
 The thread that computes never waits for the device: rows are converted and checked on the device
 and copied from it in the order of its work, while other threads encode what has arrived.
@@ -56,7 +56,7 @@ def open_writer(
     ranks: Ranks = ALONE,
     cpus: int | None = None,
 ) -> Iterator[StoreWriter]:
-    """Open a cache for writing and keep it locked until the `with` block ends. The only way in.
+    """Open a cache for writing and keep it locked until the `with` block ends.
 
     The first process of a job creates the cache, resumes an interrupted one, or, given `damaged`,
     reopens a complete one to repair it. The other processes follow the first.
@@ -200,7 +200,7 @@ class PendingBlock:
             if not after:
                 raise RichKDError(
                     f"{name} of {self.block.name} contains values beyond the range of "
-                    f"{self.rows[name].numpy().dtype}; store wider rows with --dtype float32",
+                    f"{self.rows[name].numpy().dtype}; cache wider rows with --dtype float32",
                     code="rows-overflow",
                 )
 
@@ -303,7 +303,7 @@ class StoreWriter:
         manifest["fused_accuracy"] = fused
         manifest["complete"] = True
         if hasattr(os, "sync"):
-            os.sync()  # everything that the manifest calls complete is on disk before it says so
+            os.sync()  # rows are on disk before the manifest calls them complete
         manifest["checksums"] = take_checksums(self._location, schema.array_specs(manifest))
         self._location.check_still_locked()
         write_sealed(self._location, manifest)
@@ -313,7 +313,7 @@ class StoreWriter:
         return self._arrays[f"{block.split}/{name}"].dtype
 
     def _check(self) -> None:
-        """Raise what failed in a thread so far."""
+        """Raise the first error of the threads, if there is one."""
         self._location.check_still_locked()
         if isinstance(self._error, RichKDError):
             raise self._error
@@ -366,7 +366,7 @@ class StoreWriter:
 
     @contextmanager
     def _errors_kept(self, pending: PendingBlock) -> Iterator[None]:
-        """Keep what fails in a thread, for `_check` to raise in the main one."""
+        """Keep the error of a thread, for `_check` to raise in the main thread."""
         try:
             yield
         except BaseException as error:

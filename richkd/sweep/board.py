@@ -159,12 +159,12 @@ def show_plan(entries: Sequence[Entry], title: str, engine: Engine, report: Repo
 
 
 class Engine(Protocol):
-    """The interface of what trains the runs of a sweep."""
+    """The interface of an engine that trains the runs of a sweep."""
 
     lanes: int  # how many runs train side by side without slowing each other
 
     def describe(self, entries: Sequence[Entry]) -> str:
-        """Say how many runs train at once and where, and how long that takes, if known."""
+        """Describe how many runs train at once and where, and how long that takes, if known."""
 
     def train(self, entries: Sequence[Entry], last: int, board: Board) -> None:
         """Train runs up to epoch `last`, each in its folder; one that fails leaves the others."""

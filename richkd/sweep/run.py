@@ -46,14 +46,14 @@ def run_sweep(
         recipe: its `[distill]` table has the settings that all runs share.
         flags: values that override them.
         dry_run: show the grid and its cost, and train nothing.
-        report: where the grid and the progress go.
+        report: receives the grid and the progress.
 
     Returns:
         `runs` (the summaries of the complete runs), their `leaderboard`, and which runs are
         `waiting`, `failed` or `stopped`.
 
     Raises:
-        RichKDError: anything the user can mend, before the first run. A run that fails later is in
+        RichKDError: anything the user can fix, before the first run. A run that fails later is in
             `failed`, and the others continue.
     """
     check_names(sweep.students)

@@ -347,7 +347,7 @@ def completed(settings: TrainTeacher, dataset: Dataset, report: Report) -> dict[
         "were not compared"
     )
     unknown = "" if "training" in note else unrecorded
-    report.log(f"{out} is complete already; --overwrite trains it again{unknown}")
+    report.log(f"{out} is already complete; --overwrite trains it again{unknown}")
     accuracy = float(note["test_accuracy"])
     recorded = read_json(summary_file(out)) or {}
     if recorded.get("top1_last") == accuracy and recorded.get("model") == settings.model:

@@ -1,4 +1,4 @@
-"""Find the two teachers that stage one was asked for, and show what they know of the images."""
+"""Find the two teachers of stage one, and log how well they know the images."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ class Finder:
 def recorded_order(
     interrupted: Mapping[str, Any] | None, settings: Precompute, teacher: CNNTeacher
 ) -> TeacherEntry | None:
-    """Return the entry of this very teacher in the cache to resume, unless the user orders it."""
+    """Return this teacher's entry in the cache to resume, unless the user gives its class order."""
     if (
         interrupted is None
         or settings.teacher_classes
@@ -268,14 +268,14 @@ def check_trained_on(weights: Path, dataset: Dataset) -> None:
 def log_other_training(
     training: TrainTeacher, given: Collection[str], dataset: Dataset, report: Report
 ) -> None:
-    """Log in what a teacher found by its name differs from the settings that were given."""
+    """Log how a teacher found by its name differs from the settings that were given."""
     weights = Path(training.out)
     settings = training.for_size(dataset.image_size)
     found = difference(settings, dataset, read_note(weights), only=given)
     if found is not None:
         report.log(
-            f"using {weights} as it is, although in its training {found}; richkd train-teacher "
-            f"--overwrite trains another"
+            f"using {weights}, although it was trained with other settings ({found}); to train it "
+            f"again, use richkd train-teacher --overwrite"
         )
 
 
@@ -285,7 +285,7 @@ def warn_of_validation(weights: Path, dataset: Dataset, report: Report) -> None:
         return
     if read_note(weights).get("fingerprint") != dataset.fingerprint:
         report.log(
-            f"{weights} may have been trained on the validation images, too; if so, alpha auto "
+            f"{weights} may also have been trained on the validation images; if so, alpha auto "
             f"trusts the CNN teacher too much: leave --teacher-weights out to train one without "
             f"them"
         )

@@ -1,4 +1,4 @@
-"""The images that the CNN teacher takes: recorded with it, given by the user, or the usual ones."""
+"""The images that the CNN teacher takes: recorded with it, given by the user, or the defaults."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def note_of(weights: Path | None) -> dict[str, str]:
 
 
 def _of_student(summary: Path) -> dict[str, str]:
-    """Return the same of a student, from the summary in its run folder."""
+    """Return the metadata of a student, from the summary in its run folder."""
     try:
         about = json.loads(summary.read_text(encoding="utf-8"))
         files = catalog.split_name(about["dataset"])[0] == catalog.IMAGE_FOLDER

@@ -1,4 +1,4 @@
-"""The manifest that stage one gives a cache: its images, both teachers, and how rows are stored."""
+"""Make the manifest of a new cache: its images, both teachers, and how rows are stored."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def is_complete(
         if was != now:
             raise settings_differ(out, name, was, now, remedy)
     report.log(
-        f"{out} is complete already (richkd verify checks its bytes); --overwrite replaces it{note}"
+        f"{out} is already complete (richkd verify checks its bytes); --overwrite replaces it{note}"
     )
     return True
 
@@ -176,7 +176,7 @@ def check_room(out: Location, manifest: Manifest, report: Report) -> None:
     report.log(f"{expected}; {size(free)} are free")
     if wanted > free and not out.path.exists():
         raise RichKDError(
-            f"{out} needs {size(wanted)} and {folder} has {size(free)} free; make room, choose "
-            f"fewer --views, or another --out",
+            f"{out} needs {size(wanted)} and {folder} has {size(free)} free; free some "
+            f"space, choose fewer --views, or another --out",
             code="disk-too-small",
         )

@@ -436,7 +436,7 @@ def some_steps(steps: Iterator[int], number: int) -> Callable[[], None]:
 
 
 def endless_batches(trainer: Trainer, views: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield index and images of batches forever, gathering each one anew."""
+    """Yield index and images of batches forever, gathering each batch again."""
     order = torch.randperm(len(views))
     while True:
         for index, images, _ in trainer.batches(order, EpochRows(views, {})):

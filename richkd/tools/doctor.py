@@ -157,7 +157,7 @@ def show(findings: dict[str, list[Finding]], report: Report) -> None:
 
 
 def raise_missing(findings: dict[str, list[Finding]]) -> None:
-    """Raise RichKDError if something is missing without which nothing works."""
+    """Raise RichKDError if something that every command needs is missing."""
     lacking = [row for rows in findings.values() for row in rows if row.required and row.remedy]
     if lacking:
         raise RichKDError(

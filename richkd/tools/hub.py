@@ -279,7 +279,7 @@ def _check_existing(kind: Kind, target: Path, head: Path, source: str, report: R
                 code="foreign-file",
             )
     kind.check(target, report)
-    report.log(f"{target} is complete already")
+    report.log(f"{target} is already complete")
 
 
 def _api() -> HfApi:
@@ -342,7 +342,7 @@ def _look_up(
         )
     if found:
         return found[0]
-    if not infos:  # a repository without the revision says more than the absence of the other
+    if not infos:  # a missing revision explains more than the absence of the other repository
         raise max(missing, key=lambda error: isinstance(error, RevisionNotFoundError))
     markers = " and no ".join(kind.marker for kind in kinds)
     raise RichKDError(
@@ -386,7 +386,7 @@ def _files(info: Any) -> set[str]:
 
 @contextmanager
 def _hub(api: HfApi, repo_id: str, report: Report, revision: str | None = None) -> Iterator[None]:
-    """Raise what the hub and the network answer as RichKDError; hide progress bars if quiet."""
+    """Turn errors of the hub and the network into RichKDError; hide progress bars if quiet."""
     from huggingface_hub import errors, utils
 
     hide = report.quiet and not utils.are_progress_bars_disabled()

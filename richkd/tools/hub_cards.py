@@ -1,8 +1,8 @@
 """The cards (README.md) of caches and students on the Hugging Face hub.
 
-Everything that a card says comes from the manifest or the run's summary, by way of the Markdown
-templates beside this module. Names that files or people gave are text there: they never become
-Markdown, HTML or YAML.
+All content of a card comes from the manifest or the run's summary, through the Markdown templates
+beside this module. Names given by files or people are escaped: they never become Markdown, HTML or
+YAML.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Show the content of a cache, complete or not, to people and scripts."""
+"""Show the content of a cache, complete or not, for people and scripts."""
 
 from __future__ import annotations
 

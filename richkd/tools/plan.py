@@ -1,4 +1,4 @@
-"""Estimating what stage one would take: bytes, forward passes, hours, and the cost of storage.
+"""Estimate what stage one would take: bytes, forward passes, hours, and the cost of storage.
 
 Nothing is estimated from tables. Stage one itself runs on some of the images, in a temporary
 folder, until its pace is known, and its rows are encoded as the cache would encode them. Missing
@@ -114,7 +114,7 @@ def plan(
         settings: of stage one.
         report: receives progress.
         known: plan for ImageNet, which need not be here: its counts are known.
-        measured: JSON of a plan made on another machine, whose pace is used instead.
+        measured: JSON of a plan made on another machine; its pace is used instead.
         price: of storage, in USD per GB (10⁹ bytes) and month.
         enough: seconds of stage one that suffice to know its pace.
         most: images to try it on at most.

@@ -1,4 +1,4 @@
-"""Verifying that a cache is what stage one wrote, and repairing one that is not.
+"""Verify that a cache is what stage one wrote, and repair one that is not.
 
 Checks run from the manifest's seal to the metadata files, every chunk, the values in the chunks,
 and a sample of rows that the CNN teacher computes again.

@@ -1,1 +1,1 @@
-"""Training a student: device, data, loop, targets, and the run folder."""
+"""Train a student: device, data, loop, targets, and the run folder."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a training, and how they are written while it goes on."""
+"""Checkpoints of a training, and how they are written while it continues."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Progress:
 
 
 class Checkpoints:
-    """The last checkpoint of a training and the one before, in case the last is damaged."""
+    """The last checkpoint of a training and the previous one, in case the last is damaged."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -75,7 +75,7 @@ class Checkpoints:
         return [self.folder / name for name in names if (self.folder / name).is_file()]
 
     def save(self, progress: Progress, state: Mapping[str, Tensor]) -> None:
-        """Write a checkpoint and keep the one before."""
+        """Write a checkpoint and keep the previous one."""
         last = self.folder / "checkpoint.safetensors"
         if last.is_file():
             last.replace(self.folder / "previous.safetensors")
@@ -108,7 +108,7 @@ class Checkpoints:
                 tensors, note = read_safetensors(path)
                 return Progress.of_note(path, note), tensors
             except RichKDError as error:
-                log(f"{error}; looking for the one before")
+                log(f"{error}; trying the previous checkpoint")
         raise self._unreadable
 
     def remove(self) -> None:
@@ -134,10 +134,10 @@ class Saving:
         self._copies: dict[str, Tensor] = {}
 
     def tensors(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return tensors that may be written while training goes on: copies on the host of a GPU's.
+        """Return tensors that can be written while training continues: copies, on a GPU.
 
-        Waits for the epoch before to be written, whose copies are reused; errors are those of
-        `wait`.
+        Waits until the previous epoch is written, because its copies are reused; errors are those
+        of `wait`.
         """
         if self._pool is None:
             return state

@@ -121,7 +121,7 @@ class TeacherIdentity(Identity):
 
 
 def describe_input(seen: NetworkInput) -> str:
-    """Render what a network takes; recorded, so the text must stay as it is."""
+    """Describe a network's input; recipe.toml records the text, so it must stay as it is."""
     mean, std = (",".join(f"{number:g}" for number in each) for each in (seen.mean, seen.std))
     return (
         f"{seen.size}×{seen.size}, crop {100 * seen.crop:g} %, {seen.interpolation}, mean {mean}, "

@@ -1,4 +1,4 @@
-"""Loading the images and labels that the rows of a cache belong to."""
+"""Load the images and labels that the rows of a cache belong to."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load_images(
         cache: the cache.
         dataset: where the dataset is now, if it moved.
         data_root: the folder of the datasets.
-        report: where progress goes.
+        report: receives progress.
 
     Raises:
         RichKDError: the dataset is missing, has other classes, or changed since stage one.
@@ -81,7 +81,7 @@ def load_again(
         manifest: of the cache.
         dataset: where the dataset is now, if it moved.
         data_root: the folder of the datasets.
-        report: where progress goes.
+        report: receives progress.
 
     Raises:
         RichKDError: as `load_dataset`, or an earlier version decoded the files differently. The

@@ -82,7 +82,7 @@ class Trainer:
 
         Args:
             model: the student; it is moved to the device.
-            method: what it learns by; likewise.
+            method: the training objective; likewise.
             data: images and labels, on the device.
             settings: how to train.
             device: where to train.

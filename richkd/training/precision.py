@@ -1,4 +1,4 @@
-"""Measuring what bfloat16 would save on a CPU, where f32 is the default."""
+"""Measure what bfloat16 would save on a CPU, where f32 is the default."""
 
 from __future__ import annotations
 

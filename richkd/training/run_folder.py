@@ -1,4 +1,4 @@
-"""The one door to the folder of a training: what is in it, and how it is written and read.
+"""The folder of a training: what is in it, and the only code that writes and reads it.
 
     recipe.toml             every setting, resolved, and what the training learns from
     metrics.jsonl           one line per epoch
@@ -79,7 +79,7 @@ def weights_file(folder: Path, weights: str) -> Path:
 
 
 def configuration(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recorded settings that runs of one configuration share: all but seed and places.
+    """Return the recorded settings that runs of one configuration share: all but seed and paths.
 
     The share of the test images that was held out is always among them.
     """
@@ -157,7 +157,7 @@ class TrainingFolder:
                 )
 
     def begin(self, recipe: Mapping[str, Any], identity: Identity, *, overwrite: bool) -> bool:
-        """Create the folder, or check that the training in it is this one; files of others stay.
+        """Create the folder, or check that the training in it is this one; other files are kept.
 
         Args:
             recipe: as of `check`, like the errors.
@@ -292,7 +292,7 @@ class RunFolder(TrainingFolder):
 
     def begin(self, recipe: Mapping[str, Any], identity: Identity, *, overwrite: bool) -> bool:
         self.check(recipe, identity, overwrite=overwrite)
-        if self.complete and not overwrite:  # by another process, since that was looked at
+        if self.complete and not overwrite:  # by another process, since it was checked
             raise RichKDError(
                 f"{self.path} is already complete; start over with --overwrite",
                 code="run-complete",
@@ -339,7 +339,7 @@ class RunFolder(TrainingFolder):
         return self._recorded.is_file() and "holdout" not in self._read_recipe()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return a record for each epoch; after an interruption, those after the checkpoint too."""
+        """Return a record for each epoch, even those after the checkpoint of an interrupted run."""
         path = self.path / METRICS
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         records = []

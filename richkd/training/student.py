@@ -50,7 +50,7 @@ class StudentRun:
             overwrite: start over if there is a run in the folder.
 
         Raises:
-            RichKDError: anything the user can mend.
+            RichKDError: anything the user can fix.
         """
         cache = source.cache
         self.source = source
@@ -202,7 +202,7 @@ class StudentRun:
         return summary
 
     def test_best(self, last: float) -> float:
-        """Return top-1 on the test images after the best epoch; `last` is that after the last."""
+        """Return top-1 on the test images after the best epoch; `last` is the last epoch's."""
         if self.progress.best.epoch == self.settings.epochs:
             return last
         model, state = self.trainer.model, self.trainer.model.state_dict()
@@ -230,7 +230,7 @@ def completed(settings: Distill, cache: TeacherCache, report: Report) -> dict[st
     """Return the summary of the run that the settings name, or None if it is not complete.
 
     Raises:
-        RichKDError: a complete run of other settings or on another cache is in its place.
+        RichKDError: the run is complete, but has other settings or another cache.
     """
     settings = with_defaults(settings, cache)
     run = RunFolder(Path(settings.out))
@@ -239,7 +239,7 @@ def completed(settings: Distill, cache: TeacherCache, report: Report) -> dict[st
     check_version(run, settings)
     run.check(to_table(settings), RunIdentity.of(cache), overwrite=False)
     run.tidy()
-    report.log(f"{run.path} is complete already; --overwrite starts over")
+    report.log(f"{run.path} is already complete; --overwrite starts over")
     return run.summary()
 
 
@@ -295,7 +295,7 @@ def choice_images(cache: TeacherCache, settings: Distill) -> str:
 
 
 def check_version(folder: RunFolder, settings: Distill) -> None:
-    """Check that this version trains a run as the version that started it.
+    """Check that this version trains a run as the version that started it did.
 
     Raises:
         RichKDError: the method's settings, its views or the images for choices have changed since.
@@ -350,7 +350,7 @@ def check_finite(record: EpochRecord, settings: Distill) -> None:
 
 
 def describe_run(settings: Distill, cache: TeacherCache, trainer: Trainer) -> dict[str, Any]:
-    """Return what a summary has besides the results."""
+    """Return the entries of a summary other than the results."""
     return {
         "student": settings.student,
         "method": settings.method,

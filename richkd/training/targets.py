@@ -228,7 +228,7 @@ def choose_blend(
 
 
 def describe_target(target: Target, cache: TeacherCache, tested: Tensor) -> dict[str, Any]:
-    """Return what a summary has of the target: its settings, and its scores on tested samples."""
+    """Return the target's entry in a summary: its settings, and its scores on tested samples."""
     rows = {name: cache.read(f"test/{name}") for name in target.reads}
     logits = target.logits("test", rows)[tested].float()
     labels = cache.read("test/labels")[tested]

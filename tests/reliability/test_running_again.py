@@ -107,7 +107,7 @@ def test_train_teacher(again: Callable[..., Outcome], by: int) -> None:
     before = tree(Path())
     for words in (TEACHER, (*TEACHER, "--resume")):
         done = again(*words)
-        assert done.code == 0 and "t.safetensors is complete already" in done.err
+        assert done.code == 0 and "t.safetensors is already complete" in done.err
     first, second = (json.loads(again(*TEACHER, "--json").out) for _ in range(2))
     assert first == second == json.loads(Path("t.json").read_text())
     timed = {"seconds": 0, "weights": ""}
@@ -123,7 +123,7 @@ def test_a_teacher_killed_where_its_weights_are_written(again: Callable[..., Out
     )
     assert "t.safetensors" in left() and "t.training/recipe.toml" in left()
     again_ = again(*TEACHER)
-    assert again_.code == 0 and "complete already" in again_.err
+    assert again_.code == 0 and "already complete" in again_.err
     assert left() == {"t.safetensors", "t.json"}
 
 
@@ -172,7 +172,7 @@ def test_precompute(again: Callable[..., Outcome], clip_dir: Path, by: int, tmp_
     before, told = tree(Path()), json.loads(again("inspect", "s.zarr", "--json").out)
     for flag in ((), ("--resume",), ("--json",)):
         done = again(*words, *flag)
-        assert done.code == 0 and ("complete already" in done.err or flag == ("--json",))
+        assert done.code == 0 and ("already complete" in done.err or flag == ("--json",))
     assert json.loads(done.out) == told
     assert tree(Path()) == before
 
@@ -205,7 +205,7 @@ def test_distill_and_what_is_made_of_a_run(
     before = tree(Path())
     for flag in ((), ("--resume",)):
         again_ = again(*words, "run", *flag)
-        assert again_.code == 0 and "run is complete already" in again_.err
+        assert again_.code == 0 and "run is already complete" in again_.err
     assert again(*words, "run", "--json").json == done.json
     both = again(*words, "run", "--resume", "--overwrite")
     assert both.code == 2 and "contradict" in both.err
@@ -237,7 +237,7 @@ def test_distill_and_what_is_made_of_a_run(
             assert done.code == 0, done.err
             assert left() == of("run", there), command
     done = again(*words, "run", "--overwrite")
-    assert done.code == 0 and "complete already" not in done.err
+    assert done.code == 0 and "already complete" not in done.err
     assert left("run") == RUN | {"report.html", "report.json", "leaderboard.csv"}
 
 
@@ -336,7 +336,7 @@ def test_demo(again: Callable[..., Outcome], tmp_path: Path) -> None:
         *(f"resnet8-{method}-s0/{name}" for method in ("ce", "kd", "richkd") for name in RUN),
     }
     second = demo()
-    assert second.code == 0 and second.err.count("is complete already") == 4
+    assert second.code == 0 and second.err.count("is already complete") == 4
     assert left("runs/demo") == files
     other = demo("--seed", 1)
     assert other.code == 2 and "seed was 0 and is now 1" in other.err

@@ -574,7 +574,7 @@ def test_other_class_names_are_no_other_training(run: Run, folder: str, tmp_path
     assert run(*command).code == 0
     names.write_text("".join(f"{name}: {name} of another kind\n" for name in NAMES))
     again = run(*command, "--class-names", names)
-    assert again.code == 0 and "is complete already" in again.err, again.err
+    assert again.code == 0 and "is already complete" in again.err, again.err
 
 
 def test_train_teacher_records_folders_and_names(run: Run, folder: str, tmp_path: Path) -> None:
