@@ -724,7 +724,7 @@ def bench(
 
 @_command(START, "richkd doctor")
 def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
-    """Show what this machine has, and what is missing for which command."""
+    """Show what this machine has, and what each command lacks."""
     from richkd.tools import doctor as doctors
 
     report = _report(as_json)

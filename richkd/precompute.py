@@ -68,7 +68,7 @@ def precompute(
         settings: what to compute.
         resume: has no effect, since resuming is the default; contradicts `overwrite`.
         overwrite: replace a cache that exists.
-        dataset: the images, if they are already loaded; by default `settings` say which to load.
+        dataset: the images, if they are already loaded; by default, loaded from the settings.
         teacher_recipe: settings for the teacher's training, if one has to be trained.
         block: the number of samples per block; None chooses it by the widest row.
         report: receives progress.

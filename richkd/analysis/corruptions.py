@@ -1,7 +1,7 @@
 """Test images under 15 corruptions at five severities (Hendrycks and Dietterich, 2019).
 
 The images are the published files of CIFAR-10-C and CIFAR-100-C, which hold the whole test split in
-order, or made here by the library imagecorruptions. Its severities are those of ImageNet-C, which
+order, or made here by the library imagecorruptions. It uses ImageNet-C's severities, which
 on images of 32 pixels are harsher than CIFAR-C's: results on the two are not comparable.
 """
 

@@ -13,7 +13,7 @@ from richkd.core.progress import Report, duration, percent
 from richkd.core.teacher_names import FULL_NAMES
 from richkd.training.run_folder import configuration
 
-# Settings of what a student is taught; the others are about how it is trained.
+# Settings of what a student learns from; the others describe how it is trained.
 TEACHING = ("method", "options", "target", "alpha", "scale", "prompts", "clip_head")
 # How the best epoch is described, by the images that it was chosen on.
 CHOSEN_ON = {
@@ -51,7 +51,7 @@ def results_table(report: Report, title: str, summaries: Sequence[Mapping[str, A
 def about_best(summaries: Iterable[Mapping[str, Any]]) -> str:
     """Return a note on which images the best epochs were chosen on.
 
-    Summaries of earlier versions do not say; they chose on the test images.
+    Earlier versions chose them on the test images and did not record this.
     """
     kinds = {summary.get("best_chosen_on", "test") for summary in summaries}
     images = ", or on ".join(text for kind, text in CHOSEN_ON.items() if kind in kinds)

@@ -313,7 +313,7 @@ def load_shift(folder: Path, store: TeacherCache, test: Split, report: Report) -
 def shift_classes(
     found: Sequence[str], folder: Path, store: TeacherCache, test: Split
 ) -> list[int]:
-    """Return the class of each folder of other images; errors are those of `load_shift`."""
+    """Return the class of each folder of other images; raise as `load_shift`."""
     names = store.manifest["class_names"]
     by_folder: dict[str, set[int]] = defaultdict(set)  # normalised: without a number, …
     by_name: dict[str, set[int]] = defaultdict(set)

@@ -183,8 +183,8 @@ def consistency(
 ) -> dict[str, dict[str, float | None]]:
     """Return how well each teacher's soft labels reflect which classes are similar.
 
-    This is the rank correlation, over pairs of classes, of the similarity of soft labels with that
-    of the CNN's mean features, and with that of text embeddings.
+    This is the rank correlation, over pairs of classes, between the similarity of soft labels
+    and of the CNN's mean features, and between soft labels and text embeddings.
     """
     references = {
         "features": metrics.mean_similarity(rows.features, rows.labels, cache.num_classes),

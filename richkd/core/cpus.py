@@ -1,4 +1,4 @@
-"""The CPUs that this process may use; os.cpu_count() counts those of the machine."""
+"""The CPUs that this process may use; os.cpu_count() counts all of the machine."""
 
 from __future__ import annotations
 

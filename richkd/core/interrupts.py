@@ -33,7 +33,7 @@ TRY_AGAIN_S = 0.05
 
 
 class Interrupted(BaseException):
-    """A signal asked the program to stop; the message says how to resume."""
+    """A signal asked the program to stop; the message tells how to resume."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)

@@ -11,7 +11,7 @@ def read_text(path: Path) -> str:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is not such a text; the message says why.
+        ValueError: the file is not such a text; the message gives the reason.
     """
     content = path.read_bytes()
     marks = {

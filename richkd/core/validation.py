@@ -166,7 +166,7 @@ def _faults_of_union(value: object, hint: Any, place: str) -> Iterator[Fault]:
     if None in found:
         return
     for fault in found:
-        # the value has this option's type, so the other options' faults say nothing
+        # the value has this option's type, so only its own fault is relevant
         if fault is not None and (fault.code == RANGE or fault.place != place):
             yield fault
             return
@@ -190,7 +190,7 @@ WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false
 
 
 def words(hint: Any) -> str:
-    """Return what a hint asks for in words: "a number, native or raw"."""
+    """Return what a hint allows, in words: "a number, native or raw"."""
     *most, last = dict.fromkeys(_words(hint)) or [""]
     return f"{', '.join(most)} or {last}" if most else last
 

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a result depends on, by package."""
+    """Return the versions of the packages that a result depends on."""
     packages = ("torch", "torchvision", "timm", "open_clip_torch", "zarr", "numpy")
     return {
         "python": platform.python_version(),

@@ -491,7 +491,7 @@ def _numberings(count: int) -> tuple[set[int], set[int]]:
 
 
 def _in_order(entries: list[_Entry], folders: Sequence[str]) -> tuple[dict[str, _Entry], list[str]]:
-    """Assign entries to folders in order, unless the names themselves say otherwise."""
+    """Assign entries to folders in order, unless the names themselves determine their folders."""
     if len(entries) != len(folders):
         raise _Fault(
             f"it has {len(entries)} names for {len(folders)} classes; write one name per line in "

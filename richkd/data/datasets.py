@@ -69,7 +69,7 @@ class ImageFiles:
         return len(self.paths)
 
     def open(self, index: int) -> Image.Image:
-        """Read an image as RGB; errors are those of `Decoding.read`."""
+        """Read an image as RGB; raise as `Decoding.read`."""
         return self.decoding.read(self.root / self.paths[index])
 
     def take(self, which: slice | NDArray[np.generic]) -> ImageFiles:

@@ -223,7 +223,7 @@ def _shared(found: Mapping[str, Found]) -> Iterator[str]:
             more = f" (and {len(both) - 1} more such pairs)" if len(both) > 1 else ""
             yield (
                 f"{one.folder / one.real[first]} and {other.folder / other.real[first]} are the "
-                f"same folder{more}: results on these images say nothing about unseen images"
+                f"same folder{more}: results on these images do not carry over to unseen ones"
             )
 
 

@@ -242,7 +242,7 @@ def resize_bytes(images: Tensor, size: list[int], interpolation: str) -> Tensor:
 
 
 def _mode(interpolation: str) -> Any:
-    """Return torchvision's mode by name; its own `nearest` differs from that of PIL."""
+    """Return torchvision's mode by name; its own `nearest` differs from PIL's."""
     from torchvision.transforms import InterpolationMode
 
     return InterpolationMode("nearest-exact" if interpolation == "nearest" else interpolation)

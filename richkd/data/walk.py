@@ -1,7 +1,7 @@
 """Find the image files below a folder, and report what else is there.
 
 Files that operating systems and tools leave behind are not data, and no folder is read twice, even
-through links. Apart from that, the order is that of torchvision's ImageFolder: classes by name, the
+through links. Apart from that, the order is as in torchvision's ImageFolder: classes by name, the
 folders of a class by path, files by name.
 """
 
@@ -101,7 +101,7 @@ class Tally:
 
 
 def listed(names: Sequence[str], count: int | None = None, most: int = 4) -> str:
-    """Join the first `most` names, and say how many more there are of `count` in all."""
+    """Join the first `most` names, and add how many of all `count` are left."""
     shown = names[:most]
     rest = (len(names) if count is None else count) - len(shown)
     return ", ".join(shown) + (f" and {rest:,} more" if rest > 0 else "")

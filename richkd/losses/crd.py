@@ -2,7 +2,7 @@
 
 The embeddings of each side are scored against the memory bank of the other side, which has a row
 for each of the N training samples. One matrix product [B,D]·[D,N] computes all scores, of which
-B·(K+1) are gathered. The result equals that of gathering K+1 vectors per sample, at a fraction of
+B·(K+1) are gathered. Gathering K+1 vectors per sample gives the same result with many times
 the memory traffic.
 """
 
@@ -275,7 +275,7 @@ class CRD(FeatureMethod):
         self.contrast = contrast_of(options, task)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the terms of Tian et al., equation 18, with the label term."""
+        """Return the terms of Tian et al., equation 18, and the label term."""
         contrast = self.contrast(
             self.embed_student(batch.features),
             self.embed_teacher(batch.rows["teacher_features"]),
@@ -307,7 +307,7 @@ class CRDKD(LogitMethod, CRD):
         return (*LogitMethod.reads(options), *CRD.reads(options))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the terms of CRD and that of Hinton et al."""
+        """Return the terms of CRD and the logit term of Hinton et al."""
         loss = kd_loss(*self.logits(batch), self.options.temperature)
         return {**CRD.forward(self, batch), "logit": self.options.logit_weight * loss}
 

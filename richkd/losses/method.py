@@ -38,7 +38,7 @@ class Batch:
 class Task:
     """What a method is built for: the training labels, the widths of the features, and the blend.
 
-    F is a network's pooled-feature width, D that of CLIP's image embeddings.
+    F is the width of a network's pooled features, D of CLIP's image embeddings.
     """
 
     labels: Tensor  # [N], of all training samples

@@ -69,7 +69,7 @@ class FeatureMethod(Method):
 class RKD(FeatureMethod):
     """Relational knowledge distillation (Park et al. 2019) on pooled features.
 
-    Features and weights are those of RepDistiller.
+    Features and weights are as in RepDistiller.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class RKD(FeatureMethod):
 class SP(FeatureMethod):
     """Similarity-preserving distillation (Tung & Mori 2019) on pooled features, not on maps.
 
-    The weight is that of RepDistiller, which takes the last feature map.
+    The weight is as in RepDistiller, which takes the last feature map.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class SP(FeatureMethod):
 class PKT(FeatureMethod):
     """Probabilistic knowledge transfer (Passalis & Tefas 2018) on pooled features.
 
-    Features and weight are those of RepDistiller.
+    Features and weight are as in RepDistiller.
     """
 
     @dataclass(frozen=True, kw_only=True)

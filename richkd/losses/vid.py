@@ -1,6 +1,6 @@
 """Variational information distillation (Ahn et al. 2019, arXiv 1904.05835), on pooled features.
 
-RepDistiller's VID takes intermediate feature maps, so its results are those of another method.
+RepDistiller's VID takes intermediate feature maps, so its results belong to another method.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class VIDLoss(nn.Module):
 class VID(FeatureMethod):
     """Variational information distillation (Ahn et al. 2019) on pooled features, not on maps.
 
-    The weight is that of RepDistiller, which takes intermediate feature maps.
+    The weight is as in RepDistiller, which takes intermediate feature maps.
     """
 
     @dataclass(frozen=True, kw_only=True)

@@ -137,7 +137,7 @@ def check_trainable(name: str, weights: str = "") -> None:
 def pretrained_input(name: str) -> NetworkInput | None:
     """Return the input that timm's configuration of a network states.
 
-    The configuration is that of the name's tag, or timm's default; networks without one, such as
+    The configuration belongs to the name's tag, or is timm's default; networks without one, such as
     the CIFAR zoo's, give None.
 
     Raises:

@@ -38,7 +38,7 @@ def write_analysis(
 ) -> dict[str, Any]:
     """Analyze a cache and write NAME-analysis.html and .json.
 
-    Arguments and errors are those of `analyze`; `out` is a folder, beside the cache by default.
+    Arguments and errors are as in `analyze`; `out` is a folder, beside the cache by default.
 
     Returns:
         The analysis, and the paths of the two files.

@@ -29,7 +29,7 @@ def write_evaluation(
 ) -> dict[str, Any]:
     """Evaluate runs and write evaluation.html and comparison.json.
 
-    Settings and errors are those of `evaluate`; `out` is a folder, by default the first run's.
+    Settings and errors are as in `evaluate`; `out` is a folder, by default the first run's.
 
     Returns:
         The evaluation, and the paths of the files.

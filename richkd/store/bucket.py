@@ -77,7 +77,7 @@ class Bucket(Location):
         try:
             return from_url(
                 self.name.rstrip("/"),
-                client_options={  # http:// only where the endpoint says so
+                client_options={  # http:// only if the endpoint asks for it
                     "timeout": timedelta(seconds=self._timeout),
                     "allow_http": True,
                 },

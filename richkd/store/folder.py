@@ -100,7 +100,7 @@ class Folder(Location):
         files.check_still_locked(self.path)
 
     def explained(self, do: str) -> AbstractContextManager[None]:
-        """Pass errors through: those of a disk need no explanation."""
+        """Pass errors through: disk errors need no explanation."""
         return nullcontext()
 
     @property

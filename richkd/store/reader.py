@@ -354,7 +354,7 @@ def _check_array(location: Location, group: zarr.Group, name: str, spec: ArraySp
         raise RichKDError(f"{location}: {name} is not an array; {REMEDY}", code="cache-damaged")
     if array.shape != spec.shape or str(array.dtype) != spec.dtype or array.chunks != spec.chunks:
         raise RichKDError(
-            f"{location}: {name} is {array.dtype} {array.shape}, but the manifest says "
+            f"{location}: {name} is {array.dtype} {array.shape}, but the manifest has "
             f"{spec.dtype} {spec.shape}; {REMEDY}",
             code="cache-damaged",
         )

@@ -365,7 +365,7 @@ def _out_of_order(manifest: Manifest) -> Iterator[str]:
 
 
 def teacher_input(manifest: Manifest) -> InputEntry:
-    """Return the CNN teacher's input; in older caches it is that of the students."""
+    """Return the CNN teacher's input; in older caches it is the students'."""
     return manifest["teacher"].get("input") or student_input(manifest)
 
 

@@ -92,7 +92,7 @@ Rows = Tensor | TopKRows  # of one array, for one epoch
 
 
 def keep_top(logits: Tensor, keep: int, temperature: float) -> TopKRows:
-    """Keep the `keep` largest of logits [N,C]; of equal ones, those of the lower classes.
+    """Keep the `keep` largest of logits [N,C]; of equal ones, the lower classes.
 
     Args:
         logits: in any float dtype; the result has the same, computed in f32.

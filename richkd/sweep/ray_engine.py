@@ -138,7 +138,7 @@ def connected(address: str) -> Iterator[str]:
 
 
 def start(address: str) -> None:
-    """Join the cluster at an address, or start one for `local`; errors are those of `connected`."""
+    """Join the cluster at an address, or start one for `local`; raise as `connected`."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # our own cluster sends no statistics
     try:
         cpus = usable_cpus() if address == "local" else None
@@ -440,7 +440,7 @@ def work_in(folder: str) -> None:
 
 
 def wait_until_free(path: Path) -> None:
-    """Wait for a lost worker to release its lock; errors are those of `check_unlocked`."""
+    """Wait for a lost worker to release its lock; raise as `check_unlocked`."""
     patience = time.monotonic() + LOCK_S
     while True:
         try:

@@ -48,7 +48,7 @@ def check_teacher_classes(settings: Precompute) -> None:
 
 
 def given_outputs(settings: Precompute, dataset: Dataset) -> Outputs | None:
-    """Return the order that the user gives: sorted, natural or that of a file.
+    """Return the order that the user gives: sorted, natural or the order in a file.
 
     Raises:
         RichKDError: the file lacks a class, repeats one, or names an unknown one.
@@ -149,7 +149,7 @@ def noted_outputs(note: Mapping[str, str], weights: Path, dataset: Dataset) -> O
             different = sorted({*theirs} - {*ours}) or sorted({*ours} - {*theirs}) or different
     if different:
         raise RichKDError(
-            f"{weights} was trained on other classes than those of {dataset.name}: only one has "
+            f"{weights} was trained on other classes than {dataset.name} has: only one has "
             f"{different[0]!r}; if only the names differ, pass --teacher-classes FILE with the "
             f"class folders in the order of its outputs",
             code="teacher-classes-differ",

@@ -101,7 +101,7 @@ def check_given(settings: Precompute) -> None:
 def is_complete(
     settings: Precompute, out: Location, dataset: Dataset, training: TrainTeacher, report: Report
 ) -> bool:
-    """Return whether the cache already exists, complete and from these very images and teachers.
+    """Return whether the cache already exists, complete and made from the same images and teachers.
 
     A CLIP that is published under its name, and the demo's own, are compared by name; one from a
     folder is loaded and compared by content.

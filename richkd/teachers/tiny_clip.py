@@ -1,8 +1,8 @@
 """Train a small CLIP on images and captions: a real open_clip model, in a minute on a CPU.
 
 It replaces a pretrained CLIP if none can be downloaded: in the demo, in tests, and for small images
-unlike those of public CLIPs. open_clip loads it with `local-dir:PATH` (model, preprocessing and the
-usual tokenizer) like any other.
+unlike any that public CLIPs were trained on. open_clip loads it with `local-dir:PATH` (model,
+preprocessing and the usual tokenizer) like any other.
 
 Supported: images of 32×32 pixels, with open_clip's ResNet, text transformer and contrastive loss.
 The same arguments, software and number of threads give bitwise the same weights on the CPU, even

@@ -396,7 +396,7 @@ def new_trainer(
     device: torch.device,
     **settings: Any,
 ) -> Trainer:
-    """Return the trainer of a randomly initialised student; settings are those of `Distill`."""
+    """Return the trainer of a randomly initialised student; settings are as in `Distill`."""
     model = create_model(student, sizes.num_classes)
     task = Task(
         labels=data.train_labels.cpu(),
@@ -614,9 +614,9 @@ def time_slabs(
 def store_bytes(cache: TeacherCache, report: Report) -> dict[str, dict[str, float]]:
     """Return bytes per (view, sample) by codec, relative to raw f16, and the KL error of decoding.
 
-    The error is that of the fused logits (without CLIP, of the CNN teacher's) at τ = 1, against the
-    stored ones; for caches with `--dtype float32` it includes rounding to f16. Logits of which the
-    K largest are kept count as dense, except in the bytes "as stored".
+    The error is measured on the fused logits (without CLIP, the CNN teacher's) at τ = 1, against
+    the stored ones; for caches with `--dtype float32` it includes rounding to f16. Logits of which
+    the K largest are kept count as dense, except in the bytes "as stored".
     """
     names = [name for name in SLAB_ARRAYS if cache.has(f"train/{name}")]
     slab = cache.slab(0, names)

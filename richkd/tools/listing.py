@@ -54,7 +54,7 @@ def show_methods(name: str | None, report: Report) -> dict[str, Any]:
 def show_models(pattern: str | None, report: Report) -> dict[str, Any]:
     """Print models with their parameters and pooled width at 100 classes, and return them.
 
-    The models are those of the zoo, or all whose names match a pattern.
+    Without a pattern, the models are the zoo; with one, all whose names match it.
 
     Raises:
         RichKDError: no name matches.

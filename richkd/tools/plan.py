@@ -85,7 +85,7 @@ class Pace:
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One way to write the cache, and what it takes."""
+    """One way to write the cache, and its costs."""
 
     views: int
     dtype: str

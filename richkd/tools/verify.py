@@ -363,7 +363,7 @@ def check_kept(cache: TeacherCache) -> Iterator[str]:
 
 
 def check_accuracies(cache: TeacherCache) -> Iterator[str]:
-    """Check that the accuracies in the manifest are those of the rows."""
+    """Check that the accuracies in the manifest match the rows."""
     arrays = {"cnn": "teacher_logits", "clip": "clip_similarity", "fused": "fused_logits"}
     labels = cache.read("test/labels")
     for kind, stored in teacher_accuracies(cache.manifest).items():

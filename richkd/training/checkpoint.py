@@ -136,8 +136,8 @@ class Saving:
     def tensors(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return tensors that can be written while training continues: copies, on a GPU.
 
-        Waits until the previous epoch is written, because its copies are reused; errors are those
-        of `wait`.
+        Waits until the previous epoch is written, because its copies are reused; raises as
+        `wait`.
         """
         if self._pool is None:
             return state
@@ -153,7 +153,7 @@ class Saving:
         return self._copies
 
     def submit(self, write: Callable[[], None]) -> None:
-        """Write, once everything submitted before is written; errors are those of `wait`."""
+        """Write, once everything submitted before is written; raise as `wait`."""
         self.wait()
         if self._pool is None:
             write()

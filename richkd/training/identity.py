@@ -36,7 +36,7 @@ class Identity:
         known = {field.name for field in fields(cls)}
         if isinstance(recorded, dict) and recorded.keys() <= known:
             return cls(**recorded)
-        raise ValueError(f"{recorded!r} does not say what was trained on")
+        raise ValueError(f"{recorded!r} does not identify what was trained on")
 
     @property
     def table(self) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Trainer:
     def train_epoch(
         self, epoch: int, source: EpochRows, tick: Callable[[int], None] = lambda _: None
     ) -> EpochRecord:
-        """Train epoch number `epoch`, from 1, and evaluate if the settings say so.
+        """Train epoch number `epoch`, from 1, and evaluate if the settings ask for it.
 
         If there are images to make choices on, the test images wait for the last epoch.
         """

@@ -263,7 +263,7 @@ class TeacherFolder(TrainingFolder):
             self.path.rmdir()
 
     def tidy(self, weights: Path) -> None:
-        """Delete what a process left that was killed after it had written the weights."""
+        """Delete the leftovers of a process that was killed after it had written the weights."""
         with suppress(RichKDError):  # that process is still running
             check_unlocked(weights)  # removes the lock of a process that is gone
             if self.path.exists():
@@ -322,7 +322,7 @@ class RunFolder(TrainingFolder):
         return summary
 
     def tidy(self) -> None:
-        """Delete what a process left that was killed after the run was complete."""
+        """Delete the leftovers of a process that was killed after the run was complete."""
         with suppress(RichKDError):  # that process is still running
             check_unlocked(self.path)  # removes the lock of a process that is gone
             if self.checkpoints.files or any(map(is_temporary, self.path.iterdir())):
@@ -376,7 +376,7 @@ class RunFolder(TrainingFolder):
     def load(self, log: Callable[[str], None]) -> tuple[Progress, dict[str, Tensor]]:
         """Load the checkpoint, and trim the metrics to the epochs that it has seen.
 
-        Args and errors are those of `Checkpoints.load`.
+        Args and errors are as in `Checkpoints.load`.
         """
         progress, tensors = self.checkpoints.load(log)
         metrics = self.path / METRICS

@@ -65,7 +65,7 @@ class Eager:
 
         Args:
             trainer: the trainer of the steps.
-            source: an epoch's views and rows, at the address that those of all epochs share.
+            source: an epoch's views and rows, at the same address in every epoch.
         """
         self.trainer = trainer
 

@@ -68,7 +68,7 @@ class Source:
 
     @cached_property
     def splits(self) -> dict[str, Split]:
-        """Images and labels of all splits, on the host; errors are those of `load_images`."""
+        """Images and labels of all splits, on the host; raise as `load_images`."""
         return load_images(self.cache, self.settings.dataset, self.settings.data_root, self.report)
 
     def data_for(self, settings: Distill) -> Data:
@@ -97,9 +97,9 @@ class Source:
         )
 
     def target(self, settings: Distill, kind: str) -> tuple[str, Target]:
-        """Choose the target of a run's settings, once for all runs; return its rows' name, too.
+        """Choose a run's target, once for all runs; return the name of its rows, and the target.
 
-        Errors are those of `choose_target`.
+        Raises as `choose_target`.
         """
         blend = (
             settings.alpha,
@@ -118,7 +118,7 @@ class Source:
     def trainer(
         self, settings: Distill, log: Callable[[str], None] = lambda _: None
     ) -> tuple[Trainer, dict[str, str], Target | None]:
-        """Create a student and its method, as a run's settings say.
+        """Create a student and its method from a run's settings.
 
         Args:
             settings: resolved by `with_defaults`.
@@ -148,7 +148,7 @@ class Source:
 
         Args:
             shared: the rows of all runs.
-            rows: their names by those of the method, as `trainer` returned them.
+            rows: their names by the method's names, as `trainer` returned them.
             seed: the run's.
             epoch: from 1.
         """
@@ -183,7 +183,7 @@ class Source:
         """Choose where rows are kept: in memory, on the disk or on the device.
 
         Slabs are kept on the disk if two of them would take more than half of the available memory.
-        Rows go to a GPU as a whole, unless they are on the disk or those of an epoch would take
+        Rows go to a GPU as a whole, unless they are on the disk or an epoch's rows would take
         more than half of its free memory.
         """
         on_disk = pages.beyond_memory(self._nbytes(slab))
@@ -255,12 +255,12 @@ class Placement:
 
 
 def method_of(settings: Distill) -> tuple[type[Method], Any]:
-    """Return class and options of the settings' method; errors are those of `method_class`."""
+    """Return class and options of the settings' method; raise as `method_class`."""
     return method_class(settings.method, method_options(settings.options, settings.method))
 
 
 def build_student(settings: Distill, cache: TeacherCache) -> tuple[torch.nn.Module, int]:
-    """Create the student, with weights drawn from the seed; return its feature width, too."""
+    """Create the student, with weights drawn from the seed; return it with its feature width."""
     check_trainable(settings.student)
     torch.manual_seed(derive_seed(settings.seed, 0, 2))
     size = cache.manifest["image_size"]
