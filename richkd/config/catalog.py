@@ -108,11 +108,13 @@ def split_name(dataset: str) -> tuple[str, Path | None]:
         raise unknown("dataset", dataset, [*(set(DATASETS) - {IMAGE_FOLDER}), "imagefolder:PATH"])
     if kind == IMAGE_FOLDER and not path:
         raise RichKDError(
-            "imagefolder needs a folder: --dataset imagefolder:PATH", code="dataset-path-missing"
+            "imagefolder needs a folder; use --dataset imagefolder:PATH",
+            code="dataset-path-missing",
         )
     if kind != IMAGE_FOLDER and colon:
         raise RichKDError(
-            f"dataset {kind!r} takes no path, got {dataset!r}", code="dataset-takes-no-path"
+            f"dataset {dataset!r}: {kind} takes no path; use --dataset {kind}",
+            code="dataset-takes-no-path",
         )
     return kind, Path(path) if path else None
 

@@ -84,7 +84,7 @@ def _read_figure(value: object, where: str) -> Figure:
     table: dict[str, Any] = value if isinstance(value, dict) else {"top1": value}
     check_table(table, Figure, where)
     if "top1" not in table:
-        raise RichKDError(f"{where}: top1 is missing", code="recipe-value")
+        raise RichKDError(f"{where}: top1 is missing; add it", code="recipe-value")
     return Figure(**table)
 
 

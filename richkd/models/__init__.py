@@ -77,7 +77,8 @@ def create_model(
     given = ", ".join(f"{key} = {value!r}" for key, value in settings.items())
     if settings and name in ZOO:
         raise RichKDError(
-            f"model {name} takes no settings, got {given}", code="model-takes-no-settings"
+            f"model {name} takes no settings, got {given}; leave them out",
+            code="model-takes-no-settings",
         )
     try:
         return _build(name, num_classes, in_chans, image_size, settings)
@@ -149,7 +150,9 @@ def pretrained_input(name: str) -> NetworkInput | None:
         config = import_timm().models.get_pretrained_cfg(_registered(name))
     except RuntimeError as error:
         raise RichKDError(
-            f"teacher {name!r}: {first_line(error)}", code="teacher-input-unsupported"
+            f"teacher {name!r}: {first_line(error).rstrip('.')}; choose another tag, or leave it "
+            f"out",
+            code="teacher-input-unsupported",
         ) from None
     if config is None:
         return None

@@ -199,7 +199,7 @@ def check_weights(path: Path) -> None:
             f"{path} is a directory, not a file of weights; {hint}", code="weights-is-directory"
         )
     if not path.is_file():
-        raise RichKDError(f"no file of weights at {path}", code="weights-missing")
+        raise RichKDError(f"no file of weights at {path}; check the path", code="weights-missing")
     with path.open("rb") as file:
         head = file.read(512)
     fault = "is empty; copy or download it again" if not head else None
@@ -228,7 +228,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         note = file.metadata() or {}
     if note.get(_SHA256, "") not in ("", tensors_sha256(tensors)):
         raise RichKDError(
-            f"{path} is damaged: its tensors differ from those that were written",
+            f"{path} is damaged: its tensors are not what was written; copy or download it again",
             code="weights-damaged",
         )
     return tensors, note
@@ -253,7 +253,8 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise RichKDError(
-            f"{path} is damaged or not a safetensors file: {error}", code="weights-damaged"
+            f"{path} is damaged or not a safetensors file ({error}); copy or download it again",
+            code="weights-damaged",
         ) from None
 
 
@@ -279,8 +280,8 @@ def _read_pickle(path: Path) -> object:
         with path.open("rb") as file:
             if not file.read(4).startswith((b"PK\x03\x04", b"\x80")):
                 raise RichKDError(
-                    f"{path} is damaged or not a file of weights: neither safetensors nor "
-                    f"torch.save wrote it",
+                    f"{path} is damaged or not a file of weights (neither safetensors nor "
+                    f"torch.save wrote it); copy or download it again",
                     code="weights-damaged",
                 ) from None
         found = _foreign(path, str(error))
@@ -291,7 +292,8 @@ def _read_pickle(path: Path) -> object:
         ) from None
     except Exception as error:  # damage raises errors of many kinds
         raise RichKDError(
-            f"{path} is damaged or not a file of weights: {first_line(error)}",
+            f"{path} is damaged or not a file of weights ({first_line(error)}); copy or download "
+            f"it again",
             code="weights-damaged",
         ) from None
 
@@ -341,7 +343,8 @@ def find_state(
     if not found:
         keys = ", ".join(repr(key) for key in list(content)[:4])
         raise RichKDError(
-            f"{path} holds no state dict: there are no named tensors at {keys} or below",
+            f"{path} holds no state dict (no named tensors at {keys} or below); save it with "
+            f"torch.save(model.state_dict(), FILE)",
             code="weights-no-state-dict",
         )
     fitting = [one for one in found if one.fits]
@@ -497,7 +500,8 @@ def _other_architecture(
     where = f" in {near.where}" if near.where else ""
     return RichKDError(
         f"{path} holds another architecture than {name}: {missing} entries missing, "
-        f"{len(near.extra)} unexpected{where}, e.g. {', '.join(examples)}",
+        f"{len(near.extra)} unexpected{where}, e.g. {', '.join(examples)}; choose the network "
+        f"that the weights belong to",
         code="weights-other-architecture",
     )
 
@@ -546,7 +550,8 @@ def _other_shapes(
     else:
         why = "the number of classes, the width or the image size may differ"
     return RichKDError(
-        f"{path} does not fit {name}: {key} is {theirs}, the model's is {ours} ({why})",
+        f"{path} does not fit {name}: {key} is {theirs}, the model's is {ours} ({why}); "
+        f"choose weights that fit",
         code="weights-do-not-fit",
     )
 

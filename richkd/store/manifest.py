@@ -40,7 +40,8 @@ def copy_of(location: Location) -> LocalCopy:
         pass
     if isinstance(location, Folder) and location.path.exists():
         raise RichKDError(
-            f"{location} is not a richkd cache: it has no zarr.json", code="not-a-cache"
+            f"{location} is not a richkd cache: it has no zarr.json; check the path",
+            code="not-a-cache",
         )
     raise RichKDError(
         f"no cache at {location}; create it: richkd precompute --out {location}",
@@ -104,7 +105,8 @@ def _open_group(copy: LocalCopy) -> zarr.Group:
     except Exception as error:  # not a group, damaged JSON, no permission, …
         reason = f"{type(error).__name__}: {error}"
         raise RichKDError(
-            f"{copy.location} is not a readable richkd cache ({reason})", code="not-a-cache"
+            f"{copy.location} is not a readable richkd cache ({reason}); check the path",
+            code="not-a-cache",
         ) from None
 
 

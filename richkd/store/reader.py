@@ -309,7 +309,7 @@ class TeacherCache:
     def _why_absent(self, name: str) -> str:
         if self.manifest["clip"] is None and ("clip" in name or "fused" in name or "text" in name):
             return ": it was written with --clip none; use --method kd, or precompute with a CLIP"
-        return ""
+        return "; richkd inspect lists its arrays"
 
 
 def open_cache(path: str | Path, *, memory: int | None = None) -> TeacherCache:

@@ -165,7 +165,7 @@ def _noted(note: Mapping[str, str], kind: str, weights: Path) -> list[str]:
         found = None
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise RichKDError(
-            f"{weights} has damaged metadata: {kind} is not a list of names",
+            f"{weights} has damaged metadata: {kind} is not a list of names; restore the file",
             code="weights-metadata-damaged",
         )
     return found
@@ -394,6 +394,6 @@ def _recorded_accuracy(note: Mapping[str, str], weights: Path) -> float | None:
         return float(note["test_accuracy"])
     except ValueError:
         raise RichKDError(
-            f"{weights} has damaged metadata: test_accuracy is not a number",
+            f"{weights} has damaged metadata: test_accuracy is not a number; restore the file",
             code="weights-metadata-damaged",
         ) from None

@@ -268,7 +268,7 @@ def _check_folder(name: str, folder: Path) -> None:
         config["text_cfg"].get("hf_tokenizer_name")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RichKDError(
-            f"{file} is damaged or not a configuration of open_clip ({error!r})",
+            f"{file} is damaged or not a configuration of open_clip ({error!r}); restore the file",
             code="clip-config-damaged",
         ) from None
     _check_text(name, config, folder)

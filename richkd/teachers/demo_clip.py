@@ -48,7 +48,8 @@ def train(folder: Path, checkpoints: Checkpoints, report: Report) -> None:
     try:
         done = checkpoints.progress().epoch
     except RichKDError as error:  # training again is quick
-        report.log(f"{error}; training the demo CLIP from its first epoch")
+        reason = str(error).partition("; ")[0]
+        report.log(f"{reason}; training the demo CLIP from its first epoch")
         checkpoints.remove()
         done = 0
     resuming = f"; resuming after epoch {done} of {EPOCHS}" if done else ""

@@ -123,7 +123,8 @@ def _of_student(summary: Path) -> dict[str, str]:
         return {**found.note, "class_names": json.dumps(about["class_names"])}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RichKDError(
-            f"{summary} is damaged or not the summary of a run ({error})", code="summary-damaged"
+            f"{summary} is damaged or not the summary of a run ({error}); restore the file",
+            code="summary-damaged",
         ) from None
 
 
@@ -134,7 +135,8 @@ def _trained_here(note: Mapping[str, str], weights: Path | None, dataset: Datase
             return NetworkInput.of_note(note)
         except ValueError as error:
             raise RichKDError(
-                f"{weights} has damaged metadata: {error}", code="weights-metadata-damaged"
+                f"{weights} has damaged metadata: {error}; restore the file",
+                code="weights-metadata-damaged",
             ) from None
     # earlier versions did not record it, and always used the dataset's own
     here, name = dataset.network_input, note.get("dataset", dataset.name)

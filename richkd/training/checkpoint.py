@@ -108,7 +108,7 @@ class Checkpoints:
                 tensors, note = read_safetensors(path)
                 return Progress.of_note(path, note), tensors
             except RichKDError as error:
-                log(f"{error}; trying the previous checkpoint")
+                log(f"{str(error).partition('; ')[0]}; trying the previous checkpoint")
         raise self._unreadable
 
     def remove(self) -> None:

@@ -523,7 +523,9 @@ def load_runs(folders: list[Path], cache: str | None) -> list[Run]:
         wanted = RunIdentity.of(open_cache(cache))
         runs = [run for run in runs if run.identity == wanted]
         if not runs:
-            raise RichKDError(f"no run in {where} was trained on {cache}", code="runs-missing")
+            raise RichKDError(
+                f"no run in {where} was trained on {cache}; check --cache", code="runs-missing"
+            )
     caches = Counter(run.identity for run in runs)
     if len(caches) > 1:
         named = {run.identity: run.settings["cache"] for run in reversed(runs)}
