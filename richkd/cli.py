@@ -59,7 +59,7 @@ def _command(
         heading: its heading in the list of commands.
         examples: command lines, for its help.
         name: of the command, if not the function's.
-        settings: flags, of which the function gets those that were given as `**given`.
+        settings: flags; the function gets the given ones as `**given`.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:

@@ -282,7 +282,7 @@ def load_shift(folder: Path, store: TeacherCache, test: Split, report: Report) -
     """Load other images of the same classes from a folder with one folder per class.
 
     A folder belongs to the class whose training folder has the same name, else to the class of that
-    name. If all folders are numbers, they are the numbers of classes. Images are framed as the
+    name. If all folder names are numbers, they are class numbers. Images are framed as the
     cache's own are: small ones whole, photographs by their central crop.
 
     Raises:

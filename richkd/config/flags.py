@@ -1,6 +1,6 @@
 """Make CLI flags from the fields of the settings.
 
-How a setting is typed follows from its type: lists are separated by commas, tables are NAME=VALUE,
+The type of a setting determines its syntax: lists are separated by commas, tables are NAME=VALUE,
 and a value that may be a number or a word is read as a number if possible. A field with `read` is
 read by that function instead.
 """

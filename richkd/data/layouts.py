@@ -140,7 +140,7 @@ def find_splits(path: Path, layout: Layout | None) -> tuple[dict[str, Found], li
 
 
 def _drop_unlabelled(found: dict[str, Found]) -> Iterator[str]:
-    """Drop a split without class folders, as challenges have, if another is left to test on."""
+    """Drop a split without class folders, e.g. of a challenge, if another is left to test on."""
     for split in ("validation", "test"):
         if "validation" in found and not _has_classes(found[split], found["train"]):
             unlabelled = found.pop(split)

@@ -111,8 +111,8 @@ def fits_shared_memory(wanted: int) -> bool:
         return True
     _log_once(
         f"{SHARED_MEMORY} has only {size(free)} free, but data-loader workers may need "
-        f"{size(wanted)} there: they send images through pipes instead, which is slower (to avoid "
-        f"that, enlarge it, e.g. by docker run --shm-size=1g)"
+        f"{size(wanted)} there: they send images through pipes instead, which is slower; to "
+        f"avoid that, enlarge it (docker run --shm-size=1g)"
     )
     return False
 

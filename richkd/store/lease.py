@@ -49,7 +49,7 @@ class Lease:
         self.token: str | None = None  # while this process's job has the lock
         self.beat = beat
         self._store, self._name = store, name
-        # the same each time this has the lock: a request from an earlier time may arrive late
+        # constant, because a request from an earlier lock may arrive late
         self._own = secrets.token_hex(8)
         self._tag: str | None = None  # None: another process of the job renews the lock
         self._lost = False

@@ -65,7 +65,7 @@ class Slab:
 class TeacherCache:
     """An open, complete cache, from `open_cache`.
 
-    `location` is where it is. `path` is the folder on this disk that is read: the cache itself, or
+    `location` is its path or URL, `path` the folder on this disk that is read: the cache itself, or
     a copy of what was read so far.
     """
 

@@ -303,9 +303,9 @@ def preview_teacher(
 ) -> list[tuple[Tensor, Tensor]]:
     """Log, before any long work, how well the teacher does and what may be wrong if it does badly.
 
-    It does badly if a teacher at the bound of `least`, or 10 percentage points below the accuracy
-    recorded in its file, would be right on so few of the first test images with a probability below
-    1 %; or if it takes classes for each other.
+    It does badly if it confuses classes with each other, or is right on so few of the first test
+    images that the probability is below 1 % for a teacher at the bound of `least`, or for one 10
+    percentage points below the accuracy recorded in its file.
 
     Returns:
         Logits and features of those images, batch by batch.

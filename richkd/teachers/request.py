@@ -59,7 +59,7 @@ def check_request(
 def check_settings(
     settings: Precompute, out: Location, overwrite: bool
 ) -> Mapping[str, Any] | None:
-    """Check the location, and the settings that a cache of any age has to satisfy.
+    """Check the location, and the settings that matter to old and new caches alike.
 
     Returns:
         The manifest of the cache at the location, if there is one that is not to be replaced.

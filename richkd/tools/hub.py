@@ -122,7 +122,7 @@ def push(path: str, repo_id: str, report: Report, *, private: bool = False) -> d
         path: the cache or run folder.
         repo_id: OWNER/NAME; created if it does not exist.
         report: where to log progress.
-        private: make a new repository visible only to its owner and those they let in.
+        private: make a new repository visible only to its owner and people they invite.
 
     Returns:
         The repository, the kind of its content, its address and the new commit.

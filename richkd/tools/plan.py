@@ -113,11 +113,11 @@ def plan(
     Args:
         settings: of stage one.
         report: receives progress.
-        known: plan for ImageNet, which need not be here: its counts are known.
+        known: plan for ImageNet from its known counts, without its files.
         measured: JSON of a plan made on another machine; its pace is used instead.
         price: of storage, in USD per GB (10⁹ bytes) and month.
-        enough: seconds of stage one that suffice to know its pace.
-        most: images to try it on at most.
+        enough: seconds of stage one after which its pace is known.
+        most: the largest number of images to try it on.
 
     Returns:
         The dataset's counts, the passes, the pace, the bytes of each array, and the options.
@@ -532,5 +532,5 @@ def show(result: Mapping[str, Any], report: Report) -> None:
         f"* as asked: {passes['cnn']:,} passes of the CNN teacher, {passes['clip']:,} of CLIP and "
         f"{passes['texts']:,} of its texts"
     )
-    report.log(f"time on {pace['hardware']}, one of them; {result['about']}")
+    report.log(f"time on one device ({pace['hardware']}); {result['about']}")
     report.log(f"kept at {result['usd_a_gb_month']:g} USD a GB and month")

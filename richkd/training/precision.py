@@ -72,6 +72,6 @@ def advice(times: Mapping[str, StepTimes]) -> str:
     if not worth:
         return ""
     return (
-        f"in bfloat16, this CPU would take, timed over two steps: {', '.join(worth)} (--precision "
+        f"timed over two steps, this CPU is faster in bfloat16: {', '.join(worth)} (--precision "
         f"bfloat16)"
     )

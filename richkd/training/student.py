@@ -321,8 +321,8 @@ def log_few_views(runs: Collection[Distill], cache: TeacherCache, report: Report
         if method_type.reads(options) and cache.num_views < wanted:
             messages[settings.method] = (
                 f"{settings.method} learns from {cache.num_views} views of each image and wants "
-                f"{wanted}: {few.cost(cache.num_views)} (docs/comparisons.md); richkd precompute "
-                f"--views {wanted} makes them"
+                f"{wanted}: {few.cost(cache.num_views)} (docs/comparisons.md); cache them with "
+                f"richkd precompute --views {wanted}"
             )
     for message in messages.values():
         report.log(message)
