@@ -17,7 +17,7 @@ from richkd.training.run_folder import configuration
 TEACHING = ("method", "options", "target", "alpha", "scale", "prompts", "clip_head")
 # How the best epoch is described, by the images that it was chosen on.
 CHOSEN_ON = {
-    "test": "these very test images, which flatters it",
+    "test": "the same test images, which flatters it",
     "held-out test": "test images that were held out",
     "validation": "validation images",
 }

@@ -134,7 +134,7 @@ def change_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def best_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return the best α and scale; chosen on these very samples, so an upper bound."""
+    """Return the best α and scale; chosen on the same samples, so an upper bound."""
     blend = result["blend"]
     rows = [
         _best_row(f"α, {name} scale", list(group), lambda row: f"{row['alpha']:g}")
