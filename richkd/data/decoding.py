@@ -166,8 +166,8 @@ class Decoding:
             raise
         except Exception as error:  # decoders raise errors of every kind
             raise RichKDError(
-                f"{path} can no longer be read ({reason_of(error, path)}); restore it, or make "
-                f"the cache again with richkd precompute --broken skip",
+                f"{path} can no longer be read ({reason_of(error, path)}); restore it, or write "
+                f"the cache again with richkd precompute --broken skip --overwrite",
                 code="image-changed",
             ) from None
 
@@ -176,8 +176,8 @@ class Decoding:
         if depth.kind not in self.ranges:
             raise RichKDError(
                 f"{image.filename} is a {depth.kind} image, "  # type: ignore[attr-defined]
-                f"but there was none when the folder was first read; restore the file, or make the "
-                f"cache again with richkd precompute",
+                f"but there was none when the folder was first read; restore the file, or write "
+                f"the cache again with richkd precompute --overwrite",
                 code="image-changed",
             )
         low, high = self.ranges[depth.kind]

@@ -45,7 +45,7 @@ _SCAN_VERSION = 2  # increase it whenever a scan finds something else in the sam
 _QUEUED = 4096  # files that wait for a thread at once
 _REMEDY_NEW = "remove such files, or leave them out with --broken skip"
 _REMEDY_CACHED = (
-    "restore the file, or make the cache again with richkd precompute --broken skip --overwrite"
+    "restore the file, or write the cache again with richkd precompute --broken skip --overwrite"
 )
 
 

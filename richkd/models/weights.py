@@ -171,7 +171,7 @@ class _Candidate:
 
 
 def read_weights(path: Path) -> Content:
-    """Return the content of a file of weights in the format of safetensors or `torch.save`.
+    """Return the content of a weights file in the format of safetensors or `torch.save`.
 
     The file's content, not its name, decides the format.
 
@@ -196,10 +196,10 @@ def check_weights(path: Path) -> None:
         inside = sorted(file.name for file in path.iterdir() if file.suffix in suffixes)
         hint = f"name a file in it, e.g. {path / inside[0]}" if inside else "name a file"
         raise RichKDError(
-            f"{path} is a directory, not a file of weights; {hint}", code="weights-is-directory"
+            f"{path} is a directory, not a weights file; {hint}", code="weights-is-directory"
         )
     if not path.is_file():
-        raise RichKDError(f"no file of weights at {path}; check the path", code="weights-missing")
+        raise RichKDError(f"no weights file at {path}; check the path", code="weights-missing")
     with path.open("rb") as file:
         head = file.read(512)
     fault = "is empty; copy or download it again" if not head else None
@@ -280,7 +280,7 @@ def _read_pickle(path: Path) -> object:
         with path.open("rb") as file:
             if not file.read(4).startswith((b"PK\x03\x04", b"\x80")):
                 raise RichKDError(
-                    f"{path} is damaged or not a file of weights (neither safetensors nor "
+                    f"{path} is damaged or not a weights file (neither safetensors nor "
                     f"torch.save wrote it); copy or download it again",
                     code="weights-damaged",
                 ) from None
@@ -292,7 +292,7 @@ def _read_pickle(path: Path) -> object:
         ) from None
     except Exception as error:  # damage raises errors of many kinds
         raise RichKDError(
-            f"{path} is damaged or not a file of weights ({first_line(error)}); copy or download "
+            f"{path} is damaged or not a weights file ({first_line(error)}); copy or download "
             f"it again",
             code="weights-damaged",
         ) from None

@@ -1,4 +1,4 @@
-"""The CNN teacher: loaded from a file of weights, or trained with cross-entropy."""
+"""The CNN teacher: loaded from a weights file, or trained with cross-entropy."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ def load_teacher(
     outputs: Outputs | None = None,
     report: Report | None = None,
 ) -> CNNTeacher:
-    """Load a teacher from a file of weights, or create one with random weights.
+    """Load a teacher from a weights file, or create one with random weights.
 
     Args:
         name: the network's name.
-        weights: the file of weights; None for random weights.
+        weights: the weights file; None for random weights.
         num_classes: C.
         network_input: the images that the network takes.
         device: where it runs.

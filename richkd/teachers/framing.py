@@ -33,7 +33,7 @@ def resolve_input(
 
     Args:
         settings: the teacher's name and the user's settings of its input.
-        weights: the file of weights; None if there is none yet.
+        weights: the weights file; None if there is none yet.
         dataset: the images.
         report: where to log the result.
 

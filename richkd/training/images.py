@@ -36,8 +36,8 @@ def load_images(
     for split, labels in labels_of.items():
         if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < cache.num_classes:
             raise RichKDError(
-                f"{cache.location}: {split}/labels are not in 0..{cache.num_classes - 1}; make the "
-                f"cache again with richkd precompute --overwrite",
+                f"{cache.location}: {split}/labels are not in 0..{cache.num_classes - 1}; write "
+                f"the cache again with richkd precompute --overwrite",
                 code="cache-damaged",
             )
     if entry["embedded"]:
@@ -59,14 +59,14 @@ def load_images(
     if {*found.splits} != {*labels_of} or found.fingerprint != entry["fingerprint"]:
         raise RichKDError(
             f"{found.name} is not what {cache.location} was made from (its fingerprint differs); "
-            f"restore the files, or make the cache again with richkd precompute",
+            f"restore the files, or write the cache again with richkd precompute --overwrite",
             code="images-differ",
         )
     for split, labels in labels_of.items():
         if not torch.equal(found.splits[split].labels, labels):
             raise RichKDError(
-                f"the labels of {found.name} are not those in {cache.location}; make the cache "
-                f"again with richkd precompute --overwrite",
+                f"the labels of {found.name} differ from those in {cache.location}; write the "
+                f"cache again with richkd precompute --overwrite",
                 code="images-differ",
             )
     return found.splits
@@ -107,8 +107,8 @@ def load_again(
     if found.read_differently_in(entry["fingerprint"]):
         raise RichKDError(
             f"{found.name}: an earlier version of richkd made the cache and read some of these "
-            f"files differently (with an EXIF orientation, transparency or more than 8 bits); make "
-            f"it again with richkd precompute --overwrite",
+            f"files differently (with an EXIF orientation, transparency or more than 8 bits); "
+            f"write it again with richkd precompute --overwrite",
             code="images-read-otherwise",
         )
     return replace(found, skipped=tuple(skipped))

@@ -447,7 +447,7 @@ def test_no_network_is_one_line_and_soon(tmp_path: Path) -> None:
         },
     )
     lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(lines) == 2, done.stderr  # the data set, and this
+    assert done.returncode == 2 and len(lines) == 2, done.stderr  # the dataset, and this
     refused = refusal(done.stderr)
     assert refused.code == "clip-cannot-be-loaded"
     assert "127.0.0.1" in refused and "--clip DIRECTORY" in refused

@@ -285,7 +285,7 @@ def test_a_teacher_of_arrays_keeps_its_accuracy_on_the_same_images_in_a_folder(
 
 
 def test_who_is_asked_first(photos: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Its file, then a tag, then flags over timm's configuration or the data set's."""
+    """Its file, then a tag, then flags over timm's configuration or the dataset's."""
     photographs = photo_set(photos)
     arrays = load_dataset(Images(dataset="shapes", limit=8))
     weights = tmp_path / "w.safetensors"
