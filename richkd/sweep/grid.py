@@ -68,7 +68,7 @@ def make_grid(
 
 
 def blends(settings: Distill) -> bool:
-    """Whether α matters: the method trains on a blend of the teachers."""
+    """Return whether α matters, i.e. the method trains on a blend of the teachers."""
     method, options = method_of(settings)
     reads = method.reads(options)
     target = settings.target or method.target
