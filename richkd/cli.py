@@ -16,8 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from richkd.config import catalog, recipes
-from richkd.config.catalog import at_home
-from richkd.config.flags import Flag, flags, option, plain
+from richkd.config.flags import Flag, expand_home, flags, option, plain
 from richkd.config.settings import (
     Distill,
     Precompute,
@@ -108,13 +107,8 @@ def _help_of(function: Callable[..., None]) -> str:
     return plain("\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))
 
 
-def _at_home(value: Any) -> Any:
-    """Expand `~`, which the shell does not in --out=~/runs."""
-    return [*map(at_home, value)] if isinstance(value, list) else value and at_home(value)
-
-
-path_option = partial(typer.Option, callback=_at_home)
-path_argument = partial(typer.Argument, callback=_at_home)
+path_option = partial(typer.Option, callback=expand_home)
+path_argument = partial(typer.Argument, callback=expand_home)
 
 Recipe = Annotated[str | None, path_option(help="TOML file, or the name of a packaged recipe")]
 Overwrite = Annotated[

@@ -24,8 +24,6 @@ from richkd.store.target import check_target
 from richkd.teachers.cnn import check_output, remove_trained
 from richkd.training.run_folder import RunFolder
 
-RECIPE = "demo"
-
 
 def run_demo(out: str, seed: int, report: Report, *, overwrite: bool = False) -> dict[str, Any]:
     """Run stage one on `shapes`, train a student with each method, and write both pages.
@@ -40,7 +38,7 @@ def run_demo(out: str, seed: int, report: Report, *, overwrite: bool = False) ->
     """
     started = time.perf_counter()
     folder = local_path(out)
-    recipe = in_folder(recipes.load(RECIPE), folder, seed)
+    recipe = in_folder(recipes.load(str(recipes.packaged() / "demo.toml")), folder, seed)
     settings = cache_settings(recipe, {})
     runs = {
         method: run_settings(recipe, {"method": method, "seed": seed}, settings.out)

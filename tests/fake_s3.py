@@ -14,6 +14,7 @@ from wsgiref.types import StartResponse, WSGIEnvironment
 import optional
 import pytest
 
+optional.require("moto", "obstore")
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
 BUCKET = "bucket"
 Fault = Callable[[str, str], str | None]  # (method, path) -> the fault, or None
@@ -60,7 +61,6 @@ class FakeS3:
 @contextmanager
 def serving(patch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
     """Serve an empty bucket, and name the server in the environment, until the block ends."""
-    optional.require("moto", "obstore")
     import boto3
     from werkzeug.serving import make_server
 

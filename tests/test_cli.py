@@ -486,6 +486,9 @@ def test_home_is_expanded_in_every_path(
         ("run", "~/x.zarr"),
     ):
         assert "~" not in fails(*words), words
+    (tmp_path / "images").mkdir()
+    found = run("doctor", "--data-root=~/images", "--json").json
+    assert str(tmp_path / "images") in json.dumps(found) and "~/images" not in json.dumps(found)
 
 
 def test_help_shows_brackets(run: Run) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 from forked import Forks
+from helpers import refuses
 
 from richkd.config import recipes
 from richkd.config.settings import Distill, Precompute
-from richkd.demo import in_folder
+from richkd.core.progress import Report
+from richkd.demo import in_folder, run_demo
 from richkd.run import cache_settings, run_settings
 
 
@@ -33,6 +35,17 @@ def test_the_recipe_is_put_in_a_folder_with_a_seed(tmp_path: Path) -> None:
         seed=3,
         eval_every=10,
     )
+
+
+def test_a_file_of_the_recipes_name_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("demo").write_text("not a recipe")
+    Path("x").mkdir()
+    Path("x/mine.txt").write_text("mine")
+    with refuses("demo-foreign-folder", "x"):
+        run_demo("x", 0, Report(quiet=True))
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
 def test_of_a_store(command: str, store: Path, tmp_path: Path) -> None:
     found = imported(tmp_path, TO_THE_END, command, store)
     assert found <= ALLOWED[command]
-    more = f"import {'torch' if command == 'inspect' else 'torchmetrics'}\n{TO_THE_END}"
+    more = f"import {'torch' if command == 'inspect' else 'timm'}\n{TO_THE_END}"
     assert not imported(tmp_path, more, command, store) <= ALLOWED[command]  # one is noticed
 
 

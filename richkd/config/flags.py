@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import HAS_RICH
 
+from richkd.config.catalog import at_home
 from richkd.core.errors import RichKDError
 from richkd.core.validation import hints
 
@@ -50,7 +51,15 @@ def option(settings: type, name: str) -> Any:
     """Return typer's option for one setting."""
     metadata = settings.__dataclass_fields__[name].metadata  # type: ignore[attr-defined]
     declared = [metadata["flag"]] if metadata["flag"] else []
-    return typer.Option(*declared, help=plain(metadata["help"]), show_default=False)
+    callback = expand_home if metadata["path"] else None
+    return typer.Option(
+        *declared, help=plain(metadata["help"]), show_default=False, callback=callback
+    )
+
+
+def expand_home(value: Any) -> Any:
+    """Expand `~` in one path or several; the shell leaves it in --out=~/runs."""
+    return [*map(at_home, value)] if isinstance(value, list) else value and at_home(value)
 
 
 def plain(text: str) -> str:
@@ -95,9 +104,12 @@ def _alternatives(hint: Any) -> Iterator[Any]:
 
 
 _WORDS: dict[Any, str] = {
-    int: "integers separated by commas, e.g. 0,3,5",
+    int: "integers separated by commas, e.g. 1,2,5",
     float: "numbers separated by commas, e.g. 0.5,0.5,0.5",
 }
+
+
+_EXAMPLES = {"--set": "temperature=4", "--student-set": "patch_size=4"}
 
 
 def _as_it_is(value: Any) -> Any:
@@ -131,7 +143,7 @@ def _assignments(flag: str, texts: list[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals or not name or not value:
             raise RichKDError(
-                f"{flag} {text!r}: must be NAME=VALUE, e.g. {flag} temperature=4",
+                f"{flag} {text!r}: must be NAME=VALUE, e.g. {flag} {_EXAMPLES[flag]}",
                 code="value-malformed",
             )
         try:

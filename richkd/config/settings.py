@@ -12,6 +12,7 @@ import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -140,8 +141,8 @@ class Settings:
     def __post_init__(self) -> None:
         for each in fields(self):  # type: ignore[arg-type]  # its subclasses are dataclasses
             value = getattr(self, each.name)
-            if each.metadata["path"] and isinstance(value, str):
-                value = catalog.at_home(value)
+            if each.metadata["path"] and isinstance(value, str | PathLike):
+                value = catalog.at_home(fspath(value))
             check(value, hints(type(self))[each.name], each.name)
             self._set(each.name, tuple(value) if isinstance(value, list) else value)
         self._complete()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import math
+from typing import Annotated, Literal, get_args
 
-from richkd.core.validation import Positive, Share, check
+from richkd.core.validation import Limit, Share, check
 
-Scale = Positive | Literal["native", "raw"]
+Scale = (
+    Annotated[float, Limit("a positive number, native or raw", lambda scale: 0 < scale < math.inf)]
+    | Literal["native", "raw"]
+)
 Target = Literal["teacher", "clip", "fused"]
 ClipHead = Literal["zero-shot", "probe"]
 Step = Literal["auto", "eager", "captured", "compiled"]

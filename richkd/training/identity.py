@@ -9,6 +9,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self
 
+from richkd.core.validation import find_fault, hints
 from richkd.data.datasets import Dataset
 from richkd.data.framing import NetworkInput
 from richkd.store.reader import TeacherCache
@@ -33,9 +34,18 @@ class Identity:
         """
         if isinstance(recorded, str) and (found := cls.SENTENCE.fullmatch(recorded)):
             return cls(**{name: _value(name, text) for name, text in found.groupdict().items()})
-        known = {field.name for field in fields(cls)}
-        if isinstance(recorded, dict) and recorded.keys() <= known:
-            return cls(**recorded)
+        if isinstance(recorded, dict):
+            try:
+                identity = cls(**recorded)
+            except TypeError:  # a field is missing, or is not one of ours
+                raise ValueError(f"{recorded!r} does not identify what was trained on") from None
+            for field in fields(cls):
+                fault = find_fault(
+                    getattr(identity, field.name), hints(cls)[field.name], field.name
+                )
+                if fault is not None:
+                    raise ValueError(fault)
+            return identity
         raise ValueError(f"{recorded!r} does not identify what was trained on")
 
     @property

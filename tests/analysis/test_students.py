@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import fake_hub
-import fake_s3
 import numpy as np
 import optional
 import pytest
@@ -263,6 +262,7 @@ def test_made_corruptions_are_the_same_for_a_seed(store: Path) -> None:
 
 
 def test_workers_make_the_same(store: Path) -> None:
+    optional.require("imagecorruptions")
     images = richkd.open_cache(store).read("test/images")
     made = MadeCorruptions(images, 3, names=("glass_blur", "snow"), workers=2)
     for name, severity, batches in made.cells(torch.arange(6), torch.device("cpu")):
@@ -300,6 +300,7 @@ def test_two_students_under_corruptions(run: Run, runs: list[Path], tmp_path: Pa
 
 
 def test_images_that_are_too_small_for_the_library() -> None:
+    optional.require("imagecorruptions")
     with refuses("corruption-images-too-small", "28 pixels", 32, "--corruption-files"):
         MadeCorruptions(torch.zeros(3, 28, 28, 3, dtype=torch.uint8), 0)
 
@@ -490,6 +491,8 @@ def test_a_run_is_evaluated_from_a_cache_elsewhere(
     run: Run, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setenv("RICHKD_HOME", str(tmp_path / "home"))
+    import fake_s3
+
     with fake_s3.serving(monkeypatch) if kind == "s3" else fake_hub.serving() as server:
         if kind == "s3":
             url = f"s3://{fake_s3.BUCKET}/evaluated/shapes.zarr"

@@ -1,7 +1,7 @@
 """The settings beside published figures are the settings of these figures.
 
-tests/published has a table a recipe, written from the sources: a section a figure, with the figure,
-of which epoch it is, where it stands and how it was trained. methods.toml has the defaults.
+tests/config/published has one file per recipe, written from the sources: one section per figure,
+with its epoch, its source and how it was trained. methods.toml has the defaults.
 """
 
 from __future__ import annotations

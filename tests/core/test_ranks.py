@@ -14,11 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fake_s3
 import numpy as np
 import optional
 import pytest
-from fake_s3 import FakeS3
 from helpers import changed, tree, write_teacher
 from PIL import Image
 
@@ -276,14 +274,16 @@ def test_who_waits_can_be_stopped(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
-    with fake_s3.serving(monkeypatch) as server:
-        yield server
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    import fake_s3
+
+    with fake_s3.serving(monkeypatch):
+        yield fake_s3.BUCKET
 
 
 @pytest.mark.slow
-def test_two_ranks_write_to_one_bucket(s3: FakeS3, drawings: list[Any], tmp_path: Path) -> None:
-    url = f"s3://{fake_s3.BUCKET}/two.zarr"
+def test_two_ranks_write_to_one_bucket(bucket: str, drawings: list[Any], tmp_path: Path) -> None:
+    url = f"s3://{bucket}/two.zarr"
     finish([*drawings, "--out", url], 2)
     finish([*drawings, "--out", tmp_path / "one.zarr"], 1)
     obstore, store = optional.load("obstore"), optional.load("obstore.store")

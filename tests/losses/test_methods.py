@@ -119,7 +119,7 @@ def test_features_may_have_a_blend_of_their_own(rng: np.random.Generator) -> Non
     assert torch.equal(terms[None]["logit"], terms[0.2]["logit"])
 
 
-# As published; tests/published/methods.toml says where.
+# As published; tests/config/published/methods.toml says where.
 PUBLISHED = {
     "richkd": {
         "ce_weight": 1.0,

@@ -17,13 +17,14 @@ from typing import Any
 
 import fake_s3
 import numpy as np
-import optional
+import obstore
 import pytest
 import zarr
 from fake_hub import serving as hub_serving
 from fake_s3 import BUCKET, FakeS3
 from forked import Forks
 from helpers import Refusal, assert_same_run, changed, refuses, tree
+from obstore.store import from_url
 from zarr.storage import ObjectStore
 
 import richkd
@@ -33,10 +34,6 @@ from richkd.store.lease import Lease
 from richkd.store.locations import open_location
 from richkd.store.schema import Block
 from richkd.store.writer import StoreWriter
-
-optional.require("moto")
-obstore = optional.load("obstore")
-from_url = optional.load("obstore.store").from_url
 
 Run = Callable[..., Any]
 Fails = Callable[..., Refusal]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optional
 import pytest
 import torch
 from helpers import Refusal, assert_same_run, refusal, tree
@@ -47,6 +48,7 @@ cluster.shutdown()
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The address of a Ray cluster of two nodes on this machine."""
+    optional.require("ray")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -375,6 +377,7 @@ def test_files_come_back_from_a_disk_that_the_driver_does_not_see(
 def test_mistakes_are_named_before_anything_runs(
     fails: Fails, store: Path, tmp_path: Path, words: str, code: str, value: str
 ) -> None:
+    optional.require("ray")
     start = time.perf_counter()
     line = fails(
         "sweep", "--cache", store, "--out", tmp_path / "runs", *COMMON, *shlex.split(words)
@@ -461,6 +464,7 @@ def test_the_local_engine_needs_no_ray(store: Path, tmp_path: Path) -> None:
 def test_how_many_runs_a_node_holds(
     node: dict[str, float], asked: dict[str, Any], device: str, at_once: int
 ) -> None:
+    optional.require("ray")
     from richkd.sweep.ray_engine import choose_share, room
 
     share = choose_share(Sweep(students=("resnet8",), engine="ray", **asked), device, [node])

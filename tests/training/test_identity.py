@@ -67,10 +67,28 @@ def test_a_teachers_sentence_is_read() -> None:
     )
 
 
-@pytest.mark.parametrize("recorded", [None, 3, "", "a, b, c", {"dataset": "a", "teachers": 2}])
+FIELDS = {"dataset": "a", "teacher": "b", "clip": "c", "views": 2, "view_seed": 0}
+FIELDS |= {"alpha": 0.7, "scale": "raw", "dtype": "float16"}
+
+
+@pytest.mark.parametrize(
+    "recorded",
+    [
+        None,
+        3,
+        "",
+        "a, b, c",
+        {},
+        {"dataset": "a", "teachers": 2},
+        {**FIELDS, "alpha": [1]},
+        {**FIELDS, "views": "2"},
+        {**FIELDS, "more": 1},
+    ],
+)
 def test_anything_else_is_no_identity(recorded: object) -> None:
     with pytest.raises(ValueError):
         RunIdentity.read(recorded)
+    assert RunIdentity.read(FIELDS).table == FIELDS
 
 
 def test_the_difference_names_the_fields_and_both_values() -> None:
