@@ -316,9 +316,9 @@ def test_a_users_folder_through_both_stages(
     assert "2 files that are not images: train/notes.txt, train/zebra/readme.txt" in said
     order = (
         "classes: Ære",
-        "prompts a class: 12: a photo of a Ære",
-        "CLIP zero-shot on 40",
-        "training the teacher, resnet32x4",
+        "a photo of a Ære",
+        "CLIP zero-shot",
+        "resnet32x4",
         "is complete",
     )
     places = [said.index(text) for text in order]
