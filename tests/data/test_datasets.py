@@ -12,7 +12,6 @@ import torch
 from helpers import refuses, write_cifar100
 from PIL import Image
 
-from richkd.config.catalog import DEBIAN_FASHION_MNIST
 from richkd.config.settings import Images
 from richkd.data.datasets import ImageFiles, load_dataset
 from richkd.data.inputs import make_inputs
@@ -85,9 +84,6 @@ def test_damaged_idx(tmp_path: Path, damage: bytes) -> None:
 
 
 @pytest.mark.real_data
-@pytest.mark.skipif(
-    not DEBIAN_FASHION_MNIST.is_dir(), reason="needs dataset-fashion-mnist of Debian"
-)
 def test_fashion_mnist_as_debian_ships_it(tmp_path: Path) -> None:
     dataset = load_dataset(Images(dataset="fashion-mnist", data_root=str(tmp_path)))
     assert (len(dataset.train), len(dataset.test)) == (60_000, 10_000)

@@ -17,18 +17,11 @@ import pytest
 
 import richkd
 from richkd.config import recipes
-from richkd.config.catalog import DEBIAN_FASHION_MNIST
 from richkd.config.settings import Distill, Precompute, resolve
 from richkd.distill import distill
 from richkd.precompute import precompute
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.real_data,
-    pytest.mark.skipif(
-        not DEBIAN_FASHION_MNIST.is_dir(), reason="needs dataset-fashion-mnist of Debian"
-    ),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.real_data]
 
 ROOT = Path(__file__).parents[2]
 train_clip = runpy.run_path(str(ROOT / "benchmarks" / "fashion_mnist.py"))["train_clip"]
