@@ -207,7 +207,7 @@ def test_the_pace_of_another_machine(
     there = run(*words, "--measured", file, "--json").json
     # 64 training images with two views, 40 test images with one, 16 classes by 12 prompts
     assert there["seconds"] == pytest.approx(64 * (0.5 + 2 * 0.25) + 40 * 0.75 + 192 * 0.125)
-    assert "time on A GPU" in run(*words, "--measured", file).err
+    assert "(A GPU)" in run(*words, "--measured", file).err
     line = fails(*words[:-1], "resnet14", "--measured", file)
     assert line.code == "plan-measured-differs" and "'resnet8'" in line and "'resnet14'" in line
     for content in ("", "[]", "{}", json.dumps({"pace": {**pace, "clean_s": "fast"}})):
