@@ -272,6 +272,7 @@ def work(request: dict[str, Any], streams: list[int]) -> NoReturn:
         for target, value in request["values"].items():
             module, _, name = target.partition(":")
             setattr(importlib.import_module(module), name, value)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
         if request["ignore"]:
             signal.signal(request["ignore"], signal.SIG_IGN)
         with struck(request["kill"]):

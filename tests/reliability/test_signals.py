@@ -45,6 +45,14 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def hangups_end_a_process() -> Iterator[None]:
+    """Undo nohup, which ignores SIGHUP, for the tests that send it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def moments() -> random.Random:
     seed = int(os.environ.get("RICHKD_TEST_SEED") or random.randrange(2**32))
