@@ -239,6 +239,7 @@ def train_teacher(
         *flags(
             Precompute,
             "views alpha scale dtype keep_bits keep keep_temperature out batch_size seed",
+            without="teachers",
         ),
     ],
 )
@@ -276,6 +277,54 @@ def precompute(
 
 @_command(
     STAGES,
+    "richkd add-teacher cache/cifar100.zarr --teacher wrn_40_2 --teacher-weights wrn_40_2.pth",
+    "richkd add-teacher cache/cifar100.zarr --clip ViT-B-16-SigLIP:webli --name siglip",
+    name="add-teacher",
+    settings=[
+        *flags(Precompute, TEACHERS, others=False),
+        *flags(Precompute, "batch_size data_root device", others=False),
+    ],
+)
+def add_teacher(
+    cache: Annotated[str, path_argument(help="a complete cache")],
+    name: Annotated[
+        str, typer.Option(help="name among the cache's teachers; default by the network")
+    ] = "",
+    dataset: Annotated[
+        str | None, path_option(help="imagefolder:PATH, if the folder has moved")
+    ] = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    **given: Any,
+) -> None:
+    """Add the rows of another CNN teacher or CLIP to a cache.
+
+    Nothing else in the cache changes. richkd distill --weights blends its teachers. If interrupted,
+    rerun the same command; it resumes.
+    """
+    check_resume(resume, overwrite)
+    from richkd import precompute as stage_one
+    from richkd.core.ranks import is_first
+    from richkd.tools.inspect import summarize
+
+    added = stage_one.add_teacher(
+        cache,
+        {**given, "dataset": dataset},
+        name=name,
+        overwrite=overwrite,
+        report=_report(as_json),
+    )
+    if not is_first():
+        return
+    if as_json:
+        _print(summarize(added.location.name), as_json)
+    else:
+        typer.echo(f"next: richkd distill --cache {cache} --weights …")
+
+
+@_command(
+    STAGES,
     "richkd plan --dataset imagenet --views 8 --clip ViT-L-14",
     "richkd plan --dataset imagefolder:my-images --keep top-50 --json",
     "richkd plan --dataset imagefolder:my-images --keep top-50 --measured gpu.json",
@@ -286,7 +335,7 @@ def precompute(
             Precompute,
             "views dtype keep_bits keep batch_size",
             without="alpha scale keep_temperature seed out class_names broken background "
-            "pixel_range",
+            "pixel_range teachers",
         ),
     ],
 )

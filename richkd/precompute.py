@@ -10,12 +10,15 @@ and completes it. Threads write beside the computation.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,15 +31,24 @@ from richkd.core.ranks import Ranks, joined
 from richkd.data.datasets import Dataset
 from richkd.data.views import views_tensor
 from richkd.store import schema
-from richkd.store.location import Location
+from richkd.store.added import group_file, place_of
+from richkd.store.location import METADATA, Location
 from richkd.store.locations import open_location
+from richkd.store.manifest import read_manifest
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.store.schema import Block, Manifest, TeacherEntry, describe_errors
 from richkd.store.topk import kl_errors
 from richkd.store.writer import ALONE, StoreWriter, open_writer
+from richkd.teachers.addition import (
+    addition_settings,
+    check_addition,
+    check_further,
+    check_given_teacher,
+    default_name,
+)
 from richkd.teachers.clip import autocast
 from richkd.teachers.find import Finder, training_settings
-from richkd.teachers.manifest import make_manifest
+from richkd.teachers.manifest import make_addition, make_manifest
 from richkd.teachers.request import (
     check_request,
     check_room,
@@ -46,6 +58,7 @@ from richkd.teachers.request import (
 )
 from richkd.teachers.rows import BlockRows, Preview, Teachers
 from richkd.training.device import choose_device
+from richkd.training.images import load_dataset_of
 
 QUIET = Report(quiet=True)
 
@@ -78,7 +91,23 @@ def precompute(
         Interrupted: by SIGINT or SIGTERM, after the block that is being computed.
     """
     check_resume(resume, overwrite)
-    given = teacher_recipe or {}
+    check_further(settings.teachers)
+    cache = _precompute(settings, overwrite, dataset, teacher_recipe or {}, block, report)
+    for name, table in settings.teachers.items():
+        where = {"data_root": settings.data_root, "device": settings.device}
+        add_teacher(settings.out, {**where, **table}, name=name, report=report)
+    return open_cache(settings.out) if settings.teachers else cache
+
+
+def _precompute(
+    settings: Precompute,
+    overwrite: bool,
+    dataset: Dataset | None,
+    given: Mapping[str, Any],
+    block: int | None,
+    report: Report | None,
+) -> TeacherCache:
+    """Write the cache with its first two teachers; arguments as in `precompute`."""
     with joined() as ranks:
         report = report if report and ranks.first else QUIET
         out, device = open_location(settings.out), choose_device(settings.device)
@@ -95,7 +124,66 @@ def precompute(
         check_same_files(dataset, ranks)
         finder = Finder(settings, dataset, training, device, ranks, report)
         stage = StageOne.of(dataset, *finder.find(interrupted=interrupted, given=given), block)
-        return stage.run(out, ranks, report, overwrite=overwrite)
+        stage.run(out, ranks, report, overwrite=overwrite)
+        return open_cache(settings.out)
+
+
+def add_teacher(
+    cache: str | Path,
+    given: Mapping[str, Any],
+    *,
+    name: str = "",
+    overwrite: bool = False,
+    block: int | None = None,
+    report: Report | None = None,
+) -> TeacherCache:
+    """Compute the rows of one more teacher, for the images and views of a cache.
+
+    They are a group of their own below `teachers/`; nothing else in the cache changes. An
+    interrupted addition is resumed, and a complete one is left as it is.
+
+    Args:
+        cache: a complete cache.
+        given: the settings of the teacher, by their names in `Precompute`: `teacher` and
+            `teacher_*`, or `clip`, `clip_precision` and `prompts`; and `batch_size`, `device`,
+            `data_root` and `dataset` (where the images are now).
+        name: of the teacher among those of the cache; by default made from the network's.
+        overwrite: replace a teacher of this name.
+        block: as in `precompute`.
+        report: receives progress.
+
+    Returns:
+        The rows of the added teacher.
+
+    Raises:
+        RichKDError: anything the user can fix; found before anything that takes long.
+        Interrupted: by SIGINT or SIGTERM, after the block that is being computed.
+    """
+    check_given_teacher(given, "add-teacher")
+    with joined() as ranks:
+        report = report if report and ranks.first else QUIET
+        whole = open_cache(cache)
+        settings = addition_settings(whole.manifest, given, whole.location)
+        name = name or default_name(settings)
+        out, device = place_of(whole.location, name), choose_device(settings.device)
+        autocast(device, settings.clip_precision)
+        with whole.location.locked() if ranks.first else nullcontext():
+            interrupted = ranks.from_first(lambda: check_addition(settings, out, name, overwrite))
+            moved = str(given.get("dataset") or "")
+            dataset = ranks.from_first(
+                lambda: load_dataset_of(whole, moved, settings.data_root, report)
+            )
+            check_same_files(dataset, ranks)
+            training = training_settings(settings, {})
+            finder = Finder(settings, dataset, training, device, ranks, report)
+            found = finder.find(interrupted=interrupted)
+            stage = StageOne.added_to(whole, name, dataset, *found, block)
+            if ranks.from_first(lambda: has_teacher(out, stage.manifest, overwrite)):
+                report.log(f"{whole.location} already has the teacher {name}")
+            else:
+                ranks.from_first(lambda: write_group(whole.location))
+                stage.run(out, ranks, report, overwrite=overwrite)
+        return open_cache(cache).addition(name)
 
 
 def recompute(
@@ -133,7 +221,8 @@ def recompute(
         training = training_settings(settings, {})
         finder = Finder(settings, dataset, training, device, ranks, report)
         stage = StageOne.of(dataset, *finder.find(recorded=recorded), manifest["block"])
-        return stage.run(out, ranks, report, damaged=damaged)
+        stage.run(out, ranks, report, damaged=damaged)
+        return open_cache(settings.out)
 
 
 def check_same_files(dataset: Dataset, ranks: Ranks) -> None:
@@ -154,7 +243,7 @@ def check_same_files(dataset: Dataset, ranks: Ranks) -> None:
 
 @dataclass(frozen=True)
 class StageOne:
-    """Stage one, ready to run: images, views, teachers, and the manifest of their cache."""
+    """Stage one, ready to run: images, views, teachers, and the manifest of what it writes."""
 
     dataset: Dataset
     views: NDArray[Any]  # of the training split, [V,N] or [V,N,5]
@@ -176,6 +265,34 @@ class StageOne:
         manifest = make_manifest(dataset, teachers, preview.precision_error, block)
         return cls(dataset, views, teachers, manifest, preview)
 
+    @classmethod
+    def added_to(
+        cls,
+        cache: TeacherCache,
+        name: str,
+        dataset: Dataset,
+        teachers: Teachers,
+        preview: Preview,
+        block: int | None = None,
+    ) -> StageOne:
+        """Take the views of a cache, and make the manifest of a teacher that is added to it."""
+        views, train = cache.manifest["views"], dataset.train
+        drawn = train.view_space.draw(views["seed"], len(train), views["count"])
+        kept = cache.read(f"train/{train.view_space.array}")
+        if not torch.equal(views_tensor(drawn).to(kept.dtype), kept):
+            raise RichKDError(
+                f"{cache.location} has other views than this version of richkd draws, so no "
+                f"teacher can be added to it; write it again with richkd precompute --overwrite",
+                code="views-differ",
+            )
+        manifest = make_addition(cache.manifest, name, teachers, preview.precision_error, block)
+        return cls(dataset, drawn, teachers, manifest, preview)
+
+    @property
+    def is_addition(self) -> bool:
+        """Whether it writes the rows of a teacher that is added to a cache."""
+        return "addition" in self.manifest
+
     def run(
         self,
         out: Location,
@@ -184,7 +301,7 @@ class StageOne:
         *,
         overwrite: bool = False,
         damaged: Collection[Block] | None = None,
-    ) -> TeacherCache:
+    ) -> None:
         """Write the cache and complete it; arguments as in `open_writer`."""
         self.check_same_teachers(ranks)
         ranks.from_first(lambda: check_room(out, self.manifest, report))
@@ -194,9 +311,8 @@ class StageOne:
             if ranks.first:
                 self.complete(writer)
             ranks.wait()
-        cache = open_cache(out.name)
-        report.log(closing(cache, time.perf_counter() - start))
-        return cache
+        stored = sum(out.sizes().values())
+        report.log(closing(writer.manifest, out, stored, time.perf_counter() - start))
 
     def check_same_teachers(self, ranks: Ranks) -> None:
         """Raise RichKDError if this process loaded other weights than the first, from its disk."""
@@ -217,7 +333,8 @@ class StageOne:
         damaged: Collection[Block] | None = None,
     ) -> AbstractContextManager[StoreWriter]:
         """Open the cache for writing; arguments as in `open_writer`."""
-        known = {f"train/{self.dataset.train.view_space.array}": self.views}
+        views = {f"train/{self.dataset.train.view_space.array}": self.views}
+        known = {} if self.is_addition else views
         if self.teachers.text is not None:
             known["text/embeddings"] = self.teachers.text.cpu().numpy()
         return open_writer(
@@ -229,8 +346,15 @@ class StageOne:
 
         A signal waits for the block that is being computed.
         """
-        views, device = views_tensor(self.views), self.teachers.cnn.device
-        compute = BlockRows(self.dataset, views, device, self.teachers, writer.read, self.preview)
+        compute = BlockRows(
+            self.dataset,
+            views_tensor(self.views),
+            self.teachers.device,
+            self.teachers,
+            writer.read,
+            self.preview,
+            with_images=not self.is_addition,
+        )
         todo = [block for block, done in zip(writer.blocks, writer.done, strict=True) if not done]
         count, written = len(writer.blocks), 0
         if len(todo) < count:
@@ -265,39 +389,62 @@ class StageOne:
     def complete(self, writer: StoreWriter) -> None:
         """Compute accuracies and errors from the written test rows and complete the cache."""
         manifest, count = writer.manifest, self.manifest["dataset"]["num_test"]
-        labels = writer.read("test/labels", 0, count)
+        labels, arrays = self.dataset.test.labels, schema.array_specs(manifest)
 
-        def top1(name: str) -> float:
+        def top1(name: str) -> float | None:
+            if f"test/{name}" not in arrays:
+                return None
             return accuracy(writer.read(f"test/{name}", 0, count), labels, 1)
 
-        has_clip = manifest["clip"] is not None
         if "keep" in manifest:
-            logits = writer.read(f"test/{'fused' if has_clip else 'teacher'}_logits", 0, count)
+            fused = "test/fused_logits" in arrays
+            logits = writer.read(f"test/{'fused' if fused else 'teacher'}_logits", 0, count)
             manifest["keep_kl"] = kl_errors(logits, manifest["keep"], manifest["keep_temperature"])
-        writer.finish(
-            top1("teacher_logits"),
-            top1("clip_similarity") if has_clip else None,
-            top1("fused_logits") if has_clip else None,
+        writer.finish(top1("teacher_logits"), top1("clip_similarity"), top1("fused_logits"))
+
+
+def has_teacher(out: Location, manifest: Manifest, overwrite: bool) -> bool:
+    """Return whether a cache already has a complete teacher of this name and these settings.
+
+    Raises:
+        RichKDError: the teacher of this name is another one.
+    """
+    if overwrite or not out.exists:
+        return False
+    present = read_manifest(out.name)
+    changed = schema.difference(present, manifest)
+    if changed is not None:
+        raise RichKDError(
+            f"{out} holds another teacher of this name ({changed}); choose another --name, or "
+            f"replace it with --overwrite",
+            code="teacher-exists",
         )
+    return present["complete"]
 
 
-def closing(cache: TeacherCache, seconds: float) -> str:
+def write_group(location: Location) -> None:
+    """Write the metadata of the group that holds a cache's added teachers, if it is missing."""
+    file = f"{schema.ADDED}/{METADATA}"
+    if file not in location.sizes(schema.ADDED):
+        location.write(file, json.dumps(group_file(), indent=2).encode())
+
+
+def closing(manifest: Manifest, out: Location, stored: int, seconds: float) -> str:
     """Return stage one's last line, after a line on the cost of keeping only the largest logits."""
-    manifest = cache.manifest
-    clip = manifest["clip"]
-    stored = sum(cache.location.sizes().values())
-    blend = (
-        f", CLIP {percent(clip['accuracy'])} %, fused {percent(manifest['fused_accuracy'])} %"
-        if clip
-        else ""
-    )
+    clip, teacher = manifest["clip"], manifest.get("teacher")
+    found = {
+        "CNN teacher": teacher["accuracy"] if teacher else None,
+        "CLIP": clip["accuracy"] if clip else None,
+        "fused": manifest["fused_accuracy"],
+    }
+    shares = [f"{name} {percent(share)} %" for name, share in found.items() if share is not None]
     kept = (
-        f"the {manifest['keep']} largest of {cache.num_classes:,} logits per row are kept; KL "
-        f"error on the test images: {describe_errors(manifest['keep_kl'])}\n"
+        f"the {manifest['keep']} largest of {len(manifest['class_names']):,} logits per row are "
+        f"kept; KL error on the test images: {describe_errors(manifest['keep_kl'])}\n"
         if "keep" in manifest
         else ""
     )
     return (
-        f"{kept}{cache.location} is complete: {size(stored)} in {duration(seconds)}; "
-        f"test accuracy: CNN teacher {percent(manifest['teacher']['accuracy'])} %{blend}"
+        f"{kept}{out} is complete: {size(stored)} in {duration(seconds)}; test accuracy: "
+        f"{', '.join(shares)}"
     )

@@ -39,6 +39,7 @@ from richkd.core.validation import (
     within,
 )
 
+NO_TEACHER = "none"  # the CNN teacher in the settings of a CLIP that is added to a cache
 AUTO_HOLDOUT = 0.2  # share of the test images, for alpha auto and halving
 
 Alpha = Share | Literal["auto"]
@@ -352,6 +353,9 @@ class Precompute(Images):
         "",
         "location of the cache: a folder, s3://, gs://, az://, …; default cache/DATASET.zarr",
         path=True,
+    )
+    teachers: dict[str, Any] = setting(
+        {}, "further teachers by name, each with its own teacher or clip, as in richkd add-teacher"
     )
 
     def _complete(self) -> None:

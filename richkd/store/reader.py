@@ -20,6 +20,7 @@ from richkd.core.errors import RichKDError
 from richkd.core.memory import spans
 from richkd.data.views import views_tensor
 from richkd.store import pages, schema
+from richkd.store.added import added_names, belongs, place_of, unknown_teacher
 from richkd.store.checksums import (
     chunk_files,
     chunks_digest,
@@ -31,7 +32,7 @@ from richkd.store.folder import Folder
 from richkd.store.location import METADATA, Location
 from richkd.store.locations import open_location
 from richkd.store.manifest import REMEDY, check_sealed, copy_of, open_store
-from richkd.store.schema import ArraySpec, Manifest
+from richkd.store.schema import ADDED, ArraySpec, Manifest
 from richkd.store.topk import Rows, TopKRows
 
 if TYPE_CHECKING:
@@ -66,11 +67,17 @@ class TeacherCache:
     """An open, complete cache, from `open_cache`.
 
     `location` is its path or URL, `path` the folder on this disk that is read: the cache itself, or
-    a copy of what was read so far.
+    a copy of what was read so far. `added` names the teachers that were added to it; the arrays of
+    one of them have its folder in their names, as in `teachers/vit/train/teacher_logits`.
     """
 
     def __init__(
-        self, copy: LocalCopy, group: zarr.Group, manifest: Manifest, memory: int | None = None
+        self,
+        copy: LocalCopy,
+        group: zarr.Group,
+        manifest: Manifest,
+        memory: int | None = None,
+        added: Sequence[str] = (),
     ) -> None:
         self.location = copy.location
         self.path = copy.path
@@ -78,8 +85,10 @@ class TeacherCache:
         self.specs = schema.array_specs(manifest)
         self._copy = copy
         self.kept = schema.kept_logits(manifest)
+        self.added = tuple(added)
         self._group = group
         self._memory = memory
+        self._additions: dict[str, TeacherCache] = {}  # those that are open
 
     def __repr__(self) -> str:
         dataset = self.manifest["dataset"]
@@ -108,6 +117,32 @@ class TeacherCache:
         """The splits: train, test, and validation if images were held out."""
         return list(schema.split_sizes(self.manifest))
 
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The names of all teachers: cnn, clip unless there is none, and the added ones."""
+        return ("cnn", *["clip"] * (self.manifest["clip"] is not None), *self.added)
+
+    def addition(self, name: str) -> TeacherCache:
+        """Return the rows of an added teacher.
+
+        Raises:
+            RichKDError: there is no such teacher, it is incomplete or damaged, or its rows are of
+                other images or views.
+        """
+        if name not in self.added:
+            raise unknown_teacher(self.location, name, self.teachers)
+        if name not in self._additions:
+            self._additions[name] = open_addition(self, name, self._memory)
+        return self._additions[name]
+
+    def _at(self, name: str) -> tuple[TeacherCache, str]:
+        """Return the group that an array is in, and its name there."""
+        folder, _, rest = name.partition("/")
+        if folder != ADDED:
+            return self, name
+        teacher, _, array = rest.partition("/")
+        return self.addition(teacher), array
+
     def read(self, name: str, view: int | None = None, on_disk: bool | None = None) -> Tensor:
         """Return an array by its name in the cache (`train/labels`), or one view of it.
 
@@ -130,6 +165,9 @@ class TeacherCache:
         Raises:
             RichKDError: as `read`, or stored classes are out of range.
         """
+        group, name = self._at(name)
+        if group is not self:
+            return group.rows(name, view, on_disk)
         self.require(name)
         if name not in self.kept:
             return views_tensor(self._values(name, view, on_disk))
@@ -201,7 +239,8 @@ class TeacherCache:
 
     def has(self, name: str) -> bool:
         """Return whether the cache has an array of this name, dense or by its K largest."""
-        return name in self.specs or name in self.kept
+        group, name = self._at(name)
+        return name in group.specs or name in group.kept
 
     def require(self, name: str) -> None:
         """Raise RichKDError if the cache has no array of this name."""
@@ -213,11 +252,14 @@ class TeacherCache:
 
     def nbytes(self, names: Collection[str]) -> int:
         """Return the bytes of one view of some arrays, uncompressed."""
+        total = 0
         for name in names:
             self.require(name)
-        parts = [schema.part_names(name) if name in self.kept else (name,) for name in names]
-        specs = [self.specs[part] for each in parts for part in each]
-        return sum(spec.nbytes // len(views_of(spec)) for spec in specs)
+            group, own = self._at(name)
+            parts = schema.part_names(own) if own in group.kept else (own,)
+            specs = [group.specs[part] for part in parts]
+            total += sum(spec.nbytes // len(views_of(spec)) for spec in specs)
+        return total
 
     def slab(
         self, view: int, arrays: Collection[str] = SLAB_ARRAYS, on_disk: bool | None = None
@@ -324,11 +366,45 @@ def open_cache(path: str | Path, *, memory: int | None = None) -> TeacherCache:
         RichKDError: there is no cache, or it is incomplete, of another schema, or damaged: arrays
             or chunks are missing, or differ from the manifest; or the location cannot be reached.
     """
-    location = open_location(path)
+    cache = _open(open_location(path), memory)
+    if "addition" in cache.manifest:
+        raise RichKDError(
+            f"{cache.location} holds one of the teachers of a cache, without its images; name the "
+            f"cache itself",
+            code="not-a-cache",
+        )
+    return cache
+
+
+def open_addition(cache: TeacherCache, name: str, memory: int | None = None) -> TeacherCache:
+    """Open the rows of a teacher that was added to a cache; raise as `TeacherCache.addition`."""
+    try:
+        found = _open(place_of(cache.location, name), memory)
+    except RichKDError as error:
+        if error.code != "cache-incomplete":
+            raise
+        raise RichKDError(
+            f"the teacher {name!r} of {cache.location} is incomplete: adding it was interrupted; "
+            f"run the same richkd add-teacher command again to resume it",
+            code="teacher-incomplete",
+        ) from None
+    other = belongs(found.manifest, cache.manifest)
+    if other is not None or found.manifest.get("addition") != name:
+        raise RichKDError(
+            f"{found.location} does not belong to {cache.location}: its {other or 'name'} "
+            f"differs; add the teacher again with richkd add-teacher --overwrite",
+            code="teacher-of-other-cache",
+        )
+    return found
+
+
+def _open(location: Location, memory: int | None) -> TeacherCache:
+    """Open a complete cache or added teacher."""
     copy = copy_of(location)
     group, manifest = open_store(copy)
     check_sealed(copy, manifest)
-    present = Counter(file.partition("/c/")[0] for file in location.sizes() if "/c/" in file)
+    files = location.sizes()
+    present = Counter(file.partition("/c/")[0] for file in files if "/c/" in file)
     for name, spec in schema.array_specs(manifest).items():
         _check_array(location, group, name, spec)
         missing = num_chunks(spec) - present[name]
@@ -338,7 +414,7 @@ def open_cache(path: str | Path, *, memory: int | None = None) -> TeacherCache:
                 f"{REMEDY}",
                 code="cache-damaged",
             )
-    return TeacherCache(copy, group, manifest, memory)
+    return TeacherCache(copy, group, manifest, memory, added_names(files))
 
 
 def _check_array(location: Location, group: zarr.Group, name: str, spec: ArraySpec) -> None:

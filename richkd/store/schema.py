@@ -26,6 +26,8 @@ CHUNK_BYTES = 4 * 2**20
 MAX_BLOCK = 8192
 MOST = 2**40  # bound on every number in a manifest
 LOGITS = ("teacher_logits", "fused_logits")
+ADDED = "teachers"  # the folder of a cache that holds a group for each added teacher
+TEACHER_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 
 
 class DatasetEntry(TypedDict):
@@ -91,18 +93,23 @@ class Checksums(TypedDict):
 
 
 class Manifest(TypedDict):
-    """The group attributes of a cache."""
+    """The group attributes of a cache, or of a teacher that was added to one.
+
+    An added teacher is a group of its own (store/added.py), with either `teacher` or `clip` and
+    only the arrays of its rows. It repeats what its rows depend on: images, classes and views.
+    """
 
     format: str
     schema: int
     complete: bool
+    addition: NotRequired[str]  # the name of an added teacher; absent from the cache itself
     dataset: DatasetEntry
     class_names: list[str]
     image_size: int
     mean: list[float]
     std: list[float]
     views: ViewsEntry
-    teacher: TeacherEntry
+    teacher: NotRequired[TeacherEntry]  # absent if the group is an added CLIP
     clip: ClipEntry | None
     prompts: list[str]
     alpha: float
@@ -210,22 +217,33 @@ def blocks(manifest: Manifest) -> list[Block]:
     train = [
         Block("train", view, *span)
         for span in spans(counts["train"])
-        for view in (None, *range(manifest["views"]["count"]))
+        for view in (*[None] * has_clean_rows(manifest), *range(num_teacher_views(manifest)))
     ]
     return clean + train
+
+
+def has_clean_rows(manifest: Manifest) -> bool:
+    """Return whether a training image has rows that do not depend on the view."""
+    return "addition" not in manifest or manifest["clip"] is not None
+
+
+def num_teacher_views(manifest: Manifest) -> int:
+    """Return the number of views of a training image that have rows of a CNN teacher."""
+    return manifest["views"]["count"] if "teacher" in manifest else 0
 
 
 def num_blocks(manifest: Manifest) -> int:
     """Return the number of blocks without listing them: a manifest may claim absurd sizes."""
     counts, size = split_sizes(manifest), manifest["block"]
     per_split = {split: -(-count // size) for split, count in counts.items()}
-    return sum(per_split.values()) + per_split["train"] * manifest["views"]["count"]
+    each = has_clean_rows(manifest) + num_teacher_views(manifest)
+    return sum(per_split.values()) + per_split["train"] * (each - 1)
 
 
 def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
     """Return the spec of every array of a cache with this manifest."""
     dataset, clip, dtype = manifest["dataset"], manifest["clip"], manifest["dtype"]
-    num_classes, num_features = len(manifest["class_names"]), manifest["teacher"]["num_features"]
+    num_classes, own_images = len(manifest["class_names"]), "addition" not in manifest
     views, block, side = manifest["views"]["count"], manifest["block"], manifest["image_size"]
     kept = kept_logits(manifest)
     specs: dict[str, ArraySpec] = {}
@@ -248,19 +266,23 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
 
     for split, count in split_sizes(manifest).items():
         sample = ("sample", count)
-        if dataset["embedded"]:
+        if dataset["embedded"] and own_images:
             add(f"{split}/images", "uint8", sample, ("row", side), ("column", side), ("channel", 3))
-        add(f"{split}/labels", "int64", sample)
+        if own_images:
+            add(f"{split}/labels", "int64", sample)
         rows = (("view", views), sample) if split == "train" else (sample,)
-        add_logits(f"{split}/teacher_logits", *rows)
-        add(f"{split}/teacher_features", dtype, *rows, ("feature", num_features))
+        if "teacher" in manifest:
+            add_logits(f"{split}/teacher_logits", *rows)
+            width = manifest["teacher"]["num_features"]
+            add(f"{split}/teacher_features", dtype, *rows, ("feature", width))
         if clip is not None:
-            add_logits(f"{split}/fused_logits", *rows)
+            if own_images:
+                add_logits(f"{split}/fused_logits", *rows)
             add(f"{split}/clip_features", dtype, sample, ("clip_feature", clip["num_features"]))
             add(f"{split}/clip_similarity", "float32", sample, ("class", num_classes))
-    if manifest["views"]["space"] == "pad-crop-flip":
+    if own_images and manifest["views"]["space"] == "pad-crop-flip":
         add("train/view_ids", "uint16", ("view", views), ("sample", dataset["num_train"]))
-    else:
+    elif own_images:
         add(
             "train/view_params",
             "float32",
@@ -337,12 +359,23 @@ def _out_of_range(manifest: Manifest) -> Iterator[str]:
     clip = manifest["clip"]
     if clip is not None and clip.get("precision", "float32") not in CLIP_PRECISIONS:
         yield f"clip.precision is {clip['precision']!r}"
+    yield from _out_of_place(manifest)
     yield from _out_of_order(manifest)
     mean, std = manifest["mean"], manifest["std"]
     if not len(mean) == len(std) == 3 or min(std) <= 0:
         yield f"mean is {mean!r}, std {std!r}"
-    elif (fault := input_fault(teacher_input(manifest))) is not None:
+    elif "teacher" in manifest and (fault := input_fault(teacher_input(manifest))) is not None:
         yield f"of teacher.input, {fault}"
+
+
+def _out_of_place(manifest: Manifest) -> Iterator[str]:
+    """Yield what is wrong with the teachers of a cache, or of a group for one of them."""
+    if "addition" not in manifest and "teacher" not in manifest:
+        yield "teacher is missing"
+    if not TEACHER_NAME.fullmatch(manifest.get("addition", "x")):
+        yield f"addition is {manifest['addition']!r}"
+    if "addition" in manifest and ("teacher" in manifest) == (manifest["clip"] is not None):
+        yield "an added teacher is either a CNN or a CLIP"
 
 
 def _out_of_order(manifest: Manifest) -> Iterator[str]:
@@ -359,7 +392,8 @@ def _out_of_order(manifest: Manifest) -> Iterator[str]:
         for kind, ends in dataset["decoding"]["ranges"].items():
             if len(ends) != 2 or not -math.inf < ends[0] < ends[1] < math.inf:
                 yield f"dataset.decoding.ranges of {kind} is {ends!r}"
-    outputs, count = manifest["teacher"].get("outputs"), len(manifest["class_names"])
+    teacher, count = manifest.get("teacher"), len(manifest["class_names"])
+    outputs = teacher and teacher.get("outputs")
     if outputs is not None and sorted(outputs) != [*range(count)]:
         yield f"teacher.outputs is not a permutation of {count} classes"
 
@@ -387,12 +421,12 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
         """Fill in the teacher's input and CLIP's precision, which older caches leave out."""
         if manifest_fault(manifest) is not None:
             return manifest
-        found, clip = teacher_input(cast(Manifest, manifest)), manifest["clip"]
-        return {
-            **manifest,
-            "teacher": {**manifest["teacher"], "input": found},
-            "clip": clip and {"precision": "float32", **clip},
-        }
+        clip = manifest["clip"]
+        whole = {**manifest, "clip": clip and {"precision": "float32", **clip}}
+        if "teacher" in manifest:
+            found = teacher_input(cast(Manifest, manifest))
+            whole["teacher"] = {**manifest["teacher"], "input": found}
+        return whole
 
     was, now = (
         {
@@ -428,9 +462,9 @@ def shown(value: object) -> str:
 
 def teacher_accuracies(manifest: Manifest) -> dict[str, float | None]:
     """Return top-1 of the CNN teacher, CLIP and their blend on the test split, in 0..1."""
-    clip = manifest["clip"]
+    clip, teacher = manifest["clip"], manifest.get("teacher")
     return {
-        "cnn": manifest["teacher"]["accuracy"],
+        "cnn": teacher["accuracy"] if teacher else None,
         "clip": clip["accuracy"] if clip else None,
         "fused": manifest["fused_accuracy"],
     }

@@ -10,6 +10,7 @@ from typing import Any, cast
 from richkd.core.errors import RichKDError
 from richkd.core.files import is_temporary
 from richkd.store import schema
+from richkd.store.added import is_added_file
 from richkd.store.location import METADATA, Location
 from richkd.store.schema import SPLITS, Manifest
 
@@ -62,7 +63,7 @@ def files_of_a_cache(attributes: Mapping[str, Any]) -> Callable[[str], bool]:
 
     def own(file: str) -> bool:
         array, is_chunk, chunk = file.rpartition("/c/")
-        if is_temporary(PurePosixPath(file)):
+        if is_temporary(PurePosixPath(file)) or is_added_file(file):
             return True
         if not is_chunk:
             array, _, name = file.rpartition("/")

@@ -291,13 +291,14 @@ class StoreWriter:
         with self._location.explained("read"):
             return torch.from_numpy(np.asarray(array[start:stop]))
 
-    def finish(self, teacher: float, clip: float | None, fused: float | None) -> Manifest:
+    def finish(self, teacher: float | None, clip: float | None, fused: float | None) -> Manifest:
         """Record the accuracies, seal the cache and mark it complete, once all is written."""
         self.flush()
         if not self._location.sizes("complete").keys() >= {*flag_files(self.manifest)}:
             raise RuntimeError("finish() before every block was written")
         manifest = self.manifest
-        manifest["teacher"]["accuracy"] = teacher
+        if "teacher" in manifest:
+            manifest["teacher"]["accuracy"] = teacher
         if manifest["clip"] is not None:
             manifest["clip"]["accuracy"] = clip
         manifest["fused_accuracy"] = fused

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from richkd.config.settings import Precompute, TrainTeacher, resolve
+from richkd.config.settings import NO_TEACHER, Precompute, TrainTeacher, resolve
 from richkd.core import fusion
 from richkd.core.accuracy import accuracy
 from richkd.core.errors import RichKDError
@@ -98,6 +98,9 @@ class Finder:
             interrupted: the manifest of the cache to resume, if there is one.
             given: names of the settings for the teacher's training that the user gave.
         """
+        if self.settings.teacher == NO_TEACHER:
+            clip, text, features, error = self._find_clip()
+            return Teachers(self.settings, None, clip, text), Preview((), features, error)
         weights = self.ranks.from_first(lambda: teacher_weights(self.settings, self.training))
         cnn, outputs = None, []
         if weights is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from richkd.core.versions import versions
 from richkd.data.datasets import Dataset
 from richkd.data.prompts import load_prompts
 from richkd.store import schema
+from richkd.store.added import shared_part
 from richkd.store.schema import ClipEntry, DatasetEntry, Manifest, PrecisionError, TeacherEntry
 from richkd.teachers.cnn import CNNTeacher
 from richkd.teachers.rows import Teachers
@@ -32,6 +33,7 @@ def make_manifest(
         block: the number of samples per block; None chooses it by the widest row.
     """
     settings = teachers.settings
+    assert teachers.cnn is not None
     widest = max(len(dataset.class_names), teachers.cnn.num_features)
     manifest = Manifest(
         format=schema.FORMAT,
@@ -64,6 +66,44 @@ def make_manifest(
     if settings.top_k is not None:
         manifest |= {"keep": settings.top_k, "keep_temperature": settings.keep_temperature}
     return manifest
+
+
+def make_addition(
+    cache: Manifest,
+    name: str,
+    teachers: Teachers,
+    precision_error: PrecisionError | None = None,
+    block: int | None = None,
+) -> Manifest:
+    """Return the manifest of a teacher that is added to a cache.
+
+    Args:
+        cache: the manifest of the cache.
+        name: of the teacher among those of the cache.
+        teachers: the teacher, a CNN or a CLIP, and its settings.
+        precision_error: as in `make_manifest`.
+        block: as in `make_manifest`.
+    """
+    settings, cnn, text = teachers.settings, teachers.cnn, teachers.text
+    width = cnn.num_features if cnn else 0 if text is None else text.shape[-1]
+    widest = max(len(cache["class_names"]), width)
+    own: dict[str, Any] = {
+        "addition": name,
+        "complete": False,
+        "clip": _clip_entry(teachers, precision_error),
+        "prompts": list(load_prompts(settings.prompts)) if teachers.clip else [],
+        "alpha": 1.0 if cnn else 0.0,
+        "scale": "native",
+        "fused_accuracy": None,
+        "block": block or schema.choose_block(widest, settings.dtype),
+        "recipe": _recipe(teachers),
+        "versions": versions(),
+        "checksums": None,
+        "seal": None,
+    }
+    if cnn is not None:
+        own["teacher"] = _teacher_entry(cnn)
+    return cast(Manifest, {**shared_part(cache, rows=cnn is not None), **own})
 
 
 def _dataset_entry(settings: Precompute, dataset: Dataset) -> DatasetEntry:
@@ -123,7 +163,9 @@ def _recipe(teachers: Teachers) -> dict[str, Any]:
 
     As in the manifest's `clip`, CLIP's precision is left out if it is float32.
     """
-    recipe = to_table(replace(teachers.settings, batch_size=teachers.cnn_batch))
+    batch = teachers.cnn_batch if teachers.cnn else teachers.clip_batch
+    recipe = to_table(replace(teachers.settings, batch_size=batch))
+    recipe.pop("teachers", None)  # each has a manifest of its own
     if teachers.settings.clip_precision == "float32":
         del recipe["clip_precision"]
     return recipe

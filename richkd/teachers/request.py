@@ -32,7 +32,15 @@ from richkd.teachers.find import teacher_weights
 from richkd.teachers.framing import check_from_elsewhere, check_unsaid
 
 # Settings that do not change the cache; weights and images are compared by content.
-NOT_IN_CACHE = {"device", "batch_size", "data_root", "out", "teacher_weights", "dataset"}
+NOT_IN_CACHE = {
+    "device",
+    "batch_size",
+    "data_root",
+    "out",
+    "teacher_weights",
+    "dataset",
+    "teachers",
+}
 
 
 def check_request(

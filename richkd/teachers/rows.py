@@ -1,4 +1,4 @@
-"""The rows that stage one writes: both teachers' outputs for the images of each block."""
+"""The rows that stage one writes: the teachers' outputs for the images of each block."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Read = Callable[[str, int, int], Tensor]  # rows start..stop of an array that is
 
 @dataclass(frozen=True)
 class Teachers:
-    """Both teachers and the settings of their blend."""
+    """Both teachers and the settings of their blend; one of them if it is added to a cache."""
 
     settings: Precompute
-    cnn: CNNTeacher
+    cnn: CNNTeacher | None
     clip: ClipTeacher | None
     text: Tensor | None  # one embedding per class and prompt [C,P,D]; None without CLIP
 
@@ -46,14 +46,25 @@ class Teachers:
     @property
     def cnn_batch(self) -> int:
         """Images per forward pass of the CNN teacher."""
+        assert self.cnn is not None
         return batch_size(self.settings, self.cnn.device, self.cnn.input.size)
 
     @property
     def clip_batch(self) -> int:
         """Images per forward pass of CLIP, whose images may be larger."""
+        assert self.cnn is not None or self.clip is not None
+        if self.cnn is None and self.clip is not None:
+            return batch_size(self.settings, self.clip.device, self.clip.side)
         if self.clip is None or self.clip.device.type != "cuda":
             return self.cnn_batch
         return min(self.cnn_batch, forward_batch(self.clip.device, self.clip.side))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the teachers."""
+        one = self.cnn or self.clip
+        assert one is not None
+        return one.device
 
     def clip_rows(self, features: Tensor) -> dict[str, Tensor]:
         """Return CLIP's rows, given its image features [B,D]."""
@@ -110,6 +121,7 @@ class BlockRows:
         teachers: both teachers.
         read: returns rows of an array that was written in an earlier phase, or by an earlier run.
         preview: outputs that are already known.
+        with_images: whether the rows include labels, and images that are in an array.
     """
 
     def __init__(
@@ -120,11 +132,14 @@ class BlockRows:
         teachers: Teachers,
         read: Read,
         preview: Preview | None = None,
+        *,
+        with_images: bool = True,
     ) -> None:
         self.splits: dict[str, Split] = dataset.splits
+        self.with_images = with_images
+        framing = teachers.cnn.input if teachers.cnn else None
         self.inputs = {
-            name: make_inputs(split.images, device, teachers.cnn.input)
-            for name, split in self.splits.items()
+            name: make_inputs(split.images, device, framing) for name, split in self.splits.items()
         }
         files = isinstance(self.inputs["train"], FileInputs)
         self.views = views if files else views.to(device)
@@ -194,14 +209,14 @@ class BlockRows:
                         teachers.clip.image_features(inputs, start, block.stop, teachers.clip_batch)
                     )
                 rows |= teachers.clip_rows(torch.cat(features))
-        if (view := cnn_view(block)) is not None:
+        if (cnn := teachers.cnn) is not None and (view := cnn_view(block)) is not None:
             parts = [*self.preview.of(block, teachers.cnn_batch).cnn]
             start = block.start + sum(len(logits) for logits, _ in parts)
             if start < block.stop:
                 order = torch.arange(start, block.stop, device=self.device)
                 views = self.views[view] if block.split == "train" else None
                 batches = inputs.batches(order, views, teachers.cnn_batch)
-                parts += [teachers.cnn.rows(images) for _, images in batches]
+                parts += [cnn.rows(images) for _, images in batches]
             rows |= teachers.cnn_rows(parts, self._similarity_of(block, rows))
         return rows
 
@@ -211,12 +226,16 @@ class BlockRows:
         """Yield the rows of spans of image files, of the same views each, in one pass over them."""
         first = units[0]
         teachers, split = self.teachers, first[0].split
-        wanted = [view for block in first if (view := cnn_view(block)) is not None]
+        cnn_teacher = teachers.cnn
+        wanted = [view for block in first if cnn_teacher and (view := cnn_view(block)) is not None]
         clip = teachers.clip if any(block.view is None for block in first) else None
+        views: Tensor | None = torch.empty(0, len(self.splits[split]), 5)
+        if wanted:
+            views = self.views[wanted] if split == "train" else None
         spans = [range(unit[0].start, unit[0].stop) for unit in units]
         decoded = inputs.decode_once(
             spans,
-            self.views[wanted] if split == "train" else None,
+            views,
             DECODED,
             clip.transform if clip else None,
         )
@@ -228,19 +247,22 @@ class BlockRows:
                     features.append(clip.encode(pixels))
                 for number, parts in enumerate(cnn):
                     images = torch.cat([part[:, number] for part in crops])
-                    parts.append(teachers.cnn.rows(images))
+                    assert cnn_teacher is not None
+                    parts.append(cnn_teacher.rows(images))
                 tick(sum(map(len, crops)) * len(unit))
                 check()
             shared = teachers.clip_rows(torch.cat(features)) if features else {}
             for block in unit:
                 rows = {**self._given(block), **shared} if block.view is None else {}
-                if (view := cnn_view(block)) is not None:
+                if cnn_teacher and (view := cnn_view(block)) is not None:
                     similarity = self._similarity_of(block, shared)
                     rows |= teachers.cnn_rows(cnn[wanted.index(view)], similarity)
                 yield block, rows
 
     def _given(self, block: Block) -> dict[str, Tensor]:
         """Return what needs no teacher: labels, and images that are in an array."""
+        if not self.with_images:
+            return {}
         split = self.splits[block.split]
         rows = {"labels": split.labels[block.start : block.stop]}
         if isinstance(split.images, Tensor):

@@ -1,4 +1,4 @@
-"""Load the images and labels that the rows of a cache belong to."""
+"""Load the dataset that the rows of a cache belong to."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from richkd.store.schema import Manifest
 def load_images(
     cache: TeacherCache, dataset: str = "", data_root: str = "data", report: Report | None = None
 ) -> dict[str, Split]:
-    """Load the images and labels of all splits, from the cache or from the dataset that it names.
+    """Load the images and labels of all splits; arguments and errors as in `load_dataset_of`."""
+    return load_dataset_of(cache, dataset, data_root, report).splits
+
+
+def load_dataset_of(
+    cache: TeacherCache, dataset: str = "", data_root: str = "data", report: Report | None = None
+) -> Dataset:
+    """Load the dataset that a cache was made from, from the cache itself if it has the images.
 
     Args:
         cache: the cache.
@@ -31,7 +38,7 @@ def load_images(
     Raises:
         RichKDError: the dataset is missing, has other classes, or changed since stage one.
     """
-    entry = cache.manifest["dataset"]
+    manifest, entry = cache.manifest, cache.manifest["dataset"]
     labels_of = {split: cache.read(f"{split}/labels") for split in cache.splits}
     for split, labels in labels_of.items():
         if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < cache.num_classes:
@@ -41,11 +48,21 @@ def load_images(
                 code="cache-damaged",
             )
     if entry["embedded"]:
-        return {
+        splits = {
             split: Split(cache.read(f"{split}/images"), labels)
             for split, labels in labels_of.items()
         }
-    found = load_again(cache.manifest, dataset, data_root, report)
+        return Dataset(
+            name=entry["name"],
+            class_names=tuple(manifest["class_names"]),
+            train=splits["train"],
+            test=splits["test"],
+            mean=tuple(manifest["mean"]),
+            std=tuple(manifest["std"]),
+            image_size=manifest["image_size"],
+            validation=splits.get("validation"),
+        )
+    found = load_again(manifest, dataset, data_root, report)
     photographs = catalog.split_name(found.name)[0] == catalog.IMAGE_FOLDER  # names are free
     if len(found.class_names) != cache.num_classes or (
         not photographs and list(found.class_names) != cache.manifest["class_names"]
@@ -69,7 +86,7 @@ def load_images(
                 f"cache again with richkd precompute --overwrite",
                 code="images-differ",
             )
-    return found.splits
+    return replace(found, class_names=tuple(manifest["class_names"]))
 
 
 def load_again(
