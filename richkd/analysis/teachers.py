@@ -138,7 +138,9 @@ def teacher_logits(cache: TeacherCache, rows: Rows) -> dict[str, Tensor]:
     stored = blend_scale(cache)
     logits = {
         "cnn": rows.teacher,
-        "clip": clip["logit_scale"] * rows.similarity,
+        "clip": fusion.clip_logits(
+            rows.similarity, clip["logit_scale"], clip.get("logit_bias", 0.0)
+        ),
         "fused": rows.fused,
     }
     for name, scale in (("native", clip["logit_scale"]), ("raw", 1.0)):

@@ -58,9 +58,27 @@ def resolve_scale(scale: Scale, logit_scale: float) -> float:
     return 1.0 if scale == "raw" else float(scale)
 
 
-def fuse_logits(teacher_logits: Tensor, similarity: Tensor, alpha: float, scale: float) -> Tensor:
-    """Return the fused logits z_F = α·z_T + (1−α)·s·cosine: [N,C] and [N,C] -> [N,C], f32."""
-    return alpha * teacher_logits.float() + (1 - alpha) * scale * similarity.float()
+def resolve_bias(scale: Scale, logit_bias: float | None) -> float:
+    """Return what is added to scaled cosines: CLIP's own bias goes with its own scale, `native`.
+
+    Only CLIPs trained with a sigmoid loss (SigLIP) have one. It is the same for all classes, so no
+    softmax, likelihood or accuracy depends on it.
+    """
+    return (logit_bias or 0.0) if scale == "native" else 0.0
+
+
+def clip_logits(similarity: Tensor, scale: float, bias: float = 0.0) -> Tensor:
+    """Return CLIP's logits z_C = s·cosine + b: [N,C] -> [N,C], f32."""
+    scaled = scale * similarity.float()
+    return scaled + bias if bias else scaled
+
+
+def fuse_logits(
+    teacher_logits: Tensor, similarity: Tensor, alpha: float, scale: float, bias: float = 0.0
+) -> Tensor:
+    """Return the fused logits z_F = α·z_T + (1−α)·(s·cosine + b): [N,C] and [N,C] -> [N,C], f32."""
+    rest = 1 - alpha
+    return alpha * teacher_logits.float() + clip_logits(similarity, rest * scale, rest * bias)
 
 
 def fuse_features(teacher: Tensor, clip: Tensor, alpha: float) -> Tensor:

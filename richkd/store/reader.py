@@ -317,7 +317,8 @@ class TeacherCache:
         scale = cast(Scale, self.manifest["scale"]) if scale is None else scale
         check_blend(alpha, scale)
         number = fusion.resolve_scale(scale, self._clip["logit_scale"])
-        return fusion.fuse_logits(teacher_logits, similarity, alpha, number)
+        bias = fusion.resolve_bias(scale, self._clip.get("logit_bias"))
+        return fusion.fuse_logits(teacher_logits, similarity, alpha, number, bias)
 
     def similarity(self, split: str, prompts: Sequence[int] | None = None) -> Tensor:
         """Return CLIP's cosines [N,C] f32 of a split, with all prompts or some of them."""

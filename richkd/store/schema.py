@@ -79,6 +79,7 @@ class ClipEntry(TypedDict):
     model: str
     sha256: str
     logit_scale: float
+    logit_bias: NotRequired[float]  # SigLIP's; absent without one
     num_features: int
     precision: NotRequired[str]  # of the image tower; absent if float32
     precision_error: NotRequired[PrecisionError]  # absent if float32

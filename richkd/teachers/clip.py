@@ -68,6 +68,12 @@ class ClipTeacher:
         """The factor by which CLIP's training scaled cosines."""
         return float(self.model.logit_scale.exp())
 
+    @cached_property
+    def logit_bias(self) -> float | None:
+        """What CLIP's training added to scaled cosines, if its loss was a sigmoid's (SigLIP)."""
+        bias = getattr(self.model, "logit_bias", None)
+        return None if bias is None else float(bias)
+
     def preprocess(self, images: Tensor) -> Tensor:
         """Apply the PIL transform to a batch: [B,H,W,3] uint8 -> [B,3,S,S] f32."""
         config = self.preprocessing

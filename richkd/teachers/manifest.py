@@ -151,6 +151,8 @@ def _clip_entry(teachers: Teachers, precision_error: PrecisionError | None) -> C
         num_features=text.shape[-1],
         accuracy=None,
     )
+    if clip.logit_bias is not None:
+        entry["logit_bias"] = clip.logit_bias
     if settings.clip_precision != "float32":
         entry["precision"] = settings.clip_precision
         if precision_error is not None:

@@ -82,8 +82,9 @@ class Teachers:
         rows = {"teacher_logits": logits, "teacher_features": features}
         if self.clip is not None and similarity is not None:
             scale = fusion.resolve_scale(self.settings.scale, self.clip.logit_scale)
+            bias = fusion.resolve_bias(self.settings.scale, self.clip.logit_bias)
             rows["fused_logits"] = fusion.fuse_logits(
-                logits, similarity, self.settings.alpha, scale
+                logits, similarity, self.settings.alpha, scale, bias
             )
         return rows
 

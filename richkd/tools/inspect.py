@@ -67,8 +67,9 @@ def show(summary: dict[str, Any], report: Report) -> None:
         ("  top-1", f"{percent(accuracy['cnn'])} %"),
     ]
     if clip:
+        bias = f", bias {clip['logit_bias']:.4g}" if "logit_bias" in clip else ""
         rows += [
-            ("CLIP", f"{clip['model']}, logit scale {clip['logit_scale']:.4g}"),
+            ("CLIP", f"{clip['model']}, logit scale {clip['logit_scale']:.4g}{bias}"),
             (
                 "  precision",
                 schema.describe_precision(

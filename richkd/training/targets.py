@@ -41,6 +41,7 @@ class Target:
     scale: float  # of CLIP's logits: of its cosines, or of the probe's logits
     clip: Mapping[str, Tensor]  # split -> CLIP's logits before the scale [N,C], if they are used
     about: Mapping[str, Any]  # for the summary
+    bias: float = 0.0  # added to scaled cosines
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -63,10 +64,11 @@ class Target:
         logits = empty(clip.shape)
         for span in spans(len(clip)):
             if self.kind == "clip":
-                logits[span] = (self.scale * clip[span]).to(logits.dtype)
+                own = fusion.clip_logits(clip[span], self.scale, self.bias)
+                logits[span] = own.to(logits.dtype)
             else:
                 teacher = rows["teacher_logits"][span].float()
-                fused = fusion.fuse_logits(teacher, clip[span], self.alpha, self.scale)
+                fused = fusion.fuse_logits(teacher, clip[span], self.alpha, self.scale, self.bias)
                 logits[span] = fused.to(logits.dtype)
         return logits
 
@@ -97,8 +99,12 @@ def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Rep
         return Target(kind, alpha, 1.0, {}, {"kind": kind})
     cache.require("train/fused_logits")
     assert manifest["clip"] is not None
-    native = manifest["clip"]["logit_scale"] if settings.clip_head == "zero-shot" else 1.0
-    scale = _number(cache, native, settings)
+    zero_shot = settings.clip_head == "zero-shot"
+    native = manifest["clip"]["logit_scale"] if zero_shot else 1.0
+    scale, bias = _number(cache, native, settings), 0.0
+    if zero_shot and not (alpha == "auto" and settings.scale is None):  # which chooses a number
+        named = cast(Scale, manifest["scale"]) if settings.scale is None else settings.scale
+        bias = fusion.resolve_bias(named, manifest["clip"].get("logit_bias"))
     about: dict[str, Any] = {"kind": kind, "head": settings.clip_head}
     clip: dict[str, Tensor] = {}
     if kind == "clip" or settings.reblends:
@@ -114,7 +120,7 @@ def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Rep
             f"chooses alpha {alpha:.2f}, scale {scale:.4g}"
         )
     about |= {"scale": scale} if kind == "clip" else {"alpha": alpha, "scale": scale}
-    return Target(kind, alpha, scale, clip, about)
+    return Target(kind, alpha, scale, clip, about, bias)
 
 
 def _clip_logits(

@@ -40,6 +40,20 @@ def test_fused_logits(rng: np.random.Generator, scale: str | float, number: floa
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("scale", "bias"), [("native", -12.5), ("raw", 0.0), (87.5, 0.0)])
+def test_the_bias_of_siglip_goes_with_its_own_scale(
+    rng: np.random.Generator, scale: str | float, bias: float
+) -> None:
+    teacher, cosines = rng.normal(size=(9, 5)) * 10, rng.uniform(-0.1, 0.3, (9, 5))
+    rows = torch.from_numpy(teacher), torch.from_numpy(cosines)
+    number = fusion.resolve_scale(scale, 112.0)
+    assert fusion.resolve_bias(scale, -12.5) == bias and fusion.resolve_bias(scale, None) == 0
+    own = number * cosines + bias
+    np.testing.assert_allclose(fusion.clip_logits(rows[1], number, bias).numpy(), own, atol=1e-4)
+    got, expected = fusion.fuse_logits(*rows, 0.3, number, bias), 0.3 * teacher + 0.7 * own
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-4)
+
+
 def test_fused_features(rng: np.random.Generator) -> None:
     teacher, clip = unit(rng.normal(size=(6, 8))), unit(rng.normal(size=(6, 8)))
     got = fusion.fuse_features(torch.from_numpy(teacher), torch.from_numpy(clip), 0.7)

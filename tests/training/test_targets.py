@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import refuses
+from helpers import refuses, write_clip
 from test_distill import metrics, train
 
 import richkd
@@ -54,6 +55,33 @@ def test_each_target_is_what_its_name_says(store: Path) -> None:
         )
         other = target_rows(store, view, target="fused", alpha=0.25, scale="raw")
         np.testing.assert_allclose(other, 0.25 * teacher + 0.75 * cosines, rtol=2e-3, atol=1e-3)
+
+
+def test_a_bias_is_part_of_logits_at_clips_own_scale(
+    make_store: Make, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    """Stage one, the cache, the check of it, and targets, with a CLIP like SigLIP."""
+    siglip = write_clip(tmp_path / "siglip", init_logit_bias=-11.5)
+    store = make_store(clip=str(siglip), dtype="float32", alpha=0.25)
+    cache = richkd.open_cache(store)
+    clip = cache.manifest["clip"]
+    assert clip is not None and clip["logit_bias"] == -11.5
+    cosines, teacher = read(store, "train/clip_similarity"), read(store, "train/teacher_logits", 1)
+    native = clip["logit_scale"] * cosines - 11.5
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4)
+    close(read(store, "train/fused_logits", 1), 0.25 * teacher + 0.75 * native)
+    close(cache.fuse(1, alpha=0.5).numpy(), 0.5 * teacher + 0.5 * native)
+    close(cache.fuse(1, alpha=0.5, scale="raw").numpy(), 0.5 * teacher + 0.5 * cosines)
+    close(target_rows(store, 1, target="clip"), native)
+    close(target_rows(store, 1, target="clip", scale=7.0), 7 * cosines)
+    other = target_rows(store, 1, target="fused", alpha=0.5)
+    close(other, 0.5 * teacher + 0.5 * native)
+    assert run("verify", store).code == 0
+
+
+def test_other_clips_have_none(store: Path) -> None:
+    clip = richkd.open_cache(store).manifest["clip"]
+    assert clip is not None and "logit_bias" not in clip
 
 
 def test_fewer_prompts(store: Path) -> None:
