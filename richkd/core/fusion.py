@@ -6,13 +6,17 @@ arithmetic is in f32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import add
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from richkd.core.choices import Scale, check_blend
 from richkd.core.errors import RichKDError
+from richkd.core.memory import spans
 
 
 def class_embeddings(prompt_embeddings: Tensor, prompts: Sequence[int] | None = None) -> Tensor:
@@ -81,6 +85,61 @@ def fuse_logits(
     return alpha * teacher_logits.float() + clip_logits(similarity, rest * scale, rest * bias)
 
 
+def blend_logits(
+    logits: Sequence[Tensor], weights: Sequence[float], scales: Sequence[float] | None = None
+) -> Tensor:
+    """Return the blend Σ_k w_k·s_k·z_k of several teachers: each [N,C] -> [N,C], f32.
+
+    Args:
+        logits: of each teacher, [N,C].
+        weights: w of each teacher.
+        scales: s of each teacher, as from `balance`; 1 by default.
+    """
+    scales = scales or [1.0] * len(logits)
+    parts = zip(logits, weights, scales, strict=True)
+    return reduce(add, (weight * scale * own.float() for own, weight, scale in parts))
+
+
+def spread(logits: Tensor) -> float:
+    """Return how far apart a teacher's logits [N,C] are.
+
+    This is the standard deviation over the classes of a row (the unbiased one, as in logit
+    standardisation), averaged over the samples.
+    """
+    rows = (logits[span].float().std(dim=1).double().sum().item() for span in spans(len(logits)))
+    return sum(rows) / len(logits)
+
+
+def balance(logits: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the factor of each teacher's logits that gives all of them the first one's spread.
+
+    Weights of a blend then are shares of it: networks trained with label smoothing or another
+    temperature would otherwise count for less, or for more, than their weights.
+
+    Args:
+        logits: of each teacher by name, [N,C], of the same samples.
+
+    Raises:
+        RichKDError: the logits of a teacher are the same for all classes, or not finite.
+    """
+    spreads = {name: spread(own) for name, own in logits.items()}
+    for name, own in spreads.items():
+        if not 0 < own < math.inf:
+            raise RichKDError(
+                f"the logits of teacher {name!r} have spread {own:g} over the classes, so that "
+                f"they cannot be balanced with the others; leave it out of the blend",
+                code="logits-without-spread",
+            )
+    first = next(iter(spreads.values()))
+    return {name: first / own for name, own in spreads.items()}
+
+
 def fuse_features(teacher: Tensor, clip: Tensor, alpha: float) -> Tensor:
     """Return f_F = normalise(α·E_T(f_T) + (1−α)·E_C(f_C)): unit vectors [B,d], [B,d] -> [B,d]."""
-    return F.normalize(alpha * teacher + (1 - alpha) * clip, dim=-1)
+    return fuse_many_features((teacher, clip), (alpha, 1 - alpha))
+
+
+def fuse_many_features(embeddings: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return normalise(Σ_k w_k·E_k(f_k)) of several teachers: unit vectors [B,d] each -> [B,d]."""
+    parts = (weight * own for own, weight in zip(embeddings, weights, strict=True))
+    return F.normalize(reduce(add, parts), dim=-1)

@@ -18,6 +18,7 @@ from richkd.core.errors import RichKDError, nearest, unknown
 from richkd.core.validation import NotNegative, check, hints
 
 TARGET = "target_logits"  # of the teacher, CLIP or both fused, as the user chooses
+EVERY = "every_teacher"  # the logits of every teacher, each as it gave them
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Batch:
 class Task:
     """What a method is built for: the training labels, the widths of the features, and the blend.
 
-    F is the width of a network's pooled features, D of CLIP's image embeddings.
+    F is the width of a network's pooled features, D of CLIP's image embeddings. Teachers are named
+    `cnn`, `clip`, or as they were added.
     """
 
     labels: Tensor  # [N], of all training samples
@@ -46,6 +48,9 @@ class Task:
     teacher_dim: int  # F of the CNN teacher
     clip_dim: int  # D, 0 without CLIP
     alpha: float  # weight of the CNN teacher in the fused target
+    teachers: tuple[str, ...] = ()  # whose rows `NAME/logits` [B,C] EVERY stands for
+    others: Mapping[str, int] = field(default_factory=dict)  # F_k of added teachers
+    weights: Mapping[str, float] = field(default_factory=dict)  # by teacher; empty: α alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +121,18 @@ class Method(nn.Module):
 
     @classmethod
     def reads(cls, options: Any) -> tuple[str, ...]:
-        """Return the names of the arrays it needs: TARGET, teacher_features, clip_features."""
+        """Return the names of the arrays it needs.
+
+        These are TARGET, EVERY, teacher_features and clip_features.
+        """
         return ()
+
+    @classmethod
+    def row_names(cls, options: Any, task: Task) -> tuple[str, ...]:
+        """Return the keys of the rows of a batch that it uses: `reads`, resolved for a task."""
+        reads = cls.reads(options)
+        every = [f"{name}/logits" for name in task.teachers] if EVERY in reads else []
+        return (*(name for name in reads if name != EVERY), *every)
 
     @classmethod
     def needs_whole_rows(cls, options: Any) -> bool:

@@ -62,6 +62,48 @@ def test_fused_features(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(only.numpy(), teacher, atol=1e-12)
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_blends_of_many_teachers(rng: np.random.Generator, count: int) -> None:
+    exact = [rng.normal(size=(5000, 6)) * rng.uniform(1, 20) for _ in range(count)]
+    weights = rng.dirichlet(np.ones(count)).tolist()
+    logits = {f"t{k}": torch.from_numpy(z).float() for k, z in enumerate(exact)}
+    scales = fusion.balance(logits)
+    spreads = [np.mean([np.std(row, ddof=1) for row in z]) for z in exact]
+    factors = [spreads[0] / own for own in spreads]
+    np.testing.assert_allclose([*scales.values()], factors, rtol=1e-6)
+    assert scales["t0"] == 1.0
+    got = fusion.blend_logits([*logits.values()], weights, [*scales.values()])
+    expected = sum(w * s * z for w, s, z in zip(weights, factors, exact, strict=True))
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4, atol=1e-4)
+    unbalanced = fusion.blend_logits([z.half() for z in logits.values()], weights)
+    expected = sum(w * z.astype(np.float16) for w, z in zip(weights, exact, strict=True))
+    np.testing.assert_allclose(unbalanced.numpy(), expected, rtol=1e-3, atol=1e-2)
+    embeddings = [unit(rng.normal(size=(6, 8))) for _ in range(count)]
+    fused = fusion.fuse_many_features([torch.from_numpy(e) for e in embeddings], weights)
+    expected = unit(sum(w * e for w, e in zip(weights, embeddings, strict=True)))
+    np.testing.assert_allclose(fused.numpy(), expected, atol=1e-12)
+
+
+def test_two_teachers_are_blended_as_by_alpha(rng: np.random.Generator) -> None:
+    """Bit for bit."""
+    a, b = (torch.from_numpy(rng.normal(size=(9, 5))).float() for _ in range(2))
+    for alpha in (0.0, 0.3, 0.7, 1.0):
+        pair = [alpha, 1 - alpha]
+        assert torch.equal(
+            fusion.blend_logits([a, b], pair, [1.0, 31.7]), fusion.fuse_logits(a, b, alpha, 31.7)
+        )
+        fused = torch.nn.functional.normalize(alpha * a + (1 - alpha) * b, dim=-1)
+        assert torch.equal(fusion.fuse_features(a, b, alpha), fused)
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan"), float("inf")])
+def test_logits_that_cannot_be_balanced(value: float) -> None:
+    logits = {"cnn": torch.randn(4, 3), "vit": torch.full((4, 3), value)}
+    with refuses("logits-without-spread", "'vit'"):
+        fusion.balance(logits)
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan"), "big"])
 def test_bad_scale(scale: float | str) -> None:
     with refuses("unknown-name" if scale == "big" else "value-out-of-range", "scale", scale):

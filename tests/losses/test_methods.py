@@ -1,6 +1,7 @@
 """Methods: what they read, how their terms add up, and their options."""
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,26 @@ def test_features_may_have_a_blend_of_their_own(rng: np.random.Generator) -> Non
     assert torch.equal(terms[None]["feature"], terms[0.7]["feature"])
     assert not torch.equal(terms[None]["feature"], terms[0.2]["feature"])
     assert torch.equal(terms[None]["logit"], terms[0.2]["logit"])
+
+
+def test_weights_of_two_teachers_are_alpha(rng: np.random.Generator) -> None:
+    """Bit for bit, and from the same random draws."""
+    b, found = batch(rng), []
+    for weights in ({}, {"clip": 1 - TASK.alpha, "cnn": TASK.alpha, "vit": 0.0}):
+        kind, options = method_class("richkd", {"negatives": 6})
+        torch.manual_seed(0)
+        method = kind(options, replace(TASK, weights=weights, others={"vit": 3}))
+        found.append((method.state_dict(), method(b)))
+    assert found[0][0].keys() == found[1][0].keys()
+    for mine, theirs in zip(*found, strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_features_are_fused_by_one_rule() -> None:
+    kind, options = method_class("richkd", {"feature_alpha": 0.5})
+    task = replace(TASK, weights={"cnn": 0.4, "vit": 0.6}, others={"vit": 3})
+    with refuses("feature-alpha-with-weights", 0.5, "cnn=0.4,vit=0.6"):
+        kind(options, task)
 
 
 # As published; tests/config/published/methods.toml says where.

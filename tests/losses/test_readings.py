@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -227,6 +229,22 @@ def read_richkd(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
     return {**terms, "feature": o.feature_weight * contrast(o, s, fused, b, state)}
 
 
+def read_weighted(o: Any, b: Batch, rows: Terms, state: Terms, task: Task) -> Terms:
+    """RichKD with a weight by teacher; the layers of added teachers are in the task's order."""
+    s = embed(b.features, state, "student")
+    fused = torch.zeros(B, 128).double()
+    if task.weights.get("cnn"):
+        fused = fused + task.weights["cnn"] * embed(rows["teacher_features"], state, "teacher")
+    if task.weights.get("clip"):
+        fused = fused + task.weights["clip"] * embed(rows["clip_features"], state, "clip")
+    for place, name in enumerate(k for k in task.others if task.weights.get(k)):
+        own = embed(rows[f"{name}/features"], state, f"others.{place}")
+        fused = fused + task.weights[name] * own
+    fused = torch.stack([row / (row**2).sum().sqrt() for row in fused])
+    logit = read_kd(o, b, rows, state) if o.logit_weight else {}
+    return {**logit, "feature": o.feature_weight * contrast(o, s, fused, b, state)}
+
+
 TASK = Task(labels=torch.arange(N) % C, student_dim=FS, teacher_dim=FT, clip_dim=D, alpha=0.6)
 WHOLE_BANK = {"contrast": "bank", "crd_temperature": 0.3}
 READINGS: list[tuple[str, dict[str, Any], Callable[..., Terms]]] = [
@@ -257,27 +275,70 @@ READINGS: list[tuple[str, dict[str, Any], Callable[..., Terms]]] = [
 def test_terms_and_gradients(
     rng: np.random.Generator, name: str, given: dict[str, Any], reading: Callable[..., Terms]
 ) -> None:
+    check_terms(rng, name, given, reading, TASK)
+
+
+@pytest.mark.parametrize(
+    ("weights", "others", "clip_dim"),
+    [
+        ({"cnn": 0.5, "vit": 0.2, "clip": 0.3}, {"vit": 4}, D),
+        ({"clip": 0.4, "b": 0.6, "type": 0.0, "cnn": 0.0}, {"type": 9, "b": 6}, D),
+        ({"vit.b": 0.3, "train": 0.45, "cnn": 0.25}, {"train": 3, "vit.b": 4}, 0),
+        ({"b": 1.0}, {"b": 6}, 0),
+    ],
+)
+@pytest.mark.parametrize("name", ["richkd", "richkd-f"])
+def test_richkd_of_many_teachers(
+    rng: np.random.Generator,
+    weights: dict[str, float],
+    others: dict[str, int],
+    clip_dim: int,
+    name: str,
+) -> None:
+    """Rows of teachers that do not count are not there to be read."""
+    task = replace(TASK, weights=weights, others=others, clip_dim=clip_dim)
+    names = {"cnn": "teacher_features", "clip": "clip_features"}
+    counted = {names.get(k, f"{k}/features") for k, weight in weights.items() if weight}
+    kind, options = method_class(name, WHOLE_BANK)
+    target = {TARGET} if name == "richkd" else set()
+    assert set(kind.row_names(options, task)) == target | counted
+    check_terms(rng, name, WHOLE_BANK, partial(read_weighted, task=task), task)
+
+
+def check_terms(
+    rng: np.random.Generator,
+    name: str,
+    given: dict[str, Any],
+    reading: Callable[..., Terms],
+    task: Task,
+) -> None:
+    """Compare a method's terms and gradients with their reading, on random input."""
+
     def normal(*shape: int) -> Tensor:
         return torch.from_numpy(rng.normal(size=shape))
 
     kind, options = method_class(name, given)
     torch.manual_seed(int(rng.integers(2**31)))
-    method = kind(options, TASK)
+    method = kind(options, task)
     index = torch.from_numpy(rng.permutation(N)[:B])
     exact = {"logits": 3 * normal(B, C), "features": normal(B, FS)}
     rows = {
         TARGET: 4 * normal(B, C),
         "teacher_features": normal(B, FT),
         "clip_features": torch.nn.functional.normalize(normal(B, D)),
+        **{f"{teacher}/features": normal(B, width) for teacher, width in task.others.items()},
+        **{f"{teacher}/logits": 4 * normal(B, C) for teacher in task.teachers},
     }
+    names = kind.row_names(options, task)
+    assert task.weights or task.teachers or names == kind.reads(options)
 
     def batch(dtype: torch.dtype) -> Batch:
         student = {k: v.to(dtype).requires_grad_() for k, v in exact.items()}
         return Batch(
-            labels=TASK.labels[index],
+            labels=task.labels[index],
             index=index,
             epoch=3,
-            rows={k: v.to(dtype) for k, v in rows.items()},
+            rows={k: rows[k].to(dtype) for k in names},
             **student,
         )
 
