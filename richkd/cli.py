@@ -238,7 +238,8 @@ def train_teacher(
         *flags(Precompute, TEACHERS, others=False),
         *flags(
             Precompute,
-            "views alpha scale dtype keep_bits keep keep_temperature out batch_size seed",
+            "views alpha scale dtype keep_bits keep keep_temperature features rows out batch_size "
+            "seed",
             without="teachers",
         ),
     ],
@@ -333,7 +334,7 @@ def add_teacher(
         *flags(Precompute, TEACHERS, others=False),
         *flags(
             Precompute,
-            "views dtype keep_bits keep batch_size",
+            "views dtype keep_bits keep features rows batch_size",
             without="alpha scale keep_temperature seed out class_names broken background "
             "pixel_range teachers",
         ),

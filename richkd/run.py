@@ -33,7 +33,7 @@ from richkd.store.reader import TeacherCache, open_cache
 from richkd.sweep.run import run_sweep
 from richkd.teachers.request import check_same_settings, settings_differ
 from richkd.training.run_folder import SUMMARY
-from richkd.training.student import with_defaults
+from richkd.training.student import check_kept, with_defaults
 
 # Flags that name one run of a recipe that has a grid.
 ONE_RUN = ("student", "method", "target", "seed", "options")
@@ -72,6 +72,8 @@ def run_recipe(recipe: Recipe, flags: Mapping[str, Any], report: Report) -> dict
     elif stage_two.out:
         folder = Path(stage_two.out)
     check_files(folder)
+    for method in grid.methods if grid else [stage_two.method]:
+        check_kept(replace(stage_two, method=method), stage_one.rows, stage_one.out)
 
     cache = make_cache(stage_one, recipe, report)
     if grid is not None:

@@ -38,11 +38,11 @@ EXAMPLES = 4  # images of each
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The cached arrays of one split."""
+    """The cached arrays of one split; those that the cache lacks are None."""
 
     labels: Tensor  # [N]
     teacher: Tensor  # logits [N,C] f32
-    features: Tensor  # [N,F]
+    features: Tensor | None  # [N,F]
     clip_features: Tensor | None  # [N,D]
     similarity: Tensor | None  # CLIP's cosines [N,C]
     fused: Tensor | None  # the cached blend [N,C]
@@ -65,7 +65,8 @@ def analyze(
 
     Returns:
         The analysis, as `richkd analyze` writes it to JSON: accuracies and shares in 0..1, NLL in
-        nats. Entries that need CLIP are None for a cache without CLIP.
+        nats. Entries that need CLIP are None for a cache without CLIP, and so are those on prompts
+        for a cache without CLIP's features.
 
     Raises:
         RichKDError: a setting is out of range, or cached logits are not finite.
@@ -119,14 +120,21 @@ def blend_scale(cache: TeacherCache) -> float | None:
 def read_rows(cache: TeacherCache, split: str) -> Rows:
     """Read the arrays of a split, as float32."""
     view = 0 if split == "train" else None
-    has_clip = cache.manifest["clip"] is not None
+
+    def read(name: str, view: int | None = None) -> Tensor | None:
+        return cache.read(f"{split}/{name}", view).float() if cache.has(f"{split}/{name}") else None
+
+    teacher = cache.read(f"{split}/teacher_logits", view).float()
+    similarity, fused = read("clip_similarity"), read("fused_logits", view)
+    if similarity is not None and fused is None:
+        fused = cache.blend(teacher, similarity, alpha=None, scale=None)
     return Rows(
         labels=cache.read(f"{split}/labels"),
-        teacher=cache.read(f"{split}/teacher_logits", view).float(),
-        features=cache.read(f"{split}/teacher_features", view).float(),
-        clip_features=cache.read(f"{split}/clip_features").float() if has_clip else None,
-        similarity=cache.similarity(split) if has_clip else None,
-        fused=cache.read(f"{split}/fused_logits", view).float() if has_clip else None,
+        teacher=teacher,
+        features=read("teacher_features", view),
+        clip_features=read("clip_features"),
+        similarity=similarity,
+        fused=fused,
     )
 
 
@@ -186,11 +194,14 @@ def consistency(
     """Return how well each teacher's soft labels reflect which classes are similar.
 
     This is the rank correlation, over pairs of classes, between the similarity of soft labels
-    and of the CNN's mean features, and between soft labels and text embeddings.
+    and of the CNN's mean features, and between soft labels and text embeddings, where the cache
+    has them.
     """
-    references = {
-        "features": metrics.mean_similarity(rows.features, rows.labels, cache.num_classes),
-    }
+    references: dict[str, Tensor] = {}
+    if rows.features is not None:
+        references["features"] = metrics.mean_similarity(
+            rows.features, rows.labels, cache.num_classes
+        )
     if cache.manifest["clip"] is not None:
         references["text"] = metrics.cosines(fusion.class_embeddings(cache.text_embeddings))
     similarity = {
@@ -235,8 +246,11 @@ def class_changes(
 
 def blend_effects(
     cache: TeacherCache, rows: Rows, logits: Mapping[str, Tensor]
-) -> dict[str, list[dict[str, Any]]]:
-    """Return accuracy and NLL of the blend by α, scale, number of prompts, and prompt."""
+) -> dict[str, list[dict[str, Any]] | None]:
+    """Return accuracy and NLL of the blend by α, scale, number of prompts, and prompt.
+
+    The last two are None if the cache does not keep CLIP's features.
+    """
     clip = cache.manifest["clip"]
     assert clip is not None and rows.similarity is not None
     alpha, native = cache.manifest["alpha"], clip["logit_scale"]
@@ -246,7 +260,7 @@ def blend_effects(
     if stored not in scales.values():
         scales[f"{stored:g}"] = stored
     swept = sorted({*(native * factor for factor in SCALES), 1.0, stored})
-    alone = _by_prompt(cache, rows, alpha, stored)
+    alone = None if rows.clip_features is None else _by_prompt(cache, rows, alpha, stored)
     return {
         "alpha": [
             {"scale": name, "alpha": a, **_fit(rows, rows.similarity, a, scale)}
@@ -254,7 +268,7 @@ def blend_effects(
             for a in ALPHAS
         ],
         "scale": [{"scale": scale, **_fit(rows, rows.similarity, alpha, scale)} for scale in swept],
-        "num_prompts": _by_num_prompts(cache, rows, alone, alpha, stored),
+        "num_prompts": alone and _by_num_prompts(cache, rows, alone, alpha, stored),
         "prompt": alone,
     }
 

@@ -84,7 +84,7 @@ def _typed(hint: Any, flag: str) -> tuple[Any, Callable[[Any], Any]]:
         return list[str], lambda texts: _assignments(flag, texts)
     if tuple in kinds:
         element = next(_alternatives(typing.get_args(kinds[tuple])[0]))
-        return str, _names if element is str else lambda text: _numbers(flag, text, element)
+        return str, (lambda text: _numbers(flag, text, element)) if element in _WORDS else _names
     if len(kinds) == 1 and str not in kinds and Literal not in kinds:
         return next(iter(kinds)), _as_it_is
     number = next((kind for kind in kinds if kind in _WORDS), None)

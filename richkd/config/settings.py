@@ -18,10 +18,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from richkd.config import catalog
 from richkd.core.choices import (
+    CNN_ROWS,
+    ROWS,
     ClipHead,
     ClipPrecision,
     Interpolation,
     Precision,
+    Row,
     Scale,
     Step,
     Target,
@@ -343,6 +346,14 @@ class Precompute(Images):
         "logits to keep of each row: all, or top-K, the K largest (the others' mass is spread)",
     )
     keep_temperature: Positive = setting(3.0, "temperature at which the others keep their mass")
+    features: Literal["all", "none", ""] = setting(
+        "", "features to keep: all, or none, for methods that read logits alone; default all"
+    )
+    rows: tuple[Row, ...] | None = setting(
+        None,
+        "rows to keep, e.g. teacher_logits,fused_logits; others: teacher_features, clip_features; "
+        "default all",
+    )
     seed: Seed = setting(0, "seed of the views")
     batch_size: Count | None = setting(
         None,
@@ -370,6 +381,22 @@ class Precompute(Images):
         most = 10 if self.dtype == "float16" else 23
         fits = self.keep_bits is None or self.keep_bits <= most
         require(fits, "keep_bits", self.keep_bits, f"in 1..{most} for {self.dtype}")
+        self._choose_rows()
+
+    def _choose_rows(self) -> None:
+        """Merge `features` into `rows`: None if all are kept, else names in the order of ROWS."""
+        known = {*(ROWS if self.clip != "none" else CNN_ROWS)}
+        features = {name for name in known if name.endswith("features")}
+        rows: set[str] = known - features if self.features == "none" else known
+        if self.rows is not None:
+            rows, given = {*self.rows}, list(self.rows)
+            require("teacher_logits" in rows, "rows", given, "names that include teacher_logits")
+            require(rows <= known, "rows", given, f"of {', '.join(sorted(known))} without CLIP")
+            same = {"none": not rows & features, "all": features <= rows, "": True}
+            must = f"left out, or agree with rows = {given}"
+            require(same[self.features], "features", self.features, must)
+        self._set("features", "")
+        self._set("rows", None if rows == known else tuple(each for each in ROWS if each in rows))
 
     @property
     def teacher_input(self) -> dict[str, Any]:

@@ -17,9 +17,12 @@ Step = Literal["auto", "eager", "captured", "compiled"]
 Precision = Literal["auto", "float32", "bfloat16"]
 ClipPrecision = Literal["float32", "bfloat16", "float16"]
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
+Row = Literal["teacher_logits", "teacher_features", "fused_logits", "clip_features"]
 
 CLIP_PRECISIONS = get_args(ClipPrecision)
 INTERPOLATIONS = get_args(Interpolation)
+ROWS = get_args(Row)
+CNN_ROWS = ROWS[:2]  # of a cache without CLIP
 ORDERS = ("sorted", "natural")  # of classes, by the names of their folders
 
 

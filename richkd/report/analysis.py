@@ -32,6 +32,10 @@ WITHOUT_CLIP = (
     "of α, scale and prompts to show."
 )
 
+WITHOUT_FEATURES = (
+    "The cache does not keep CLIP's features, so there is no effect of the prompts to show."
+)
+
 
 def write_analysis(
     cache: str, report: Report, *, threshold: float, split: str, out: str | None
@@ -162,7 +166,7 @@ def prompt_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return the accuracies of CLIP and of the blend with each prompt alone."""
     return [
         (row["prompt"], percent(row["clip_top1"]), percent(row["fused_top1"]))
-        for row in result["blend"]["prompt"]
+        for row in result["blend"]["prompt"] or ()
     ]
 
 
@@ -195,7 +199,10 @@ def show(result: Mapping[str, Any], report: Report) -> None:
     report.table("", DISAGREEMENT_HEAD, disagreement_rows(result))
     report.table("", CHANGE_HEAD, change_rows(result))
     report.table("", BEST_HEAD, best_rows(result))
-    report.table("", PROMPT_HEAD, prompt_rows(result))
+    if result["blend"]["prompt"] is None:
+        report.log(WITHOUT_FEATURES)
+    else:
+        report.table("", PROMPT_HEAD, prompt_rows(result))
 
 
 def render(cache: TeacherCache, result: Mapping[str, Any]) -> str:
@@ -214,7 +221,8 @@ def render(cache: TeacherCache, result: Mapping[str, Any]) -> str:
     if has_clip:
         tables["disagreement"] = (DISAGREEMENT_HEAD, disagreement_rows(result))
         tables["best"] = (BEST_HEAD, best_rows(result))
-        tables["prompts"] = (PROMPT_HEAD, prompt_rows(result))
+        if rows := prompt_rows(result):
+            tables["prompts"] = (PROMPT_HEAD, rows)
         figures["blend"] = blend_figures(result)
         if changes := changed_classes(result):
             figures["changes"] = {"class-changes": lens_plots.class_changes(changes)}
@@ -227,6 +235,7 @@ def render(cache: TeacherCache, result: Mapping[str, Any]) -> str:
         cells=lens_plots.CELL_NAMES,
         cell_colours=lens_plots.CELL_COLOURS,
         without_clip=None if has_clip else WITHOUT_CLIP,
+        without_features=WITHOUT_FEATURES,
         fusion=effects_of_fusion(result["teachers"]),
         tables=tables,
         changed=examples(cache, result) if has_clip else {},
@@ -241,9 +250,9 @@ def blend_figures(result: Mapping[str, Any]) -> dict[str, Any]:
     counted = [
         {"kind": name, "prompts": row["prompts"], "top1": row[key]}
         for name, key in ((NAMES["clip"], "clip_top1"), (NAMES["fused"], "fused_top1"))
-        for row in blend["num_prompts"]
+        for row in blend["num_prompts"] or ()
     ]
-    return {
+    figures = {
         "alpha-top1": lens_plots.lines(
             lens_plots.series(blend["alpha"], "scale", "alpha", "top1", 100),
             "α (0: CLIP alone, 1: CNN teacher alone)",
@@ -263,12 +272,14 @@ def blend_figures(result: Mapping[str, Any]) -> dict[str, Any]:
             log=True,
             marks=[(result["blend_scale"], "stored")],
         ),
-        "num-prompts": lens_plots.lines(
+    }
+    if counted:
+        figures["num-prompts"] = lens_plots.lines(
             lens_plots.series(counted, "kind", "prompts", "top1", 100),
             "prompts (means over subsets)",
             "top-1, %",
-        ),
-    }
+        )
+    return figures
 
 
 def examples(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from richkd.core.choices import CNN_ROWS
 from richkd.core.errors import RichKDError, nearest
 from richkd.store import schema
 from richkd.store.location import METADATA, Location
@@ -76,10 +77,13 @@ def shared_part(cache: Manifest, *, rows: bool) -> Mapping[str, Any]:
         cache: the manifest of the cache.
         rows: the teacher has a row a view, of which only the largest logits may be kept.
     """
-    shared = {"format", "schema", "dataset", "mean", "std", "keep_bits", *_SHARED}
+    shared = {"format", "schema", "dataset", "mean", "std", "keep_bits", "rows", *_SHARED}
     if rows:
         shared |= {"keep", "keep_temperature"}
-    return {name: value for name, value in cache.items() if name in shared}
+    part: dict[str, Any] = {name: value for name, value in cache.items() if name in shared}
+    if rows and "rows" in part:  # it has no blend of its own
+        part["rows"] = [name for name in part["rows"] if name in CNN_ROWS]
+    return part
 
 
 def is_added_file(file: str) -> bool:

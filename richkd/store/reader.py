@@ -274,8 +274,8 @@ class TeacherCache:
         Raises:
             RichKDError: as `read`, or a requested array is not in the cache.
         """
-        if arrays is SLAB_ARRAYS and self.manifest["clip"] is None:
-            arrays = SLAB_ARRAYS[:2]
+        if arrays is SLAB_ARRAYS:
+            arrays = [name for name in SLAB_ARRAYS if self.has(f"train/{name}")]
         views = "view_ids" if self.manifest["views"]["space"] == "pad-crop-flip" else "view_params"
         if on_disk is None:
             count = self.nbytes([f"train/{name}" for name in arrays])
@@ -352,6 +352,10 @@ class TeacherCache:
     def _why_absent(self, name: str) -> str:
         if self.manifest["clip"] is None and ("clip" in name or "fused" in name or "text" in name):
             return ": it was written with --clip none; use --method kd, or precompute with a CLIP"
+        if name == "train/fused_logits":
+            return ", as --rows left it out; use cache.fuse, or precompute again with all --rows"
+        if name in schema.absent_rows(self.manifest):
+            return ": it was written with --features none; precompute again with --features all"
         return "; richkd inspect lists its arrays"
 
 

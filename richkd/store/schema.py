@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
-from richkd.core.choices import CLIP_PRECISIONS
+from richkd.core.choices import CLIP_PRECISIONS, CNN_ROWS, ROWS
 from richkd.core.progress import percent
 from richkd.core.validation import find_fault
 from richkd.data.boxes import CLEAN_SHARE
@@ -121,6 +121,7 @@ class Manifest(TypedDict):
     keep: NotRequired[int]  # K, if only the K largest training logits are kept (store/topk.py)
     keep_temperature: NotRequired[float]  # τ at which the others keep their mass
     keep_kl: NotRequired[dict[str, float]]  # nats by τ on the test rows, once complete
+    rows: NotRequired[list[str]]  # those that are kept, sorted; absent if all are
     block: int
     recipe: dict[str, Any]
     versions: dict[str, str]
@@ -247,9 +248,12 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
     num_classes, own_images = len(manifest["class_names"]), "addition" not in manifest
     views, block, side = manifest["views"]["count"], manifest["block"], manifest["image_size"]
     kept = kept_logits(manifest)
+    absent = absent_rows(manifest)
     specs: dict[str, ArraySpec] = {}
 
     def add(name: str, dtype: str, *axes: tuple[str, int]) -> None:
+        if name in absent:
+            return
         names, shape = zip(*axes, strict=True)
         chunk = {"view": 1, "sample": block}
         specs[name] = ArraySpec(
@@ -309,7 +313,22 @@ def kept_logits(manifest: Manifest) -> set[str]:
     if "keep" not in manifest:
         return set()
     names = ("teacher_logits",) if manifest["clip"] is None else LOGITS
-    return {f"train/{name}" for name in names}
+    return {f"train/{name}" for name in names} - absent_rows(manifest)
+
+
+def left_out(rows: Collection[str] | None, split: str) -> set[str]:
+    """Return the rows that a split does not keep, given those that are kept; None keeps all.
+
+    The blend's test and validation rows, one per image, are kept for its accuracy.
+    """
+    absent = set() if rows is None else {*ROWS} - {*rows}
+    return absent if split == "train" else absent - {"fused_logits"}
+
+
+def absent_rows(manifest: Manifest) -> set[str]:
+    """Return the arrays that a cache was asked not to keep."""
+    rows = manifest.get("rows")
+    return {f"{split}/{name}" for split in split_sizes(manifest) for name in left_out(rows, split)}
 
 
 def part_names(name: str) -> tuple[str, str, str]:
@@ -357,7 +376,10 @@ def _out_of_range(manifest: Manifest) -> Iterator[str]:
         keep, temperature = manifest.get("keep", 0), manifest.get("keep_temperature", 0)
         if not 1 <= keep < len(manifest["class_names"]) or temperature <= 0:
             yield f"keep is {keep}, keep_temperature {temperature}"
-    clip = manifest["clip"]
+    clip, rows = manifest["clip"], manifest.get("rows", ["teacher_logits"])
+    known = {*(ROWS if clip else CNN_ROWS)}
+    if rows != sorted({*rows}) or not {"teacher_logits"} <= {*rows} <= known:
+        yield f"rows is {rows!r}"
     if clip is not None and clip.get("precision", "float32") not in CLIP_PRECISIONS:
         yield f"clip.precision is {clip['precision']!r}"
     yield from _out_of_place(manifest)
@@ -423,7 +445,11 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
         if manifest_fault(manifest) is not None:
             return manifest
         clip = manifest["clip"]
-        whole = {**manifest, "clip": clip and {"precision": "float32", **clip}}
+        whole = {
+            **manifest,
+            "rows": manifest.get("rows", "all"),
+            "clip": clip and {"precision": "float32", **clip},
+        }
         if "teacher" in manifest:
             found = teacher_input(cast(Manifest, manifest))
             whole["teacher"] = {**manifest["teacher"], "input": found}

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from richkd.config.settings import NO_TEACHER, Precompute, check_name, resolve
+from richkd.core.choices import CNN_ROWS
 from richkd.core.errors import RichKDError
 from richkd.models import check_names, check_trainable
 from richkd.store.added import check_new_name
@@ -68,6 +69,8 @@ def addition_settings(
     """
     shared = {name: value for name, value in manifest["recipe"].items() if name not in LEFT_OUT}
     one = {name: value for name, value in given.items() if value is not None}
+    if "teacher" in one and "rows" in shared:  # it has no blend of its own
+        shared["rows"] = [name for name in shared["rows"] if name in CNN_ROWS]
     other = {"clip": "none"} if "teacher" in one else {"teacher": NO_TEACHER}
     return resolve(Precompute, shared, {**other, **one, "out": location.name})
 

@@ -65,6 +65,8 @@ def make_manifest(
     )
     if settings.top_k is not None:
         manifest |= {"keep": settings.top_k, "keep_temperature": settings.keep_temperature}
+    if settings.rows is not None:
+        manifest["rows"] = sorted(settings.rows)
     return manifest
 
 

@@ -16,7 +16,7 @@ from richkd.core.accuracy import accuracy
 from richkd.core.progress import Advance, Report, percent
 from richkd.data.datasets import Dataset, Split
 from richkd.data.inputs import ArrayInputs, FileInputs, make_inputs, send
-from richkd.store.schema import Block, PrecisionError
+from richkd.store.schema import Block, PrecisionError, left_out
 from richkd.store.topk import compact
 from richkd.teachers.clip import ClipTeacher
 from richkd.teachers.cnn import CNNTeacher
@@ -177,6 +177,8 @@ class BlockRows:
         """
         keep, temperature = self.teachers.settings.top_k, self.teachers.settings.keep_temperature
         for block, rows in self._whole(units, tick, check):
+            for name in left_out(self.teachers.settings.rows, block.split) & rows.keys():
+                del rows[name]
             if keep is not None and block.view is not None:
                 yield block, compact(rows, keep, temperature)
             else:
@@ -271,7 +273,9 @@ class BlockRows:
         return rows
 
     def _similarity_of(self, block: Block, computed: Mapping[str, Tensor]) -> Tensor | None:
-        """Return CLIP's cosines of a block, just computed or read back; None without CLIP."""
+        """Return CLIP's cosines of a block, computed or read back; None if there is no blend."""
+        if "fused_logits" in left_out(self.teachers.settings.rows, block.split):
+            return None
         if self.teachers.clip is None or "clip_similarity" in computed:
             return computed.get("clip_similarity")
         span = (block.split, block.start)

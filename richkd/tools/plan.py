@@ -91,6 +91,7 @@ class Option:
     dtype: str
     keep: str
     keep_bits: int | None
+    rows: tuple[str, ...] | None  # those that are kept; None for all
     raw_bytes: int
     stored_bytes: int
     seconds: float
@@ -231,7 +232,7 @@ def drawn_files(folder: Path, side: int, count: int) -> ImageFiles:
 
 
 class Trial:
-    """Runs stage one on some images, in f32 and keeping all logits."""
+    """Runs stage one on some images, in f32 and keeping all rows and logits."""
 
     def __init__(
         self,
@@ -241,7 +242,7 @@ class Trial:
         folder: Path,
         report: Report,
     ) -> None:
-        self.settings = replace(settings, dtype="float32", keep="all", keep_bits=None)
+        self.settings = replace(settings, dtype="float32", keep="all", keep_bits=None, rows=None)
         self.dataset, self.device, self.folder = dataset, device, folder
         self.cnn, trained = planned_teacher(settings, dataset, device)
         autocast(device, settings.clip_precision)  # fails if the device lacks this precision
@@ -465,11 +466,13 @@ def variant(blank: Manifest, settings: Precompute) -> Manifest:
     manifest["views"] |= {"count": settings.views}
     if settings.top_k is not None:
         manifest |= {"keep": settings.top_k, "keep_temperature": settings.keep_temperature}
+    if settings.rows is not None:
+        manifest["rows"] = sorted(settings.rows)
     return manifest
 
 
 def alternatives(settings: Precompute, dataset: Dataset) -> list[Precompute]:
-    """Return the settings, with other numbers of views, and with smaller or finer rows."""
+    """Return the settings, with other numbers of views, and with fewer, smaller or finer rows."""
     limit = dataset.train.view_space.limit
     counts = sorted(count for count in {*VIEWS, settings.views} if count <= (limit or count))
     found = [replace(settings, views=count) for count in counts]
@@ -479,6 +482,9 @@ def alternatives(settings: Precompute, dataset: Dataset) -> list[Precompute]:
             found.append(replace(settings, keep_bits=7))
     if settings.keep == "all" and len(dataset.class_names) > 2 * KEPT:
         found.append(replace(settings, keep=f"top-{KEPT}"))
+    if settings.rows is None:
+        fewer = [settings, *(each for each in found if each.keep != settings.keep)]
+        found += [replace(each, features="none") for each in fewer]
     return found
 
 
@@ -495,6 +501,7 @@ def weigh(
         dtype=asked.dtype,
         keep=asked.keep,
         keep_bits=asked.keep_bits,
+        rows=asked.rows,
         raw_bytes=schema.raw_bytes(manifest),
         stored_bytes=round(stored),
         seconds=dataset["num_train"] * (pace.clean_s + asked.views * pace.view_s)
@@ -509,11 +516,14 @@ def show(result: Mapping[str, Any], report: Report) -> None:
     """Print the options as a table, and log what they are based on."""
     rows = []
     for option in result["options"]:
-        finer = option["keep_bits"] and f", {option['keep_bits']} bits"
+        absent = schema.left_out(option["rows"], "train")
+        finer = f", {option['keep_bits']} bits" if option["keep_bits"] else ""
+        finer += ", no features" if "teacher_features" in absent else ""
+        finer += ", no blend" if "fused_logits" in absent and result["passes"]["clip"] else ""
         rows.append(
             (
                 f"{option['views']}{' *' if option['chosen'] else ''}",
-                f"{option['dtype']}{finer or ''}",
+                f"{option['dtype']}{finer}",
                 option["keep"],
                 size(option["stored_bytes"]),
                 f"{option['usd_a_month']:,.2f}",

@@ -293,7 +293,8 @@ def check_units(cache: TeacherCache) -> Iterator[str]:
     """Check that CLIP's features and the text embeddings have unit length, up to rounding."""
     if cache.manifest["clip"] is None:
         return
-    for name in (*(f"{split}/clip_features" for split in cache.splits), "text/embeddings"):
+    names = [*(f"{split}/clip_features" for split in cache.splits), "text/embeddings"]
+    for name in filter(cache.has, names):
         features, far = cache.read(name), 0
         for span in spans(len(features)):
             lengths = features[span].float().norm(dim=-1)
@@ -303,19 +304,21 @@ def check_units(cache: TeacherCache) -> Iterator[str]:
 
 
 def check_blend(cache: TeacherCache) -> Iterator[str]:
-    """Check that cosines match the features, and fused logits the blend of their parts."""
+    """Check that cosines match the features, and fused logits their parts, where both are kept."""
     if cache.manifest["clip"] is None:
         return
     classes = fusion.class_embeddings(cache.text_embeddings)
     for split in cache.splits:
         similarity = cache.read(f"{split}/clip_similarity")
-        features, wrong = cache.read(f"{split}/clip_features"), 0
+        kept, wrong = cache.has(f"{split}/clip_features"), 0
+        features = cache.read(f"{split}/clip_features") if kept else torch.empty(0)
         for span in spans(len(features)):
             again = fusion.clip_similarity(features[span], classes)
             wrong += int(((similarity[span] - again).abs() > 4 * rounding(cache)).sum())
         if wrong:
             yield f"{split}/clip_similarity does not match the features and the text embeddings"
-        for view in range(cache.num_views) if split == "train" else (None,):
+        views = range(cache.num_views) if split == "train" else (None,)
+        for view in views if cache.has(f"{split}/fused_logits") else ():
             logits, wrong = [cache.rows(f"{split}/{name}", view) for name in LOGITS], 0
             for span in spans(len(similarity)):
                 rows = [each[span] for each in logits]
@@ -416,6 +419,8 @@ def check_teacher(cache: TeacherCache, weights: Path, report: Report) -> Iterato
         index = torch.randperm(cache.num_samples)[:each].sort().values
         found = [teacher.rows(images) for _, images in inputs.batches(index, views, 256)]
         for number, name in enumerate(("teacher_logits", "teacher_features")):
+            if not cache.has(f"train/{name}"):
+                continue
             rows = cache.rows(f"train/{name}", view)[index]
             again = torch.cat([row[number] for row in found])
             if isinstance(rows, TopKRows):

@@ -86,6 +86,7 @@ class RunIdentity(Identity):
     teacher_input: str | None = None  # where the teacher takes other images than the student
     keep: int | None = None  # logits of a row
     keep_temperature: float | None = None
+    blend: str | None = None  # "computed" where the cache does not keep its fused logits
 
     @classmethod
     def of(cls, cache: TeacherCache) -> Self:
@@ -93,6 +94,7 @@ class RunIdentity(Identity):
         manifest = cache.manifest
         clip, views, seen = manifest["clip"], manifest["views"], teacher_input(manifest)
         temperature = manifest["keep_temperature"] if "keep" in manifest else None
+        computed = clip is not None and not cache.has("train/fused_logits")
         return cls(
             dataset=manifest["dataset"]["fingerprint"][:DIGITS],
             teacher=manifest["teacher"]["sha256"][:DIGITS],
@@ -107,6 +109,7 @@ class RunIdentity(Identity):
             else describe_input(NetworkInput.of(seen)),
             keep=manifest.get("keep"),
             keep_temperature=None if temperature is None else float(f"{temperature:g}"),
+            blend="computed" if computed else None,
         )
 
 

@@ -20,7 +20,7 @@ from richkd.core.progress import Advance, Report, percent
 from richkd.core.versions import versions
 from richkd.losses.method import TARGET
 from richkd.store.reader import TeacherCache
-from richkd.store.schema import teacher_accuracies
+from richkd.store.schema import left_out, teacher_accuracies
 from richkd.training.checkpoint import Best, Progress, Saving
 from richkd.training.data import EpochRows
 from richkd.training.device import cuda, hardware
@@ -269,9 +269,9 @@ def check_reads(cache: TeacherCache, settings: Distill) -> None:
     """
     method_type, options = method_of(settings)
     reads = method_type.reads(options)
-    for name in reads:
-        if name != TARGET:
-            cache.require(f"train/{name}")
+    if cache.manifest["clip"] is None and "clip_features" in reads:
+        cache.require("train/clip_features")
+    check_kept(settings, cache.manifest.get("rows"), str(cache.location))
     if cache.kept and method_type.needs_whole_rows(options):
         raise RichKDError(
             f"method {settings.method} standardises whole rows of logits, but {cache.location} "
@@ -284,6 +284,37 @@ def check_reads(cache: TeacherCache, settings: Distill) -> None:
             f"target = {settings.target!r}: method {settings.method} takes no target logits; "
             f"remove --target",
             code="target-not-taken",
+        )
+
+
+def check_kept(settings: Distill, rows: Collection[str] | None, cache: str) -> None:
+    """Check that a cache keeps the features that a run reads.
+
+    Args:
+        settings: of the run.
+        rows: those that the cache keeps; None for all.
+        cache: its name, for the message.
+
+    Raises:
+        RichKDError: it was made without them.
+    """
+    method_type, options = method_of(settings)
+    reads, absent = method_type.reads(options), left_out(rows, "train")
+    for name in sorted(absent.intersection(reads)):
+        alone = "richkd-l" if method_type.target == "fused" else "kd"
+        raise RichKDError(
+            f"method {settings.method} reads {name}, but {cache} keeps no such rows; choose a "
+            f"method of logits alone, e.g. {alone}, or precompute with --features all",
+            code="method-needs-features",
+        )
+    blends = TARGET in reads and (settings.target or method_type.target) != "teacher"
+    own_clip = settings.clip_head == "probe" or settings.prompts is not None
+    if blends and own_clip and "clip_features" in absent:
+        given = "clip_head" if settings.clip_head == "probe" else "prompts"
+        raise RichKDError(
+            f"{given} = {getattr(settings, given)!r} needs clip_features, but {cache} keeps no "
+            f"such rows; leave it out, or precompute with --features all",
+            code="blend-needs-features",
         )
 
 

@@ -1,7 +1,7 @@
 """The target logits of a student: the CNN teacher's, CLIP's, or their blend, from the cache.
 
-The blend that the cache was made with is read; any other α, scale, set of prompts or CLIP head is
-computed from the cached parts. No teacher is loaded.
+The blend that the cache was made with is read, if the cache keeps it; any other α, scale, set of
+prompts or CLIP head is computed from the cached parts. No teacher is loaded.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Rep
                 code="alpha-auto-without-blend",
             )
         return Target(kind, alpha, 1.0, {}, {"kind": kind})
-    cache.require("train/fused_logits")
+    cache.require("train/clip_similarity")
     assert manifest["clip"] is not None
     zero_shot = settings.clip_head == "zero-shot"
     native = manifest["clip"]["logit_scale"] if zero_shot else 1.0
@@ -107,7 +107,7 @@ def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Rep
         bias = fusion.resolve_bias(named, manifest["clip"].get("logit_bias"))
     about: dict[str, Any] = {"kind": kind, "head": settings.clip_head}
     clip: dict[str, Tensor] = {}
-    if kind == "clip" or settings.reblends:
+    if kind == "clip" or settings.reblends or not cache.has("train/fused_logits"):
         clip, fitted = _clip_logits(cache, settings, report)
         about |= fitted
     if alpha == "auto":

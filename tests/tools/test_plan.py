@@ -169,7 +169,11 @@ def test_imagenet_before_there_is_any_of_it(
     assert max(map(len, done.out.splitlines())) <= 80
     assert "10,299,336 passes of the CNN teacher, 1,331,167 of CLIP and 12,000 of its" in done.err
     planned = run(*words, "--json").json
-    by_row = {(o["views"], o["dtype"], o["keep"], o["keep_bits"]): o for o in planned["options"]}
+    options = planned["options"]
+    by_row = {
+        (o["views"], o["dtype"], o["keep"], o["keep_bits"]): o for o in options if o["rows"] is None
+    }
+    assert {o["keep"] for o in options if o["rows"]} == {"all", "top-50"}  # the others: features
     chosen = by_row[8, "float16", "all", None]
     # teacher logits, fused logits and 64 features a view; compression takes some of it
     rows = 1_281_167 * 8 * 2 * (2 * 1000 + 64)
