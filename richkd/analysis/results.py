@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from richkd.config.settings import shown_weights
 from richkd.core.progress import Report, duration, percent
 from richkd.core.teacher_names import FULL_NAMES
 from richkd.training.run_folder import configuration
 
 # Settings of what a student learns from; the others describe how it is trained.
-TEACHING = ("method", "options", "target", "alpha", "scale", "prompts", "clip_head")
+TEACHING = (
+    *("method", "options", "target", "alpha", "weights", "balance", "scale", "prompts"),
+    "clip_head",
+)
 # How the best epoch is described, by the images that it was chosen on.
 CHOSEN_ON = {
     "test": "the same test images, which flatters it",
@@ -58,12 +62,20 @@ def about_best(summaries: Iterable[Mapping[str, Any]]) -> str:
     return f"“Best” is the best epoch on {images}."
 
 
+def _shown(value: Any) -> str:
+    """Return a setting as the command line takes it, if it is the weights of teachers."""
+    numbers = isinstance(value, Mapping) and all(isinstance(each, float) for each in value.values())
+    return shown_weights(value) if numbers else str(value)
+
+
 def _own_target(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return a row for target logits that the cache does not hold: another blend or CLIP head."""
     target = summary.get("target")
     if target is None or target["top1"] in summary["teacher"].values():
         return []
     blend = [f"{key} {target[key]:.3g}" for key in ("alpha", "scale") if key in target]
+    if "weights" in target:
+        blend = [shown_weights(target["weights"])]
     head = ["probe"] if target.get("head") == "probe" else []
     return [(", ".join([target["kind"], *head, *blend]), percent(target["top1"]), "", "", "", "")]
 
@@ -95,7 +107,7 @@ class Standing:
     def configuration(self) -> str:
         """The method, and the settings in which configurations of its student differ."""
         return ", ".join(
-            [self.method, *(f"{name} {value}" for name, value in self.settings.items())]
+            [self.method, *(f"{name} {_shown(value)}" for name, value in self.settings.items())]
         )
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -27,12 +28,12 @@ from richkd.core.choices import (
     Row,
     Scale,
     Step,
-    Target,
 )
 from richkd.core.errors import RichKDError, local_path, nearest, require
 from richkd.core.validation import (
     Count,
     Limit,
+    NotNegative,
     Positive,
     Share,
     at_least,
@@ -104,6 +105,34 @@ def read_alpha(text: str) -> Alpha:
 
 def _read_alphas(text: str) -> tuple[Alpha, ...]:
     return tuple(read_alpha(part.strip()) for part in text.split(",") if part.strip())
+
+
+def read_weights(text: str) -> dict[str, float] | Literal["auto"]:
+    """Read the weights of teachers typed on the command line: NAME=NUMBER,… or auto."""
+    if text == "auto":
+        return "auto"
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not name.strip() or not math.isfinite(value) or name.strip() in weights:
+            raise RichKDError(
+                f"weights = {text!r}: must name each teacher once, as in cnn=0.5,vit=0.2,clip=0.3, "
+                f"or be auto",
+                code="value-malformed",
+            )
+        weights[name.strip()] = value
+    return weights
+
+
+def shown_weights(weights: object) -> str:
+    """Return weights as the command line takes them."""
+    if isinstance(weights, Mapping):
+        return ",".join(f"{name}={weight:.3g}" for name, weight in weights.items())
+    return str(weights)
 
 
 def _read_stage_one_alpha(text: str) -> Alpha:
@@ -430,13 +459,22 @@ class Distill(Training):
     options: dict[str, Any] = setting(
         {}, "NAME=VALUE: option of the method, e.g. temperature=4", flag="--set"
     )
-    target: Target | Literal[""] = setting(
-        "", "logits to match: teacher, clip or fused; default by method"
+    target: str = setting(
+        "", "logits to match: teacher, clip, fused or an added teacher; default by method"
     )
     alpha: Alpha | None = setting(
         None,
         "weight of the CNN teacher in the blend, or auto (by likelihood); default the cache's",
         read=read_alpha,
+    )
+    weights: dict[str, NotNegative] | Literal["auto"] | None = setting(
+        None,
+        "weight of each teacher in the blend, as in cnn=0.5,vit=0.2,clip=0.3, or auto (by "
+        "likelihood); default alpha",
+        read=read_weights,
+    )
+    balance: Literal["", "spread", "none"] = setting(
+        "", "how --weights puts logits on one scale: spread (equal spread, the default) or none"
     )
     scale: Scale | None = setting(
         None, "scale of CLIP's cosines: native, raw or a number; default the cache's"
@@ -465,6 +503,25 @@ class Distill(Training):
             )
         local_path(self.out)
         local_path(self.data_root, "--data-root")
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        """Check that the weights of teachers agree with the other settings of the blend."""
+        if self.weights is None:
+            require(not self.balance, "balance", self.balance, "left out without weights")
+            return
+        require(self.alpha is None, "alpha", self.alpha, "left out with weights")
+        if isinstance(self.weights, Mapping):
+            given = shown_weights(self.weights)
+            require(sum(self.weights.values()) > 0, "weights", given, "above 0 for one teacher")
+        balanced = self.balance != "none" and self.clip_head == "zero-shot"
+        must = "left out with weights, whose balance sets the scales; or pass --balance none"
+        require(self.scale is None or not balanced, "scale", self.scale, must)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether α or the weights are chosen on held-out images."""
+        return "auto" in (self.alpha, self.weights)
 
     @property
     def reblends(self) -> bool:
@@ -482,7 +539,7 @@ class Distill(Training):
         Raises:
             RichKDError: the share that was given contradicts this.
         """
-        choosing = choosing or self.alpha == "auto"
+        choosing = choosing or self.chooses
         if validation:
             require(
                 not self.holdout,
@@ -495,7 +552,7 @@ class Distill(Training):
                 self.holdout is None or self.holdout > 0,
                 "holdout",
                 self.holdout,
-                "above 0: alpha auto and halving make their choices on those images",
+                "above 0: auto and halving make their choices on those images",
             )
         default = AUTO_HOLDOUT if choosing and not validation else 0.0
         return self if self.holdout is not None else replace(self, holdout=default)
@@ -576,7 +633,8 @@ def recorded_holdout(settings: Mapping[str, Any]) -> float:
 
     Earlier versions recorded it only if the user had given it.
     """
-    default = AUTO_HOLDOUT if settings.get("alpha") == "auto" else 0.0
+    chosen = "auto" in (settings.get("alpha"), settings.get("weights"))
+    default = AUTO_HOLDOUT if chosen else 0.0
     return float(settings.get("holdout", default))
 
 

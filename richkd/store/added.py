@@ -37,6 +37,12 @@ def place_of(location: Location, name: str) -> Location:
     return open_location(f"{location.name.rstrip('/')}/{ADDED}/{name}")
 
 
+def array_of(split: str, row: str) -> str:
+    """Return the array of a split's rows: of `NAME/rows` if an added teacher gave them."""
+    teacher, added, own = row.rpartition("/")
+    return f"{ADDED}/{teacher}/{split}/{own}" if added else f"{split}/{own}"
+
+
 def check_new_name(name: str) -> None:
     """Raise RichKDError if a teacher must not have a name."""
     if not TEACHER_NAME.fullmatch(name) or name in RESERVED:

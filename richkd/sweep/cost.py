@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from richkd.config.settings import Distill
+from richkd.losses.method import EVERY
 from richkd.models import forward
 from richkd.store.schema import split_sizes
 from richkd.sweep.entries import Entry, Estimate
@@ -89,7 +90,9 @@ def try_student(settings: Distill, source: Source) -> Estimate:
 def method_memory(settings: Distill, student: Estimate, source: Source) -> int:
     """Return the bytes of a method's buffers, such as memory banks."""
     kind, options = method_of(settings)
-    task = source.task(student.features, alpha=0.5)  # which may read the images
+    task = source.task(
+        student.features, every=EVERY in kind.reads(options)
+    )  # which may read the images
     with torch.device("meta"):
         method = kind(options, task)
     return sum(buffer.nbytes for buffer in method.buffers())

@@ -15,7 +15,6 @@ from richkd.core.progress import percent
 from richkd.losses.method import METHODS, TARGET
 from richkd.store.reader import TeacherCache
 from richkd.sweep.entries import Entry
-from richkd.training.identity import RunIdentity
 from richkd.training.loop import score_of
 from richkd.training.run_folder import RunFolder
 from richkd.training.source import method_of
@@ -25,7 +24,7 @@ from richkd.training.student import (
     choice_images,
     with_defaults,
 )
-from richkd.training.targets import choice_samples
+from richkd.training.targets import choice_samples, run_identity
 
 
 def first_settings(sweep: Sweep, recipe: Recipe | None, flags: Mapping[str, Any]) -> Distill:
@@ -49,8 +48,8 @@ def make_grid(
             code="unknown-name",
         )
     base = recipe.table("distill") if recipe else {}
-    given_alpha = flags.get("alpha") or base.get("alpha")
-    choosing = bool(sweep.halving) or "auto" in (*sweep.alpha, given_alpha)
+    given = [flags.get(name) or base.get(name) for name in ("alpha", "weights")]
+    choosing = bool(sweep.halving) or "auto" in (*sweep.alpha, *given)
     grid: dict[str, Distill] = {}
     for student in sweep.students:
         for method in sweep.methods:
@@ -59,7 +58,7 @@ def make_grid(
                     own = {"student": student, "method": method, "seed": seed, "alpha": alpha}
                     settings = resolve(Distill, base, {**flags, **own})
                     if not blends(settings):
-                        settings = replace(settings, alpha=None)
+                        settings = replace(settings, alpha=None, weights=None, balance="")
                     # all runs are tested on the same images
                     settings = settings.with_holdout("validation" in cache.splits, choosing)
                     settings = with_defaults(replace(settings, out=""), cache, sweep.out)
@@ -88,7 +87,7 @@ def check_grid(grid: Sequence[Distill], cache: TeacherCache) -> list[Entry]:
         check_reads(cache, settings)
         folder = RunFolder(Path(settings.out))
         check_version(folder, settings)
-        recorded = to_table(settings), RunIdentity.of(cache)
+        recorded = to_table(settings), run_identity(cache, settings)
         folder.check(*recorded, overwrite=False)
         if settings.holdout:
             choice_samples(cache, settings.holdout)  # raises if the share leaves no image

@@ -38,10 +38,10 @@ from richkd.store.reader import TeacherCache
 from richkd.sweep.board import Board
 from richkd.sweep.entries import FAILURES, Entry, describe_failure
 from richkd.sweep.grid import scores_until
-from richkd.training.identity import RunIdentity
 from richkd.training.run_folder import RunFolder
 from richkd.training.source import Source, build_student
 from richkd.training.student import StudentRun
+from richkd.training.targets import run_identity
 
 ATTEMPTS = 4  # workers that a run may lose
 CONNECT_S = 10.0
@@ -370,7 +370,10 @@ def train(
             wait_until_free(run.path)
         source = shared_source(settings.cache, settings.dataset, settings.data_root, share.device)
         if run.complete:  # and the driver does not know
-            run.check_same(to_table(settings), RunIdentity.of(source.cache))
+            run.check_same(
+                to_table(settings),
+                run_identity(source.cache, settings),
+            )
         else:
             yield from train_run(source, settings, last)
         summary = run.summary()

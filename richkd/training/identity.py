@@ -6,7 +6,8 @@ Earlier versions recorded a sentence in place of a table; it is read into the sa
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 from richkd.core.validation import find_fault, hints
@@ -87,10 +88,21 @@ class RunIdentity(Identity):
     keep: int | None = None  # logits of a row
     keep_temperature: float | None = None
     blend: str | None = None  # "computed" where the cache does not keep its fused logits
+    added: dict[str, str] | None = None  # of the added teachers that the run reads, like `teacher`
+
+    @property
+    def of_cache(self) -> Self:
+        """The part that all runs from a cache share."""
+        return replace(self, added=None)
 
     @classmethod
-    def of(cls, cache: TeacherCache) -> Self:
-        """Return the identity of the runs that are trained from a cache."""
+    def of(cls, cache: TeacherCache, added: Sequence[str] = ()) -> Self:
+        """Return the identity of the runs that are trained from a cache.
+
+        Args:
+            cache: the cache.
+            added: the added teachers that they read.
+        """
         manifest = cache.manifest
         clip, views, seen = manifest["clip"], manifest["views"], teacher_input(manifest)
         temperature = manifest["keep_temperature"] if "keep" in manifest else None
@@ -110,7 +122,14 @@ class RunIdentity(Identity):
             keep=manifest.get("keep"),
             keep_temperature=None if temperature is None else float(f"{temperature:g}"),
             blend="computed" if computed else None,
+            added={name: _sha256(cache.addition(name))[:DIGITS] for name in added} or None,
         )
+
+
+def _sha256(group: TeacherCache) -> str:
+    """Return the SHA-256 of an added teacher's weights."""
+    clip = group.manifest["clip"]
+    return group.manifest["teacher"]["sha256"] if clip is None else clip["sha256"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 import tomli_w
 from torch import Tensor, nn
 
-from richkd.config.settings import Distill, recorded_holdout
+from richkd.config.settings import Distill, recorded_holdout, shown_weights
 from richkd.core.errors import RichKDError
 from richkd.core.files import (
     atomic_write,
@@ -480,6 +480,7 @@ class Run:
             if name in skipped or value == defaults.get(name):
                 continue
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            text = shown_weights(value) if name == "weights" else text
             words += [f"--{name.replace('_', '-')}", text]
         options = self.settings.get("options", {}).get(self.settings["method"], {})
         own = self.settings.get("student_options", {})
@@ -521,14 +522,14 @@ def load_runs(folders: list[Path], cache: str | None) -> list[Run]:
         )
     if cache is not None:
         wanted = RunIdentity.of(open_cache(cache))
-        runs = [run for run in runs if run.identity == wanted]
+        runs = [run for run in runs if run.identity.of_cache == wanted]
         if not runs:
             raise RichKDError(
                 f"no run in {where} was trained on {cache}; check --cache", code="runs-missing"
             )
-    caches = Counter(run.identity for run in runs)
+    caches = Counter(run.identity.of_cache for run in runs)
     if len(caches) > 1:
-        named = {run.identity: run.settings["cache"] for run in reversed(runs)}
+        named = {run.identity.of_cache: run.settings["cache"] for run in reversed(runs)}
         counts = ", ".join(f"{count} on {named[i]}" for i, count in caches.most_common())
         raise RichKDError(
             f"the runs in {where} were trained on different caches ({counts}) and cannot be "

@@ -11,16 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from richkd.config.settings import Distill
+from richkd.config.settings import Distill, shown_weights
 from richkd.core.progress import Report
 from richkd.core.seeds import derive_seed
 from richkd.data.datasets import Split
 from richkd.data.inputs import Normalize, make_inputs
 from richkd.data.views import views_tensor
 from richkd.losses import Task, method_class, method_options
-from richkd.losses.method import TARGET, Method
+from richkd.losses.method import EVERY, TARGET, Method
 from richkd.models import check_fit, check_trainable, create_model
 from richkd.store import pages
+from richkd.store.added import array_of
 from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
 from richkd.store.topk import Rows
 from richkd.training.data import Data, EpochRows, EvalSet, all_rows, timed
@@ -28,6 +29,8 @@ from richkd.training.device import choose_device, cuda, free_memory
 from richkd.training.images import load_images
 from richkd.training.loop import Trainer
 from richkd.training.targets import Target, choice_samples, choose_target, held_out
+
+KINDS = {"cnn": "teacher"}  # the targets of teachers whose names differ from them
 
 
 class Source:
@@ -85,15 +88,29 @@ class Source:
             choice=replace(test, ids=chosen.to(self.device)),
         )
 
-    def task(self, student_dim: int, alpha: float) -> Task:
-        """Return what a method is built for, given a student's feature width and an α."""
+    def task(self, student_dim: int, target: Target | None = None, *, every: bool = False) -> Task:
+        """Return what a method is built for.
+
+        Args:
+            student_dim: width of the student's features.
+            target: the blend that the method takes, if it takes one.
+            every: the method reads the logits of every teacher.
+        """
         clip = self.cache.manifest["clip"]
+        weights = {} if target is None else dict(target.weights)
         return Task(
             labels=self.data.train_labels.cpu(),
             student_dim=student_dim,
             teacher_dim=self.cache.manifest["teacher"]["num_features"],
             clip_dim=clip["num_features"] if clip else 0,
-            alpha=alpha,
+            alpha=1.0 if target is None else target.alpha,
+            teachers=self.cache.teachers if every else (),
+            others={
+                name: num_features(self.cache.addition(name))
+                for name in weights
+                if name in self.cache.added
+            },
+            weights=weights,
         )
 
     def target(self, settings: Distill, kind: str) -> tuple[str, Target]:
@@ -103,6 +120,8 @@ class Source:
         """
         blend = (
             settings.alpha,
+            shown_weights(settings.weights),
+            settings.balance,
             settings.scale,
             settings.prompts,
             settings.clip_head,
@@ -130,15 +149,29 @@ class Source:
         method_type, options = method_of(settings)
         reads = method_type.reads(options)
         data = self.data_for(settings)
-        rows = {name: name for name in reads}
         target: Target | None = None
+        own = ""  # the name of the target's rows
         if TARGET in reads or "clip_features" in reads:
-            name, target = self.target(settings, method_type.target)
-            rows |= {TARGET: name} if TARGET in reads else {}
-        model, num_features = build_student(settings, self.cache)
-        alpha = 1.0 if target is None else target.alpha
-        method = method_type(options, self.task(num_features, alpha))
+            own, target = self.target(settings, method_type.target)
+        model, width = build_student(settings, self.cache)
+        task = self.task(width, target, every=EVERY in reads)
+        method = method_type(options, task)
+        rows = {
+            name: own if name == TARGET else self.row_of(name, settings)
+            for name in method_type.row_names(options, task)
+        }
         return Trainer(model, method, data, settings, self.device, log), rows, target
+
+    def row_of(self, name: str, settings: Distill) -> str:
+        """Return the name for `epochs` of the rows that a method calls `name`."""
+        teacher, of_teacher, what = name.rpartition("/")
+        if not of_teacher:
+            return name
+        if what == "logits":
+            alone = replace(settings, target=KINDS.get(teacher, teacher), alpha=None, weights=None)
+            return self.target(replace(alone, balance=""), "teacher")[0]
+        clip = self.cache.addition(teacher).manifest["clip"]
+        return f"{teacher}/{'teacher' if clip is None else 'clip'}_features"
 
     def own(self, shared: EpochRows, rows: Mapping[str, str], seed: int, epoch: int) -> EpochRows:
         """Select the rows of an epoch that a run's method reads.
@@ -177,7 +210,7 @@ class Source:
     def _is_fixed(self, name: str) -> bool:
         """Return whether rows are the same in every epoch: CLIP's, which saw the clean images."""
         target = self._targets.get(name)
-        return not target.reads if target else name not in SLAB_ARRAYS
+        return not target.reads if target else name.rpartition("/")[2] not in SLAB_ARRAYS
 
     def _place(self, slab: Collection[str], fixed: Collection[str]) -> Placement:
         """Choose where rows are kept: in memory, on the disk or on the device.
@@ -197,8 +230,8 @@ class Source:
         arrays = {name for name in names if name not in self._targets}
         targets = [self._targets[name] for name in names if name in self._targets]
         arrays |= {array for target in targets for array in target.reads}
-        blends = sum(bool(target.clip) for target in targets)
-        return self.cache.nbytes([f"train/{array}" for array in arrays]) + (
+        blends = sum(not target.is_stored for target in targets)
+        return self.cache.nbytes([array_of("train", array) for array in arrays]) + (
             4 * blends * self.cache.num_samples * self.cache.num_classes
         )
 
@@ -208,7 +241,7 @@ class Source:
             self._fixed[name] = (
                 target.logits("train", {}, place.empty)
                 if target
-                else self.cache.read(f"train/{name}")
+                else self.cache.read(array_of("train", name))
             )
         device = torch.device("cpu") if place.on_host else self.device
         self._fixed[name] = self._fixed[name].to(device)
@@ -228,15 +261,15 @@ class Source:
 
         @lru_cache(maxsize=1)  # with one view, every epoch has the same slab
         def read(view: int) -> EpochRows:
-            slab = self.cache.slab(view, sorted(features), place.on_disk)
+            views = self.cache.slab(view, (), place.on_disk).views
             stored = {
-                name: self.cache.rows(f"train/{name}", view, place.on_disk)
-                for name in sorted(logits)
+                name: self.cache.rows(array_of("train", name), view, place.on_disk)
+                for name in sorted(logits | features)
             }
-            rows: dict[str, Rows] = {name: getattr(slab, name) for name in features}
+            rows: dict[str, Rows] = {name: stored[name] for name in sorted(features)}
             for name, target in targets.items():
                 rows[name] = target.logits("train", stored, empty)
-            epoch_rows = EpochRows(slab.views, rows, place.on_host)
+            epoch_rows = EpochRows(views, rows, place.on_host)
             return epoch_rows.pinned() if pin else epoch_rows
 
         return lambda epoch: read((epoch - 1) % self.cache.num_views)
@@ -252,6 +285,12 @@ class Placement:
     def empty(self, shape: tuple[int, ...], dtype: str = "float32") -> Tensor:
         """Return uninitialised rows."""
         return torch.from_numpy(pages.empty(shape, np.dtype(dtype), self.on_disk))
+
+
+def num_features(group: TeacherCache) -> int:
+    """Return the width of an added teacher's features."""
+    clip = group.manifest["clip"]
+    return group.manifest["teacher"]["num_features"] if clip is None else clip["num_features"]
 
 
 def method_of(settings: Distill) -> tuple[type[Method], Any]:

@@ -13,23 +13,22 @@ from typing import Any
 import torch
 
 from richkd.config import catalog
-from richkd.config.settings import Distill, to_table
+from richkd.config.settings import Distill, shown_weights, to_table
 from richkd.core.errors import RichKDError
 from richkd.core.files import locked
 from richkd.core.progress import Advance, Report, percent
 from richkd.core.versions import versions
-from richkd.losses.method import TARGET
+from richkd.losses.method import EVERY, TARGET
 from richkd.store.reader import TeacherCache
 from richkd.store.schema import left_out, teacher_accuracies
 from richkd.training.checkpoint import Best, Progress, Saving
 from richkd.training.data import EpochRows
 from richkd.training.device import cuda, hardware
-from richkd.training.identity import RunIdentity
 from richkd.training.loop import EpochRecord, Trainer
 from richkd.training.precision import advice, is_open, time_precisions
 from richkd.training.run_folder import RunFolder
 from richkd.training.source import Source, method_of
-from richkd.training.targets import describe_target
+from richkd.training.targets import describe_target, resolve_weights, run_identity
 
 # Methods that changed since recipes began to record the hold-out.
 CHANGED = frozenset({"dist", "mlkd", "mlkd-ls"})
@@ -59,7 +58,7 @@ class StudentRun:
         self.folder = RunFolder(Path(settings.out))
         if not overwrite:
             check_version(self.folder, settings)
-        recorded = to_table(settings), RunIdentity.of(cache)
+        recorded = to_table(settings), run_identity(cache, settings)
         self.folder.check(*recorded, overwrite=overwrite)
         self.trainer, self.rows, self.target = source.trainer(settings, self._log)
         with ExitStack() as stack:
@@ -237,7 +236,7 @@ def completed(settings: Distill, cache: TeacherCache, report: Report) -> dict[st
     if not run.complete:
         return None
     check_version(run, settings)
-    run.check(to_table(settings), RunIdentity.of(cache), overwrite=False)
+    run.check(to_table(settings), run_identity(cache, settings), overwrite=False)
     run.tidy()
     report.log(f"{run.path} is already complete; --overwrite starts over")
     return run.summary()
@@ -254,6 +253,8 @@ def with_defaults(settings: Distill, cache: TeacherCache, runs: str = "runs") ->
     dataset = cache.manifest["dataset"]["name"]
     student = settings.student or catalog.networks(dataset, cache.manifest["image_size"])[1]
     alpha = "" if settings.alpha is None else f"-a{settings.alpha}"
+    if settings.weights is not None:
+        alpha = f"-w-{shown_weights(settings.weights).replace('=', '').replace(',', '-')}"
     name = f"{cache.location.stem}-{student}-{settings.method}{alpha}-s{settings.seed}"
     out = settings.out or str(Path(runs) / name.replace("/", "-"))
     lr = catalog.learning_rate(student) if settings.lr is None else settings.lr
@@ -269,8 +270,7 @@ def check_reads(cache: TeacherCache, settings: Distill) -> None:
     """
     method_type, options = method_of(settings)
     reads = method_type.reads(options)
-    if cache.manifest["clip"] is None and "clip_features" in reads:
-        cache.require("train/clip_features")
+    check_blend_of(cache, settings)
     check_kept(settings, cache.manifest.get("rows"), str(cache.location))
     if cache.kept and method_type.needs_whole_rows(options):
         raise RichKDError(
@@ -284,6 +284,38 @@ def check_reads(cache: TeacherCache, settings: Distill) -> None:
             f"target = {settings.target!r}: method {settings.method} takes no target logits; "
             f"remove --target",
             code="target-not-taken",
+        )
+
+
+def check_blend_of(cache: TeacherCache, settings: Distill) -> None:
+    """Check that a cache has the teachers that a run blends, and that its method blends them.
+
+    Raises:
+        RichKDError: one of them does not hold.
+    """
+    method_type, options = method_of(settings)
+    reads = method_type.reads(options)
+    if settings.weights is not None:
+        if not {TARGET, "clip_features"} & {*reads}:
+            raise RichKDError(
+                f"weights = {shown_weights(settings.weights)}: method {settings.method} takes no "
+                f"blend of teachers; remove --weights",
+                code="weights-not-taken",
+            )
+        resolve_weights(cache, settings)
+    elif cache.manifest["clip"] is None and "clip_features" in reads and cache.added:
+        raise RichKDError(
+            f"method {settings.method} blends teachers, but {cache.location} has no CLIP; name "
+            f"those to blend, as in --weights {','.join(f'{n}=1' for n in cache.teachers)}",
+            code="weights-needed",
+        )
+    elif cache.manifest["clip"] is None and "clip_features" in reads:
+        cache.require("train/clip_features")
+    if EVERY in reads and len(cache.teachers) < 2:
+        raise RichKDError(
+            f"method {settings.method} needs several teachers, but {cache.location} has one; add "
+            f"another with richkd add-teacher",
+            code="method-needs-teachers",
         )
 
 

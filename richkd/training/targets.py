@@ -1,4 +1,4 @@
-"""The target logits of a student: the CNN teacher's, CLIP's, or their blend, from the cache.
+"""The target logits of a student: one teacher's, or a blend of several, from the cache.
 
 The blend that the cache was made with is read, if the cache keeps it; any other α, scale, set of
 prompts or CLIP head is computed from the cached parts. No teacher is loaded.
@@ -7,25 +7,28 @@ prompts or CLIP head is computed from the cached parts. No teacher is loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from richkd.config.settings import Distill
+from richkd.config.settings import Distill, shown_weights
 from richkd.core import fusion
 from richkd.core.accuracy import accuracy
-from richkd.core.choices import Scale
-from richkd.core.errors import RichKDError
-from richkd.core.memory import spans
+from richkd.core.errors import RichKDError, unknown
 from richkd.core.progress import Report
 from richkd.core.seeds import derive_seed
+from richkd.losses import method_class, method_options
+from richkd.losses.method import EVERY
 from richkd.store import schema
+from richkd.store.added import array_of, unknown_teacher
 from richkd.store.reader import TeacherCache
 from richkd.store.topk import Rows
-from richkd.training.probe import fit_probe
+from richkd.training.blend_weights import likeliest
+from richkd.training.identity import RunIdentity
+from richkd.training.parts import Part, blended, clip_scale, read_rows, teacher_part
 
 ALPHAS = torch.linspace(0, 1, 21)
 SCALES_A_DOUBLING = 2
@@ -36,41 +39,33 @@ DOUBLINGS = 12  # of the scale, below its native value; 3 above
 class Target:
     """A resolved choice of target logits: no value is `auto` or a name of a scale."""
 
-    kind: str  # teacher, clip or fused
-    alpha: float  # of the blend, which fused features use too
-    scale: float  # of CLIP's logits: of its cosines, or of the probe's logits
-    clip: Mapping[str, Tensor]  # split -> CLIP's logits before the scale [N,C], if they are used
+    kind: str  # teacher, clip, fused, or the name of an added teacher
+    parts: tuple[Part, ...]  # their sum is the target
     about: Mapping[str, Any]  # for the summary
-    bias: float = 0.0  # added to scaled cosines
+    alpha: float = 1.0  # of the blend, which fused features use too
+    weights: Mapping[str, float] = field(default_factory=dict)  # likewise, by teacher
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The arrays of the cache, with a row per view and sample, that `logits` starts from."""
-        if self.kind == "fused" and not self.clip:
-            return ("fused_logits",)
-        return () if self.kind == "clip" else ("teacher_logits",)
+        """The rows of the cache, one per view and sample, that `logits` starts from."""
+        return tuple(part.row for part in self.parts if part.row)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the target is rows of the cache as they are."""
+        return self.parts == (Part(self.parts[0].row),)
 
     def logits(
         self, split: str, rows: Mapping[str, Rows], empty: Callable[..., Tensor] = torch.empty
     ) -> Rows:
         """Return target logits [N,C] of a split, from the rows that `reads` names.
 
-        If they are not such rows themselves, they are computed, a span of samples at a time, into
-        the tensor that `empty` creates of their shape, and rounded to its dtype.
+        If they are not such rows themselves, they are computed into the tensor that `empty`
+        creates of their shape, and rounded to its dtype.
         """
-        if self.kind != "clip" and not self.clip:
-            return rows[self.reads[0]]
-        clip = self.clip[split]
-        logits = empty(clip.shape)
-        for span in spans(len(clip)):
-            if self.kind == "clip":
-                own = fusion.clip_logits(clip[span], self.scale, self.bias)
-                logits[span] = own.to(logits.dtype)
-            else:
-                teacher = rows["teacher_logits"][span].float()
-                fused = fusion.fuse_logits(teacher, clip[span], self.alpha, self.scale, self.bias)
-                logits[span] = fused.to(logits.dtype)
-        return logits
+        if self.is_stored:
+            return rows[self.parts[0].row]
+        return blended(self.parts, split, rows, empty)
 
 
 def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Report) -> Target:
@@ -78,92 +73,154 @@ def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Rep
 
     Args:
         cache: to train from.
-        settings: target, alpha, scale, prompts, clip_head and holdout are read.
+        settings: target, alpha, weights, balance, scale, prompts, clip_head and holdout are read.
         kind: the method's own target, if the settings name none.
-        report: where the fit of a probe and the choice of α are logged.
+        report: where the fit of a probe and the choice of α or weights are logged.
 
     Raises:
         RichKDError: the cache lacks what it needs, or a setting is out of range.
     """
     kind = settings.target or kind
     settings = settings.with_holdout("validation" in cache.splits)
-    manifest = cache.manifest
-    alpha = manifest["alpha"] if settings.alpha is None else settings.alpha
+    check_target(cache, settings, kind)
+    if kind == "fused" and settings.weights is not None:
+        return choose_weighted(cache, settings, report)
+    alpha = cache.manifest["alpha"] if settings.alpha is None else settings.alpha
     if kind == "teacher":
-        if alpha == "auto":
-            raise RichKDError(
-                "alpha 'auto' chooses a blend, but the target is the CNN teacher alone; pass "
-                "--target fused",
-                code="alpha-auto-without-blend",
-            )
-        return Target(kind, alpha, 1.0, {}, {"kind": kind})
+        return Target(kind, (Part("teacher_logits"),), {"kind": kind}, float(alpha))
+    if kind not in ("clip", "fused"):
+        part, _ = teacher_part(cache, kind, settings, report)
+        return Target(kind, (part,), {"kind": kind})
     cache.require("train/clip_similarity")
-    assert manifest["clip"] is not None
-    zero_shot = settings.clip_head == "zero-shot"
-    native = manifest["clip"]["logit_scale"] if zero_shot else 1.0
-    scale, bias = _number(cache, native, settings), 0.0
-    if zero_shot and not (alpha == "auto" and settings.scale is None):  # which chooses a number
-        named = cast(Scale, manifest["scale"]) if settings.scale is None else settings.scale
-        bias = fusion.resolve_bias(named, manifest["clip"].get("logit_bias"))
     about: dict[str, Any] = {"kind": kind, "head": settings.clip_head}
-    clip: dict[str, Tensor] = {}
-    if kind == "clip" or settings.reblends or not cache.has("train/fused_logits"):
-        clip, fitted = _clip_logits(cache, settings, report)
-        about |= fitted
+    if kind == "fused" and not settings.reblends and cache.has("train/fused_logits"):
+        scale, _ = clip_scale(cache, settings)
+        about |= {"alpha": alpha, "scale": scale}
+        return Target(kind, (Part("fused_logits"),), about, float(alpha))
+    clip, found = teacher_part(cache, "clip", settings, report)
+    about |= found
     if alpha == "auto":
-        candidates = _scales(native) if settings.scale is None else torch.tensor([scale])
+        alpha, clip, chosen = choose_alpha(cache, settings, clip, report)
+        about |= chosen
+    if kind == "clip":
+        return Target(kind, (clip,), {**about, "scale": clip.factor}, alpha)
+    about |= {"alpha": alpha, "scale": clip.factor}
+    parts = (Part("teacher_logits", factor=alpha), clip.times(1 - alpha))
+    return Target(kind, parts, about, alpha)
+
+
+def check_target(cache: TeacherCache, settings: Distill, kind: str) -> None:
+    """Raise RichKDError if the cache has no such target, or the settings ask for another blend."""
+    known = ("teacher", "clip", "fused", *cache.added)
+    if kind not in known:
+        raise unknown("target", kind, known)
+    given = {"alpha": settings.alpha == "auto", "weights": settings.weights is not None}
+    blend = next((name for name, present in given.items() if present), None)
+    if kind != "fused" and blend is not None and (kind != "clip" or blend == "weights"):
+        what = "the CNN teacher" if kind == "teacher" else kind
+        raise RichKDError(
+            f"{blend} {shown_weights(getattr(settings, blend))} chooses a blend, but the target is "
+            f"{what} alone; pass --target fused, or leave it out",
+            code="alpha-auto-without-blend" if blend == "alpha" else "weights-without-blend",
+        )
+
+
+def choose_alpha(
+    cache: TeacherCache, settings: Distill, clip: Part, report: Report
+) -> tuple[float, Part, dict[str, Any]]:
+    """Choose α, and CLIP's scale unless it is given, by likelihood on held-out samples."""
+    clip = replace(clip, shift=0.0 if settings.scale is None else clip.shift)
+    native = clip.factor
+    if settings.scale is None and settings.clip_head == "zero-shot":
+        assert cache.manifest["clip"] is not None
+        native = cache.manifest["clip"]["logit_scale"]
+    candidates = _scales(native) if settings.scale is None else torch.tensor([clip.factor])
+    split, index = choice_samples(cache, settings.holdout or 0.0)
+    alpha, scale, nll = choose_blend(cache, clip.fixed[split], candidates, split, index)
+    report.log(
+        f"the likelihood of {len(index):,} {split} images{' held out' * (split == 'test')} "
+        f"chooses alpha {alpha:.2f}, scale {scale:.4g}"
+    )
+    return alpha, replace(clip, factor=scale), {"held_out_nll": nll}
+
+
+def choose_weighted(cache: TeacherCache, settings: Distill, report: Report) -> Target:
+    """Return the blend of any number of teachers: Σ_k w_k·s_k·z_k, with weights that sum to 1.
+
+    The scales s_k give all teachers the spread of the first one (fusion.balance), measured on the
+    training images in their first view, unless `balance` is none.
+    """
+    wanted = resolve_weights(cache, settings)
+    parts: dict[str, Part] = {}
+    about: dict[str, Any] = {}
+    for name in wanted:
+        parts[name], found = teacher_part(cache, name, settings, report)
+        about |= found
+    if settings.balance != "none":
+        own = {n: blended([p], "train", read_rows(cache, [p], "train")) for n, p in parts.items()}
+        scales = fusion.balance(own)
+        parts = {name: part.times(scales[name]) for name, part in parts.items()}
+        about |= {"balance": scales}
+    if settings.weights == "auto":
         split, index = choice_samples(cache, settings.holdout or 0.0)
-        alpha, scale, nll = choose_blend(cache, clip[split], candidates, split, index)
-        about |= {"held_out_nll": nll}
+        labels = cache.read(f"{split}/labels")[index]
+        logits = [p.logits(split, read_rows(cache, [p], split), index) for p in parts.values()]
+        chosen, scale, nll = likeliest(logits, labels)
+        wanted = dict(zip(parts, chosen, strict=True))
+        parts = {name: part.times(scale) for name, part in parts.items()}
+        about |= {"held_out_nll": nll, "scale": scale}
         report.log(
             f"the likelihood of {len(index):,} {split} images{' held out' * (split == 'test')} "
-            f"chooses alpha {alpha:.2f}, scale {scale:.4g}"
+            f"chooses the weights {shown_weights(wanted)}"
         )
-    about |= {"scale": scale} if kind == "clip" else {"alpha": alpha, "scale": scale}
-    return Target(kind, alpha, scale, clip, about, bias)
+    used = {name: weight for name, weight in wanted.items() if weight > 0}
+    about = {"kind": "fused", "head": settings.clip_head, "weights": used, **about}
+    report.log(f"the target blends {shown_weights(used)}")
+    blend = tuple(parts[name].times(weight) for name, weight in used.items())
+    return Target("fused", blend, about, weights=used)
 
 
-def _clip_logits(
-    cache: TeacherCache, settings: Distill, report: Report
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return CLIP's logits of all splits before the scale, and what the fit of a probe found."""
-    if settings.clip_head == "zero-shot":
-        return {split: cache.similarity(split, settings.prompts) for split in cache.splits}, {}
-    if settings.prompts is not None:
+def resolve_weights(cache: TeacherCache, settings: Distill) -> dict[str, float]:
+    """Return the teachers of a blend with their weights, which sum to 1; with `auto`, all alike.
+
+    Raises:
+        RichKDError: the weights name a teacher that the cache does not have, or lack one.
+    """
+    given = settings.weights
+    if not isinstance(given, Mapping):
+        return {name: 1 / len(cache.teachers) for name in cache.teachers}
+    for name in given:
+        if name not in cache.teachers:
+            raise unknown_teacher(cache.location, name, cache.teachers)
+    missing = [name for name in cache.teachers if name not in given]
+    if missing:
         raise RichKDError(
-            "prompts are for the zero-shot head, and the probe has none; remove --prompts",
-            code="prompts-with-probe",
+            f"weights {shown_weights(given)}: {cache.location} also has the teacher {missing[0]}; "
+            f"give it a weight, or {missing[0]}=0 to leave it out",
+            code="weights-incomplete",
         )
-    report.log(f"fitting a probe on CLIP's features of {cache.num_samples:,} images")
-    features = {split: cache.read(f"{split}/clip_features") for split in cache.splits}
-    train, labels = features.pop("train"), cache.read("train/labels")
-    probe = fit_probe(train, labels, torch.cat([*features.values()]), cache.num_classes)
-    if probe.too_small:
-        names = [cache.manifest["class_names"][number] for number in probe.too_small]
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        report.log(f"these classes have fewer training images than the probe has folds: {shown}")
-    others = torch.split(probe.other_logits, [len(each) for each in features.values()])
-    found = {
-        "penalty": probe.penalty,
-        "out_of_fold_nll": probe.nll,
-        "out_of_fold_top1": accuracy(probe.train_logits, labels, 1),
-    }
-    return {"train": probe.train_logits, **dict(zip(features, others, strict=True))}, found
+    total = sum(given.values())
+    return {name: given[name] / total for name in cache.teachers if given[name] > 0}
 
 
-def _number(cache: TeacherCache, native: float, settings: Distill) -> float:
-    """Return the scale as a number, of cosines or of the probe's logits."""
-    scale = cast(Scale, cache.manifest["scale"]) if settings.scale is None else settings.scale
-    if settings.clip_head == "probe":
-        if settings.scale is None:
-            return 1.0  # the cache's scale is of cosines
-        if scale == "raw":
-            raise RichKDError(
-                "scale 'raw' is for CLIP's cosines, but the probe gives logits; remove --scale, or "
-                "give a number to multiply them by",
-                code="scale-with-probe",
-            )
-    return fusion.resolve_scale(scale, native)
+def run_identity(cache: TeacherCache, settings: Distill) -> RunIdentity:
+    """Return what a run learns from, as its recipe.toml records it."""
+    return RunIdentity.of(cache, added_teachers(cache, settings))
+
+
+def added_teachers(cache: TeacherCache, settings: Distill) -> tuple[str, ...]:
+    """Return the added teachers whose rows a run reads."""
+    method_type, options = method_class(
+        settings.method, method_options(settings.options, settings.method)
+    )
+    reads, target = method_type.reads(options), settings.target or method_type.target
+    if EVERY in reads:
+        return cache.added
+    if target in cache.added:
+        return (target,)
+    if settings.weights is None or target != "fused" or not reads:
+        return ()
+    return tuple(name for name in resolve_weights(cache, settings) if name in cache.added)
 
 
 def _scales(native: float) -> Tensor:
@@ -235,7 +292,7 @@ def choose_blend(
 
 def describe_target(target: Target, cache: TeacherCache, tested: Tensor) -> dict[str, Any]:
     """Return the target's entry in a summary: its settings, and its scores on tested samples."""
-    rows = {name: cache.read(f"test/{name}") for name in target.reads}
+    rows = {name: cache.read(array_of("test", name)) for name in target.reads}
     logits = target.logits("test", rows)[tested].float()
     labels = cache.read("test/labels")[tested]
     return {
