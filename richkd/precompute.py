@@ -194,13 +194,13 @@ def recompute(
     dataset: Dataset | None = None,
     report: Report | None = None,
 ) -> TeacherCache:
-    """Compute the missing or damaged blocks of a cache, as its manifest describes them.
+    """Compute the missing or damaged blocks of a cache or of an added teacher.
 
     The CNN teacher keeps its recorded input and class order, and the rules for new caches do not
     apply, as the cache may be older than they are.
 
     Args:
-        manifest: of the cache.
+        manifest: of the cache or of the added teacher, which describes what to compute.
         settings: its recipe, with `out` where the cache is.
         damaged: the blocks of a complete cache to compute again; None for an incomplete cache.
         dataset: the images, if they are already loaded.
@@ -209,10 +209,14 @@ def recompute(
     Raises:
         RichKDError: as `precompute`; or the images or teachers are no longer the same.
     """
-    recorded = TeacherEntry(**{**manifest["teacher"], "input": schema.teacher_input(manifest)})
+    name, recorded = manifest.get("addition"), None
+    if "teacher" in manifest:
+        recorded = TeacherEntry(**{**manifest["teacher"], "input": schema.teacher_input(manifest)})
     with joined() as ranks:
         report = report if report and ranks.first else QUIET
-        out, device = open_location(settings.out), choose_device(settings.device)
+        location, device = open_location(settings.out), choose_device(settings.device)
+        whole = None if name is None else open_cache(settings.out)
+        out = location if name is None else place_of(location, name)
         autocast(device, settings.clip_precision)
         ranks.from_first(lambda: check_settings(settings, out, overwrite=False))
         dataset = ranks.from_first(lambda: load_images(settings, dataset, report))
@@ -220,7 +224,11 @@ def recompute(
         check_same_files(dataset, ranks)
         training = training_settings(settings, {})
         finder = Finder(settings, dataset, training, device, ranks, report)
-        stage = StageOne.of(dataset, *finder.find(recorded=recorded), manifest["block"])
+        found, block = finder.find(recorded=recorded), manifest["block"]
+        if whole is None or name is None:
+            stage = StageOne.of(dataset, *found, block)
+        else:
+            stage = StageOne.added_to(whole, name, dataset, *found, block)
         stage.run(out, ranks, report, damaged=damaged)
         return open_cache(settings.out)
 

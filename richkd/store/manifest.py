@@ -54,9 +54,12 @@ def open_store(copy: LocalCopy) -> tuple[zarr.Group, Manifest]:
     group = _open_group(copy)
     manifest = check_manifest(copy.location, dict(group.attrs))
     if not manifest["complete"]:
+        what, command = "cache", "precompute"
+        if "addition" in manifest:
+            what, command = f"teacher {manifest['addition']}", "add-teacher"
         raise RichKDError(
-            f"the cache at {copy.location} is incomplete: precompute was interrupted; run the same "
-            f"richkd precompute command again to resume it",
+            f"the {what} at {copy.location} is incomplete: {command} was interrupted; run the same "
+            f"richkd {command} command again to resume it",
             code="cache-incomplete",
         )
     return group, manifest

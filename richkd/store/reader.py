@@ -383,16 +383,7 @@ def open_cache(path: str | Path, *, memory: int | None = None) -> TeacherCache:
 
 def open_addition(cache: TeacherCache, name: str, memory: int | None = None) -> TeacherCache:
     """Open the rows of a teacher that was added to a cache; raise as `TeacherCache.addition`."""
-    try:
-        found = _open(place_of(cache.location, name), memory)
-    except RichKDError as error:
-        if error.code != "cache-incomplete":
-            raise
-        raise RichKDError(
-            f"the teacher {name!r} of {cache.location} is incomplete: adding it was interrupted; "
-            f"run the same richkd add-teacher command again to resume it",
-            code="teacher-incomplete",
-        ) from None
+    found = _open(place_of(cache.location, name), memory)
     other = belongs(found.manifest, cache.manifest)
     if other is not None or found.manifest.get("addition") != name:
         raise RichKDError(

@@ -43,12 +43,13 @@ _HUB_FILES = {CARD, ".gitattributes"}  # files that the hub itself puts into a n
 def check_store(folder: Path, report: Report) -> None:
     """Read every byte of a cache; raise RichKDError if it is incomplete or damaged."""
     cache = open_cache(folder)
-    for damage in find_damage(cache.location, cache.manifest, report):
-        raise RichKDError(
-            f"{folder} is damaged: {damage.file}: {damage.reason}; richkd repair "
-            f"computes those blocks again",
-            code="cache-damaged",
-        )
+    for group in (cache, *map(cache.addition, cache.added)):
+        for damage in find_damage(group.location, group.manifest, report):
+            raise RichKDError(
+                f"{group.location} is damaged: {damage.file}: {damage.reason}; richkd repair "
+                f"computes those blocks again",
+                code="cache-damaged",
+            )
 
 
 def check_run(folder: Path, report: Report) -> None:

@@ -10,10 +10,11 @@ from richkd.core.progress import Report, percent, size
 from richkd.data.entries import describe_splits
 from richkd.data.framing import NetworkInput
 from richkd.store import schema
-from richkd.store.location import METADATA
+from richkd.store.added import added_names, place_of
+from richkd.store.location import METADATA, Location
 from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
-from richkd.store.schema import teacher_accuracies
+from richkd.store.schema import Manifest, teacher_accuracies
 
 
 def summarize(path: str | Path) -> dict[str, Any]:
@@ -24,6 +25,14 @@ def summarize(path: str | Path) -> dict[str, Any]:
     """
     location = open_location(path)
     manifest = read_manifest(path)
+    summary = _summary(location, manifest)
+    added = [_summary(place_of(location, n)) for n in added_names(location.sizes())]
+    return {**summary, "added": {each["manifest"]["addition"]: each for each in added}}
+
+
+def _summary(location: Location, manifest: Manifest | None = None) -> dict[str, Any]:
+    """Return the summary of a cache without its added teachers, or of one of these."""
+    manifest = manifest or read_manifest(location.name)
     stored = Counter[str]()
     for file, count in location.sizes().items():
         stored[file.partition("/c/")[0].removesuffix(f"/{METADATA}")] += count
@@ -51,9 +60,9 @@ def summarize(path: str | Path) -> dict[str, Any]:
 def show(summary: dict[str, Any], report: Report) -> None:
     """Print the summary as two tables."""
     manifest = summary["manifest"]
-    dataset, views, teacher, clip = (manifest[k] for k in ("dataset", "views", "teacher", "clip"))
-    accuracy = summary["accuracy"]
-    state = "complete" if summary["complete"] else "INCOMPLETE: run the same precompute again"
+    dataset, views = manifest["dataset"], manifest["views"]
+    command = "add-teacher" if "addition" in manifest else "precompute"
+    state = "complete" if summary["complete"] else f"INCOMPLETE: run the same {command} again"
     images = "embedded" if dataset["embedded"] else "not embedded, read from the dataset"
     rows = [
         ("state", state),
@@ -62,27 +71,11 @@ def show(summary: dict[str, Any], report: Report) -> None:
         ("fingerprint", dataset["fingerprint"][:16]),
         ("classes", f"{len(manifest['class_names'])}: {_some(manifest['class_names'])}"),
         ("views", f"{views['count']} of {views['space']}, seed {views['seed']}"),
-        ("teacher", f"{teacher['name']}, sha256 {teacher['sha256'][:16]}"),
-        ("  sees", f"{NetworkInput.of(schema.teacher_input(manifest))}"),
-        ("  top-1", f"{percent(accuracy['cnn'])} %"),
+        *_teachers(summary),
     ]
-    if clip:
-        bias = f", bias {clip['logit_bias']:.4g}" if "logit_bias" in clip else ""
-        rows += [
-            ("CLIP", f"{clip['model']}, logit scale {clip['logit_scale']:.4g}{bias}"),
-            (
-                "  precision",
-                schema.describe_precision(
-                    clip.get("precision", "float32"), clip.get("precision_error")
-                ),
-            ),
-            ("  zero-shot top-1", f"{percent(accuracy['clip'])} %"),
-            ("prompts", f"{len(manifest['prompts'])}: {_some(manifest['prompts'])}"),
-            ("blend", f"alpha {manifest['alpha']}, scale {manifest['scale']}"),
-            ("  fused top-1", f"{percent(accuracy['fused'])} %"),
-        ]
-    else:
-        rows.append(("CLIP", "none"))
+    for name, added in summary["added"].items():
+        rows.append((f"added: {name}", "" if added["complete"] else "INCOMPLETE"))
+        rows += [(f"  {key.strip()}", value) for key, value in _teachers(added)]
     if "keep" in manifest:
         tau = manifest["keep_temperature"]
         rows.append(("logits", f"the {manifest['keep']} largest, the others alike at τ {tau:g}"))
@@ -91,19 +84,54 @@ def show(summary: dict[str, Any], report: Report) -> None:
     if "keep_kl" in manifest:
         rows.append(("  KL error", schema.describe_errors(manifest["keep_kl"])))
     report.table(summary["path"], ("", ""), rows, left=2)
+    groups = {"": summary, **{f"{schema.ADDED}/{n}/": g for n, g in summary["added"].items()}}
+    stored = sum(group["stored_bytes"] for group in groups.values())
+    raw = sum(group["raw_bytes"] for group in groups.values())
     report.table(
-        f"{size(summary['stored_bytes'])} stored, {size(summary['raw_bytes'])} raw",
+        f"{size(stored)} stored, {size(raw)} raw",
         ("array", "shape", "dtype", "stored"),
         [
             (
-                name,
+                f"{folder}{name}",
                 "×".join(map(str, array["shape"])),
                 array["dtype"],
                 size(array["stored_bytes"]),
             )
-            for name, array in summary["arrays"].items()
+            for folder, group in groups.items()
+            for name, array in group["arrays"].items()
         ],
     )
+
+
+def _teachers(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows on the teachers of a cache, or on an added one."""
+    manifest, accuracy = summary["manifest"], summary["accuracy"]
+    teacher, clip = manifest.get("teacher"), manifest["clip"]
+    rows = []
+    if teacher:
+        rows += [
+            ("teacher", f"{teacher['name']}, sha256 {teacher['sha256'][:16]}"),
+            ("  sees", f"{NetworkInput.of(schema.teacher_input(manifest))}"),
+            ("  top-1", f"{percent(accuracy['cnn'])} %"),
+        ]
+    if clip:
+        bias = f", bias {clip['logit_bias']:.4g}" if "logit_bias" in clip else ""
+        precision, error = clip.get("precision", "float32"), clip.get("precision_error")
+        rows += [
+            ("CLIP", f"{clip['model']}, logit scale {clip['logit_scale']:.4g}{bias}"),
+            ("  precision", schema.describe_precision(precision, error)),
+            ("  zero-shot top-1", f"{percent(accuracy['clip'])} %"),
+            ("prompts", f"{len(manifest['prompts'])}: {_some(manifest['prompts'])}"),
+        ]
+    if "addition" in manifest:
+        return rows
+    if not clip:
+        return [*rows, ("CLIP", "none")]
+    return [
+        *rows,
+        ("blend", f"alpha {manifest['alpha']}, scale {manifest['scale']}"),
+        ("  fused top-1", f"{percent(accuracy['fused'])} %"),
+    ]
 
 
 def _some(names: list[str], limit: int = 3) -> str:

@@ -24,6 +24,7 @@ from richkd.core.memory import spans
 from richkd.core.progress import Report
 from richkd.data.framing import NetworkInput
 from richkd.data.views import NUM_VIEW_IDS
+from richkd.store.added import added_names, place_of
 from richkd.store.checksums import (
     block_files,
     chunk_files,
@@ -41,6 +42,7 @@ from richkd.store.locations import open_location
 from richkd.store.manifest import copy_of, open_store, read_manifest
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.store.schema import (
+    ADDED,
     LOGITS,
     Block,
     Manifest,
@@ -54,6 +56,8 @@ from richkd.store.topk import Rows, TopKRows, keep_classes, kl_errors
 from richkd.store.writer import written
 
 SAMPLED_ROWS = 256
+FILES = "files"  # the check of every byte
+OF_IMAGES = ("labels", "views")  # checks of what an added teacher does not have
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ def verify_store(path: str | Path, teacher: str | None, report: Report) -> list[
 
     Args:
         path: of a complete cache.
-        teacher: weights of the CNN teacher, to compute a random sample of its rows again.
+        teacher: weights of the CNN teacher, to compute a random sample of its rows again; or
+            NAME=WEIGHTS for an added teacher.
         report: receives progress.
 
     Raises:
@@ -87,30 +92,50 @@ def verify_store(path: str | Path, teacher: str | None, report: Report) -> list[
             nothing else can be checked.
     """
     location = open_location(path)
-    manifest = sealed_manifest(location)
-    damage = list(find_damage(location, manifest, report))
-    files = sum(map(num_chunks, array_specs(manifest).values()))
-    checks = [
-        Check("manifest", "the seal", ()),
-        Check("files", f"{files:,} chunks", tuple(f"{d.file}: {d.reason}" for d in damage)),
-    ]
-    if damage:
+    checks = check_bytes(location, report)
+    added = added_names(location.sizes())
+    for name in added:
+        checks += check_bytes(place_of(location, name), report, f"{name}: ")
+    if any(check.faults for check in checks):
         return checks  # values cannot be read any more
     cache = open_cache(path)
-    values = (*VALUES, KEPT) if cache.kept else VALUES
-    checks += [Check(name, what, tuple(check(cache))) for name, what, check in values]
-    clip = manifest["clip"]
+    checks += check_values(cache, cache.read("test/labels"))
+    for name in added:
+        checks += check_values(cache.addition(name), cache.read("test/labels"), f"{name}: ")
+    if teacher is not None:
+        name, named, weights = teacher.partition("=")
+        group = cache.addition(name) if named and name in added else cache
+        again = check_teacher(cache, group, Path(teacher if group is cache else weights), report)
+        checks.append(Check("teacher", f"{SAMPLED_ROWS} rows again", tuple(again)))
+    return checks
+
+
+def check_bytes(location: Location, report: Report, prefix: str = "") -> list[Check]:
+    """Check seal and files of a cache or an added teacher; `prefix` begins the checks' names."""
+    manifest = sealed_manifest(location)
+    damage = [f"{each.file}: {each.reason}" for each in find_damage(location, manifest, report)]
+    files = sum(map(num_chunks, array_specs(manifest).values()))
+    return [
+        Check(f"{prefix}manifest", "the seal", ()),
+        Check(f"{prefix}{FILES}", f"{files:,} chunks", tuple(damage)),
+    ]
+
+
+def check_values(group: TeacherCache, labels: Tensor, prefix: str = "") -> list[Check]:
+    """Check the values in a cache or an added teacher, given the labels of the test images."""
+    values = (*VALUES, KEPT) if group.kept else VALUES
+    whole = "addition" not in group.manifest
+    checks = [
+        Check(f"{prefix}{name}", what, tuple(check(group)))
+        for name, what, check in values
+        if whole or name not in OF_IMAGES
+    ]
+    counted = tuple(check_accuracies(group, labels))
+    checks.append(Check(f"{prefix}accuracies", "as counted from rows", counted))
+    clip = group.manifest["clip"]
     if clip is not None and "precision_error" in clip:  # measured by stage one
         shown = describe_precision(clip.get("precision", "float32"), clip["precision_error"])
-        checks.append(Check("CLIP", shown, ()))
-    if teacher is not None:
-        checks.append(
-            Check(
-                "teacher",
-                f"{SAMPLED_ROWS} rows again",
-                tuple(check_teacher(cache, Path(teacher), report)),
-            )
-        )
+        checks.append(Check(f"{prefix}CLIP", shown, ()))
     return checks
 
 
@@ -121,7 +146,7 @@ def raise_faults(path: str | Path, checks: list[Check]) -> None:
         return
     remedy = (
         "richkd repair computes the damaged blocks again"
-        if faults[0][0] == "files"
+        if faults[0][0].endswith(FILES)
         else "it was written this way: write it again with richkd precompute --overwrite"
     )
     more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
@@ -145,13 +170,23 @@ def show_checks(path: str | Path, checks: list[Check], report: Report, most: int
 def repair_store(path: str | Path, report: Report) -> list[str]:
     """Compute the damaged blocks of a cache again, by its own settings; return their names.
 
-    If the cache is incomplete, e.g. because a repair was interrupted, compute the missing blocks.
+    If the cache or an added teacher is incomplete, e.g. because a repair was interrupted, compute
+    the missing blocks.
 
     Raises:
         RichKDError: as `verify_store` and `precompute`; the images and the teachers must still be
             where they were, and be the same.
     """
-    location, manifest = open_location(path), read_manifest(path)
+    location = open_location(path)
+    redone = repair_group(location, report)
+    for name in added_names(location.sizes()):
+        redone += [f"{name}: {block}" for block in repair_group(place_of(location, name), report)]
+    return redone
+
+
+def repair_group(location: Location, report: Report) -> list[str]:
+    """Repair a cache without its added teachers, or one of these; as `repair_store`."""
+    manifest = read_manifest(location.name)
     complete = manifest["complete"]
     if complete:
         manifest = sealed_manifest(location)
@@ -176,11 +211,15 @@ def compute_again(
 ) -> None:
     """Recompute blocks from the images and teachers that the manifest names."""
     from richkd.precompute import recompute
-    from richkd.training.images import load_again
+    from richkd.training.images import load_again, load_dataset_of
 
-    settings = resolve(Precompute, manifest["recipe"], {"out": location.name})
+    name = manifest.get("addition")
+    out = location.name if name is None else location.name.removesuffix(f"/{ADDED}/{name}")
+    settings = resolve(Precompute, manifest["recipe"], {"out": out})
     dataset = None
-    if not manifest["dataset"]["embedded"]:
+    if name is not None:
+        dataset = load_dataset_of(open_cache(out), settings.dataset, settings.data_root, report)
+    elif not manifest["dataset"]["embedded"]:
         dataset = replace(
             load_again(manifest, settings.dataset, settings.data_root, report),
             class_names=tuple(manifest["class_names"]),
@@ -365,10 +404,9 @@ def check_kept(cache: TeacherCache) -> Iterator[str]:
             yield f"manifest: KL error at τ {tau} is {stored.get(tau)}, the test rows have {error}"
 
 
-def check_accuracies(cache: TeacherCache) -> Iterator[str]:
+def check_accuracies(cache: TeacherCache, labels: Tensor) -> Iterator[str]:
     """Check that the accuracies in the manifest match the rows."""
     arrays = {"cnn": "teacher_logits", "clip": "clip_similarity", "fused": "fused_logits"}
-    labels = cache.read("test/labels")
     for kind, stored in teacher_accuracies(cache.manifest).items():
         if stored is not None and kind in arrays:
             counted = accuracy(cache.read(f"test/{arrays[kind]}"), labels, 1)
@@ -382,19 +420,26 @@ VALUES: tuple[tuple[str, str, Callable[[TeacherCache], Iterator[str]]], ...] = (
     ("numbers", "finite", check_finite),
     ("features", "of unit length", check_units),
     ("blend", "fused logits = blend of parts", check_blend),
-    ("accuracies", "as counted from rows", check_accuracies),
 )
 KEPT = ("kept logits", "descend, classes differ", check_kept)  # if a cache has them
 
 
-def check_teacher(cache: TeacherCache, weights: Path, report: Report) -> Iterator[str]:
+def check_teacher(
+    cache: TeacherCache, group: TeacherCache, weights: Path, report: Report
+) -> Iterator[str]:
     """Check that a random sample of training rows is what the CNN teacher gives on their views."""
     from richkd.data.inputs import make_inputs
     from richkd.teachers.cnn import load_teacher
     from richkd.training.device import choose_device
     from richkd.training.images import load_images
 
-    manifest = cache.manifest
+    manifest = group.manifest
+    if "teacher" not in manifest:
+        raise RichKDError(
+            f"{group.location} is a CLIP, and verify computes only rows of CNN teachers again; "
+            f"leave --teacher out",
+            code="verify-of-clip",
+        )
     device = choose_device("auto")
     train = load_images(cache, report=report)["train"]
     outputs = manifest["teacher"].get("outputs")
@@ -419,9 +464,9 @@ def check_teacher(cache: TeacherCache, weights: Path, report: Report) -> Iterato
         index = torch.randperm(cache.num_samples)[:each].sort().values
         found = [teacher.rows(images) for _, images in inputs.batches(index, views, 256)]
         for number, name in enumerate(("teacher_logits", "teacher_features")):
-            if not cache.has(f"train/{name}"):
+            if not group.has(f"train/{name}"):
                 continue
-            rows = cache.rows(f"train/{name}", view)[index]
+            rows = group.rows(f"train/{name}", view)[index]
             again = torch.cat([row[number] for row in found])
             if isinstance(rows, TopKRows):
                 tau = manifest["keep_temperature"]
