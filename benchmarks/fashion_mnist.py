@@ -34,11 +34,11 @@ CAPTIONS = (
 WRONG = 0.15
 
 
-def train_clip(out: Path) -> None:
-    """Train a small CLIP for two epochs on captions of images that students never see."""
+def train_clip(out: Path, *, first: int = 20_000, last: int = 50_000, epochs: int = 2) -> None:
+    """Train a small CLIP on captions of images first..last−1, which students never see."""
     dataset = load_dataset(Images(dataset="fashion-mnist"))
     rng = np.random.default_rng(0)
-    labels = dataset.train.labels[20_000:50_000].numpy().copy()
+    labels = dataset.train.labels[first:last].numpy().copy()
     wrong = rng.random(len(labels)) < WRONG
     labels[wrong] = rng.integers(0, 10, wrong.sum())
     captions = [
@@ -47,7 +47,7 @@ def train_clip(out: Path) -> None:
     ]
     images = dataset.train.images
     assert isinstance(images, torch.Tensor)
-    train_tiny_clip(images[20_000:50_000], captions, out, epochs=2)
+    train_tiny_clip(images[first:last], captions, out, epochs=epochs)
 
 
 def main() -> None:

@@ -94,8 +94,8 @@ class Measure:
         settings = with_defaults(self.settings(method, seed), self.source.cache)
         kind, options = method_of(settings)
         model, width = build_student(settings, self.source.cache)
-        alpha = self.source.cache.manifest["alpha"]
-        objective = kind(options, self.source.task(width, alpha))
+        _, target = self.source.target(settings, kind.target)
+        objective = kind(options, self.source.task(width, target))
         trainer = Trainer(model, objective, self.source.data, settings, self.source.device)
         rows = self.rows(kind.reads(options), settings)
         epoch_rows = self.epochs(views, rows, seed)
