@@ -16,7 +16,7 @@ from richkd.cli import app
 from richkd.config import recipes
 from richkd.config.settings import SECTIONS, describe
 from richkd.core.validation import hints
-from richkd.losses import METHODS, describe_method
+from richkd.losses import EVERY, METHODS, describe_method
 
 
 def write_all(folder: Path) -> None:
@@ -79,8 +79,9 @@ def methods() -> Iterator[str]:
             for key, value in entry["options"].items()
         )
         target = f"logits (`{entry['target']}`)" if entry["target"] else ""
+        every = "logits of every teacher" if EVERY in entry["reads"] else ""
         features = "features" if any("features" in read for read in entry["reads"]) else ""
-        matched = ", ".join(filter(None, (target, features)))
+        matched = ", ".join(filter(None, (target, every, features)))
         yield f"| `{name}` | {_cell(entry['about'])} | {matched} | {options} |"
 
 

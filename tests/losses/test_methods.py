@@ -18,20 +18,29 @@ from richkd.losses import (
     method_class,
     method_options,
 )
-from richkd.losses.method import TARGET
+from richkd.losses.method import EVERY, TARGET
 
 FEATURES = {"teacher_features"}
+SEVERAL = ("aver", "ebkd", "ca-mkd")
 READS = {
     "ce": set(),
     **{name: {TARGET} for name in ("kd", "kd-ls", "dkd", "dkd-ls", "mlkd", "mlkd-ls", "dist")},
     **dict.fromkeys(("crd", "rkd", "sp", "pkt", "vid"), FEATURES),
     "crd-kd": {TARGET, *FEATURES},
+    **{name: {EVERY} for name in SEVERAL},
     "richkd": {TARGET, "teacher_features", "clip_features"},
     "richkd-ls": {TARGET, "teacher_features", "clip_features"},
     "richkd-l": {TARGET},
     "richkd-f": {"teacher_features", "clip_features"},
 }
-TASK = Task(labels=torch.arange(20) % 4, student_dim=6, teacher_dim=5, clip_dim=7, alpha=0.7)
+TASK = Task(
+    labels=torch.arange(20) % 4,
+    student_dim=6,
+    teacher_dim=5,
+    clip_dim=7,
+    alpha=0.7,
+    teachers=("cnn", "clip"),
+)
 
 
 def batch(rng: np.random.Generator) -> Batch:
@@ -43,6 +52,8 @@ def batch(rng: np.random.Generator) -> Batch:
         TARGET: normal(4, 4),
         "teacher_features": normal(4, 5),
         "clip_features": F.normalize(normal(4, 7)),
+        "cnn/logits": normal(4, 4),
+        "clip/logits": normal(4, 4),
     }
     return Batch(normal(4, 4), normal(4, 6), TASK.labels[index], index, rows)
 
@@ -53,7 +64,7 @@ def test_every_method_reads_what_it_says_and_nothing_else(rng: np.random.Generat
         kind, options = method_class(name, {})
         assert set(kind.reads(options)) == reads
         full = batch(rng)
-        rows = {key: full.rows[key] for key in reads}
+        rows = {key: full.rows[key] for key in kind.row_names(options, TASK)}
         method = kind(options, TASK)
         terms = method(Batch(full.logits, full.features, full.labels, full.index, rows))
         assert all(term.ndim == 0 and torch.isfinite(term) for term in terms.values())
@@ -140,6 +151,26 @@ def test_features_are_fused_by_one_rule() -> None:
         kind(options, task)
 
 
+@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("teachers", [(), ("cnn",)])
+def test_one_teacher_cannot_be_weighed_against_others(name: str, teachers: tuple[str, ...]) -> None:
+    kind, options = method_class(name, {})
+    with refuses("method-needs-teachers", *teachers, "add-teacher"):
+        kind(options, replace(TASK, teachers=teachers))
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_weighing_teachers_takes_no_look_at_their_values(name: str) -> None:
+    """Tensors without values stand in for those of a GPU, which a graph can capture."""
+    kind, options = method_class(name, {})
+    with torch.device("meta"):
+        rows = {f"{teacher}/logits": torch.empty(4, 9) for teacher in TASK.teachers}
+        labels = torch.empty(4, dtype=torch.long)
+        batch = Batch(torch.empty(4, 9, dtype=torch.bfloat16), labels, labels, labels, rows)
+    loss = kind(options, TASK)(batch)["logit"]
+    assert loss.is_meta and loss.dtype == torch.float32
+
+
 # As published; tests/config/published/methods.toml says where.
 PUBLISHED = {
     "richkd": {
@@ -173,6 +204,7 @@ PUBLISHED = {
     "sp": {"ce_weight": 1.0, "feature_weight": 3000.0},
     "pkt": {"ce_weight": 1.0, "feature_weight": 30000.0},
     "vid": {"ce_weight": 1.0, "feature_weight": 1.0},
+    **{name: {"ce_weight": 1.0, "logit_weight": 1.0, "temperature": 4.0} for name in SEVERAL},
 }
 
 

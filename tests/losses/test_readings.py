@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from richkd.losses import Batch, Task, method_class
+from richkd.losses import Batch, Task, confidence_weights, entropy_weights, method_class
 from richkd.losses.method import TARGET
 
 B, C, FS, FT, D, N = 6, 9, 7, 5, 8, 24
@@ -245,6 +245,39 @@ def read_weighted(o: Any, b: Batch, rows: Terms, state: Terms, task: Task) -> Te
     return {**logit, "feature": o.feature_weight * contrast(o, s, fused, b, state)}
 
 
+def of_teachers(o: Any, b: Batch, rows: Terms, weights: list[list[Tensor]]) -> Terms:
+    """The mean over teachers and samples of weight times divergence; weights [K][B]."""
+    teachers = list(rows.values())
+    total = torch.zeros(()).double()
+    for k, z in enumerate(teachers):
+        for i in range(B):
+            p, q = softmax(z[i], o.temperature), softmax(b.logits[i], o.temperature)
+            total = total + weights[k][i] * o.temperature**2 * kl(p, q) / (len(teachers) * B)
+    return {"logit": o.logit_weight * total}
+
+
+def read_aver(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
+    return of_teachers(o, b, rows, [[torch.ones(()).double()] * B for _ in rows])
+
+
+def read_ebkd(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
+    h = []
+    for z in rows.values():
+        p = [softmax(z[i], 1.0) for i in range(B)]
+        h.append([-sum(p[i][c] * p[i][c].log() for c in range(C)) for i in range(B)])
+    total = [sum(own[i] for own in h) for i in range(B)]
+    return of_teachers(o, b, rows, [[1 - own[i] / total[i] for i in range(B)] for own in h])
+
+
+def read_ca_mkd(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
+    wrong = [
+        [(-softmax(z[i], 1.0)[b.labels[i]].log()).exp() for i in range(B)] for z in rows.values()
+    ]
+    total = [sum(own[i] for own in wrong) for i in range(B)]
+    weights = [[(1 - own[i] / total[i]) / (len(wrong) - 1) for i in range(B)] for own in wrong]
+    return of_teachers(o, b, rows, weights)
+
+
 TASK = Task(labels=torch.arange(N) % C, student_dim=FS, teacher_dim=FT, clip_dim=D, alpha=0.6)
 WHOLE_BANK = {"contrast": "bank", "crd_temperature": 0.3}
 READINGS: list[tuple[str, dict[str, Any], Callable[..., Terms]]] = [
@@ -303,6 +336,36 @@ def test_richkd_of_many_teachers(
     target = {TARGET} if name == "richkd" else set()
     assert set(kind.row_names(options, task)) == target | counted
     check_terms(rng, name, WHOLE_BANK, partial(read_weighted, task=task), task)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("name", "reading"), [("aver", read_aver), ("ebkd", read_ebkd), ("ca-mkd", read_ca_mkd)]
+)
+@pytest.mark.parametrize("given", [{}, {"temperature": 1.5, "logit_weight": 0.3, "ce_weight": 0.2}])
+def test_several_teachers(
+    rng: np.random.Generator,
+    name: str,
+    reading: Callable[..., Terms],
+    count: int,
+    given: dict[str, float],
+) -> None:
+    task = replace(TASK, teachers=("cnn", "clip", "vit.b", "type")[:count])
+    check_terms(rng, name, given, reading, task)
+
+
+def test_weights_of_teachers_that_are_certain(rng: np.random.Generator) -> None:
+    """Finite, and equal if nothing tells the teachers apart."""
+    labels = torch.from_numpy(rng.integers(0, C, size=B))
+    certain = 1e4 * torch.eye(C)[labels].expand(3, B, C)
+    for weights in (entropy_weights(certain), confidence_weights(certain, labels)):
+        assert torch.allclose(weights, weights[0, 0].expand(3, B))
+    wrong = certain.clone()
+    wrong[0] = certain[0].roll(1, dims=1)
+    weights = confidence_weights(wrong, labels)
+    assert torch.allclose(weights[0], torch.zeros(B)) and torch.allclose(
+        weights.sum(0), torch.ones(B)
+    )
 
 
 def check_terms(
