@@ -34,18 +34,29 @@ def no_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)  # they are there
 
 
-def captured(method: str, student: str = "resnet8", compact: bool = False) -> Captured:
+def captured(
+    method: str, student: str = "resnet8", compact: bool = False, **blend: Any
+) -> Captured:
     """What a GPU would capture, with fake tensors."""
     labels = torch.arange(N) % C
     model = create_model(student, C)
     width: Any = model.num_features
     kind, options = method_class(method, {})
-    task = Task(labels=labels, student_dim=width, teacher_dim=24, clip_dim=32, alpha=0.5)
+    task = Task(
+        labels=labels,
+        student_dim=width,
+        teacher_dim=24,
+        clip_dim=32,
+        alpha=0.5,
+        teachers=("cnn", "clip", "vit"),
+        others={"vit": 12},
+        **blend,
+    )
     objective = kind(options, task)
     with FakeTensorMode():
         fake(model)
         fake(objective)
-        return on_gpu(model, objective, kind.reads(options), compact)
+        return on_gpu(model, objective, kind.row_names(options, task), compact)
 
 
 def fake(module: nn.Module) -> None:
@@ -77,6 +88,8 @@ def on_gpu(model: nn.Module, objective: Method, reads: tuple[str, ...], compact:
         TARGET: keep_top(logits, 4, 3.0) if compact else logits,
         "teacher_features": torch.randn(N, 24, dtype=torch.float16),
         "clip_features": torch.randn(N, 32, dtype=torch.float16),
+        "vit/features": torch.randn(N, 12, dtype=torch.float16),
+        **{f"{name}/logits": logits for name in ("cnn", "clip", "vit")},
     }
     source = EpochRows(views, {name: rows[name] for name in reads}).to(GPU)
     made: Captured = object.__new__(Captured)
@@ -87,9 +100,14 @@ def on_gpu(model: nn.Module, objective: Method, reads: tuple[str, ...], compact:
     return made
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_a_step_stays_on_the_gpu(method: str) -> None:
-    graph = captured(method)
+WEIGHTS = {"weights": {"cnn": 0.5, "clip": 0.2, "vit": 0.3}}
+
+
+@pytest.mark.parametrize(
+    ("method", "blend"), [*((name, {}) for name in sorted(METHODS)), ("richkd", WEIGHTS)]
+)
+def test_a_step_stays_on_the_gpu(method: str, blend: dict[str, Any]) -> None:
+    graph = captured(method, **blend)
     with graph.order.fake_mode:  # type: ignore[attr-defined]
         graph._step(B)
         trainer = graph.trainer
