@@ -6,14 +6,14 @@ the device, files by open_clip's PIL transform in data-loader workers.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +31,20 @@ from richkd.data.prompts import fill
 from richkd.data.views import resize_bytes
 from richkd.models.weights import state_sha256
 from richkd.store.schema import PrecisionError
+from richkd.teachers.clip_text import (
+    NOT_FETCHED,
+    FindSpec,
+    check_text,
+    check_tokens,
+    load_tokenizer,
+    text_of,
+)
 from richkd.teachers.hub_access import hub_fault, offline, quiet
 
 LOCAL = "local-dir:"
 HUB = "hf-hub:"
 TEXT_BATCH = 256
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-# in errors of open_clip and transformers about files that could not be downloaded
-_NOT_FETCHED = re.compile("Failed to download|Failed initial config|Required pretrained|connect")
-_PIECES = re.compile("mt5|xlm|nllb")  # tokenizers that may need sentencepiece
-_VOCABULARIES = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
-)
 
 
 @dataclass(frozen=True)
@@ -139,12 +136,18 @@ class ClipTeacher:
 
     @torch.inference_mode()
     def text_embeddings(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Return one embedding per class and prompt: [C,P,D], unit length, f32."""
+        """Return one embedding per class and prompt: [C,P,D], unit length, f32.
+
+        Raises:
+            RichKDError: the tokenizer is not the one that the CLIP was trained with.
+        """
         texts = [fill(template, name) for name in class_names for template in templates]
+        tokens = self.tokenizer(texts)
+        check_tokens(self.name, self.model, self.tokenizer, tokens)
         encoded = torch.cat(
             [
-                self.model.encode_text(tokens.to(self.device)).float()
-                for tokens in torch.split(self.tokenizer(texts), TEXT_BATCH)
+                self.model.encode_text(batch.to(self.device)).float()
+                for batch in torch.split(tokens, TEXT_BATCH)
             ]
         )
         shape = len(class_names), len(templates), encoded.shape[-1]
@@ -197,12 +200,13 @@ def precision_error(
     }
 
 
-def check_clip(name: str) -> None:
+def check_clip(name: str, find: FindSpec = find_spec) -> None:
     """Check that a CLIP can be loaded, by its name or configuration alone.
 
     Args:
         name: `NAME:TAG` of open_clip, `hf-hub:OWNER/NAME`, a directory with
             open_clip_config.json, `demo` or `none`.
+        find: finds a package, or returns None.
 
     Raises:
         RichKDError: there is no such model, tag or directory, the weights were trained with another
@@ -210,7 +214,7 @@ def check_clip(name: str) -> None:
     """
     folder, hub = local_folder(name), hub_name(name)
     if folder is not None:
-        _check_folder(name, folder)
+        _check_folder(name, folder, find)
     elif hub is not None:  # load_clip checks its configuration, which has to be downloaded
         if not _REPOSITORY.fullmatch(hub):
             raise RichKDError(
@@ -218,7 +222,7 @@ def check_clip(name: str) -> None:
             )
     elif name not in ("demo", "none"):
         _check_tag(name)
-        _check_text(name, open_clip.get_model_config(name.partition(":")[0]) or {})
+        check_text(name, open_clip.get_model_config(name.partition(":")[0]) or {}, find=find)
 
 
 def _check_tag(name: str) -> None:
@@ -249,7 +253,7 @@ def _check_tag(name: str) -> None:
         )
 
 
-def _check_folder(name: str, folder: Path) -> None:
+def _check_folder(name: str, folder: Path, find: FindSpec) -> None:
     """Check that a directory has the files that open_clip reads."""
     file = folder / "open_clip_config.json"
     if not file.is_file():
@@ -277,36 +281,7 @@ def _check_folder(name: str, folder: Path) -> None:
             f"{file} is damaged or not a configuration of open_clip ({error!r}); restore the file",
             code="clip-config-damaged",
         ) from None
-    _check_text(name, config, folder)
-
-
-def _check_text(name: str, config: Mapping[str, Any], folder: Path | None = None) -> None:
-    """Check that a CLIP's text tower and tokenizer can be loaded.
-
-    If the configuration names one from Hugging Face, open_clip loads it through transformers, and
-    looks for a directory's tokenizer in the directory.
-
-    Raises:
-        RichKDError: transformers is not installed, or the directory lacks the tokenizer's files.
-    """
-    text = config.get("text_cfg", {})
-    tokenizer, tower = text.get("hf_tokenizer_name"), text.get("hf_model_name")
-    if not tokenizer and not tower and (folder or "siglip" not in name.lower()):
-        return
-    what = f"the text model {tower}" if tower else f"the tokenizer {tokenizer or 'of SigLIP'}"
-    remedies = []
-    if importlib.util.find_spec("transformers") is None:
-        pieces = " sentencepiece protobuf" * bool(_PIECES.search(f"{tokenizer} {tower}".lower()))
-        remedies.append(f"pip install transformers{pieces}")
-    if folder is not None and tokenizer and not any((folder / n).is_file() for n in _VOCABULARIES):
-        remedies.append(
-            f"copy the tokenizer's files (tokenizer.json, tokenizer_config.json) to {folder}"
-        )
-    if remedies:
-        raise RichKDError(
-            f"CLIP {name} needs {what} from Hugging Face; {', and '.join(remedies)}",
-            code="clip-tokenizer-missing",
-        )
+    check_text(name, config, folder, find)
 
 
 def load_clip(
@@ -315,6 +290,7 @@ def load_clip(
     precision: str = "float32",
     *,
     fault: Callable[[], str | None] = hub_fault,
+    find: FindSpec = find_spec,
 ) -> ClipTeacher:
     """Load a CLIP that `check_clip` accepts, other than `demo` and `none`.
 
@@ -323,9 +299,10 @@ def load_clip(
         device: where it runs.
         precision: of its image tower.
         fault: returns why the Hugging Face hub cannot be reached, or None.
+        find: finds a package, or returns None.
 
     Raises:
-        RichKDError: its weights cannot be downloaded or do not fit.
+        RichKDError: its tokenizer or weights cannot be downloaded, or do not fit.
     """
     folder, hub = local_folder(name), hub_name(name)
     model_name, _, tag = name.partition(":")
@@ -334,23 +311,28 @@ def load_clip(
         source = (f"{LOCAL}{folder}", None)
     elif hub is not None:
         source = (f"{HUB}{hub}", None)
-    local = folder is not None and not _config_of(folder).get("hf_model_name")
-    unreachable = None if local else fault()
+    local, unreachable = _is_whole(folder), None
+    if not local:
+        unreachable = fault()
     try:
-        with quiet(), offline(unreachable is not None), warnings.catch_warnings():
+        with quiet(), offline(local or unreachable is not None), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            if hub is not None:  # before its weights are downloaded
-                _check_text(name, open_clip.get_model_config(source[0]) or {})
+            config = open_clip.get_model_config(source[0]) or {}
+            if hub is not None:
+                check_text(name, config, find=find)
+            text = text_of(config, folder)
+            # before its weights are downloaded
+            tokenizer = load_tokenizer(name, source[0], text, folder, unreachable)
+            changed = {} if text == config.get("text_cfg", {}) else {"text_cfg": text}
             model = open_clip.create_model(
-                source[0], source[1], device=device, require_pretrained=True
+                source[0], source[1], device=device, require_pretrained=True, **changed
             )
-            tokenizer = open_clip.get_tokenizer(source[0])
             return _teacher(name, model, device, tokenizer, state_sha256(model), precision)
     except RichKDError:
         raise
     except Exception as error:  # open_clip and the hub raise errors of many kinds
         reason = first_line(error)
-        if unreachable is not None and _NOT_FETCHED.search(str(error)):
+        if unreachable is not None and any(part in str(error) for part in NOT_FETCHED):
             reason = f"it is not in the cache, and {unreachable}"
         if local:
             remedy = "check its configuration and weights"
@@ -365,6 +347,14 @@ def load_clip(
         raise RichKDError(
             f"cannot load CLIP {name}: {reason}; {remedy}", code="clip-cannot-be-loaded"
         ) from None
+
+
+def _is_whole(folder: Path | None) -> bool:
+    """Return whether a CLIP is in a directory, its text model included."""
+    if folder is None:
+        return False
+    text = text_of(open_clip.get_model_config(f"{LOCAL}{folder}"), folder)
+    return text.get("hf_model_name") in (None, "", str(folder))
 
 
 def _teacher(
@@ -388,14 +378,7 @@ def _teacher(
     )
 
 
-def _config_of(folder: Path) -> dict[str, Any]:
-    """Return the text part of a directory's configuration, which `check_clip` has checked."""
-    config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
-    text: dict[str, Any] = config["model_cfg"]["text_cfg"]
-    return text
-
-
-def blank_clip(name: str, device: torch.device) -> ClipTeacher:
+def blank_clip(name: str, device: torch.device, find: FindSpec = find_spec) -> ClipTeacher:
     """Create a CLIP of random weights, without a tokenizer, as costly as the real one.
 
     Nothing is downloaded.
@@ -404,6 +387,7 @@ def blank_clip(name: str, device: torch.device) -> ClipTeacher:
         name: NAME or NAME:TAG of open_clip, or a repository on the hub whose configuration is in
             the hub's cache.
         device: where it runs.
+        find: finds a package, or returns None.
 
     Raises:
         RichKDError: as `check_clip`, except that no tag is needed.
@@ -419,7 +403,7 @@ def blank_clip(name: str, device: torch.device) -> ClipTeacher:
         try:
             config = open_clip.get_model_config(model_name) or {}
             if "hf_model_name" in config.get("text_cfg", {}):
-                _check_text(name, config)
+                check_text(name, config, find=find)
             model = open_clip.create_model(
                 model_name, None, load_weights=False, device=device, pretrained_text=False
             )

@@ -59,8 +59,11 @@ def offline(wanted: bool = True) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the loggers of open_clip (the root) and the hub, which also raise what they log."""
-    loggers = [logging.getLogger(), logging.getLogger("huggingface_hub")]
+    """Silence the loggers of open_clip (the root), transformers and the hub.
+
+    They also raise what they log.
+    """
+    loggers = [logging.getLogger(name) for name in (None, "huggingface_hub", "transformers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
