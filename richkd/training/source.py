@@ -137,7 +137,8 @@ class Source:
             rows |= {TARGET: name} if TARGET in reads else {}
         model, num_features = build_student(settings, self.cache)
         alpha = 1.0 if target is None else target.alpha
-        method = method_type(options, self.task(num_features, alpha))
+        task = self.task(num_features, alpha)
+        method = method_type(options, replace(task, label_smoothing=settings.label_smoothing))
         return Trainer(model, method, data, settings, self.device, log), rows, target
 
     def own(self, shared: EpochRows, rows: Mapping[str, str], seed: int, epoch: int) -> EpochRows:
