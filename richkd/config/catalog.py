@@ -69,11 +69,25 @@ def networks(dataset: str, image_size: int) -> tuple[str, str]:
 # The initial learning rates of the CIFAR distillation literature, by network.
 LEARNING_RATE = 0.05
 LEARNING_RATES = {"MobileNetV2": 0.01, "ShuffleV1": 0.01, "ShuffleV2": 0.01}
+# Of optimizers that divide a step by the size of past gradients: the default of their authors.
+ADAMS_LEARNING_RATE = 1e-3
+ADAMS = frozenset({"adam", "adamw", "adamp", "nadam", "nadamw", "radam", "radamw", "lamb", "lambw"})
 
 
-def learning_rate(network: str) -> float:
-    """Return the default initial learning rate of a network."""
-    return LEARNING_RATES.get(network, LEARNING_RATE)
+def learning_rate(network: str, optimizer: str = "sgd") -> float:
+    """Return the default initial learning rate of a network.
+
+    Raises:
+        RichKDError: the optimizer is neither a variant of SGD nor of Adam's family.
+    """
+    if optimizer in ADAMS:
+        return ADAMS_LEARNING_RATE
+    if "sgd" in optimizer or optimizer in ("momentum", "nesterov", "nesterovw"):
+        return LEARNING_RATES.get(network, LEARNING_RATE)
+    raise RichKDError(
+        f"there is no default learning rate for optimizer {optimizer}; choose one with --lr",
+        code="learning-rate-not-given",
+    )
 
 
 def at_home(text: str) -> str:

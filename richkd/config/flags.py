@@ -109,7 +109,11 @@ _WORDS: dict[Any, str] = {
 }
 
 
-_EXAMPLES = {"--set": "temperature=4", "--student-set": "patch_size=4"}
+_EXAMPLES = {
+    "--set": "temperature=4",
+    "--student-set": "patch_size=4",
+    "--optimizer-set": "eps=1e-6",
+}
 
 
 def _as_it_is(value: Any) -> Any:

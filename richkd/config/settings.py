@@ -151,6 +151,7 @@ def setting(
     path: bool = False,
     flag: str | None = None,
     read: Callable[[str], Any] | None = None,
+    later: bool = False,
 ) -> Any:
     """Return a dataclass field that is a setting.
 
@@ -161,8 +162,10 @@ def setting(
         flag: the CLI flag, if it is not the field's name.
         read: converts what is typed on the command line, if the type alone does not determine how
             (see config/flags.py).
+        later: recipes of earlier versions do not have it, so it is recorded only if it differs
+            from the default.
     """
-    metadata = {"help": help, "path": path, "flag": flag, "read": read}
+    metadata = {"help": help, "path": path, "flag": flag, "read": read, "later": later}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -256,10 +259,31 @@ class Training(Settings):
     batch_size: Count = setting(64, "samples per step")
     lr: Positive | None = setting(
         None,
-        "initial learning rate; default 0.05, or 0.01 for MobileNetV2, ShuffleV1 and ShuffleV2",
+        "initial learning rate; default 0.05, or 0.01 for MobileNetV2, ShuffleV1 and ShuffleV2; "
+        "0.001 for the optimizers of Adam's family",
     )
-    momentum: BelowOne = setting(0.9, "momentum of SGD")
-    weight_decay: BelowOne = setting(5e-4, "weight decay of SGD")
+    optimizer: str = setting(
+        "sgd", "sgd, or another of timm's optimizers: adamw, lamb, nadamw, …", later=True
+    )
+    optimizer_options: dict[str, Any] = setting(
+        {}, "NAME=VALUE: argument of the optimizer, e.g. eps=1e-6", flag="--optimizer-set"
+    )
+    momentum: BelowOne = setting(0.9, "momentum of SGD, and of other optimizers that have one")
+    nesterov: bool = setting(False, "Nesterov's momentum, for sgd", later=True)
+    weight_decay: BelowOne = setting(
+        5e-4, "weight decay; optimizers other than sgd spare biases and norms, as in timm"
+    )
+    warmup: NotNegative = setting(
+        0.0, "epochs in which the learning rate rises from 0, step by step", later=True
+    )
+    ema: BelowOne = setting(
+        0.0,
+        "decay per step of an average of the weights, which is then tested and saved; 0: none",
+        later=True,
+    )
+    label_smoothing: BelowOne = setting(
+        0.0, "share of a label that the cross-entropy spreads over all classes", later=True
+    )
     schedule: Literal["step", "cosine"] = setting(
         "step", "step (÷10 after 62.5, 75 and 87.5 % of the epochs) or cosine"
     )
@@ -287,6 +311,12 @@ class Training(Settings):
             rising = all(low < high for low, high in itertools.pairwise([0, *given, self.epochs]))
             must = f"ascending epochs, from 1 to below epochs = {self.epochs}"
             require(rising and bool(given), "milestones", given, must)
+        must = f"below epochs = {self.epochs}"
+        require(self.warmup < self.epochs, "warmup", self.warmup, must)
+        if self.nesterov:
+            must = f"left out for optimizer {self.optimizer}"
+            require(self.optimizer == "sgd", "nesterov", True, must)
+            require(self.momentum > 0, "momentum", self.momentum, "above 0 with nesterov")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +343,7 @@ class TrainTeacher(Images, Training):
     def for_size(self, image_size: int) -> TrainTeacher:
         """Return settings with the network and learning rate for this image size filled in."""
         model = self.model or catalog.networks(self.dataset, image_size)[0]
-        lr = catalog.learning_rate(model) if self.lr is None else self.lr
+        lr = self.lr or catalog.learning_rate(model, self.optimizer)
         return replace(self, model=model, lr=lr)
 
 
@@ -682,10 +712,11 @@ def resolve(settings: type[S], recipe: Mapping[str, Any], flags: Mapping[str, An
 def to_table(settings: TrainTeacher | Precompute | Distill) -> dict[str, Any]:
     """Return resolved settings as a TOML table, without those that are not set."""
     table = dataclasses.asdict(settings)
+    later = {each.name: each.default for each in fields(settings) if each.metadata["later"]}
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in table.items()
-        if value is not None and value not in ("", {})
+        if value is not None and value not in ("", {}) and value != later.get(name)
     }
 
 

@@ -51,6 +51,7 @@ class Task:
     teachers: tuple[str, ...] = ()  # whose rows `NAME/logits` [B,C] EVERY stands for
     others: Mapping[str, int] = field(default_factory=dict)  # F_k of added teachers
     weights: Mapping[str, float] = field(default_factory=dict)  # by teacher; empty: α alone
+    label_smoothing: float = 0.0  # share of a label that is spread over all classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,7 @@ class Method(nn.Module):
     def __init__(self, options: Any, task: Task) -> None:
         super().__init__()
         self.options = options
+        self.label_smoothing = task.label_smoothing
 
     @classmethod
     def reads(cls, options: Any) -> tuple[str, ...]:
@@ -146,7 +148,9 @@ class Method(nn.Module):
     def label_term(self, batch: Batch) -> Tensor:
         """Return the weighted cross-entropy with the labels, f32."""
         weight: float = self.options.ce_weight
-        return weight * F.cross_entropy(batch.logits.float(), batch.labels)
+        return weight * F.cross_entropy(
+            batch.logits.float(), batch.labels, label_smoothing=self.label_smoothing
+        )
 
     def update(self) -> None:
         """Update memory banks; called after the step of the optimizer."""

@@ -39,7 +39,8 @@ from richkd.training.checkpoint import Progress
 from richkd.training.data import Data, EpochRows, EvalSet
 from richkd.training.device import choose_device
 from richkd.training.identity import TeacherIdentity
-from richkd.training.loop import Trainer
+from richkd.training.loop import Trainer, describe_training
+from richkd.training.optimizers import check_optimizer
 from richkd.training.run_folder import PLACES, TeacherFolder
 
 Outputs = tuple[int, ...]  # the number of the teacher's output for each class
@@ -173,6 +174,7 @@ def train_teacher(
         RichKDError: a setting is wrong, or existing weights are of other settings or locked.
     """
     check_resume(resume, overwrite)
+    check_optimizer(settings)
     settings, out = settings.for_size(dataset.image_size), Path(settings.out)
     check_trainable(settings.model)
     check_output(out, overwrite)
@@ -198,11 +200,11 @@ def train_teacher(
         done = f"; resuming after epoch {progress.epoch} of {settings.epochs}" if resumed else ""
         report.log(
             f"training teacher {settings.model}: {settings.epochs} epochs of "
-            f"{len(dataset.train):,} images, batch {settings.batch_size}, lr {settings.lr}, seed "
-            f"{settings.seed}, on {device}{done}"
+            f"{len(dataset.train):,} images, batch {settings.batch_size}, "
+            f"{describe_training(settings)}, seed {settings.seed}, on {device}{done}"
         )
         summary, note = train_epochs(trainer, settings, dataset, folder, progress, report)
-        save_tensors(out, trainer.model.state_dict(), note)
+        save_tensors(out, trainer.result.state_dict(), note)
         write_json(summary_file(out), summary)
         folder.remove()
     return summary
@@ -225,9 +227,15 @@ def make_trainer(
     check_fit(model, settings.model, dataset.image_size, num_classes)
     method_type, options = method_class("ce", {})
     labels = dataset.train.labels.to(device)
-    method = method_type(
-        options, Task(labels=labels, student_dim=0, teacher_dim=0, clip_dim=0, alpha=1.0)
+    task = Task(
+        labels=labels,
+        student_dim=0,
+        teacher_dim=0,
+        clip_dim=0,
+        alpha=1.0,
+        label_smoothing=settings.label_smoothing,
     )
+    method = method_type(options, task)
     data = Data(
         train=make_inputs(dataset.train.images, device),
         train_labels=labels,

@@ -7,9 +7,10 @@ the same weights, and two students with one seed see the same samples in the sam
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from richkd.losses.method import Batch, Method
 from richkd.models import forward
 from richkd.training.data import Data, EpochRows, EvalSet, StepBatch
 from richkd.training.device import cuda, default_generator, half_precision
+from richkd.training.optimizers import check_optimizer, load_state, make_optimizer, state_of
 from richkd.training.runners import Objective, Runner, check_step, make_runner
 
 EVAL_BATCH = 256
@@ -92,6 +94,7 @@ class Trainer:
             RichKDError: the device cannot run the steps that the settings ask for.
         """
         check_step(settings.step, device)
+        check_optimizer(settings)
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.method = method.to(device)
         self.data = data
@@ -100,7 +103,8 @@ class Trainer:
         self.log = log
         self.half = half_precision(settings.precision, device)
         self.parameters = [*model.parameters(), *method.parameters()]
-        self.optimizer, self.rate = make_optimizer(self.parameters, settings, device)
+        self.optimizer, self.rate = make_optimizer(self.model, self.method, settings, device)
+        self.average = Average(self.model, settings.ema) if settings.ema else None
         self.objective = make_objective(self.model, self.method, data.normalize, self.half)
         self.wanted: str = settings.step
         self.runner: Runner | None = None
@@ -111,6 +115,22 @@ class Trainer:
         self.sums: Tensor | None = None  # over an epoch: correct predictions, and each loss term
         self.terms: tuple[str, ...] = ()  # names of the loss terms
         self._begun: tuple[int, int, float] | None = None  # epoch, samples, start
+        self._warming = 0, 0.0, 0.0  # steps before this epoch and of the warm-up; the epoch's rate
+
+    @property
+    def result(self) -> nn.Module:
+        """The network that is tested and saved: the average of the weights, if there is one."""
+        return self.model if self.average is None else self.average.model
+
+    @property
+    def prefix(self) -> str:
+        """The prefix of the names of its tensors in `state`."""
+        return "student." if self.average is None else "average."
+
+    @property
+    def capturable(self) -> bool:
+        """Whether CUDA graphs may hold the steps: the optimizer computes on the device alone."""
+        return self.rate is not None
 
     def train_epoch(
         self, epoch: int, source: EpochRows, tick: Callable[[int], None] = lambda _: None
@@ -127,21 +147,22 @@ class Trainer:
         """Run the steps of an epoch; yield the size of each batch once its step is launched."""
         order = epoch_order(self.settings.seed, epoch, len(self.data.train_labels))
         order = drop_lone_last(order, self.settings.batch_size)
-        self._set_rate(epoch)
+        count = -(-len(order) // self.settings.batch_size)
+        self._set_rate(learning_rate(self.settings, epoch))
         self.epoch.fill_(epoch)
         self.model.train()
         self.method.train()
         source = source.to(self.device)
         if self.runner is None:
             epochs_to_go = self.settings.epochs + 1 - epoch
-            steps_to_go = epochs_to_go * -(-len(order) // self.settings.batch_size)
-            self.runner = make_runner(self, self.wanted, order, source, steps_to_go)
+            self.runner = make_runner(self, self.wanted, order, source, epochs_to_go * count)
             self.ran = self.runner.name
         start = time.perf_counter()
         self._seed(derive_seed(self.settings.seed, epoch, 1))
         if self.sums is not None:
             self.sums.zero_()
         self._begun = epoch, len(order), start
+        self._warming = (epoch - 1) * count, self.settings.warmup * count, self.lr
         yield from self.runner.steps(order, source)
 
     def end_epoch(self) -> EpochRecord:
@@ -168,6 +189,15 @@ class Trainer:
             seconds=seconds,
             images_per_second=count / seconds,
         )
+
+    def warm_up(self, number: int) -> None:
+        """Set the learning rate of a step of this epoch, from 0, if it is one of the warm-up.
+
+        Of the N steps of the warm-up, step n has n/N of the rate of its epoch.
+        """
+        before, whole, rate = self._warming
+        if before + number < whole:
+            self._set_rate(rate * min(1.0, (before + number + 1) / whole))
 
     def batches(self, order: Tensor, source: EpochRows) -> Iterator[StepBatch]:
         """Yield what `step` takes for each batch of an epoch.
@@ -204,6 +234,8 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.method.update()
+        if self.average is not None:
+            self.average.update()
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
             counted = torch.stack([correct, *(term * len(index) for term in terms.values())])
@@ -234,22 +266,23 @@ class Trainer:
         if self.generator is not None:
             self.generator.manual_seed(seed)
 
-    def _set_rate(self, epoch: int) -> None:
-        """Set the learning rate of an epoch; in place if the steps read it from the device."""
-        self.lr = learning_rate(self.settings, epoch)
+    def _set_rate(self, rate: float) -> None:
+        """Set the learning rate of the next steps; in place if they read it from the device."""
+        self.lr = rate
         if self.rate is None:
-            self.optimizer.param_groups[0]["lr"] = self.lr
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
         else:
-            self.rate.fill_(self.lr)
+            self.rate.fill_(rate)
 
     def evaluate(self, on: EvalSet) -> tuple[float, float]:
         """Return top-1 and top-5 accuracy in 0..1, computed in f32."""
-        self.model.eval()
+        model = self.result.eval()
         height, width, _ = on.images.shape
         size = max(EVAL_BATCH, EVAL_PIXELS // (height * width)) if cuda(self.device) else EVAL_BATCH
         batches = on.images.batches(on.ids, on.views, size)
         with cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
-            logits = predict(self.model, batches, self.data.normalize)
+            logits = predict(model, batches, self.data.normalize)
         labels = on.labels[on.ids]
         return accuracy(logits, labels, 1), accuracy(logits, labels, 5)
 
@@ -260,21 +293,24 @@ class Trainer:
     @torch.no_grad()
     def restore(self, saved: Mapping[str, Tensor]) -> None:
         """Undo all steps since a snapshot, in place."""
-        for number, parameter in enumerate(self.parameters):
-            if f"momentum.{number}" not in saved:  # the first step created it
-                self.optimizer.state[parameter].pop("momentum_buffer", None)
-        for name, tensor in self.state().items():
+        for name, tensor in self._networks().items():
             tensor.copy_(saved[name])
+        load_state(self.optimizer, self.parameters, saved)
 
     def state(self) -> dict[str, Tensor]:
-        """Return every tensor that resuming needs: weights, banks, momenta."""
-        tensors = {f"student.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"method.{name}": value for name, value in self.method.state_dict().items()}
-        for number, parameter in enumerate(self.parameters):
-            momentum = self.optimizer.state[parameter].get("momentum_buffer")
-            if momentum is not None:
-                tensors[f"momentum.{number}"] = momentum
-        return tensors
+        """Return every tensor that resuming needs: weights, banks, what the optimizer keeps."""
+        return {**self._networks(), **state_of(self.optimizer, self.parameters)}
+
+    def _networks(self) -> dict[str, Tensor]:
+        return {
+            f"{prefix}{name}": value
+            for prefix, module in self._modules()
+            for name, value in module.state_dict().items()
+        }
+
+    def _modules(self) -> list[tuple[str, nn.Module]]:
+        average = [] if self.average is None else [("average.", self.average.model)]
+        return [("student.", self.model), ("method.", self.method), *average]
 
     @property
     def ran_by(self) -> str:
@@ -314,20 +350,40 @@ class Trainer:
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Load what `state` returned; raise RuntimeError or KeyError if it does not fit."""
 
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {
-                name.removeprefix(prefix): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(prefix)
-            }
-
-        self.model.load_state_dict(part("student."))
-        self.method.load_state_dict(part("method."))
-        for number, momentum in part("momentum.").items():
-            parameter = self.parameters[int(number)]
-            self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(
-                momentum
+        for prefix, module in self._modules():
+            module.load_state_dict(
+                {
+                    name.removeprefix(prefix): tensor
+                    for name, tensor in tensors.items()
+                    if name.startswith(prefix)
+                }
             )
+        load_state(self.optimizer, self.parameters, tensors)
+
+
+class Average:
+    """A moving average of a network's weights and running statistics.
+
+    After step t it is a(t) = decay · a(t−1) + (1 − decay) · w(t), from the initial weights a(0); as
+    in timm's ModelEmaV3, but for its first step, which copies.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """Copy the network."""
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        mine, theirs = self.model.state_dict().values(), model.state_dict().values()
+        pairs = list(zip(mine, theirs, strict=True))
+        self.averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self.counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self.share = 1 - decay
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Follow a step; nothing waits for the device."""
+        mine, theirs = zip(*self.averaged, strict=True)
+        torch._foreach_lerp_(mine, theirs, self.share)
+        for counter, now in self.counters:
+            counter.copy_(now)
 
 
 @torch.inference_mode()
@@ -354,27 +410,6 @@ def make_objective(model: nn.Module, method: Method, normalize: Normalize, half:
     return objective
 
 
-def make_optimizer(
-    parameters: Sequence[nn.Parameter], settings: Training, device: torch.device
-) -> tuple[torch.optim.Optimizer, Tensor | None]:
-    """Create SGD; on a GPU, fused, with its learning rate on the device, which is returned."""
-    assert settings.lr is not None  # resolved before, since it depends on the network
-    optimizer = torch.optim.SGD(
-        parameters,
-        lr=settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        fused=cuda(device) or None,
-    )
-    if not cuda(device):
-        return optimizer, None
-    for parameter in parameters:  # the first step would start from 0 as well
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    rate = torch.tensor(settings.lr, device=device)
-    optimizer.param_groups[0]["lr"] = rate
-    return optimizer, rate
-
-
 def epoch_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of the epoch's number, in which methods compute their schedules."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -392,6 +427,20 @@ def learning_rate(settings: Training, epoch: int) -> float:
         max(1, round(settings.epochs * share)) for share in (0.625, 0.75, 0.875)
     ]
     return settings.lr * 0.1 ** sum(milestone < epoch for milestone in milestones)
+
+
+def describe_training(settings: Training) -> str:
+    """Return the learning rate, and what else differs from plain SGD, for a log line."""
+    parts = {
+        f"lr {settings.lr}": True,
+        f"{settings.optimizer} with weight decay {settings.weight_decay}": settings.optimizer
+        != "sgd",
+        "Nesterov's momentum": settings.nesterov,
+        f"warm-up over {settings.warmup:g} epochs": settings.warmup,
+        f"weights averaged with decay {settings.ema:g}": settings.ema,
+        f"label smoothing {settings.label_smoothing:g}": settings.label_smoothing,
+    }
+    return ", ".join(text for text, applies in parts.items() if applies)
 
 
 def epoch_order(seed: int, epoch: int, num_samples: int) -> Tensor:

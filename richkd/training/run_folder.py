@@ -475,16 +475,26 @@ class Run:
         """Return the command that repeats this run with each of some seeds."""
         words = ["richkd", "distill", "--cache", str(self.settings["cache"])]
         defaults = {field.name: field.default for field in fields(Distill)}
-        skipped = {"cache", "seed", "out", "options", "student_options", "device", "data_root"}
+        tables = {"options", "student_options", "optimizer_options"}
+        skipped = {"cache", "seed", "out", "device", "data_root", *tables}
         for name, value in self.settings.items():
             if name in skipped or value == defaults.get(name):
+                continue
+            if value is True:
+                words.append(f"--{name.replace('_', '-')}")
                 continue
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             text = shown_weights(value) if name == "weights" else text
             words += [f"--{name.replace('_', '-')}", text]
         options = self.settings.get("options", {}).get(self.settings["method"], {})
-        own = self.settings.get("student_options", {})
-        for flag, given in (("--set", options), ("--student-set", own)):
+        own, optimizers = (
+            self.settings.get(f"{of}_options", {}) for of in ("student", "optimizer")
+        )
+        for flag, given in (
+            ("--set", options),
+            ("--student-set", own),
+            ("--optimizer-set", optimizers),
+        ):
             for name, value in given.items():
                 text = str(value).lower() if isinstance(value, bool) else str(value)
                 words += [flag, f"{name}={text}"]

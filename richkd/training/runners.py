@@ -47,6 +47,9 @@ class Trainer(Protocol):
     half: bool
     log: Callable[[str], None]
 
+    @property
+    def capturable(self) -> bool: ...
+    def warm_up(self, number: int) -> None: ...
     def step(self, index: Tensor, images: Tensor, rows: Mapping[str, Tensor]) -> None: ...
     def batches(self, order: Tensor, source: EpochRows) -> Iterator[StepBatch]: ...
     def noise(self, order: Tensor, source: EpochRows) -> StepBatch: ...
@@ -100,7 +103,8 @@ class Eager:
             order: sample ids [N] on the CPU.
             source: views and rows of the epoch.
         """
-        for batch in self.trainer.batches(order, source):
+        for number, batch in enumerate(self.trainer.batches(order, source)):
+            self.trainer.warm_up(number)
             with self.trainer.on_gpu():
                 self.trainer.step(*batch)
             yield len(batch[0])
@@ -213,8 +217,9 @@ class Captured:
         self._load(order, source)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         batches = None if self.gathers else self.trainer.batches(order, source)
-        for part in torch.split(order, self.trainer.settings.batch_size):
+        for number, part in enumerate(torch.split(order, self.trainer.settings.batch_size)):
             with torch.cuda.stream(self.stream):
+                self.trainer.warm_up(number)  # sets the rate that the graph reads
                 if batches is not None:
                     self._copy(next(batches))
                 self.graphs[len(part)].replay()
@@ -301,7 +306,13 @@ def make_runner(
     if wanted == "eager" or (wanted == "auto" and not gpu and not trainer.half):
         return Eager(trainer, source)  # `auto` in f32 on a CPU is the reference, bit for bit
     first: Runner = Eager(trainer, source)
-    if gpu and wanted != "compiled":
+    graphs = gpu and trainer.capturable
+    if gpu and not graphs:
+        trainer.log(
+            f"no CUDA graphs for the steps of {trainer.settings.optimizer}, which computes on the "
+            f"host as well; sgd, adam and adamw are faster"
+        )
+    if graphs and wanted != "compiled":
         first = _prepared(Captured(trainer, source), first, order, source)
     if wanted == "captured":
         return first
@@ -311,7 +322,7 @@ def make_runner(
             return first
         trainer.log(f"{duration(to_go)} of {first.name} steps left: compiling pays")
     trainer.log("compiling the step, which may take a minute")
-    compiled = (CompiledGraphs if gpu else Compiled)(trainer, source)
+    compiled = (CompiledGraphs if graphs else Compiled)(trainer, source)
     return _prepared(compiled, first, order, source)
 
 

@@ -155,7 +155,7 @@ class Source:
             own, target = self.target(settings, method_type.target)
         model, width = build_student(settings, self.cache)
         task = self.task(width, target, every=EVERY in reads)
-        method = method_type(options, task)
+        method = method_type(options, replace(task, label_smoothing=settings.label_smoothing))
         rows = {
             name: own if name == TARGET else self.row_of(name, settings)
             for name in method_type.row_names(options, task)

@@ -24,7 +24,8 @@ from richkd.store.schema import left_out, teacher_accuracies
 from richkd.training.checkpoint import Best, Progress, Saving
 from richkd.training.data import EpochRows
 from richkd.training.device import cuda, hardware
-from richkd.training.loop import EpochRecord, Trainer
+from richkd.training.loop import EpochRecord, Trainer, describe_training
+from richkd.training.optimizers import check_optimizer
 from richkd.training.precision import advice, is_open, time_precisions
 from richkd.training.run_folder import RunFolder
 from richkd.training.source import Source, method_of
@@ -155,7 +156,7 @@ class StudentRun:
             epoch, best, before + waited + (time.perf_counter() - start) / runs, step
         )
         state = self._saving.tensors(self.trainer.state())
-        prefix = "student."
+        prefix = self.trainer.prefix
         student = {
             name.removeprefix(prefix): tensor
             for name, tensor in state.items()
@@ -197,14 +198,15 @@ class StudentRun:
             "images_per_second": last[0]["images_per_second"] if last else None,
             "run": str(self.folder.path),
         }
-        self.folder.finish(self.trainer.model.state_dict(), summary)
+        self.folder.finish(self.trainer.result.state_dict(), summary)
         return summary
 
     def test_best(self, last: float) -> float:
         """Return top-1 on the test images after the best epoch; `last` is the last epoch's."""
         if self.progress.best.epoch == self.settings.epochs:
             return last
-        model, state = self.trainer.model, self.trainer.model.state_dict()
+        model = self.trainer.result
+        state = model.state_dict()
         kept = {name: value.clone() for name, value in state.items()}
         model.load_state_dict(self.folder.best_weights())
         top1, _ = self.trainer.evaluate(self.trainer.data.test)
@@ -221,7 +223,7 @@ class StudentRun:
             f"{f'{cache.num_views} views' if self.rows else 'fresh views'}, seed {settings.seed}, "
             f"on {self.source.device}\n"
             f"{settings.epochs} epochs of {cache.num_samples:,} images, batch "
-            f"{settings.batch_size}, lr {settings.lr}{resuming}"
+            f"{settings.batch_size}, {describe_training(settings)}{resuming}"
         )
 
 
@@ -257,7 +259,8 @@ def with_defaults(settings: Distill, cache: TeacherCache, runs: str = "runs") ->
         alpha = f"-w-{shown_weights(settings.weights).replace('=', '').replace(',', '-')}"
     name = f"{cache.location.stem}-{student}-{settings.method}{alpha}-s{settings.seed}"
     out = settings.out or str(Path(runs) / name.replace("/", "-"))
-    lr = catalog.learning_rate(student) if settings.lr is None else settings.lr
+    check_optimizer(settings)
+    lr = settings.lr or catalog.learning_rate(student, settings.optimizer)
     settings = settings.with_holdout("validation" in cache.splits)
     return replace(settings, student=student, lr=lr, out=out)
 
