@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from richkd.core.errors import RichKDError, first_line, nearest
-from richkd.data.framing import CROP_MODES, NetworkInput
+from richkd.data.framing import NetworkInput, input_fault
 
 # importing a family registers its models
 from richkd.models import mobilenetv2_cifar as mobilenetv2_cifar
@@ -114,63 +114,112 @@ def has_tag(name: str) -> bool:
     return name not in ZOO and "." in _registered(name)
 
 
+def hub_name(name: str) -> str | None:
+    """Return the OWNER/NAME[@REVISION] of a network on the Hugging Face hub, or None.
+
+    `hf_hub:` is timm's older spelling of `hf-hub:`.
+    """
+    source, colon, repository = name.partition(":")
+    return repository if colon and source.lower() in ("hf-hub", "hf_hub") else None
+
+
+def names_weights(name: str) -> bool:
+    """Return whether a name means pretrained weights: by a tag, or by a repository on the hub."""
+    return has_tag(name) or hub_name(name) is not None
+
+
 def check_trainable(name: str, weights: str = "") -> None:
-    """Check that a network to be trained from scratch has no tag of pretrained weights.
+    """Check that a network to be trained from scratch is not named by its pretrained weights.
 
     Args:
         name: the network's name; may be empty.
-        weights: a teacher's weights file, with which a tag is allowed; may be empty.
+        weights: a weights file, with which such a name is allowed; may be empty.
 
     Raises:
-        RichKDError: the name has a tag, and there is no weights file.
+        RichKDError: the name means pretrained weights, and there is no weights file.
     """
-    if not name or weights or not has_tag(name):
+    if not name or weights or not names_weights(name):
         return
+    if hub_name(name) is not None:
+        raise RichKDError(
+            f"model {name!r} names pretrained weights, which only --teacher of richkd precompute "
+            f"loads; name the network alone to train it from scratch, e.g. timm/resnet50",
+            code="model-names-weights",
+        )
     plain, _, tag = _registered(name).partition(".")
     plain = f"timm/{plain}" if name.startswith("timm/") or plain in ZOO else plain
     raise RichKDError(
-        f"model {name!r} names pretrained weights ({tag}), which are not downloaded; use {plain} "
-        f"to train it from scratch, or pass a teacher's weights with --teacher-weights FILE",
+        f"model {name!r} names pretrained weights ({tag}), which only --teacher of richkd "
+        f"precompute loads; use {plain} to train it from scratch",
         code="model-names-weights",
     )
 
 
-def pretrained_input(name: str) -> NetworkInput | None:
-    """Return the input that timm's configuration of a network states.
+def timm_config(name: str) -> Any | None:
+    """Return timm's configuration of a network by name; None for networks without one.
 
-    The configuration belongs to the name's tag, or is timm's default; networks without one, such as
-    the CIFAR zoo's, give None.
+    It belongs to the name's tag, or is timm's default; networks such as the CIFAR zoo's have none.
 
     Raises:
-        RichKDError: the tag is unknown, or the network takes images that are not square or padded.
+        RichKDError: the tag is unknown.
     """
     if _registered(name) in CONSTRUCTORS:
         return None
+    timm = import_timm()
     try:
-        config = import_timm().models.get_pretrained_cfg(_registered(name))
-    except RuntimeError as error:
+        return timm.models.get_pretrained_cfg(_registered(name))
+    except RuntimeError:
+        plain, _, tag = _registered(name).partition(".")
+        tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{plain}.*")]
         raise RichKDError(
-            f"teacher {name!r}: {first_line(error).rstrip('.')}; choose another tag, or leave it "
-            f"out",
+            f"teacher {name!r}: timm knows no weights {tag!r} of {plain}; "
+            f"{nearest(tag, tags) if tags else 'it knows none'}; or leave the tag out",
             code="teacher-input-unsupported",
         ) from None
-    if config is None:
-        return None
-    _, height, width = config.input_size
-    if height != width or config.crop_mode not in CROP_MODES:
+
+
+def input_of(name: str, config: Any) -> NetworkInput:
+    """Return the input that a configuration of timm states.
+
+    Raises:
+        RichKDError: the network takes images that are not square, padded or resized in another
+            way, or the configuration is damaged.
+    """
+    try:
+        channels, height, width = config.input_size
+        found = NetworkInput(
+            size=height,
+            mean=tuple(map(float, config.mean)),
+            std=tuple(map(float, config.std)),
+            crop=float(config.crop_pct),
+            interpolation=config.interpolation,
+            crop_mode=config.crop_mode,
+        )
+        fault = input_fault(found.entry)
+    except (TypeError, ValueError) as error:
         raise RichKDError(
-            f"teacher {name} takes images of {height}×{width} px, crop mode {config.crop_mode}; "
-            f"only square images without padding are supported: choose another teacher",
+            f"teacher {name}: its configuration is damaged ({first_line(error)}); choose another "
+            f"teacher",
+            code="teacher-input-unsupported",
+        ) from None
+    if height != width or channels != 3 or fault is not None:
+        raise RichKDError(
+            f"teacher {name} takes images of {height}×{width} px, {channels} channels, crop mode "
+            f"{config.crop_mode}, {config.interpolation}; only square RGB images without padding "
+            f"are supported: choose another teacher",
             code="teacher-input-unsupported",
         )
-    return NetworkInput(
-        size=height,
-        mean=tuple(config.mean),
-        std=tuple(config.std),
-        crop=config.crop_pct,
-        interpolation=config.interpolation,
-        crop_mode=config.crop_mode,
-    )
+    return found
+
+
+def pretrained_input(name: str) -> NetworkInput | None:
+    """Return the input that timm's configuration of a network states, or None without one.
+
+    Raises:
+        RichKDError: as `timm_config` and `input_of`.
+    """
+    config = timm_config(name)
+    return None if config is None else input_of(name, config)
 
 
 def _build(
@@ -226,7 +275,7 @@ def _single(maps: Any) -> Any:
 
 
 def check_fit(
-    model: nn.Module, name: str, image_size: int, num_classes: int, **settings: Any
+    model: nn.Module, name: str, image_size: int, num_classes: int | None, **settings: Any
 ) -> int:
     """Run two images of noise through a model and return its feature width F.
 
@@ -234,7 +283,7 @@ def check_fit(
         model: a model of `create_model`.
         name: its name.
         image_size: the side of the images in pixels.
-        num_classes: C.
+        num_classes: C; None for whatever the model has.
         settings: the settings it was created with.
 
     Raises:
@@ -260,7 +309,8 @@ def check_fit(
     except (AttributeError, *_MISFITS):
         fits = False
     model.train(training)
-    if not fits or whole.shape != (2, num_classes):
+    expected = whole.shape[1:] if num_classes is None else (num_classes,)
+    if not fits or whole.shape != (2, *expected):
         raise RichKDError(
             f"model {name} does not compute logits from one vector of pooled features, as "
             f"distillation needs; choose another, e.g. resnet8x4",

@@ -25,6 +25,7 @@ from richkd.data.datasets import Dataset, Split
 from richkd.data.inputs import make_inputs
 from richkd.teachers.cnn import CNNTeacher, Outputs
 from richkd.teachers.framing import note_of
+from richkd.teachers.pretrained import by_name
 
 LOOKED_AT = 256  # training images to choose an order by, and test images of the preview
 CLEARLY = 3.0  # standard deviations
@@ -37,7 +38,7 @@ def check_teacher_classes(settings: Precompute) -> None:
     given = settings.teacher_classes
     if not given:
         return
-    if not settings.teacher_weights:
+    if not (settings.teacher_weights or by_name(settings)):
         raise RichKDError(
             "--teacher-classes is only for weights from elsewhere, as a teacher that richkd trains "
             "has the dataset's order; pass --teacher-weights, or leave it out",
@@ -172,7 +173,11 @@ def _noted(note: Mapping[str, str], kind: str, weights: Path) -> list[str]:
 
 
 def resolve_outputs(
-    settings: Precompute, weights: Path, teacher: CNNTeacher, dataset: Dataset, report: Report
+    settings: Precompute,
+    weights: Path | None,
+    teacher: CNNTeacher,
+    dataset: Dataset,
+    report: Report,
 ) -> Outputs | None:
     """Return the order of a teacher's outputs, and log it unless it is the dataset's.
 
@@ -181,7 +186,7 @@ def resolve_outputs(
 
     Args:
         settings: what the user gives.
-        weights: the teacher's file.
+        weights: the teacher's file; None if its weights go by name.
         teacher: the teacher loaded from it, in any order.
         dataset: the images.
         report: where to log the order.
@@ -198,7 +203,7 @@ def resolve_outputs(
             )
         return outputs
     note = note_of(weights)
-    if any(kind in note for kind in ("class_folders", "class_names")):
+    if weights is not None and any(kind in note for kind in ("class_folders", "class_names")):
         outputs = noted_outputs(note, weights, dataset)
         if outputs is not None:
             report.log(
@@ -299,7 +304,7 @@ def advantage(predicted: Tensor, labels: Tensor, outputs: Outputs) -> float:
 
 
 def preview_teacher(
-    teacher: CNNTeacher, weights: Path, dataset: Dataset, batch_size: int, report: Report
+    teacher: CNNTeacher, weights: Path | None, dataset: Dataset, batch_size: int, report: Report
 ) -> list[tuple[Tensor, Tensor]]:
     """Log, before any long work, how well the teacher does and what may be wrong if it does badly.
 
@@ -320,7 +325,7 @@ def preview_teacher(
         f"{percent(1 / classes)} %)"
     )
     note = note_of(weights)
-    recorded = _recorded_accuracy(note, weights)
+    recorded = None if weights is None else _recorded_accuracy(note, weights)
     order = (
         f"{_some(teacher.outputs or tuple(range(classes)), dataset)} may not be the order of its "
         f"outputs (pass --teacher-classes FILE)"

@@ -34,7 +34,15 @@ from richkd.data.inputs import Normalize, make_inputs
 from richkd.data.views import views_tensor
 from richkd.losses import Task, method_class
 from richkd.models import check_fit, check_trainable, create_model, forward
-from richkd.models.weights import file_sha256, load_into, read_note, read_weights, save_tensors
+from richkd.models.weights import (
+    file_sha256,
+    load_into,
+    read_note,
+    read_weights,
+    save_tensors,
+    state_sha256,
+)
+from richkd.teachers.pretrained import blank_named, load_named
 from richkd.training.checkpoint import Progress
 from richkd.training.data import Data, EpochRows, EvalSet
 from richkd.training.device import choose_device
@@ -90,7 +98,7 @@ def load_teacher(
     Args:
         name: the network's name.
         weights: the weights file; None for random weights.
-        num_classes: C.
+        num_classes: the number of its outputs.
         network_input: the images that the network takes.
         device: where it runs.
         key: where in the file the weights are; empty to find them.
@@ -109,6 +117,33 @@ def load_teacher(
             report.log(summary)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     sha256 = file_sha256(weights) if weights else ""
+    return CNNTeacher(name, model.eval(), sha256, num_features, network_input, device, outputs)
+
+
+def load_pretrained(
+    name: str,
+    network_input: NetworkInput,
+    device: torch.device,
+    *,
+    outputs: Outputs | None = None,
+    blank: bool = False,
+) -> CNNTeacher:
+    """Load a teacher by the name of its pretrained weights, with the classifier it comes with.
+
+    Args:
+        name: a name that `pretrained.check_name` accepts.
+        network_input: the images that the network takes.
+        device: where it runs.
+        outputs: as in `load_teacher`.
+        blank: use random weights instead, and download nothing.
+
+    Raises:
+        RichKDError: the weights cannot be loaded, or the network has no pooled features.
+    """
+    model = blank_named(name) if blank else load_named(name)
+    num_features = check_fit(model, name, network_input.size, None)
+    sha256 = "" if blank else state_sha256(model)
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return CNNTeacher(name, model.eval(), sha256, num_features, network_input, device, outputs)
 
 

@@ -33,10 +33,12 @@ from richkd.teachers.cnn import (
     Outputs,
     check_output,
     difference,
+    load_pretrained,
     load_teacher,
     train_teacher,
 )
 from richkd.teachers.framing import resolve_input
+from richkd.teachers.pretrained import by_name
 from richkd.teachers.rows import Preview, Teachers, batch_size
 from richkd.training.run_folder import TeacherFolder
 
@@ -59,9 +61,14 @@ def training_settings(settings: Precompute, recipe: Mapping[str, Any]) -> TrainT
 
 
 def teacher_weights(settings: Precompute, training: TrainTeacher) -> Path | None:
-    """Return the teacher's weights: those given, else those trained before, else None."""
+    """Return the teacher's weights: those given, else those trained before, else None.
+
+    It is None too if the teacher's name means published weights.
+    """
     if settings.teacher_weights:
         return Path(settings.teacher_weights)
+    if by_name(settings):
+        return None
     trained = Path(training.out)
     if not trained.is_file():
         return None
@@ -103,14 +110,14 @@ class Finder:
             return Teachers(self.settings, None, clip, text), Preview((), features, error)
         weights = self.ranks.from_first(lambda: teacher_weights(self.settings, self.training))
         cnn, outputs = None, []
-        if weights is None:
-            self._check_trainable()
-        else:
+        if weights is not None or by_name(self.settings):
             self._check_weights(weights, given)
             cnn = self._in_order(self._load(weights, recorded), weights, recorded, interrupted)
             if self.ranks.first and recorded is None:
                 batch = batch_size(self.settings, self.device, cnn.input.size)
                 outputs = preview_teacher(cnn, weights, self.dataset, batch, self.report)
+        else:
+            self._check_trainable()
         clip, text, features, error = self._find_clip()
         if cnn is None:
             cnn = self._load(self._train(), recorded)
@@ -123,19 +130,26 @@ class Finder:
         check_fit(model, self.settings.teacher, side, classes)
         self.ranks.from_first(lambda: check_output(Path(self.training.out), overwrite=False))
 
-    def _check_weights(self, weights: Path, given: Collection[str]) -> None:
+    def _check_weights(self, weights: Path | None, given: Collection[str]) -> None:
         """Check what weights were trained on, as far as they record it."""
+        if weights is None:  # published under the teacher's name
+            return
         if self.settings.teacher_weights:
             warn_of_validation(weights, self.dataset, self.report)
         else:
             check_trained_on(weights, self.dataset)
             log_other_training(self.training, given, self.dataset, self.report)
 
-    def _load(self, weights: Path, recorded: TeacherEntry | None) -> CNNTeacher:
+    def _load(self, weights: Path | None, recorded: TeacherEntry | None) -> CNNTeacher:
         if recorded is not None:
             framing = NetworkInput.of(recorded["input"])
         else:
             framing = resolve_input(self.settings, weights, self.dataset, self.report)
+        if weights is None:
+            self.report.log(
+                f"loading {self.settings.teacher}, unless it is in the cache from the hub"
+            )
+            return load_pretrained(self.settings.teacher, framing, self.device)
         classes = len(self.dataset.class_names)
         return load_teacher(
             self.settings.teacher,
@@ -150,7 +164,7 @@ class Finder:
     def _in_order(
         self,
         cnn: CNNTeacher,
-        weights: Path,
+        weights: Path | None,
         recorded: TeacherEntry | None,
         interrupted: Mapping[str, Any] | None,
     ) -> CNNTeacher:
@@ -184,10 +198,19 @@ class Finder:
         self.report.log(
             f"no --teacher-weights given and none at {out}: "
             f"{'resuming the training of' if resuming else 'training'} the teacher, "
-            f"{self.settings.teacher}, first"
+            f"{self.settings.teacher}, first{self._instead()}"
         )
         self.ranks.from_first(lambda: train_teacher(self.training, self.dataset, self.report))
         return out
+
+    def _instead(self) -> str:
+        """Return what is faster than training, for images of people's own; else nothing."""
+        if isinstance(self.dataset.train.images, Tensor):
+            return ""
+        return (
+            f" ({self.training.epochs} epochs; a pretrained teacher takes minutes: --teacher "
+            f"timm/resnet50.a1_in1k --teacher-head probe)"
+        )
 
 
 def recorded_order(

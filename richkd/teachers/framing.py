@@ -18,8 +18,9 @@ from richkd.core.progress import Report
 from richkd.data.boxes import CLEAN_SHARE
 from richkd.data.datasets import SMALL_SIDE, Dataset, statistics
 from richkd.data.framing import NetworkInput
-from richkd.models import create_model, has_tag, pretrained_input
+from richkd.models import create_model, has_tag, names_weights, pretrained_input
 from richkd.models.weights import find_state, read_note, read_weights
+from richkd.teachers.pretrained import by_name, named_input
 
 
 def resolve_input(
@@ -27,7 +28,7 @@ def resolve_input(
 ) -> NetworkInput:
     """Return and log the images that the teacher takes: size, normalisation, crop, interpolation.
 
-    What richkd recorded when it trained the teacher, or timm's configuration of a pretrained tag,
+    What richkd recorded when it trained the teacher, or timm's configuration of pretrained weights,
     decides. Otherwise the user's settings do; what they leave open follows timm's configuration of
     the network (for image files) or the way richkd trains networks on this dataset.
 
@@ -42,7 +43,12 @@ def resolve_input(
             takes images that are not supported.
     """
     check_unsaid(settings, weights)
-    name, own = settings.teacher, note_of(weights)
+    name = settings.teacher
+    if by_name(settings):
+        found = named_input(name)
+        report.log(f"the teacher takes images of {found}, by the configuration of {name}")
+        return found
+    own = note_of(weights)
     if own:
         found = _trained_here(own, weights, dataset)
         report.log(f"the teacher takes images of {found}, as recorded in {weights}")
@@ -80,7 +86,7 @@ def check_unsaid(settings: Precompute, weights: Path | None) -> None:
             f"{flag}: {weights} already records what its teacher was trained with; leave it out",
             code="teacher-input-known",
         )
-    if settings.teacher and has_tag(settings.teacher):
+    if settings.teacher and names_weights(settings.teacher):
         raise RichKDError(
             f"{flag}: timm's configuration of {settings.teacher} states how it was trained; "
             f"leave it out, or name the network without its tag",
@@ -90,7 +96,7 @@ def check_unsaid(settings: Precompute, weights: Path | None) -> None:
 
 def check_from_elsewhere(settings: Precompute) -> None:
     """Check that the user gives an input only for weights from elsewhere; raise RichKDError."""
-    if settings.teacher_input and not settings.teacher_weights:
+    if settings.teacher_input and not (settings.teacher_weights or by_name(settings)):
         raise RichKDError(
             f"--teacher-{next(iter(settings.teacher_input))} is only for weights from elsewhere, "
             f"as richkd records how it trains a teacher; pass --teacher-weights, or leave it out",

@@ -16,7 +16,7 @@ from richkd.data.class_names import check_distinct
 from richkd.data.datasets import Dataset, check_class_names, introduce, load_dataset
 from richkd.data.prompts import load_prompts
 from richkd.data.views import check_num_views
-from richkd.models import check_trainable
+from richkd.models import hub_name
 from richkd.models.weights import check_weights, file_sha256
 from richkd.store import schema
 from richkd.store.folder import Folder
@@ -30,6 +30,7 @@ from richkd.teachers.class_order import check_teacher_classes, given_outputs
 from richkd.teachers.clip import check_clip, load_clip, local_folder
 from richkd.teachers.find import teacher_weights
 from richkd.teachers.framing import check_from_elsewhere, check_unsaid
+from richkd.teachers.pretrained import by_name, check_name
 
 # Settings that do not change the cache; weights and images are compared by content.
 NOT_IN_CACHE = {
@@ -53,7 +54,7 @@ def check_request(
     """
     if dataset is None:
         check_class_names(settings)
-    check_trainable(settings.teacher, settings.teacher_weights)
+    check_teacher(settings)
     check_teacher_classes(settings)
     interrupted = check_settings(settings, out, overwrite)
     dataset = load_images(settings, dataset, report)
@@ -62,6 +63,19 @@ def check_request(
     if settings.teacher_classes:
         given_outputs(settings, dataset)
     return dataset, interrupted
+
+
+def check_teacher(settings: Precompute) -> None:
+    """Check the name of pretrained weights; raise RichKDError if they cannot be meant."""
+    name = settings.teacher
+    if by_name(settings):
+        check_name(name)
+    elif hub_name(name) is not None:
+        raise RichKDError(
+            f"teacher {name} is a repository, which has its own weights; leave --teacher-weights "
+            f"out, or name the network of that file, e.g. --teacher timm/resnet50",
+            code="teacher-named-twice",
+        )
 
 
 def check_settings(
@@ -111,8 +125,8 @@ def is_complete(
 ) -> bool:
     """Return whether the cache already exists, complete and made from the same images and teachers.
 
-    A CLIP that is published under its name, and the demo's own, are compared by name; one from a
-    folder is loaded and compared by content.
+    Teachers that are published under their names, and the demo's CLIP, are compared by name; a CLIP
+    from a folder is loaded and compared by content.
 
     Raises:
         RichKDError: the cache is complete, but of other images, teachers or settings.
@@ -132,7 +146,9 @@ def is_complete(
     ]
     weights = teacher_weights(settings, training)
     note = ""
-    if weights is None:
+    if by_name(settings):
+        pass  # what is published under a name is compared by name
+    elif weights is None:
         note = f"; its teacher is no longer at {training.out} and was not compared"
     else:
         pairs.append(("teacher.sha256", manifest["teacher"]["sha256"], file_sha256(weights)))

@@ -53,11 +53,12 @@ from richkd.teachers.clip import (
     load_clip,
     local_folder,
 )
-from richkd.teachers.cnn import CNNTeacher, load_teacher
+from richkd.teachers.cnn import CNNTeacher, load_pretrained, load_teacher
 from richkd.teachers.demo_clip import demo_clip
 from richkd.teachers.find import teacher_weights
-from richkd.teachers.framing import resolve_input
-from richkd.teachers.request import check_given
+from richkd.teachers.framing import check_unsaid, resolve_input
+from richkd.teachers.pretrained import by_name, named_input, planning
+from richkd.teachers.request import check_given, check_teacher
 from richkd.teachers.rows import Teachers
 from richkd.training.device import choose_device, hardware, wait_for
 
@@ -341,9 +342,14 @@ class Trial:
 def planned_teacher(
     settings: Precompute, dataset: Dataset, device: torch.device
 ) -> tuple[CNNTeacher, bool]:
-    """Return the CNN teacher that stage one would use, and whether it is already trained."""
+    """Return the CNN teacher that stage one would use, and whether it is already trained.
+
+    One of published weights gets random ones, as nothing is downloaded.
+    """
     check_given(settings)
+    check_teacher(settings)
     check_teacher_classes(settings)
+    check_unsaid(settings, Path(settings.teacher_weights))
     if settings.teacher_classes and dataset.class_folders:
         given_outputs(settings, dataset)
     training = resolve(
@@ -357,6 +363,9 @@ def planned_teacher(
         },
     )
     weights = teacher_weights(settings, training)
+    if by_name(settings):
+        found = named_input(settings.teacher, planning)
+        return load_pretrained(settings.teacher, found, device, blank=True), False
     found = resolve_input(settings, weights, dataset, Report(quiet=True))
     classes = len(dataset.class_names)
     key = settings.teacher_weights_key

@@ -777,7 +777,6 @@ def test_a_tag_without_weights_is_refused_wherever_a_network_is_trained(
     )
     for command in (
         ("train-teacher", *shapes, "--model", name),
-        ("precompute", *shapes, "--teacher", name, "--clip", "none"),
         ("distill", "--cache", store, "--student", name),
         ("sweep", "--cache", store, "--students", f"resnet8,{name}"),
         ("run", "r.toml"),

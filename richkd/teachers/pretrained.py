@@ -1,0 +1,197 @@
+"""Pretrained teachers by name: weights that timm finds in its caches, or downloads.
+
+`resnet50.a1_in1k` and `timm/resnet50.a1_in1k` are a network of timm with the tag of its weights;
+`hf-hub:OWNER/NAME` is a repository on the Hugging Face hub in timm's layout. Most weights are in
+the hub's cache, those that are published by an address alone in torch hub's. Pickled code in them
+is never run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import urllib.parse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from richkd.config.settings import Precompute
+from richkd.core.errors import RichKDError, first_line
+from richkd.data.framing import NetworkInput
+from richkd.models import check_names, hub_name, input_of, names_weights, timm_config
+from richkd.models.registry import import_timm
+from richkd.teachers.hub_access import hub_fault, offline, quiet
+
+Fault = Callable[[], str | None]  # why the Hugging Face hub cannot be reached, or None
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASCII)
+_ABSENT = {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}  # of the hub's client
+_SAFE_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+def by_name(settings: Precompute) -> bool:
+    """Return whether the teacher's weights are those that its name means."""
+    return not settings.teacher_weights and names_weights(settings.teacher)
+
+
+def check_name(name: str) -> None:
+    """Check that timm knows weights of this name, without a download.
+
+    Of a repository on the hub, only the spelling is checked.
+
+    Raises:
+        RichKDError: there is no such network or tag, or nobody published its weights.
+    """
+    repository = hub_name(name)
+    if repository is not None:
+        if not _REPOSITORY.fullmatch(repository):
+            raise RichKDError(
+                f"teacher {name!r}: name a repository as hf-hub:OWNER/NAME",
+                code="teacher-name-malformed",
+            )
+        return
+    check_names([name])
+    config = timm_config(name)
+    if config is None or not config.has_weights:
+        raise RichKDError(
+            f"teacher {name!r}: timm names no published weights of it; choose another tag, or pass "
+            f"--teacher-weights FILE",
+            code="teacher-without-weights",
+        )
+
+
+@cache
+def configuration(name: str, fault: Fault = hub_fault) -> Any:
+    """Return timm's configuration of pretrained weights: input, classes and where they are.
+
+    A repository's config.json, a few hundred bytes, is downloaded unless it is in the hub's cache.
+
+    Args:
+        name: a name that `check_name` accepts.
+        fault: returns why the hub cannot be reached.
+
+    Raises:
+        RichKDError: the repository has no configuration that timm can read, or is out of reach.
+    """
+    repository = hub_name(name)
+    if repository is None:
+        return timm_config(name)
+    models = import_timm().models
+    with _explained(name, repository, fault), quiet():
+        found, architecture, _ = models.load_model_config_from_hf(repository)
+        return models.resolve_pretrained_cfg(architecture, pretrained_cfg=found)
+
+
+def named_input(name: str, fault: Fault = hub_fault) -> NetworkInput:
+    """Return the images that a pretrained teacher takes; raises as `configuration`, `input_of`."""
+    return input_of(name, configuration(name, fault))
+
+
+def load_named(name: str, fault: Fault = hub_fault) -> nn.Module:
+    """Return a network with its pretrained weights and its own classifier, by timm's own loader.
+
+    Args:
+        name: a name that `check_name` accepts.
+        fault: returns why the hub cannot be reached.
+
+    Raises:
+        RichKDError: the weights are not in the cache and cannot be downloaded, do not fit, or are
+            pickled code.
+    """
+    config = configuration(name)
+    repository = config.hf_hub_id or ""
+    with _explained(name, repository, fault) as unreachable, quiet(), _weights_only():
+        if not repository and unreachable is not None:
+            file = _file_of(config.url)
+            if not file.is_file():  # torch hub would wait for the network
+                raise FileNotFoundError(f"{file} is missing, and {unreachable}")
+        model: nn.Module = import_timm().create_model(_source(name), pretrained=True)
+        return model
+
+
+def blank_named(name: str) -> nn.Module:
+    """Create the network with random weights, as costly as the real one; nothing is downloaded.
+
+    Raises:
+        RichKDError: a repository's configuration is not in the hub's cache.
+    """
+    configuration(name, planning)
+    with quiet(), offline(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = import_timm().create_model(_source(name), pretrained=False)
+        return model
+
+
+def planning() -> str:
+    """Return why a plan does not reach the hub."""
+    return "nothing is downloaded for a plan"
+
+
+def _source(name: str) -> str:
+    """Return the name as timm's constructor takes it."""
+    repository = hub_name(name)
+    return name.removeprefix("timm/") if repository is None else f"hf-hub:{repository}"
+
+
+@contextmanager
+def _explained(name: str, repository: str, fault: Fault) -> Iterator[str | None]:
+    """Load from the caches alone if the hub is out of reach; explain every error in one line.
+
+    Yields:
+        Why the hub cannot be reached, or None.
+    """
+    unreachable = fault()
+    try:
+        with offline(unreachable is not None):
+            yield unreachable
+    except RichKDError:
+        raise
+    except Exception as error:  # timm, torch and the hub raise errors of many kinds
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        reason, remedy = first_line(error), "download it again, or choose another teacher"
+        place = _folder_of(repository) if repository else _file_of(configuration(name).url)
+        if unreachable is not None and kinds & _ABSENT:
+            reason = f"it is not in the cache, and {unreachable}"
+        if "weights_only" in str(error) or "UnpicklingError" in kinds:
+            reason = "its weights are a pickle that could run code"
+            remedy = "choose a repository with model.safetensors"
+        elif kinds & {*_ABSENT, "FileNotFoundError", "URLError", "ConnectError"}:
+            remedy = (
+                f"without a network, copy {place} from a machine that has it, or pass "
+                f"--teacher-weights FILE"
+            )
+        raise RichKDError(
+            f"cannot load teacher {name}: {reason}; {remedy}", code="teacher-cannot-be-loaded"
+        ) from None
+
+
+def _folder_of(repository: str) -> Path:
+    """Return where the hub's cache keeps a repository."""
+    from huggingface_hub import constants
+
+    plain = repository.partition("@")[0]
+    return Path(constants.HF_HUB_CACHE) / f"models--{plain.replace('/', '--')}"
+
+
+def _file_of(url: str | tuple[str, str]) -> Path:
+    """Return where torch hub keeps the weights of an address."""
+    address, file = (url, "") if isinstance(url, str) else url
+    file = file or Path(urllib.parse.urlsplit(address).path).name
+    return Path(torch.hub.get_dir()) / "checkpoints" / file
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """Make every `torch.load` refuse code, as timm's versions differ in what they ask for."""
+    was = os.environ.get(_SAFE_ONLY)
+    os.environ[_SAFE_ONLY] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_SAFE_ONLY]
+        if was is not None:
+            os.environ[_SAFE_ONLY] = was
