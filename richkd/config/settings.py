@@ -459,7 +459,8 @@ class Precompute(Images):
         if self.rows is not None:
             rows, given = {*self.rows}, list(self.rows)
             require("teacher_logits" in rows, "rows", given, "names that include teacher_logits")
-            require(rows <= known, "rows", given, f"of {', '.join(sorted(known))} without CLIP")
+            must = f"among {', '.join(sorted(known))}, as there is no CLIP"
+            require(rows <= known, "rows", given, must)
             same = {"none": not rows & features, "all": features <= rows, "": True}
             must = f"left out, or agree with rows = {given}"
             require(same[self.features], "features", self.features, must)

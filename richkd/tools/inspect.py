@@ -80,7 +80,7 @@ def show(summary: dict[str, Any], report: Report) -> None:
         tau = manifest["keep_temperature"]
         rows.append(("logits", f"the {manifest['keep']} largest, the others alike at τ {tau:g}"))
     if "rows" in manifest:
-        rows.append(("rows", f"{', '.join(manifest['rows'])}; no others of the teachers'"))
+        rows.append(("rows", f"only {', '.join(manifest['rows'])}"))
     if "keep_kl" in manifest:
         rows.append(("  KL error", schema.describe_errors(manifest["keep_kl"])))
     report.table(summary["path"], ("", ""), rows, left=2)

@@ -221,7 +221,7 @@ def test_settings_that_contradict() -> None:
         ({"rows": []}, "teacher_logits"),
         ({"rows": ["teacher_logits"], "features": "all"}, "features = 'all'"),
         ({"rows": ["teacher_logits", "clip_features"], "features": "none"}, "features = 'none'"),
-        ({"rows": ["teacher_logits", "fused_logits"], "clip": "none"}, "without CLIP"),
+        ({"rows": ["teacher_logits", "fused_logits"], "clip": "none"}, "no CLIP"),
     ):
         with refuses("value-out-of-range", value):
             rows(**given)
@@ -271,7 +271,7 @@ def test_other_commands(bare: Path, run: Run) -> None:
     from richkd.tools.bench import store_bytes
 
     shown = run("inspect", bare)
-    assert shown.code == 0 and "teacher_logits; no others" in shown.out
+    assert shown.code == 0 and "only teacher_logits" in shown.out
     assert store_bytes(richkd.open_cache(bare), QUIET)["as stored"]["bytes"] > 0
     with refuses("array-absent", "train/fused_logits", "cache.fuse"):
         richkd.open_cache(bare).read("train/fused_logits", 0)
