@@ -36,6 +36,11 @@ def probabilities(logits: Tensor) -> Tensor:
     return logits.double().softmax(1)
 
 
+def right_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return which samples are classified correctly, [N] bool."""
+    return logits.argmax(1) == labels
+
+
 def score(logits: Tensor, labels: Tensor, threshold: float) -> dict[str, float]:
     """Return top-1, top-5, NLL in nats, Brier score, calibration error and confidence table.
 

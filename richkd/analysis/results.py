@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
@@ -197,6 +197,16 @@ def paired_difference(differences: Sequence[float]) -> Difference | None:
 
     half = float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n)
     return Difference(mean=mean, low=mean - half, high=mean + half, n=n)
+
+
+def finite(difference: Difference) -> dict[str, float | int | None]:
+    """Return a difference for JSON, which has no infinity."""
+    known = difference.n > 1
+    return {
+        **asdict(difference),
+        "low": difference.low if known else None,
+        "high": difference.high if known else None,
+    }
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:

@@ -29,7 +29,7 @@ from richkd.analysis.corruptions import (
     PublishedCorruptions,
     relative_errors,
 )
-from richkd.analysis.results import Difference, paired_difference
+from richkd.analysis.results import finite, paired_difference
 from richkd.config.settings import Distill, recorded_holdout, resolve
 from richkd.core.errors import RichKDError, nearest
 from richkd.core.files import check_replaceable, read_json, write_json
@@ -157,7 +157,7 @@ def evaluate(
         {**describe(student), **about, **describe_logits(own, labels, threshold, store)}
         for student, own in zip(students, logits, strict=True)
     ]
-    compare(parts, "top1", [right_of(own, labels) for own in logits])
+    compare(parts, "top1", [metrics.right_of(own, labels) for own in logits])
     if corrupted is not None:
         under_corruptions(parts, students, corrupted, tested, labels, logits, report)
     if shifted is not None:
@@ -410,12 +410,12 @@ def under_corruptions(
             right: list[list[Tensor]] = [[] for _ in students]
             for batch, own_labels in zip(batches, torch.split(labels, EVAL_BATCH), strict=True):
                 for own, student in zip(right, students, strict=True):
-                    own.append(right_of(student.logits(iter([batch])), own_labels))
+                    own.append(metrics.right_of(student.logits(iter([batch])), own_labels))
                 tick(len(own_labels))
             for mistakes, own in zip(found, right, strict=True):
                 mistakes.right.append(torch.cat(own))
                 mistakes.wrong[name].append(int((~mistakes.right[-1]).sum()))
-    clean = [int((~right_of(own, labels)).sum()) for own in logits]
+    clean = [int((~metrics.right_of(own, labels)).sum()) for own in logits]
     for part, mistakes, own_clean in zip(parts, found, clean, strict=True):
         top1 = {
             name: [1 - count / len(tested) for count in each]
@@ -455,12 +455,12 @@ def under_shift(
             images = make_inputs(shift.images, student.device)
             batches = images.batches(torch.arange(count), shift.views, EVAL_BATCH)
             shifted = student.logits(batches)[:, shift.classes]
-            right.append(right_of(shifted, column[shift.labels]))
+            right.append(metrics.right_of(shifted, column[shift.labels]))
             part["shift"] = {
                 "samples": count,
                 "classes": len(shift.classes),
                 **metrics.score(shifted, column[shift.labels], threshold),
-                "clean_top1": right_of(own[kept][:, shift.classes], column[labels[kept]])
+                "clean_top1": metrics.right_of(own[kept][:, shift.classes], column[labels[kept]])
                 .double()
                 .mean()
                 .item()
@@ -474,26 +474,11 @@ def under_shift(
 # --- comparison ----------------------------------------------------------------------------------
 
 
-def right_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return which samples are classified correctly, [N] bool."""
-    return logits.argmax(1) == labels
-
-
 def compare(parts: list[dict[str, Any]], name: str, right: Sequence[Tensor]) -> None:
     """Add the difference of every other run's accuracy to the first run's, paired by image."""
     for part, own in zip(parts[1:], right[1:], strict=True):
         difference = paired_difference((own.double() - right[0].double()).tolist())
         part["comparison"][name] = difference and finite(difference)
-
-
-def finite(difference: Difference) -> dict[str, float | int | None]:
-    """Return a difference for JSON, which has no infinity."""
-    known = difference.n > 1
-    return {
-        **asdict(difference),
-        "low": difference.low if known else None,
-        "high": difference.high if known else None,
-    }
 
 
 # --- evaluations in run folders ------------------------------------------------------------------

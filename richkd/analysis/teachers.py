@@ -1,6 +1,7 @@
 """Analysis of the teachers from a cache alone: no model is loaded.
 
-    cached rows ─▶ logits of each teacher ─▶ scores, reliability, disagreement, class similarity
+    cached rows ─▶ logits of each teacher ─▶ scores, reliability, disagreement, class similarity,
+                                             complementarity
     parts of the blend ─▶ the effect of α, scale and prompts
 
 All teachers are compared on the same samples: all test images, or the training images in their
@@ -21,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from richkd.analysis import metrics
+from richkd.analysis.complementarity import complementarity
 from richkd.core import fusion
 from richkd.core.accuracy import accuracy
 from richkd.core.choices import Scale
 from richkd.core.errors import RichKDError, unknown
 from richkd.core.progress import Report
-from richkd.core.teacher_names import NAMES
+from richkd.core.teacher_names import name_of
 from richkd.store.reader import TeacherCache
 
 ALPHAS = tuple(round(0.05 * step, 2) for step in range(21))
@@ -66,7 +68,8 @@ def analyze(
     Returns:
         The analysis, as `richkd analyze` writes it to JSON: accuracies and shares in 0..1, NLL in
         nats. Entries that need CLIP are None for a cache without CLIP, and so are those on prompts
-        for a cache without CLIP's features.
+        for a cache without CLIP's features. `complementarity` is there if teachers were added to
+        the cache.
 
     Raises:
         RichKDError: a setting is out of range, or cached logits are not finite.
@@ -76,7 +79,9 @@ def analyze(
         raise unknown("split", split, cache.splits)
     report = report or Report(quiet=True)
     rows = read_rows(cache, split)
-    logits = teacher_logits(cache, rows)
+    every = every_logits(cache, split)
+    logits = {**every, **teacher_logits(cache, rows)}
+    check_finite(cache, logits)
     has_clip = rows.similarity is not None
     with report.track("analyze", 4, "parts") as tick:
         result: dict[str, Any] = {
@@ -106,6 +111,8 @@ def analyze(
         ):
             result[name] = part(cache, rows, logits) if has_clip else None
             tick(1)
+        if every.keys() - {"cnn", "clip"}:
+            result["complementarity"] = complementarity(every, rows.labels)
     return result
 
 
@@ -154,14 +161,40 @@ def teacher_logits(cache: TeacherCache, rows: Rows) -> dict[str, Tensor]:
     for name, scale in (("native", clip["logit_scale"]), ("raw", 1.0)):
         if scale != stored:
             logits[name] = cache.blend(rows.teacher, rows.similarity, alpha=None, scale=scale)
+    return logits
+
+
+def every_logits(cache: TeacherCache, split: str) -> dict[str, Tensor]:
+    """Return the logits of every teacher of a cache by name, CLIP's at its own scale: [N,C] f32.
+
+    Those of the training images are of their first view.
+    """
+    view = 0 if split == "train" else None
+    entries = {name: cache.addition(name).manifest.get("clip") for name in cache.added}
+    entries = {"cnn": None, "clip": cache.manifest["clip"], **entries}
+    found = {}
+    for name in cache.teachers:
+        place = f"teachers/{name}/{split}" if name in cache.added else split
+        clip = entries[name]
+        if clip is None:
+            found[name] = cache.read(f"{place}/teacher_logits", view).float()
+        else:
+            similarity = cache.read(f"{place}/clip_similarity").float()
+            found[name] = fusion.clip_logits(
+                similarity, clip["logit_scale"], clip.get("logit_bias", 0.0)
+            )
+    return found
+
+
+def check_finite(cache: TeacherCache, logits: Mapping[str, Tensor]) -> None:
+    """Raise RichKDError if logits of a teacher are not finite."""
     for name, own in logits.items():
         if not torch.isfinite(own).all():
             raise RichKDError(
-                f"{cache.location}: the logits of {NAMES[name]} contain NaN or infinity; run "
+                f"{cache.location}: the logits of {name_of(name)} contain NaN or infinity; run "
                 f"richkd verify {cache.location} to find them",
                 code="logits-not-finite",
             )
-    return logits
 
 
 def disagreement(

@@ -12,3 +12,8 @@ NAMES = {
 }
 # full names, beside students and other models
 FULL_NAMES = {"cnn": "CNN teacher", "clip": "CLIP zero-shot", "fused": "fused teacher"}
+
+
+def name_of(kind: str) -> str:
+    """Return a teacher's short name; an added one has the name that it was given."""
+    return NAMES.get(kind, kind)

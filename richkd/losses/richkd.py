@@ -28,7 +28,7 @@ def feature_row(teacher: str) -> str:
 
 
 def feature_weights(options: Any, task: Task) -> dict[str, float]:
-    """Return the weights of the teachers in the fused features: CNN, CLIP, then the added ones.
+    """Return the weights of teachers in the fused features: CNN, CLIP, then the added by name.
 
     Raises:
         RichKDError: both `feature_alpha` and weights by teacher are given.
@@ -44,7 +44,7 @@ def feature_weights(options: Any, task: Task) -> dict[str, float]:
             code="feature-alpha-with-weights",
         )
     used = {name: weight for name, weight in task.weights.items() if weight > 0}
-    order = [*FEATURES, *task.others]
+    order = [*FEATURES, *sorted(task.others)]
     return {name: used[name] for name in sorted(used, key=order.index)}
 
 

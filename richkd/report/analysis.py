@@ -13,7 +13,7 @@ from richkd.core.errors import local_path
 from richkd.core.files import check_replaceable, write, write_json
 from richkd.core.ownership import has_keys, is_page
 from richkd.core.progress import Report, percent
-from richkd.core.teacher_names import NAMES
+from richkd.core.teacher_names import name_of
 from richkd.report import lens_plots
 from richkd.report.page import as_json, fill
 from richkd.store.folder import Folder
@@ -27,6 +27,8 @@ DISAGREEMENT_HEAD = ("samples, %", "how many", "blend right")
 CHANGE_HEAD = ("class accuracy, %", "CNN", "CLIP", "fused", "fused − CNN")
 BEST_HEAD = ("best setting of", "by top-1", "top-1, %", "by NLL", "NLL")
 PROMPT_HEAD = ("prompt alone, top-1 in %", "CLIP", "fused")
+KNOWS_HEAD = ("images, %", "right", "alone right", "right, blend of the others wrong")
+ADDS_HEAD = ("blend without", "top-1, %", "points added [95 %]", "NLL", "NLL added [95 %]")
 WITHOUT_CLIP = (
     "The cache has no CLIP, so there is no disagreement, no gain or loss by class, and no effect "
     "of α, scale and prompts to show."
@@ -86,7 +88,8 @@ def effects_of_fusion(teachers: Mapping[str, Mapping[str, float]]) -> list[str]:
                 _change(teachers["cnn"][cell], teachers[kind][cell])
                 for cell in ("confident_correct", "confident_wrong")
             )
-            lines.append(f"{NAMES[kind]}: confident and correct {right}, confidently wrong {wrong}")
+            name = name_of(kind)
+            lines.append(f"{name}: confident and correct {right}, confidently wrong {wrong}")
     return lines
 
 
@@ -108,7 +111,7 @@ def consistency_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return the rank correlations of each teacher."""
     return [
         (
-            NAMES[kind],
+            name_of(kind),
             *(
                 "–" if row.get(name) is None else f"{row[name]:.3f}"
                 for name in ("features", "text")
@@ -170,6 +173,57 @@ def prompt_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
+def knows_rows(part: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return how often each of several teachers is right, and where the others are wrong."""
+    return [
+        (name_of(row["teacher"]), *(percent(row[key]) for key in ("top1", "alone", "beats_others")))
+        for row in part["teachers"]
+    ]
+
+
+def matrix_table(part: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return header and rows of the shares where the row is right and the column wrong."""
+    matrix = part["right_where_wrong"]
+    header = ("right, but wrong is", *(name_of(name) for name in matrix))
+    rows = [
+        (name_of(k), *("" if k == other else percent(share) for other, share in row.items()))
+        for k, row in matrix.items()
+    ]
+    return header, rows
+
+
+def adds_rows(part: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the scores of the blend of all, and of those without one teacher."""
+    whole = part["blend"]
+    rows = [
+        (
+            name_of(row["teacher"]),
+            percent(row["without"]["top1"]),
+            _interval(row["adds"]["top1"], 100, 2),
+            f"{row['without']['nll']:.3f}",
+            _interval(row["adds"]["nll"], 1, 3),
+        )
+        for row in part["teachers"]
+    ]
+    return [("–", percent(whole["top1"]), "", f"{whole['nll']:.3f}", ""), *rows]
+
+
+def blend_weights(part: Mapping[str, Any]) -> str:
+    """Return the weights of the teachers in the blend of all, in words."""
+    weights = part["weights"]
+    if len(set(weights.values())) == 1:
+        return "equal weights"
+    return ", ".join(f"{name_of(name)} {weight:.3g}" for name, weight in weights.items())
+
+
+def _interval(difference: Mapping[str, Any], factor: float, digits: int) -> str:
+    mean, *bounds = (difference[key] for key in ("mean", "low", "high"))
+    text = f"{factor * mean:+.{digits}f}"
+    if None not in bounds:
+        text += " [{}]".format(", ".join(f"{factor * value:+.{digits}f}" for value in bounds))
+    return text.replace("-", "−")
+
+
 def show_scores(result: Mapping[str, Any], report: Report) -> None:
     """Print the scores of the teachers and the effects of fusion."""
     teachers = result["teachers"]
@@ -177,13 +231,12 @@ def show_scores(result: Mapping[str, Any], report: Report) -> None:
         f"{result['store']}: {result['samples']:,} {result['split']} images, "
         f"α {result['alpha']:g}, scale {result['scale']}"
     )
-    report.table(
-        title, ("teacher", *SCORES), [score_row(NAMES[kind], row) for kind, row in teachers.items()]
-    )
+    rows = [score_row(name_of(kind), row) for kind, row in teachers.items()]
+    report.table(title, ("teacher", *SCORES), rows)
     report.table(
         f"Share of images, %; confident: a top probability of {result['threshold']:g} or more",
         ("teacher", *(head.replace(", ", "\n") for head in CELL_HEADS)),
-        [cell_row(NAMES[kind], row) for kind, row in teachers.items()],
+        [cell_row(name_of(kind), row) for kind, row in teachers.items()],
     )
     for line in effects_of_fusion(teachers):
         report.log(line)
@@ -193,6 +246,11 @@ def show(result: Mapping[str, Any], report: Report) -> None:
     """Print the whole analysis."""
     show_scores(result, report)
     report.table("", CONSISTENCY_HEAD, consistency_rows(result))
+    if part := result.get("complementarity"):
+        report.table("What each teacher knows", KNOWS_HEAD, knows_rows(part))
+        report.table("Images where one is right and another wrong, %", *matrix_table(part))
+        title = f"What each teacher adds to the blend of all ({blend_weights(part)})"
+        report.table(title, ADDS_HEAD, adds_rows(part))
     if result["disagreement"] is None:
         report.log(WITHOUT_CLIP)
         return
@@ -207,9 +265,9 @@ def show(result: Mapping[str, Any], report: Report) -> None:
 
 def render(cache: TeacherCache, result: Mapping[str, Any]) -> str:
     """Return the whole page."""
-    teachers = {NAMES[kind]: row for kind, row in result["teachers"].items()}
-    bins = {NAMES[kind]: bins for kind, bins in result["reliability"].items()}
-    tables = {
+    teachers = {name_of(kind): row for kind, row in result["teachers"].items()}
+    bins = {name_of(kind): bins for kind, bins in result["reliability"].items()}
+    tables: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {
         "scores": (("teacher", *SCORES), [score_row(*pair) for pair in teachers.items()]),
         "consistency": (CONSISTENCY_HEAD, consistency_rows(result)),
     }
@@ -217,6 +275,13 @@ def render(cache: TeacherCache, result: Mapping[str, Any]) -> str:
         "confidence": {"confidence": lens_plots.confidence_bars(teachers)},
         "reliability": {"reliability": lens_plots.reliability_diagram(bins)},
     }
+    weights = ""
+    if part := result.get("complementarity"):
+        weights = blend_weights(part)
+        tables["knows"] = (KNOWS_HEAD, knows_rows(part))
+        tables["right-where-wrong"] = matrix_table(part)
+        tables["adds"] = (ADDS_HEAD, adds_rows(part))
+        figures["adds"] = {"adds": lens_plots.additions(part["teachers"])}
     has_clip = result["disagreement"] is not None
     if has_clip:
         tables["disagreement"] = (DISAGREEMENT_HEAD, disagreement_rows(result))
@@ -230,7 +295,7 @@ def render(cache: TeacherCache, result: Mapping[str, Any]) -> str:
         "analysis",
         title=f"Teachers of {Path(result['store']).name}",
         result=result,
-        names=NAMES,
+        name_of=name_of,
         percent=percent,
         cells=lens_plots.CELL_NAMES,
         cell_colours=lens_plots.CELL_COLOURS,
@@ -238,6 +303,7 @@ def render(cache: TeacherCache, result: Mapping[str, Any]) -> str:
         without_features=WITHOUT_FEATURES,
         fusion=effects_of_fusion(result["teachers"]),
         tables=tables,
+        blend_weights=weights,
         changed=examples(cache, result) if has_clip else {},
         figures={name: as_json(group) for name, group in figures.items()},
     )
@@ -249,7 +315,7 @@ def blend_figures(result: Mapping[str, Any]) -> dict[str, Any]:
     stored = [(result["alpha"], "stored")]
     counted = [
         {"kind": name, "prompts": row["prompts"], "top1": row[key]}
-        for name, key in ((NAMES["clip"], "clip_top1"), (NAMES["fused"], "fused_top1"))
+        for name, key in ((name_of("clip"), "clip_top1"), (name_of("fused"), "fused_top1"))
         for row in blend["num_prompts"] or ()
     ]
     figures = {

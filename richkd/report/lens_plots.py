@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from richkd.analysis.metrics import CELLS
-from richkd.core.teacher_names import NAMES
+from richkd.core.teacher_names import NAMES, name_of
 from richkd.report.plots import COLOURS, GREY, label_ends, log_ticks, room_for, styled, widened
 
 # blue for correct and orange for wrong, dark for confident and pale for unsure
@@ -171,6 +171,29 @@ def class_changes(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
         )
     figure.update_xaxes(title="accuracy, %")
     return by_name(figure, 100 + 24 * len(shown))
+
+
+def additions(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """Plot what each teacher adds to the top-1 of the blend, with 95 % intervals.
+
+    Args:
+        rows: the entry `teachers` of `complementarity`.
+    """
+    figure = go.Figure()
+    figure.add_vline(x=0, line={"color": GREY, "dash": "dot", "width": 1})
+    for row in rows[::-1]:  # plotly draws from the bottom
+        adds = row["adds"]["top1"]
+        half = 0.0 if adds["high"] is None else adds["high"] - adds["mean"]
+        figure.add_scatter(
+            x=[100 * adds["mean"]],
+            y=[name_of(row["teacher"])],
+            mode="markers",
+            marker={"size": 9, "color": COLOURS[0]},
+            error_x={"type": "data", "array": [100 * half], "thickness": 1.5, "width": 4},
+            hovertemplate="%{y}: %{x:+.2f} points<extra></extra>",
+        )
+    figure.update_xaxes(title="top-1 of the blend with it minus without it, points")
+    return by_name(figure, 110 + 34 * len(rows))
 
 
 def corruption_dots(top1: Mapping[str, Mapping[str, Sequence[float]]]) -> go.Figure:

@@ -27,7 +27,7 @@ def show_methods(name: str | None, report: Report) -> dict[str, Any]:
     Raises:
         RichKDError: there is no such method.
     """
-    from richkd.losses import METHODS, describe_method
+    from richkd.losses import EVERY, METHODS, describe_method
 
     if name is not None and name not in METHODS:
         raise unknown("method", name, METHODS)
@@ -41,7 +41,10 @@ def show_methods(name: str | None, report: Report) -> dict[str, Any]:
         )
     else:
         entry = found[name]
-        reads = ", ".join(entry["reads"]) or "only images and labels"
+        words = {EVERY: "the logits of every teacher"}
+        reads = (
+            ", ".join(words.get(read, read) for read in entry["reads"]) or "only images and labels"
+        )
         defaults = [
             (f"--set {option}", "the alpha of the blend" if value is None else f"{value}")
             for option, value in entry["options"].items()

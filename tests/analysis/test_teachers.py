@@ -17,6 +17,7 @@ import zarr
 from helpers import Refusal
 from PIL import Image
 
+from richkd.analysis import teachers
 from richkd.analysis.teachers import ALPHAS, analyze, images_as_png
 from richkd.report.analysis import WITHOUT_CLIP
 from richkd.store.reader import open_cache
@@ -215,6 +216,27 @@ def test_a_store_without_clip_says_what_it_can(
     page = (tmp_path / "plain-analysis.html").read_text()
     assert 'id="scores"' in page and 'id="disagreement"' not in page
     assert WITHOUT_CLIP in page and WITHOUT_CLIP in run("analyze", store).err
+
+
+def test_more_than_two_teachers(
+    run: Run, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only then is there an entry about what each knows and adds."""
+    assert "complementarity" not in analyze(open_cache(store))
+    two = teachers.every_logits(open_cache(store), "test")
+    assert [*two] == ["cnn", "clip"]
+    added = {**two, "vit": two["cnn"].roll(1, dims=0)}
+    monkeypatch.setattr(teachers, "every_logits", lambda *_: added)
+    done = run("analyze", store, "--out", tmp_path, "--json")
+    assert done.code == 0, done.err
+    found = done.json["complementarity"]
+    assert [row["teacher"] for row in found["teachers"]] == ["cnn", "clip", "vit"]
+    assert [*done.json["teachers"]][:3] == ["cnn", "clip", "vit"]
+    shown = run("analyze", store, "--out", tmp_path).out.splitlines()
+    assert max(map(len, shown[:-1])) <= 80
+    assert any("blend without" in line for line in shown)
+    page = (tmp_path / f"{store.stem}-analysis.html").read_text()
+    assert all(f'id="{name}"' in page for name in ("knows", "right-where-wrong", "adds"))
 
 
 @pytest.mark.slow

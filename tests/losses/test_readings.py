@@ -230,14 +230,14 @@ def read_richkd(o: Any, b: Batch, rows: Terms, state: Terms) -> Terms:
 
 
 def read_weighted(o: Any, b: Batch, rows: Terms, state: Terms, task: Task) -> Terms:
-    """RichKD with a weight by teacher; the layers of added teachers are in the task's order."""
+    """RichKD with a weight by teacher; the layers of added teachers are ordered by name."""
     s = embed(b.features, state, "student")
     fused = torch.zeros(B, 128).double()
     if task.weights.get("cnn"):
         fused = fused + task.weights["cnn"] * embed(rows["teacher_features"], state, "teacher")
     if task.weights.get("clip"):
         fused = fused + task.weights["clip"] * embed(rows["clip_features"], state, "clip")
-    for place, name in enumerate(k for k in task.others if task.weights.get(k)):
+    for place, name in enumerate(k for k in sorted(task.others) if task.weights.get(k)):
         own = embed(rows[f"{name}/features"], state, f"others.{place}")
         fused = fused + task.weights[name] * own
     fused = torch.stack([row / (row**2).sum().sqrt() for row in fused])

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from chromium import open_page
 
+from richkd.analysis import teachers
 from richkd.config.settings import Sweep
 from richkd.core.progress import Report
+from richkd.store.reader import open_cache
 from richkd.sweep.run import run_sweep
 
 Run = Callable[..., Any]
@@ -63,8 +65,19 @@ def cells(dom: str, table: str) -> list[list[str]]:
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "scheme"), VIEWS)
 def test_the_analysis_in_a_browser(
-    run: Run, store: Path, tmp_path: Path, width: int, scheme: str
+    run: Run,
+    store: Path,
+    tmp_path: Path,
+    width: int,
+    scheme: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With an added teacher in the narrow window."""
+    narrow = width == VIEWS[1][0]
+    if narrow:
+        every = teachers.every_logits(open_cache(store), "test")
+        added = {**every, "vit": every["cnn"].roll(1, dims=0)}
+        monkeypatch.setattr(teachers, "every_logits", lambda *_: added)
     done = run("analyze", store, "--out", tmp_path, "--json")
     assert done.code == 0, done.err
     page = Path(done.json["files"]["html"])
@@ -79,6 +92,7 @@ def test_the_analysis_in_a_browser(
             "scale",
             "num-prompts",
             "class-changes",
+            *["adds"] * narrow,
         },
         width,
     )
