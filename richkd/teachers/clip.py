@@ -334,19 +334,22 @@ def load_clip(
         reason = first_line(error)
         if unreachable is not None and any(part in str(error) for part in NOT_FETCHED):
             reason = f"it is not in the cache, and {unreachable}"
-        if local:
-            remedy = "check its configuration and weights"
-        elif folder is not None:
-            remedy = "its text model is downloaded from the Hugging Face hub"
-        else:
-            remedy = (
-                "without a network, copy the model's open_clip_config.json and "
-                "open_clip_model.safetensors from elsewhere to a directory and pass --clip "
-                "DIRECTORY"
-            )
         raise RichKDError(
-            f"cannot load CLIP {name}: {reason}; {remedy}", code="clip-cannot-be-loaded"
+            f"cannot load CLIP {name}: {reason}; {_remedy(folder, local)}",
+            code="clip-cannot-be-loaded",
         ) from None
+
+
+def _remedy(folder: Path | None, local: bool) -> str:
+    """Return what helps where a CLIP's weights cannot be loaded."""
+    if local:
+        return "check its configuration and weights"
+    if folder is not None:
+        return "its text model is downloaded from the Hugging Face hub"
+    return (
+        "without a network, copy the model's open_clip_config.json and open_clip_model.safetensors "
+        "from elsewhere to a directory and pass --clip DIRECTORY"
+    )
 
 
 def _is_whole(folder: Path | None) -> bool:

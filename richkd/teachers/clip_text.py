@@ -28,7 +28,7 @@ NOT_FETCHED = ("Failed to download", "Failed initial config", "Required pretrain
 _PIECES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", *_PIECES)
 _FOR_PIECES = ("sentencepiece", "google.protobuf")
-_ONLY_PIECES = ("mt5",)  # tokenizers whose repositories have no tokenizer.json
+_ONLY_PIECES = "mt5"  # tokenizers whose repositories have no tokenizer.json
 _FILES = "tokenizer.json or spiece.model, and tokenizer_config.json"
 
 
@@ -75,11 +75,9 @@ def check_text(
         return
     what = f"the text model {tower}" if tower else f"the tokenizer {tokenizer or 'of SigLIP'}"
     there = [file for file in _VOCABULARIES if folder and (folder / file).is_file()]
-    needed = ["transformers"]
-    if (there and {*there} <= {*_PIECES}) or any(one in f"{tokenizer}" for one in _ONLY_PIECES):
-        needed += _FOR_PIECES
+    pieces = {*there} <= {*_PIECES} if there else _ONLY_PIECES in f"{tokenizer}"
     remedies = []
-    if absent := _absent(needed, find):
+    if absent := _absent(["transformers", *(_FOR_PIECES if pieces else ())], find):
         remedies.append(f"install {' and '.join(absent)}: {INSTALL}")
     if folder is not None and tokenizer and not there:
         remedies.append(f"copy the tokenizer's files ({_FILES}) from {tokenizer} to {folder}")
@@ -173,6 +171,8 @@ class _Part:
         unread = re.search("sentencepiece|tiktoken|protobuf|google", str(error))
         if unread and (absent := _absent(_FOR_PIECES, find_spec)):
             return f"install {' and '.join(absent)}: {INSTALL}"
+        if isinstance(error, ImportError):
+            return INSTALL
         files = _FILES if self.kind == "tokenizer" else "config.json"
         if self.repository == str(self.folder):
             return f"restore its files ({files})"

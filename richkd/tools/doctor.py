@@ -21,7 +21,7 @@ from richkd.core.progress import Report, size
 
 # By extra: the command that needs it, and the module whose import shows whether it works.
 EXTRAS = {
-    "tokenizers": ("--clip of SigLIP, MetaCLIP 2, …", "transformers"),
+    "tokenizers": ("CLIPs such as SigLIP", "transformers"),
     "onnx": ("richkd export", "onnxruntime"),
     "tensorboard": ("richkd report --tensorboard", "torch.utils.tensorboard"),
     "corruptions": ("richkd evaluate --corruptions", "imagecorruptions"),

@@ -74,8 +74,9 @@ def test_a_bias_is_part_of_logits_at_clips_own_scale(
     close(cache.fuse(1, alpha=0.5, scale="raw").numpy(), 0.5 * teacher + 0.5 * cosines)
     close(target_rows(store, 1, target="clip"), native)
     close(target_rows(store, 1, target="clip", scale=7.0), 7 * cosines)
-    other = target_rows(store, 1, target="fused", alpha=0.5)
-    close(other, 0.5 * teacher + 0.5 * native)
+    close(target_rows(store, 1, target="fused", alpha=0.5), 0.5 * teacher + 0.5 * native)
+    chosen = choose_target(cache, Distill(cache=str(store), alpha="auto"), "fused", QUIET)
+    assert not any(part.shift for part in chosen.parts)  # its scale is a number
     assert run("verify", store).code == 0
 
 
