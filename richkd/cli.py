@@ -44,8 +44,8 @@ CACHES, LISTS = "Caches", "Lists and benchmarks"
 
 # The settings of the CNN teacher and of CLIP.
 TEACHERS = (
-    "teacher teacher_weights teacher_size teacher_mean teacher_std teacher_crop "
-    "teacher_interpolation teacher_classes clip clip_precision prompts"
+    "teacher teacher_weights teacher_weights_key teacher_size teacher_mean teacher_std "
+    "teacher_crop teacher_interpolation teacher_classes clip clip_precision prompts"
 )
 
 
@@ -540,7 +540,8 @@ def sweep(
         *flags(Distill, "method target student epochs milestones seed options", others=False),
         *flags(
             Precompute,
-            "dataset limit validation views teacher_weights teacher_classes clip data_root device",
+            "dataset limit validation views teacher_weights teacher_weights_key teacher_classes "
+            "clip data_root device",
             others=False,
         ),
     ],

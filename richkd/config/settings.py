@@ -296,6 +296,9 @@ class Precompute(Images):
     teacher_weights: str = setting(
         "", "weights of the CNN teacher (.safetensors, or a state dict .pt/.pth)", path=True
     )
+    teacher_weights_key: str = setting(
+        "", "which weights to take if the file has several, e.g. state_dict or model_ema"
+    )
     teacher_size: Side | None = setting(
         None, "pixels per side of the images it was trained on; default by timm or dataset"
     )
@@ -379,6 +382,12 @@ class Precompute(Images):
             if getattr(self, name) is not None:
                 self._set(name, three_channels(getattr(self, name)))
         most = 10 if self.dtype == "float16" else 23
+        if self.teacher_weights_key and not self.teacher_weights:
+            raise RichKDError(
+                f"--teacher-weights-key {self.teacher_weights_key} is only for a file of weights; "
+                f"pass --teacher-weights, or leave it out",
+                code="teacher-weights-key-not-needed",
+            )
         fits = self.keep_bits is None or self.keep_bits <= most
         require(fits, "keep_bits", self.keep_bits, f"in 1..{most} for {self.dtype}")
         self._choose_rows()

@@ -6,69 +6,30 @@ network's state dict in it, whatever a trainer has wrapped around it.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import hashlib
 import json
-import pathlib
 import pickle
 import re
-import types
 import warnings
 import zipfile
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 
 from richkd.core.errors import RichKDError, first_line
 from richkd.core.files import atomic_write
+from richkd.models.candidates import Candidate, find_candidates
+from richkd.models.layouts import describe_layout
+from richkd.models.pickles import HARMLESS, foreign
 
 _SHA256 = "richkd-sha256"
 Content = Mapping[str, Any]
-
-# Checkpoints hold more than tensors: arguments, paths, times, an accuracy. These classes only
-# contain data; a file with any other class is refused.
-_NUMPY_SCALAR = np.float64(0).__reduce__()[0]
-
-
-def _plain_dict(_: object = None) -> dict[Any, Any]:
-    """Stand in for a defaultdict, without the factory that it would call for missing keys."""
-    return {}
-
-
-_HARMLESS = [
-    argparse.Namespace,
-    types.SimpleNamespace,
-    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
-    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    *{type(np.dtype(kind)) for kind in "?efdbhilqBHILQ"},
-    (_plain_dict, "collections.defaultdict"),
-    list,
-    dict,
-    set,
-    int,
-    float,
-    str,
-    datetime.datetime,
-    datetime.timedelta,
-    TorchVersion,
-    *(
-        (pathlib.PurePosixPath, f"{module}.{name}")
-        for module in ("pathlib", "pathlib._local")
-        for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
-    ),
-]
 
 # Files that are often mistaken for weights, by their first bytes, and what to do instead.
 _NO_WEIGHTS = (
@@ -106,69 +67,6 @@ _NO_WEIGHTS_ZIPPED = (
     (re.compile(r"\.npy$"), "is an archive of NumPy arrays; a network's state dict is needed"),
 )
 
-# --- what trainers wrap around a state dict ------------------------------------------------------
-
-# Parts of names that wrapper modules add: DataParallel and DDP, torch.compile, FSDP, activation
-# checkpointing, DeepSpeed and Lightning.
-_WRAPPERS = {
-    "module",
-    "_orig_mod",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-    "_forward_module",
-}
-# Entries that do not affect predictions: counters of thop and AveragedModel, constants that the
-# network computes itself, and the state of losses and metrics.
-_IDLE = re.compile(
-    r"(.*\.)?(total_ops|total_params|n_averaged|relative_position_index|relative_coords_table"
-    r"|attn_mask)|(criterion|loss|metric|(train|val|valid|test)_(acc|loss|metric))[^.]*\..*"
-)
-_TRACKED = "num_batches_tracked"  # missing in files of PyTorch before 0.4.1
-_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|averaged?)(?![a-z])", re.IGNORECASE)
-# The usual keys of a network's weights; they win over weights at other keys.
-_USUAL = {
-    "state_dict",
-    "model",
-    "model_state_dict",
-    "net",
-    "network",
-    "weights",
-    "params",
-    "module",
-}
-_DEEPEST = 4  # levels of nested mappings
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """Tensors in a file that may be a network's state dict."""
-
-    keys: tuple[str, ...]  # that lead to their mapping
-    prefix: str  # that all their names have there
-    unwrapped: bool  # whether parts such as `module` were removed from the names
-    tensors: dict[str, Tensor]  # by name, without the prefix
-    missing: frozenset[str]  # entries of the network that are not among them
-    extra: frozenset[str]  # entries among them that the network does not have
-    outside: tuple[str, ...]  # entries of the mapping without the prefix
-
-    @property
-    def fits(self) -> bool:
-        return not self.missing and not self.extra
-
-    @property
-    def averaged(self) -> bool:
-        return any(map(_AVERAGED.search, (*self.keys, *self.prefix.split("."))))
-
-    @property
-    def usual(self) -> bool:
-        return not self.keys or self.keys[-1] in _USUAL
-
-    @property
-    def where(self) -> str:
-        """Their position in the file, e.g. `module.* in state_dict`; empty for the whole file."""
-        names = f"{self.prefix}*" if self.prefix else ""
-        return " in ".join(filter(None, (names, ".".join(self.keys))))
-
 
 def read_weights(path: Path) -> Content:
     """Return the content of a weights file in the format of safetensors or `torch.save`.
@@ -180,6 +78,9 @@ def read_weights(path: Path) -> Content:
     """
     check_weights(path)
     content: Any = read_safetensors(path)[0] if _is_safetensors(path) else _read_pickle(path)
+    if isinstance(content, list | tuple):  # such as (weights, optimizer)
+        parts = {str(n): part for n, part in enumerate(content) if isinstance(part, Mapping)}
+        content = parts or content
     if not isinstance(content, Mapping) or not content:
         raise RichKDError(
             f"{path} holds {type(content).__name__}, not a state dict; save it with "
@@ -271,7 +172,7 @@ def _is_safetensors(path: Path) -> bool:
 def _read_pickle(path: Path) -> object:
     try:
         with (
-            torch.serialization.safe_globals(_HARMLESS),  # type: ignore[arg-type]
+            torch.serialization.safe_globals(HARMLESS),
             warnings.catch_warnings(action="ignore"),  # about pickles that are refused anyway
             path.open("rb") as file,  # torch would go by the name of a path
         ):
@@ -284,7 +185,7 @@ def _read_pickle(path: Path) -> object:
                     f"torch.save wrote it); copy or download it again",
                     code="weights-damaged",
                 ) from None
-        found = _foreign(path, str(error))
+        found = foreign(path, str(error))
         raise RichKDError(
             f"refused to read {path}: it holds more than tensors and plain values and could run "
             f"code ({found}); save its weights alone with torch.save(model.state_dict(), FILE)",
@@ -298,23 +199,11 @@ def _read_pickle(path: Path) -> object:
         ) from None
 
 
-def _foreign(path: Path, reason: str) -> str:
-    """Return the names of the classes and functions that a `torch.save` file must not load."""
-    names: list[str] = []
-    with suppress(Exception), torch.serialization.safe_globals(_HARMLESS):  # type: ignore[arg-type]
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    names = sorted(names, key=lambda name: (name.startswith("torch."), name))
-    if not names:  # the format before PyTorch 1.6
-        names = re.findall(r"(?:GLOBAL|class|for) '?([A-Za-z_]\w*(?:\.\w+)+)", reason)[:1]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more if names else "a pickle that torch.save did not write"
-
-
 # --- finding a network's state dict --------------------------------------------------------------
 
 
 def find_state(
-    own: Mapping[str, Tensor], content: Content, name: str, path: Path
+    own: Mapping[str, Tensor], content: Content, name: str, path: Path, key: str = ""
 ) -> tuple[dict[str, Tensor], str]:
     """Find a network's state dict in the content of a file.
 
@@ -327,19 +216,17 @@ def find_state(
         content: the content of the file.
         name: the network's name, for messages.
         path: the file's path, for messages.
+        key: the key or prefix at which the state dict lies; empty to look for it everywhere.
 
     Returns:
         The entries by the network's own names, and one line on what was unwrapped and ignored,
         which is empty if nothing was.
 
     Raises:
-        RichKDError: no entries have these names, or several sets do and none is the usual one.
+        RichKDError: no entries have these names; or several sets do, and none is the usual one; or
+            there are none at `key`.
     """
-    found = [
-        one
-        for keys, tensors in _mappings(content, (), set())
-        for one in _candidates(own, keys, tensors)
-    ]
+    found = find_candidates(own, content)
     if not found:
         keys = ", ".join(repr(key) for key in list(content)[:4])
         raise RichKDError(
@@ -347,97 +234,37 @@ def find_state(
             f"torch.save(model.state_dict(), FILE)",
             code="weights-no-state-dict",
         )
-    fitting = [one for one in found if one.fits]
+    there = [one for one in found if not key or one.is_at(key)]
+    if not there:
+        raise _unknown_key(key, found, path)
+    fitting = [one for one in there if one.fits]
     if not fitting:
-        raise _other_architecture(found, own, name, path)
+        layout = describe_layout(name, content, _note(path))
+        raise _other_architecture(there, own, name, path, layout)
     chosen = _choose(fitting, name, path)
     beside = [one for one in fitting if one is not chosen]
-    state = {
-        key: chosen.tensors[key] if key in chosen.tensors else torch.zeros_like(tensor)
-        for key, tensor in own.items()
-    }
-    return state, _describe(chosen, beside, own, path)
+    return chosen.state(own), _describe(chosen, beside, own, path, key)
 
 
-def _mappings(
-    content: Content, keys: tuple[str, ...], seen: set[int]
-) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Yield every mapping from names to tensors in `content`, with the keys that lead to it."""
-    if id(content) in seen or len(keys) > _DEEPEST:  # a mapping may occur at many keys
-        return
-    seen.add(id(content))
-    tensors = {
-        key: value
-        for key, value in content.items()
-        if isinstance(key, str) and isinstance(value, Tensor)
-    }
-    if tensors:
-        yield keys, tensors
-    for key, value in content.items():
-        if isinstance(key, str) and isinstance(value, Mapping):
-            yield from _mappings(value, (*keys, key), seen)
+def _unknown_key(key: str, found: list[Candidate], path: Path) -> RichKDError:
+    """Return the error that names the keys that there are, those of the network first."""
+    fitting = [one.key for one in found if one.fits]
+    keys = [*filter(None, dict.fromkeys(fitting or [one.key for one in found]))]
+    remedy = (
+        f"choose from {', '.join(keys[:8])}"
+        if keys
+        else "its weights are at the top level: leave --teacher-weights-key out"
+    )
+    return RichKDError(
+        f"{path} has no weights at key {key!r}; {remedy}", code="weights-key-unknown"
+    )
 
 
-def _candidates(
-    own: Mapping[str, Tensor], keys: tuple[str, ...], tensors: Mapping[str, Tensor]
-) -> list[_Candidate]:
-    """Return the candidates in a mapping, one for each prefix that many of the names share.
-
-    Wrappers are removed only if the names as they are do not fit: what looks like a wrapper may be
-    part of the network.
-    """
-    found = _under_prefixes(own, keys, tensors, unwrapped=False)
-    if any(one.fits for one in found):
-        return found
-    wrappers = _WRAPPERS - {part for key in own for part in key.split(".")}
-    bare = {
-        ".".join(part for part in key.split(".") if part not in wrappers): tensor
-        for key, tensor in tensors.items()
-    }
-    if bare.keys() != tensors.keys() and len(bare) == len(tensors):
-        return _under_prefixes(own, keys, bare, unwrapped=True)
-    return found
+def _note(path: Path) -> dict[str, str]:
+    return read_note(path) if path.is_file() else {}
 
 
-def _under_prefixes(
-    own: Mapping[str, Tensor],
-    keys: tuple[str, ...],
-    tensors: Mapping[str, Tensor],
-    *,
-    unwrapped: bool,
-) -> list[_Candidate]:
-    candidates = []
-    for prefix in _prefixes(own, tensors):
-        inside = {
-            key.removeprefix(prefix): tensor
-            for key, tensor in tensors.items()
-            if key.startswith(prefix)
-        }
-        missing = {key for key in own.keys() - inside.keys() if not key.endswith(_TRACKED)}
-        extra = {key for key in inside.keys() - own.keys() if not _IDLE.fullmatch(key)}
-        outside = tuple(key for key in tensors if not key.startswith(prefix))
-        candidates.append(
-            _Candidate(
-                keys, prefix, unwrapped, inside, frozenset(missing), frozenset(extra), outside
-            )
-        )
-    return candidates
-
-
-def _prefixes(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the prefixes that give at least half as many of the network's names as the best."""
-    counts: Counter[str] = Counter()
-    for key in tensors:
-        parts = key.split(".")
-        for start in range(len(parts)):
-            rest = ".".join(parts[start:])
-            if rest in own:
-                counts[key[: len(key) - len(rest)]] += 1
-    most = max(counts.values(), default=0)
-    return [prefix for prefix, count in counts.items() if 2 * count >= most] or [""]
-
-
-def _choose(fitting: list[_Candidate], name: str, path: Path) -> _Candidate:
+def _choose(fitting: list[Candidate], name: str, path: Path) -> Candidate:
     """Return the averaged candidate, else the one at a usual key, else the only one.
 
     Raises:
@@ -449,13 +276,14 @@ def _choose(fitting: list[_Candidate], name: str, path: Path) -> _Candidate:
     if all(_same(rank[0].tensors, one.tensors) for one in rank[1:]):
         return rank[0]
     raise RichKDError(
-        f"{path} holds several networks that could be {name} ({_places(rank)}); save the intended "
-        f"one in a file of its own",
+        f"{path} holds several networks that could be {name} ({_places(rank)}); choose one with "
+        f"--teacher-weights-key {next(filter(None, (one.key for one in rank)))}, or save it in a "
+        f"file of its own",
         code="weights-ambiguous",
     )
 
 
-def _places(candidates: list[_Candidate]) -> str:
+def _places(candidates: list[Candidate]) -> str:
     return ", ".join(one.where or "the top level" for one in candidates)
 
 
@@ -466,7 +294,11 @@ def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 
 def _describe(
-    chosen: _Candidate, beside: list[_Candidate], own: Mapping[str, Tensor], path: Path
+    chosen: Candidate,
+    beside: list[Candidate],
+    own: Mapping[str, Tensor],
+    path: Path,
+    key: str,
 ) -> str:
     """Return one line on what was loaded; empty if the file is the state dict and nothing else."""
     ignored = sorted([*chosen.outside, *(chosen.tensors.keys() - own.keys())])
@@ -474,7 +306,12 @@ def _describe(
     if chosen.averaged:
         notes.append("averaged weights")
     if beside:
-        notes.append(f"rather than {_places(beside)}")
+        other = next(
+            (f"; --teacher-weights-key {one.key} takes those" for one in beside if one.key), ""
+        )
+        notes.append(f"rather than {_places(beside)}{other}")
+    if key:
+        notes.append("by --teacher-weights-key")
     if chosen.unwrapped:
         notes.append("without wrappers such as module in the names")
     if ignored:
@@ -487,9 +324,17 @@ def _describe(
 
 
 def _other_architecture(
-    found: list[_Candidate], own: Mapping[str, Tensor], name: str, path: Path
+    found: list[Candidate], own: Mapping[str, Tensor], name: str, path: Path, layout: str
 ) -> RichKDError:
-    """Return the error that names what differs from the nearest candidate in the file."""
+    """Return the error that names what differs from the nearest candidate in the file.
+
+    Args:
+        found: the candidates.
+        own: the network's state dict.
+        name: the network's name.
+        path: the file's path.
+        layout: the network that the weights belong to, if known.
+    """
     near = min(found, key=lambda one: (len(one.missing), len(one.extra)))
     missing = len(own.keys() - near.tensors.keys())
     examples = [
@@ -500,13 +345,13 @@ def _other_architecture(
     where = f" in {near.where}" if near.where else ""
     return RichKDError(
         f"{path} holds another architecture than {name}: {missing} entries missing, "
-        f"{len(near.extra)} unexpected{where}, e.g. {', '.join(examples)}; choose the network "
-        f"that the weights belong to",
+        f"{len(near.extra)} unexpected{where}, e.g. {', '.join(examples)}; "
+        f"{layout and f'{layout}: '}choose the network that the weights belong to",
         code="weights-other-architecture",
     )
 
 
-def load_into(model: nn.Module, content: Content, name: str, path: Path) -> str:
+def load_into(model: nn.Module, content: Content, name: str, path: Path, key: str = "") -> str:
     """Load every entry of a network from the content of a file.
 
     Args:
@@ -514,6 +359,7 @@ def load_into(model: nn.Module, content: Content, name: str, path: Path) -> str:
         content: the content, as `read_weights` returns it.
         name: the network's name, for messages.
         path: the file's path, for messages.
+        key: as in `find_state`.
 
     Returns:
         One line on what was unwrapped and ignored (see `find_state`); empty if nothing was.
@@ -522,15 +368,15 @@ def load_into(model: nn.Module, content: Content, name: str, path: Path) -> str:
         RichKDError: names or shapes differ from the network's, or weights are not floats.
     """
     own = model.state_dict()
-    state, summary = find_state(own, content, name, path)
-    misfits = {key: state[key] for key, tensor in own.items() if state[key].shape != tensor.shape}
+    state, summary = find_state(own, content, name, path, key)
+    misfits = {each: state[each] for each in own if state[each].shape != own[each].shape}
     if misfits:
-        raise _other_shapes(misfits, own, name, path)
-    for key, tensor in own.items():
-        given = state[key]
+        raise _other_shapes(misfits, own, name, path, content)
+    for entry, tensor in own.items():
+        given = state[entry]
         if tensor.is_floating_point() and (given.is_quantized or not given.is_floating_point()):
             raise RichKDError(
-                f"{path}: {key} is {str(given.dtype).removeprefix('torch.')}, as in quantized "
+                f"{path}: {entry} is {str(given.dtype).removeprefix('torch.')}, as in quantized "
                 f"networks; use the weights from before quantization",
                 code="weights-quantized",
             )
@@ -539,7 +385,11 @@ def load_into(model: nn.Module, content: Content, name: str, path: Path) -> str:
 
 
 def _other_shapes(
-    misfits: Mapping[str, Tensor], own: Mapping[str, Tensor], name: str, path: Path
+    misfits: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    name: str,
+    path: Path,
+    content: Content,
 ) -> RichKDError:
     key, tensor = next(iter(misfits.items()))
     theirs, ours = tuple(tensor.shape), tuple(own[key].shape)
@@ -548,7 +398,8 @@ def _other_shapes(
     if rest and len(first) == 1 and theirs and ours and [*own][-1] in misfits:
         why = f"it has {theirs[0]} classes, the dataset has {ours[0]}"
     else:
-        why = "the number of classes, the width or the image size may differ"
+        why = describe_layout(name, content, _note(path))
+        why = why or "the number of classes, the width or the image size may differ"
     return RichKDError(
         f"{path} does not fit {name}: {key} is {theirs}, the model's is {ours} ({why}); "
         f"choose weights that fit",

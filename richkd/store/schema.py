@@ -58,6 +58,7 @@ class TeacherEntry(TypedDict):
 
     name: str
     sha256: str
+    weights_key: NotRequired[str]  # where in the file the weights are, if the user says so
     num_features: int
     input: NotRequired[InputEntry]  # absent from older caches (`teacher_input`)
     outputs: NotRequired[list[int]]  # the output of each class, if the teacher's order differs

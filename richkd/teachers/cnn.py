@@ -80,6 +80,7 @@ def load_teacher(
     network_input: NetworkInput,
     device: torch.device,
     *,
+    key: str = "",
     outputs: Outputs | None = None,
     report: Report | None = None,
 ) -> CNNTeacher:
@@ -91,6 +92,7 @@ def load_teacher(
         num_classes: C.
         network_input: the images that the network takes.
         device: where it runs.
+        key: where in the file the weights are; empty to find them.
         outputs: the number of its output for each class; None for the dataset's order.
         report: where to log which entries of the file were unwrapped or ignored.
 
@@ -101,7 +103,7 @@ def load_teacher(
     model = create_model(name, num_classes, image_size=size)
     num_features = check_fit(model, name, size, num_classes)
     if weights is not None:
-        summary = load_into(model, read_weights(weights), name, weights)
+        summary = load_into(model, read_weights(weights), name, weights, key)
         if summary and report is not None:
             report.log(summary)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -138,7 +138,13 @@ class Finder:
             framing = resolve_input(self.settings, weights, self.dataset, self.report)
         classes = len(self.dataset.class_names)
         return load_teacher(
-            self.settings.teacher, weights, classes, framing, self.device, report=self.report
+            self.settings.teacher,
+            weights,
+            classes,
+            framing,
+            self.device,
+            key=self.settings.teacher_weights_key,
+            report=self.report,
         )
 
     def _in_order(

@@ -59,7 +59,7 @@ def resolve_input(
     found = replace(found, **settings.teacher_input)
     if weights is not None and settings.teacher_size is None:
         sizes = [each.size for each in (found, here, known) if each is not None]
-        found = replace(found, size=_size_of(name, weights, len(dataset.class_names), sizes))
+        found = replace(found, size=_size_of(settings, weights, len(dataset.class_names), sizes))
     source += ", and as given" * bool(settings.teacher_input)
     students = f" (students take {here.size})" * (found.size != here.size)
     report.log(
@@ -148,11 +148,12 @@ def _trained_here(note: Mapping[str, str], weights: Path | None, dataset: Datase
     return replace(here, mean=mean, std=std, crop=1.0, size=SMALL_SIDE)
 
 
-def _size_of(name: str, weights: Path, num_classes: int, sizes: list[int]) -> int:
+def _size_of(settings: Precompute, weights: Path, num_classes: int, sizes: list[int]) -> int:
     """Return the first size at which a network's parameters have the shapes in a file.
 
     Without one, return the first size. Convolutions fit any size, position embeddings only one.
     """
+    name, key = settings.teacher, settings.teacher_weights_key
     found: dict[int, dict[str, torch.Size]] = {}
     own: dict[str, Tensor] = {}
     for size in dict.fromkeys(sizes):
@@ -161,7 +162,7 @@ def _size_of(name: str, weights: Path, num_classes: int, sizes: list[int]) -> in
             found[size] = _shapes(own)
     if all(shapes == found.get(sizes[0]) for shapes in found.values()):
         return sizes[0]
-    wanted = _shapes(find_state(own, read_weights(weights), name, weights)[0])
+    wanted = _shapes(find_state(own, read_weights(weights), name, weights, key)[0])
     return next((size for size, shapes in found.items() if shapes == wanted), sizes[0])
 
 

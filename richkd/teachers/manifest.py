@@ -49,7 +49,7 @@ def make_manifest(
             "count": settings.views,
             "seed": settings.seed,
         },
-        teacher=_teacher_entry(teachers.cnn),
+        teacher=_teacher_entry(teachers.cnn, settings.teacher_weights_key),
         clip=_clip_entry(teachers, precision_error),
         prompts=list(load_prompts(settings.prompts)) if teachers.clip else [],
         alpha=settings.alpha,
@@ -129,7 +129,7 @@ def _dataset_entry(settings: Precompute, dataset: Dataset) -> DatasetEntry:
     return entry
 
 
-def _teacher_entry(cnn: CNNTeacher) -> TeacherEntry:
+def _teacher_entry(cnn: CNNTeacher, key: str) -> TeacherEntry:
     entry = TeacherEntry(
         name=cnn.name,
         sha256=cnn.sha256,
@@ -137,6 +137,8 @@ def _teacher_entry(cnn: CNNTeacher) -> TeacherEntry:
         input=cnn.input.entry,
         accuracy=None,
     )
+    if key:
+        entry["weights_key"] = key
     if cnn.outputs is not None:
         entry["outputs"] = list(cnn.outputs)
     return entry

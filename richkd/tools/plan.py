@@ -359,7 +359,9 @@ def planned_teacher(
     weights = teacher_weights(settings, training)
     found = resolve_input(settings, weights, dataset, Report(quiet=True))
     classes = len(dataset.class_names)
-    return load_teacher(settings.teacher, weights, classes, found, device), weights is not None
+    key = settings.teacher_weights_key
+    teacher = load_teacher(settings.teacher, weights, classes, found, device, key=key)
+    return teacher, weights is not None
 
 
 def planned_clip(name: str, device: torch.device, report: Report) -> ClipTeacher | None:

@@ -404,6 +404,7 @@ def check_teacher(cache: TeacherCache, weights: Path, report: Report) -> Iterato
         cache.num_classes,
         NetworkInput.of(teacher_input(manifest)),
         device,
+        key=manifest["teacher"].get("weights_key", ""),
         outputs=None if outputs is None else tuple(outputs),
         report=report,
     )
