@@ -104,7 +104,7 @@ def make_addition(
         "seal": None,
     }
     if cnn is not None:
-        own["teacher"] = _teacher_entry(cnn)
+        own["teacher"] = _teacher_entry(cnn, settings.teacher_weights_key)
     return cast(Manifest, {**shared_part(cache, rows=cnn is not None), **own})
 
 
