@@ -32,13 +32,13 @@ from richkd.store.schema import manifest_fault
 from richkd.teachers.class_order import (
     advantage,
     differing,
-    exchanged,
     given_outputs,
     least,
     natural,
     worse,
 )
 from richkd.teachers.cnn import CNNTeacher
+from richkd.teachers.permutation import likely_order
 
 Run = Callable[..., Any]
 Fails = Callable[..., Refusal]
@@ -334,9 +334,8 @@ def test_another_order_is_named_before_the_blocks(
     done = run(*words(folder, weights, tmp_path / "s.zarr"))
     line = preview(done.err)
     assert done.code == 0 and done.err.index(line) < done.err.index("precompute:")
-    assert "0.00 % (chance 16.67 %)" in line and "Zebra, apple, class1, class10, …" in line
-    for flag in ("--teacher-classes FILE", "--teacher-size", "--teacher-mean", "--teacher-std"):
-        assert flag in line
+    assert "0.00 % (chance 16.67 %)" in line and ", ".join(shuffled) in line
+    assert "100.00 %" in line and "--teacher-classes FILE" in line and "--teacher-mean" not in line
     (tmp_path / "order.txt").write_text("\n".join(shuffled))
     done = run(
         *words(
@@ -379,20 +378,59 @@ def test_two_classes_that_are_exchanged_are_named(
     assert "apple for class1, class1 for class10, class10 for apple" in line
 
 
-def test_confusions_are_no_exchange() -> None:
+def test_confusions_are_no_other_order() -> None:
     labels = torch.arange(5).repeat_interleave(8)
-    assert exchanged(labels, labels, 5) == []
+
+    def order(predicted: torch.Tensor, labels: torch.Tensor = labels, classes: int = 5) -> Any:
+        return likely_order(predicted, labels, classes)
+
+    assert order(labels) == {}
     wolf = torch.where(labels == 1, 2, labels)  # which is right on wolves
-    assert exchanged(wolf, labels, 5) == []
-    assert exchanged(torch.full_like(labels, 3), labels, 5) == []
+    assert order(wolf) == {}
+    assert order(torch.full_like(labels, 3)) == {}
     swapped = torch.where(labels == 2, 1, wolf)
-    assert exchanged(swapped, labels, 5) == [1, 2]
-    assert exchanged(swapped[::2], labels[::2], 5) == []  # four images of a class
-    unsure = swapped.clone()
-    unsure[9:11] = 1  # two of eight wolves
-    assert exchanged(unsure, labels, 5) == []
-    assert exchanged((labels + 1) % 5, labels, 5) == [0, 1, 2, 3, 4]
-    assert exchanged(swapped, labels, 10**6) == []  # and no matrix of so many is made
+    assert order(swapped) == {0: 0, 1: 2, 2: 1, 3: 3, 4: 4}
+    assert order(swapped[::2], labels[::2]) == {}  # four images of a class
+    assert order((labels + 1) % 5) == {number: (number + 1) % 5 for number in range(5)}
+    assert order(swapped, labels, 10**6) == order(swapped)  # and no matrix of so many is made
+    assert order(labels[:0], labels[:0]) == {}
+
+
+@pytest.mark.parametrize(
+    ("classes", "kind", "known", "said"),
+    [
+        (10, "permuted", 0.9, True),
+        (10, "permuted", 0.5, True),
+        (100, "permuted", 0.8, True),  # two or three images per class
+        (1000, "permuted", 1.0, False),  # one, which settles nothing
+        (10, "own", 0.95, False),
+        (10, "own", 0.25, False),
+        (2, "own", 0.0, False),
+        (10, "own", 0.0, False),
+        (100, "own", 0.0, False),
+        (10, "one for many", 0.9, False),
+        (100, "one for many", 0.9, False),
+    ],
+)
+def test_a_permuted_teacher_is_told_from_a_bad_one(
+    classes: int, kind: str, known: float, said: bool
+) -> None:
+    """On 256 images that are drawn with answers of a known order, 20 times."""
+    labels = torch.arange(256) % classes
+    right = []
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        order = {
+            "permuted": torch.randperm(classes, generator=g),
+            "own": torch.arange(classes),
+            "one for many": torch.randint(1 + classes // 3, (classes,), generator=g),
+        }[kind]
+        knows = torch.rand(256, generator=g) < known
+        answers = torch.where(knows, order[labels], torch.randint(classes, (256,), generator=g))
+        found = likely_order(answers, labels, classes)
+        assert bool(found) == said, seed
+        right += [int(order[one]) == output for one, output in found.items()]
+    assert not said or np.mean(right) > (0.9 if classes == 100 else 0.99)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 5, 10, 37, 100, 1000, 21841])
@@ -449,8 +487,8 @@ def test_sorted_keeps_the_data_sets_order(
     weights = saved(tmp_path / "w.safetensors", reordered(own, NAMES, natural(NAMES)))
     done = run(*words(folder, weights, tmp_path / "s.zarr", "--teacher-classes", "sorted"))
     assert "outputs" not in read_manifest(tmp_path / "s.zarr")["teacher"]
-    assert "natural order" not in done.err
-    assert "--teacher-classes FILE" in preview(done.err)
+    line = preview(done.err)
+    assert line.endswith("--teacher-classes natural") and ", ".join(natural(NAMES)) in line
 
 
 UNKNOWN, WRONG = "teacher-classes-unknown", "teacher-classes-wrong"
