@@ -28,6 +28,7 @@ from richkd.models.weights import load_into, read_weights
 from richkd.store import pages
 from richkd.training import loop
 from richkd.training.source import Placement, Source
+from richkd.training.student import with_defaults
 
 Make = Callable[..., Path]
 
@@ -35,6 +36,17 @@ Make = Callable[..., Path]
 def train(store: Path, out: Path, *, resume: bool = False, **settings: Any) -> dict[str, Any]:
     given = {"student": "resnet8", "epochs": 2, "batch_size": 16, "device": "cpu", "lr": 0.02}
     return distill(Distill(cache=str(store), out=str(out), **{**given, **settings}), resume=resume)
+
+
+def new_trainer(store: Path, **settings: Any) -> tuple[loop.Trainer, Any]:
+    """A trainer and the rows of its first epoch."""
+    given = {"student": "resnet8", "batch_size": 16, "lr": 0.02, "device": "cpu", "epochs": 2}
+    chosen = Distill(cache=str(store), out="unused", **{**given, **settings})
+    source = Source(chosen, Report(quiet=True))
+    chosen = with_defaults(chosen, source.cache)
+    trainer, rows, _ = source.trainer(chosen)
+    shared, _ = next(source.epochs(rows.values(), 1, 1))
+    return trainer, source.own(shared, rows, 0, 1)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
