@@ -27,6 +27,7 @@ from richkd.losses import METHODS, Batch, Task, method_class
 from richkd.models.weights import load_into, read_weights
 from richkd.store import pages
 from richkd.training import loop
+from richkd.training.run_folder import RunFolder
 from richkd.training.source import Placement, Source
 from richkd.training.student import with_defaults
 
@@ -113,6 +114,19 @@ def test_summary_is_what_the_saved_weights_give(store: Path, tmp_path: Path) -> 
 
 class CutOff(BaseException):
     pass
+
+
+def interrupted(store: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+    """Train one epoch and stop."""
+    saved = RunFolder.save_epoch
+
+    def cut(self: Any, *arguments: Any) -> None:
+        saved(self, *arguments)
+        raise CutOff
+
+    with monkeypatch.context() as patch, pytest.raises(CutOff):
+        patch.setattr(RunFolder, "save_epoch", cut)
+        train(store, out, **settings)
 
 
 @pytest.mark.parametrize("method", [*slow("kd"), "richkd"])

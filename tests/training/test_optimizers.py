@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from helpers import Refusal, assert_same_run, refuses, slow
 from safetensors.torch import load, load_file, save
-from test_distill import new_trainer, same, train, weights
+from test_distill import interrupted, new_trainer, same, train, weights
 from torch import Tensor, nn
 
 from richkd.config import catalog
@@ -27,7 +27,6 @@ from richkd.models import create_model
 from richkd.training import runners
 from richkd.training.loop import Trainer, epoch_order
 from richkd.training.optimizers import load_state, make_optimizer, optimizer_names, state_of
-from richkd.training.run_folder import RunFolder
 from richkd.training.source import Source
 from richkd.training.student import with_defaults
 
@@ -119,23 +118,6 @@ def test_the_label_term_is_smoothed_and_weighted(rng: Any) -> None:
     target = 0.8 * F.one_hot(labels, 5).double() + 0.2 / 5
     wanted = -0.3 * (target * logits.log_softmax(1)).sum(1).mean()
     assert smoothed.item() == pytest.approx(wanted.item(), rel=1e-6)
-
-
-class CutOff(BaseException):
-    pass
-
-
-def interrupted(store: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
-    """Train one epoch and stop."""
-    saved = RunFolder.save_epoch
-
-    def cut(self: Any, *arguments: Any) -> None:
-        saved(self, *arguments)
-        raise CutOff
-
-    with monkeypatch.context() as patch, pytest.raises(CutOff):
-        patch.setattr(RunFolder, "save_epoch", cut)
-        train(store, out, **settings)
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
