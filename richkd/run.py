@@ -32,6 +32,7 @@ from richkd.store.manifest import read_manifest
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.sweep.run import run_sweep
 from richkd.teachers.request import check_same_settings, settings_differ
+from richkd.training.initial import Initial
 from richkd.training.run_folder import SUMMARY
 from richkd.training.student import check_kept, with_defaults
 
@@ -137,7 +138,15 @@ def check_names(settings: Distill) -> None:
     """Check that student and method exist, before stage one starts."""
     method_class(settings.method, method_options(settings.options, settings.method))
     if settings.student:
-        check_trainable(settings.student)
+        check_trainable(settings.student, settings.student_weights)
+        if settings.student_weights:
+            initial = Initial(
+                weights=settings.student_weights,
+                name=settings.student,
+                num_classes=2,
+                image_size=32,
+            )
+            initial.check()
         with torch.device("meta"):
             create_model(settings.student, 2, **settings.student_options)
 

@@ -27,7 +27,9 @@ from richkd.losses import METHODS, Batch, Task, method_class
 from richkd.models.weights import load_into, read_weights
 from richkd.store import pages
 from richkd.training import loop
+from richkd.training.run_folder import RunFolder
 from richkd.training.source import Placement, Source
+from richkd.training.student import with_defaults
 
 Make = Callable[..., Path]
 
@@ -35,6 +37,17 @@ Make = Callable[..., Path]
 def train(store: Path, out: Path, *, resume: bool = False, **settings: Any) -> dict[str, Any]:
     given = {"student": "resnet8", "epochs": 2, "batch_size": 16, "device": "cpu", "lr": 0.02}
     return distill(Distill(cache=str(store), out=str(out), **{**given, **settings}), resume=resume)
+
+
+def new_trainer(store: Path, **settings: Any) -> tuple[loop.Trainer, Any]:
+    """A trainer and the rows of its first epoch."""
+    given = {"student": "resnet8", "batch_size": 16, "lr": 0.02, "device": "cpu", "epochs": 2}
+    chosen = Distill(cache=str(store), out="unused", **{**given, **settings})
+    source = Source(chosen, Report(quiet=True))
+    chosen = with_defaults(chosen, source.cache)
+    trainer, rows, _ = source.trainer(chosen)
+    shared, _ = next(source.epochs(rows.values(), 1, 1))
+    return trainer, source.own(shared, rows, 0, 1)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -101,6 +114,19 @@ def test_summary_is_what_the_saved_weights_give(store: Path, tmp_path: Path) -> 
 
 class CutOff(BaseException):
     pass
+
+
+def interrupted(store: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+    """Train one epoch and stop."""
+    saved = RunFolder.save_epoch
+
+    def cut(self: Any, *arguments: Any) -> None:
+        saved(self, *arguments)
+        raise CutOff
+
+    with monkeypatch.context() as patch, pytest.raises(CutOff):
+        patch.setattr(RunFolder, "save_epoch", cut)
+        train(store, out, **settings)
 
 
 @pytest.mark.parametrize("method", [*slow("kd"), "richkd"])

@@ -324,6 +324,11 @@ class TrainTeacher(Images, Training):
     """Settings of `richkd train-teacher`."""
 
     model: str = setting("", "CNN of the zoo or of timm; default by dataset")
+    init: str = setting(
+        "",
+        "weights to start from: a file, or pretrained (those that timm names for the model)",
+        path=True,
+    )
     out: str = setting(
         "", "weights file (.safetensors); default teachers/DATASET[-LIMIT]-MODEL", path=True
     )
@@ -334,7 +339,9 @@ class TrainTeacher(Images, Training):
         if not self.out and self.model:
             limit = f"-{self.limit}" if self.limit else ""
             held_out = f"-val{self.validation:g}" if self.validation else ""
-            name = f"{catalog.short_name(self.dataset)}{limit}{held_out}-{self.model}.safetensors"
+            source = f"-from-{Path(self.init).stem}" if self.init else ""
+            dataset = catalog.short_name(self.dataset)
+            name = f"{dataset}{limit}{held_out}-{self.model}{source}.safetensors"
             self._set("out", str(Path("teachers") / name.replace("/", "-")))
         local_path(self.out)
         named = not self.out or self.out.endswith(".safetensors")
@@ -494,6 +501,11 @@ class Distill(Training):
     student: str = setting("", "student of the zoo or of timm; default by dataset")
     student_options: dict[str, Any] = setting(
         {}, "NAME=VALUE: setting of the student, e.g. patch_size=4", flag="--student-set"
+    )
+    student_weights: str = setting(
+        "",
+        "weights to start from: a file, or pretrained (those that timm names for the student)",
+        path=True,
     )
     method: str = setting("richkd", "richkd, richkd-l, kd, dkd, ce, …; see richkd methods")
     options: dict[str, Any] = setting(

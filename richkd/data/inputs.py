@@ -223,6 +223,7 @@ class Normalize:
     def __init__(
         self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
     ) -> None:
+        self.mean, self.std = tuple(mean), tuple(std)
         center, spread = (torch.tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
         self.scale = 1 / (255 * spread)
         self.shift = -center / spread

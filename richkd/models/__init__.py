@@ -248,6 +248,13 @@ def _build(
     return model
 
 
+def create_pretrained(
+    name: str, num_classes: int, image_size: int, settings: Mapping[str, Any]
+) -> nn.Module:
+    """Create a network of timm with pretrained weights; raise whatever timm or the hub raises."""
+    return _build(name, num_classes, 3, image_size, {**settings, "pretrained": True})
+
+
 def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return logits [B,C] and the pooled features [B,F] that enter the classifier, in one pass.
 

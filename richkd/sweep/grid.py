@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from richkd.config.recipes import Recipe
-from richkd.config.settings import Distill, Sweep, resolve, to_table
+from richkd.config.settings import Distill, Sweep, resolve
 from richkd.core.errors import RichKDError
 from richkd.core.progress import percent
 from richkd.losses.method import METHODS, TARGET
@@ -22,9 +22,10 @@ from richkd.training.student import (
     check_reads,
     check_version,
     choice_images,
+    record,
     with_defaults,
 )
-from richkd.training.targets import choice_samples, run_identity
+from richkd.training.targets import choice_samples
 
 
 def first_settings(sweep: Sweep, recipe: Recipe | None, flags: Mapping[str, Any]) -> Distill:
@@ -87,8 +88,7 @@ def check_grid(grid: Sequence[Distill], cache: TeacherCache) -> list[Entry]:
         check_reads(cache, settings)
         folder = RunFolder(Path(settings.out))
         check_version(folder, settings)
-        recorded = to_table(settings), run_identity(cache, settings)
-        folder.check(*recorded, overwrite=False)
+        folder.check(*record(settings, cache, folder), overwrite=False)
         if settings.holdout:
             choice_samples(cache, settings.holdout)  # raises if the share leaves no image
         done = settings.epochs if folder.complete else folder.epochs_done()

@@ -28,7 +28,7 @@ import ray
 import torch
 from ray.exceptions import RayError, RaySystemError, RayTaskError
 
-from richkd.config.settings import Distill, Sweep, to_table
+from richkd.config.settings import Distill, Sweep
 from richkd.core.cpus import usable_cpus
 from richkd.core.errors import RichKDError, first_line
 from richkd.core.files import check_unlocked, locked
@@ -40,8 +40,7 @@ from richkd.sweep.entries import FAILURES, Entry, describe_failure
 from richkd.sweep.grid import scores_until
 from richkd.training.run_folder import RunFolder
 from richkd.training.source import Source, build_student
-from richkd.training.student import StudentRun
-from richkd.training.targets import run_identity
+from richkd.training.student import StudentRun, record
 
 ATTEMPTS = 4  # workers that a run may lose
 CONNECT_S = 10.0
@@ -370,10 +369,7 @@ def train(
             wait_until_free(run.path)
         source = shared_source(settings.cache, settings.dataset, settings.data_root, share.device)
         if run.complete:  # and the driver does not know
-            run.check_same(
-                to_table(settings),
-                run_identity(source.cache, settings),
-            )
+            run.check_same(*record(settings, source.cache, run))
         else:
             yield from train_run(source, settings, last)
         summary = run.summary()

@@ -57,9 +57,9 @@ def run_sweep(
             `failed`, and the others continue.
     """
     check_names(sweep.students)
-    for student in sweep.students:
-        check_trainable(student)
     first = first_settings(sweep, recipe, flags)
+    for student in sweep.students:
+        check_trainable(student, first.student_weights)
     cache = open_cache(first.cache)
     entries = check_grid(make_grid(sweep, recipe, flags, cache), cache)
     with open_engine(sweep, entries, cache, report) as engine:

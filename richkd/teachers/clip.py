@@ -29,6 +29,7 @@ from richkd.core.errors import RichKDError, first_line, nearest, unknown
 from richkd.data.inputs import ArrayInputs, Inputs
 from richkd.data.prompts import fill
 from richkd.data.views import resize_bytes
+from richkd.models.hub_access import hub_fault, offline, quiet
 from richkd.models.weights import state_sha256
 from richkd.store.schema import PrecisionError
 from richkd.teachers.clip_text import (
@@ -39,7 +40,6 @@ from richkd.teachers.clip_text import (
     load_tokenizer,
     text_of,
 )
-from richkd.teachers.hub_access import hub_fault, offline, quiet
 
 LOCAL = "local-dir:"
 HUB = "hf-hub:"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -47,6 +47,7 @@ from richkd.training.checkpoint import Progress
 from richkd.training.data import Data, EpochRows, EvalSet
 from richkd.training.device import choose_device
 from richkd.training.identity import TeacherIdentity
+from richkd.training.initial import PRETRAINED, Initial
 from richkd.training.loop import Trainer, describe_training
 from richkd.training.optimizers import check_optimizer
 from richkd.training.run_folder import PLACES, TeacherFolder
@@ -211,14 +212,18 @@ def train_teacher(
     check_resume(resume, overwrite)
     check_optimizer(settings)
     settings, out = settings.for_size(dataset.image_size), Path(settings.out)
-    check_trainable(settings.model)
+    check_trainable(settings.model, settings.init)
     check_output(out, overwrite)
+    initial = initial_of(settings, dataset)
+    dataset = as_expected(dataset, initial)
     if out.exists() and not overwrite:
         return completed(settings, dataset, report)
     device = choose_device(settings.device)
     trainer = make_trainer(settings, dataset, device, report.log)
     folder = TeacherFolder(out)
-    recorded = training_of(settings), TeacherIdentity.of(dataset)
+    known = None if overwrite else folder.initial()
+    digest = None if initial is None else initial.digest(known)
+    recorded = training_of(settings), TeacherIdentity.of(dataset, digest)
     folder.check(*recorded, overwrite=overwrite)
     with locked(out):
         if out.exists() and not overwrite:  # written by the process that had the lock until now
@@ -232,6 +237,8 @@ def train_teacher(
         if resumed:
             progress, tensors = folder.checkpoints.load(report.log)
             trainer.resume(tensors, folder.path, progress.step)
+        elif initial is not None:
+            trainer.start_from(initial)
         done = f"; resuming after epoch {progress.epoch} of {settings.epochs}" if resumed else ""
         report.log(
             f"training teacher {settings.model}: {settings.epochs} epochs of "
@@ -243,6 +250,28 @@ def train_teacher(
         write_json(summary_file(out), summary)
         folder.remove()
     return summary
+
+
+def initial_of(settings: TrainTeacher, dataset: Dataset) -> Initial | None:
+    """Return the weights that the network starts from, or None for random ones."""
+    if not settings.init:
+        return None
+    return Initial(
+        weights=settings.init,
+        name=settings.model,
+        num_classes=len(dataset.class_names),
+        image_size=dataset.image_size,
+        flag="--init",
+    )
+
+
+def as_expected(dataset: Dataset, initial: Initial | None) -> Dataset:
+    """Return the images normalised as the weights that a network starts from expect, if known."""
+    constants = None if initial is None else initial.constants
+    if constants is None or constants == (dataset.mean, dataset.std):
+        return dataset
+    mean, std = constants
+    return replace(dataset, mean=mean, std=std)
 
 
 def make_trainer(
@@ -367,8 +396,11 @@ def _summary(settings: TrainTeacher, dataset: Dataset, **results: float | None) 
 
 def training_of(settings: TrainTeacher) -> dict[str, Any]:
     """Return the settings that, with the images, determine the weights."""
-    names = {field.name for field in fields(Training)} | {"model", "validation"}
-    return {name: value for name, value in to_table(settings).items() if name in names - PLACES}
+    names = {field.name for field in fields(Training)} | {"model", "validation", "init"}
+    table = to_table(settings)
+    if settings.init not in ("", PRETRAINED):  # wherever the file is
+        table["init"] = file_sha256(Path(settings.init))
+    return {name: value for name, value in table.items() if name in names - PLACES}
 
 
 def completed(settings: TrainTeacher, dataset: Dataset, report: Report) -> dict[str, Any]:

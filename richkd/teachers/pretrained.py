@@ -24,8 +24,8 @@ from richkd.config.settings import Precompute
 from richkd.core.errors import RichKDError, first_line
 from richkd.data.framing import NetworkInput
 from richkd.models import check_names, hub_name, input_of, names_weights, timm_config
+from richkd.models.hub_access import hub_fault, offline, quiet
 from richkd.models.registry import import_timm
-from richkd.teachers.hub_access import hub_fault, offline, quiet
 
 Fault = Callable[[], str | None]  # why the Hugging Face hub cannot be reached, or None
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASCII)

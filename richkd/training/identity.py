@@ -26,6 +26,8 @@ class Identity:
 
     SENTENCE: ClassVar[re.Pattern[str]]  # of earlier versions, with a group for each field
 
+    initial: str | None = None  # of the SHA-256 of the weights that the network starts from
+
     @classmethod
     def read(cls, recorded: object) -> Self:
         """Read what recipe.toml holds: a table, or the sentence of an earlier version.
@@ -48,6 +50,11 @@ class Identity:
                     raise ValueError(fault)
             return identity
         raise ValueError(f"{recorded!r} does not identify what was trained on")
+
+    @property
+    def source(self) -> Self:
+        """The identity of what is learned from, whatever weights the network starts from."""
+        return replace(self, initial=None)
 
     @property
     def table(self) -> dict[str, Any]:
@@ -93,7 +100,7 @@ class RunIdentity(Identity):
     @property
     def of_cache(self) -> Self:
         """The part that all runs from a cache share."""
-        return replace(self, added=None)
+        return replace(self.source, added=None)
 
     @classmethod
     def of(cls, cache: TeacherCache, added: Sequence[str] = ()) -> Self:
@@ -143,9 +150,15 @@ class TeacherIdentity(Identity):
     input: str
 
     @classmethod
-    def of(cls, dataset: Dataset) -> Self:
-        """Return the identity of the teachers that are trained on a dataset."""
+    def of(cls, dataset: Dataset, initial: str | None = None) -> Self:
+        """Return the identity of the teachers that are trained on a dataset.
+
+        Args:
+            dataset: the dataset.
+            initial: which weights the network starts from; None for random ones.
+        """
         return cls(
+            initial=initial,
             dataset=dataset.fingerprint[:DIGITS],
             classes=len(dataset.class_names),
             input=describe_input(dataset.network_input),

@@ -29,6 +29,7 @@ from richkd.losses.method import Batch, Method
 from richkd.models import forward
 from richkd.training.data import Data, EpochRows, EvalSet, StepBatch
 from richkd.training.device import cuda, default_generator, half_precision
+from richkd.training.initial import Initial
 from richkd.training.optimizers import check_optimizer, load_state, make_optimizer, state_of
 from richkd.training.runners import Objective, Runner, check_step, make_runner
 
@@ -131,6 +132,17 @@ class Trainer:
     def capturable(self) -> bool:
         """Whether CUDA graphs may hold the steps: the optimizer computes on the device alone."""
         return self.rate is not None
+
+    def start_from(self, initial: Initial) -> None:
+        """Replace the student's random weights, before the first step.
+
+        Raises:
+            RichKDError: the weights do not fit.
+        """
+        normalize = self.data.normalize
+        initial.load(self.model, (normalize.mean, normalize.std), self.log)
+        if self.average is not None:
+            self.average.model.load_state_dict(self.model.state_dict())
 
     def train_epoch(
         self, epoch: int, source: EpochRows, tick: Callable[[int], None] = lambda _: None

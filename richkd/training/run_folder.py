@@ -54,6 +54,9 @@ RECIPE, METRICS, SUMMARY = "recipe.toml", "metrics.jsonl", "summary.json"
 WEIGHTS = ("last", "best")
 # Settings that may change when a training is resumed.
 PLACES = frozenset({"device", "step", "data_root", "dataset", "cache", "out"})
+# Weights are compared by their SHA-256, so their file may be elsewhere.
+_COMPARED_OTHERWISE = PLACES | {"student_weights"}
+OTHER_WEIGHTS = ("initial-weights-differ", "started from other weights")
 _OF_THE_SCHEDULE = {"epochs", "schedule", "milestones"}
 SUMMARY_KEYS = {
     "student",
@@ -135,14 +138,15 @@ class TrainingFolder:
     def check_same(self, recipe: Mapping[str, Any], identity: Identity) -> None:
         """Check that the training in the folder has these settings and learns from the same."""
         was = self._read_recipe()
-        difference = self._identity(was.pop(self.KEY, None)).difference(identity)
+        recorded = self._identity(was.pop(self.KEY, None))
+        difference = recorded.difference(identity)
         if difference:
-            code, words = self.DIFFERS
+            code, words = self.DIFFERS if recorded.source != identity.source else OTHER_WEIGHTS
             raise RichKDError(
                 f"the {self.WHAT} in {self.path} {words}: {difference}; {self._remedy}", code=code
             )
         was = self._completed(was)
-        for name in sorted((was.keys() | recipe.keys()) - PLACES):
+        for name in sorted((was.keys() | recipe.keys()) - _COMPARED_OTHERWISE):
             if was.get(name) != recipe.get(name):
                 why = (
                     "the learning rates follow from the number of epochs, so a training cannot be "
@@ -155,6 +159,16 @@ class TrainingFolder:
                     f"{was.get(name)!r} and is now {recipe.get(name)!r}; {why}{self._remedy}",
                     code="run-settings-differ",
                 )
+
+    def initial(self) -> str | None:
+        """Return which weights the training in the folder started from, if it needs them no more.
+
+        Raises:
+            RichKDError: its settings are damaged.
+        """
+        if not self._ours or not (self.complete or self.checkpoints.files):
+            return None
+        return self._identity(self._read_recipe().get(self.KEY)).initial
 
     def begin(self, recipe: Mapping[str, Any], identity: Identity, *, overwrite: bool) -> bool:
         """Create the folder, or check that the training in it is this one; other files are kept.

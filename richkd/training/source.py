@@ -27,6 +27,7 @@ from richkd.store.topk import Rows
 from richkd.training.data import Data, EpochRows, EvalSet, all_rows, timed
 from richkd.training.device import choose_device, cuda, free_memory
 from richkd.training.images import load_images
+from richkd.training.initial import PRETRAINED, Initial
 from richkd.training.loop import Trainer
 from richkd.training.targets import Target, choice_samples, choose_target, held_out
 
@@ -75,15 +76,19 @@ class Source:
         return load_images(self.cache, self.settings.dataset, self.settings.data_root, self.report)
 
     def data_for(self, settings: Distill) -> Data:
-        """Return `data` for a run, which may hold out test images to make choices on."""
+        """Return `data` for a run, which may hold out test images, or normalise in its own way."""
+        data, initial = self.data, initial_of(settings, self.cache)
+        # what a file expects is not known to a run that resumes without it
+        if initial is not None and initial.weights == PRETRAINED and initial.constants:
+            data = replace(data, normalize=Normalize(*initial.constants, self.device))
         if not settings.holdout:
-            return self.data
-        test = self.data.test
+            return data
+        test = data.test
         split, chosen = choice_samples(self.cache, settings.holdout)
         assert split == "test"
         _, tested = held_out(len(test.labels), settings.holdout)
         return replace(
-            self.data,
+            data,
             test=replace(test, ids=tested.to(self.device)),
             choice=replace(test, ids=chosen.to(self.device)),
         )
@@ -298,9 +303,22 @@ def method_of(settings: Distill) -> tuple[type[Method], Any]:
     return method_class(settings.method, method_options(settings.options, settings.method))
 
 
+def initial_of(settings: Distill, cache: TeacherCache) -> Initial | None:
+    """Return the weights that the student starts from, or None for random ones."""
+    if not settings.student_weights:
+        return None
+    return Initial(
+        weights=settings.student_weights,
+        name=settings.student,
+        num_classes=cache.num_classes,
+        image_size=cache.manifest["image_size"],
+        settings=settings.student_options,
+    )
+
+
 def build_student(settings: Distill, cache: TeacherCache) -> tuple[torch.nn.Module, int]:
     """Create the student, with weights drawn from the seed; return it with its feature width."""
-    check_trainable(settings.student)
+    check_trainable(settings.student, settings.student_weights)
     torch.manual_seed(derive_seed(settings.seed, 0, 2))
     size = cache.manifest["image_size"]
     model = create_model(

@@ -24,11 +24,13 @@ from richkd.store.schema import left_out, teacher_accuracies
 from richkd.training.checkpoint import Best, Progress, Saving
 from richkd.training.data import EpochRows
 from richkd.training.device import cuda, hardware
+from richkd.training.identity import RunIdentity
+from richkd.training.initial import Initial
 from richkd.training.loop import EpochRecord, Trainer, describe_training
 from richkd.training.optimizers import check_optimizer
 from richkd.training.precision import advice, is_open, time_precisions
 from richkd.training.run_folder import RunFolder
-from richkd.training.source import Source, method_of
+from richkd.training.source import Source, initial_of, method_of
 from richkd.training.targets import describe_target, resolve_weights, run_identity
 
 # Methods that changed since recipes began to record the hold-out.
@@ -59,13 +61,16 @@ class StudentRun:
         self.folder = RunFolder(Path(settings.out))
         if not overwrite:
             check_version(self.folder, settings)
-        recorded = to_table(settings), run_identity(cache, settings)
+        initial = initial_of(settings, cache)
+        recorded = record(settings, cache, None if overwrite else self.folder, initial)
         self.folder.check(*recorded, overwrite=overwrite)
         self.trainer, self.rows, self.target = source.trainer(settings, self._log)
         with ExitStack() as stack:
             stack.enter_context(locked(self.folder.path))
             resumed = self.folder.begin(*recorded, overwrite=overwrite)
             self.progress = self._resume() if resumed else Progress()
+            if initial is not None and not resumed:
+                self.trainer.start_from(initial)
             self._lock = stack.pop_all()
         self._saving = Saving(threaded=cuda(source.device))
         self.record: EpochRecord | None = None  # of the last epoch that this process trained
@@ -238,10 +243,33 @@ def completed(settings: Distill, cache: TeacherCache, report: Report) -> dict[st
     if not run.complete:
         return None
     check_version(run, settings)
-    run.check(to_table(settings), run_identity(cache, settings), overwrite=False)
+    run.check(*record(settings, cache, run), overwrite=False)
     run.tidy()
     report.log(f"{run.path} is already complete; --overwrite starts over")
     return run.summary()
+
+
+def record(
+    settings: Distill,
+    cache: TeacherCache,
+    folder: RunFolder | None,
+    initial: Initial | None = None,
+) -> tuple[dict[str, Any], RunIdentity]:
+    """Return what recipe.toml records of a run: its settings, and what it learns from.
+
+    Args:
+        settings: resolved by `with_defaults`.
+        cache: to train from.
+        folder: of the run, which may need its initial weights no more; None if it starts over.
+        initial: as `initial_of` returns it.
+
+    Raises:
+        RichKDError: the initial weights are needed, and cannot be read.
+    """
+    initial = initial or initial_of(settings, cache)
+    recorded = None if folder is None else folder.initial()
+    digest = None if initial is None else initial.digest(recorded)
+    return to_table(settings), replace(run_identity(cache, settings), initial=digest)
 
 
 def with_defaults(settings: Distill, cache: TeacherCache, runs: str = "runs") -> Distill:
@@ -426,8 +454,8 @@ def describe_run(settings: Distill, cache: TeacherCache, trainer: Trainer) -> di
         "dataset": cache.manifest["dataset"]["name"],
         "num_classes": cache.num_classes,
         "image_size": cache.manifest["image_size"],
-        "mean": cache.manifest["mean"],
-        "std": cache.manifest["std"],
+        "mean": list(trainer.data.normalize.mean),
+        "std": list(trainer.data.normalize.std),
         "class_names": cache.manifest["class_names"],
         "teacher": teacher_accuracies(cache.manifest),
         "hardware": hardware(trainer.device),

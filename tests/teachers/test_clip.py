@@ -19,8 +19,8 @@ from richkd.core.errors import RichKDError
 from richkd.core.fusion import class_embeddings
 from richkd.data.inputs import ArrayInputs
 from richkd.data.prompts import load_prompts
+from richkd.models.hub_access import hub_fault, offline
 from richkd.teachers.clip import blank_clip, check_clip, load_clip, local_folder
-from richkd.teachers.hub_access import hub_fault, offline
 
 CPU = torch.device("cpu")
 

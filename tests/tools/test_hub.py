@@ -22,7 +22,7 @@ from helpers import Refusal, changed, tree
 import richkd
 from richkd.config.settings import Distill
 from richkd.distill import distill
-from richkd.teachers.hub_access import offline
+from richkd.models.hub_access import offline
 from richkd.tools.hub_cards import student_card, text
 
 pytestmark = [

@@ -14,17 +14,17 @@ import pytest
 import torch
 from helpers import Refusal, assert_same_run, tree
 from safetensors import safe_open
-from test_distill import metrics, same, train, weights
+from test_distill import metrics, new_trainer, same, train, weights
 
 from richkd.config.settings import Distill
 from richkd.core.choices import Step
 from richkd.core.progress import Report
 from richkd.models import create_model
 from richkd.training import runners
-from richkd.training.loop import Trainer, epoch_order, learning_rate
+from richkd.training.loop import epoch_order, learning_rate
 from richkd.training.run_folder import RunFolder
 from richkd.training.source import Source
-from richkd.training.student import StudentRun, with_defaults
+from richkd.training.student import StudentRun
 
 Fails = Callable[..., Refusal]
 Make = Callable[..., Path]
@@ -39,17 +39,6 @@ def fresh_compiler() -> Iterator[None]:
 
 def summary(run: Path) -> Any:
     return json.loads((run / "summary.json").read_text())
-
-
-def new_trainer(store: Path, **settings: Any) -> tuple[Trainer, Any]:
-    """A trainer and the rows of its first epoch."""
-    given = {"student": "resnet8", "batch_size": 16, "lr": 0.02, "device": "cpu", "epochs": 2}
-    chosen = Distill(cache=str(store), out="unused", **{**given, **settings})
-    source = Source(chosen, Report(quiet=True))
-    chosen = with_defaults(chosen, source.cache)
-    trainer, rows, _ = source.trainer(chosen)
-    shared, _ = next(source.epochs(rows.values(), 1, 1))
-    return trainer, source.own(shared, rows, 0, 1)
 
 
 def test_steps_in_f32_on_a_cpu_are_the_reference(store: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ PyTorch computes shapes and devices only. The backward pass wants a GPU and is l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from richkd.store.topk import keep_top
 from richkd.training import loop
 from richkd.training.data import Data, EpochRows, EvalSet
 from richkd.training.loop import Trainer, predict
+from richkd.training.optimizers import state_of
 from richkd.training.runners import Captured
 
 GPU = torch.device("cuda", 0)
@@ -35,7 +38,11 @@ def no_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def captured(
-    method: str, student: str = "resnet8", compact: bool = False, **blend: Any
+    method: str,
+    student: str = "resnet8",
+    compact: bool = False,
+    training: Mapping[str, Any] = MappingProxyType({}),
+    **blend: Any,
 ) -> Captured:
     """What a GPU would capture, with fake tensors."""
     labels = torch.arange(N) % C
@@ -56,7 +63,7 @@ def captured(
     with FakeTensorMode():
         fake(model)
         fake(objective)
-        return on_gpu(model, objective, kind.row_names(options, task), compact)
+        return on_gpu(model, objective, kind.row_names(options, task), compact, training)
 
 
 def fake(module: nn.Module) -> None:
@@ -68,7 +75,13 @@ def fake(module: nn.Module) -> None:
             part._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=GPU)
 
 
-def on_gpu(model: nn.Module, objective: Method, reads: tuple[str, ...], compact: bool) -> Captured:
+def on_gpu(
+    model: nn.Module,
+    objective: Method,
+    reads: tuple[str, ...],
+    compact: bool,
+    training: Mapping[str, Any],
+) -> Captured:
     """The trainer of a student, and what captures its steps; to be called in the mode."""
     labels = torch.arange(N) % C
     images = torch.randint(0, 256, (N, 32, 32, 3), dtype=torch.uint8)
@@ -81,7 +94,7 @@ def on_gpu(model: nn.Module, objective: Method, reads: tuple[str, ...], compact:
         normalize=Normalize((0.5,) * 3, (0.25,) * 3, GPU),
         num_classes=C,
     )
-    settings = Distill(cache="none", student="resnet8", batch_size=B, lr=0.1, precision="float32")
+    settings = Distill(cache="none", batch_size=B, lr=0.1, precision="float32", **training)
     trainer = Trainer(model, objective, data, settings, GPU)
     logits = torch.randn(N, C, dtype=torch.float16)
     rows: dict[str, Any] = {
@@ -142,6 +155,51 @@ def test_rows_by_their_largest_logits_stay_on_the_gpu() -> None:
     graph = captured("kd", compact=True)
     with graph.order.fake_mode:  # type: ignore[attr-defined]
         graph._step(B)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "lamb"])
+def test_optimizers_and_averages_stay_on_the_gpu(
+    optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a graph would read and write: the state, at one address, and the learning rate."""
+    twin = create_model("resnet8", C)
+
+    def copied(_: nn.Module) -> nn.Module:  # fake tensors cannot be
+        fake(twin)
+        return twin
+
+    monkeypatch.setattr(loop, "copy", SimpleNamespace(deepcopy=copied))
+    graph = captured("vid", training={"optimizer": optimizer, "ema": 0.9, "warmup": 1})
+    trainer: Any = graph.trainer
+    assert trainer.capturable == (optimizer != "lamb")
+
+    def backward(_: torch.Tensor) -> None:
+        for parameter in trainer.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+
+    def kernel(*lists: Any, lr: torch.Tensor, **_: Any) -> None:  # which fake tensors do not have
+        assert lr is trainer.rate and lr.device == GPU
+        assert all(tensor.device == GPU for tensors in lists for tensor in tensors)
+        calls.append(lists)
+
+    calls: list[Any] = []
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    for name in ("_fused_sgd_", "_fused_adam_", "_fused_adamw_"):
+        monkeypatch.setattr(torch, name, kernel)
+    with graph.order.fake_mode:  # type: ignore[attr-defined]
+        before = trainer.state()
+        of_optimizer = state_of(trainer.optimizer, trainer.parameters)
+        graph._step(B)
+        trainer._set_rate(0.05)
+        if trainer.capturable:
+            assert trainer.state().keys() == before.keys()
+            now = state_of(trainer.optimizer, trainer.parameters)
+            assert all(now[name] is tensor for name, tensor in of_optimizer.items())
+            assert all(tensor.device == GPU for tensor in before.values())
+            assert sum(len(lists[0]) for lists in calls) == len(trainer.parameters)
+        saved = trainer.snapshot()
+        graph._step(B)
+        trainer.restore(saved)
 
 
 @pytest.mark.parametrize("fault", ["waits", "other device"])
