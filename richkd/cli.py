@@ -45,7 +45,7 @@ CACHES, LISTS = "Caches", "Lists and benchmarks"
 # The settings of the CNN teacher and of CLIP.
 TEACHERS = (
     "teacher teacher_weights teacher_weights_key teacher_size teacher_mean teacher_std "
-    "teacher_crop teacher_interpolation teacher_classes clip clip_precision prompts"
+    "teacher_crop teacher_interpolation teacher_classes teacher_head clip clip_precision prompts"
 )
 
 
@@ -396,7 +396,10 @@ def verify(
     cache: Annotated[str, path_argument(help="a complete cache")],
     teacher: Annotated[
         str | None,
-        path_option(help="weights of the CNN teacher, to recompute a sample of its rows"),
+        path_option(
+            help="weights of the CNN teacher, or the name of its pretrained weights, to recompute "
+            "a sample of its rows"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -330,7 +330,15 @@ def preview_teacher(
         f"{_some(teacher.outputs or tuple(range(classes)), dataset)} may not be the order of its "
         f"outputs (pass --teacher-classes FILE)"
     )
-    if worse(right, count, least(classes)):
+    if teacher.head != "own":  # it has the dataset's order
+        if worse(right, count, least(classes)):
+            summary += {
+                "probe": "; its features hardly tell these classes apart: choose another teacher, "
+                "or fine-tune it with richkd train-teacher --init",
+                "rows": "; its outputs may be of other classes than those matched, or it was "
+                "trained on images of another kind: compare --teacher-head probe",
+            }[teacher.head]
+    elif worse(right, count, least(classes)):
         size = "size or normalisation (--teacher-size, --teacher-mean, --teacher-std)"
         other = "other images" if note else f"images of another {size}"
         summary += f"; too low for a teacher read correctly: {order}, or it was trained on {other}"
