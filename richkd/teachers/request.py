@@ -62,7 +62,8 @@ def check_request(
         check_distinct(dataset.class_names)
     if settings.teacher_classes:
         given_outputs(settings, dataset)
-    check_head(settings, dataset)
+    if interrupted is None or not interrupted.get("complete"):
+        check_head(settings, dataset)
     return dataset, interrupted
 
 
