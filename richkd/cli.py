@@ -233,6 +233,8 @@ def train_teacher(
     "richkd precompute --dataset imagefolder:my-images --class-names names.txt --broken skip",
     "richkd precompute --dataset imagefolder:my-images --teacher-weights resnet32x4.pth "
     "--teacher-mean 0.507,0.487,0.441 --teacher-std 0.267,0.256,0.276 --teacher-crop 1",
+    "richkd precompute --dataset imagefolder:my-images --teacher timm/resnet50.a1_in1k "
+    "--teacher-head probe",
     settings=[
         *flags(Precompute, "dataset limit validation", others=False),
         *flags(Precompute, TEACHERS, others=False),

@@ -204,6 +204,11 @@ def test_images_in_an_array_and_a_resumed_addition(hub: Path, tmp_path: Path) ->
     check_probe(added)
     after = tree(out)
     assert all(after[file] == content for file, content in before.items())
+    for lost in ("probe/weights/c/0/0/0", "train/teacher_logits/c/1/0/0"):
+        (out / "teachers/two" / lost).unlink()
+    repair_store(out, QUIET)
+    assert tree(out) == after
+    raise_faults(out, verify_store(out, "two=hf-hub:me/two", QUIET))
     with refuses("teacher-outputs-differ", "1,000", "probe"):
         add_teacher(out, {**given, "teacher_head": "own"}, name="three")
 
