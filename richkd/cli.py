@@ -45,7 +45,7 @@ CACHES, LISTS = "Caches", "Lists and benchmarks"
 # The settings of the CNN teacher and of CLIP.
 TEACHERS = (
     "teacher teacher_weights teacher_weights_key teacher_size teacher_mean teacher_std "
-    "teacher_crop teacher_interpolation teacher_classes clip clip_precision prompts"
+    "teacher_crop teacher_interpolation teacher_classes teacher_head clip clip_precision prompts"
 )
 
 
@@ -233,6 +233,8 @@ def train_teacher(
     "richkd precompute --dataset imagefolder:my-images --class-names names.txt --broken skip",
     "richkd precompute --dataset imagefolder:my-images --teacher-weights resnet32x4.pth "
     "--teacher-mean 0.507,0.487,0.441 --teacher-std 0.267,0.256,0.276 --teacher-crop 1",
+    "richkd precompute --dataset imagefolder:my-images --teacher timm/resnet50.a1_in1k "
+    "--teacher-head probe",
     settings=[
         *flags(Precompute, "dataset limit validation", others=False),
         *flags(Precompute, TEACHERS, others=False),
@@ -396,7 +398,10 @@ def verify(
     cache: Annotated[str, path_argument(help="a complete cache")],
     teacher: Annotated[
         str | None,
-        path_option(help="weights of the CNN teacher, to recompute a sample of its rows"),
+        path_option(
+            help="weights of the CNN teacher, or the name of its pretrained weights, to recompute "
+            "a sample of its rows"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from richkd.config.settings import Precompute, check_resume
+from richkd.config.settings import NO_TEACHER, Precompute, check_resume
 from richkd.core.accuracy import accuracy
 from richkd.core.errors import RichKDError
 from richkd.core.interrupts import deferred
@@ -49,6 +49,7 @@ from richkd.teachers.addition import (
 from richkd.teachers.clip import autocast
 from richkd.teachers.find import Finder, training_settings
 from richkd.teachers.manifest import make_addition, make_manifest
+from richkd.teachers.matching import check_head
 from richkd.teachers.request import (
     check_request,
     check_room,
@@ -123,7 +124,8 @@ def _precompute(
             return open_cache(settings.out)
         check_same_files(dataset, ranks)
         finder = Finder(settings, dataset, training, device, ranks, report)
-        stage = StageOne.of(dataset, *finder.find(interrupted=interrupted, given=given), block)
+        found = finder.find(interrupted=interrupted, given=given, place=out)
+        stage = StageOne.of(dataset, *found, block)
         stage.run(out, ranks, report, overwrite=overwrite)
         return open_cache(settings.out)
 
@@ -173,10 +175,12 @@ def add_teacher(
             dataset = ranks.from_first(
                 lambda: load_dataset_of(whole, moved, settings.data_root, report)
             )
+            if settings.teacher != NO_TEACHER:
+                ranks.from_first(lambda: check_head(settings, dataset))
             check_same_files(dataset, ranks)
             training = training_settings(settings, {})
             finder = Finder(settings, dataset, training, device, ranks, report)
-            found = finder.find(interrupted=interrupted)
+            found = finder.find(interrupted=interrupted, place=out)
             stage = StageOne.added_to(whole, name, dataset, *found, block)
             if ranks.from_first(lambda: has_teacher(out, stage.manifest, overwrite)):
                 report.log(f"{whole.location} already has the teacher {name}")
@@ -224,7 +228,8 @@ def recompute(
         check_same_files(dataset, ranks)
         training = training_settings(settings, {})
         finder = Finder(settings, dataset, training, device, ranks, report)
-        found, block = finder.find(recorded=recorded), manifest["block"]
+        found = finder.find(recorded=recorded, interrupted=manifest, place=out)
+        block = manifest["block"]
         if whole is None or name is None:
             stage = StageOne.of(dataset, *found, block)
         else:
@@ -345,6 +350,8 @@ class StageOne:
         known = {} if self.is_addition else views
         if self.teachers.text is not None:
             known["text/embeddings"] = self.teachers.text.cpu().numpy()
+        if self.teachers.cnn is not None and self.teachers.cnn.probe is not None:
+            known |= self.teachers.cnn.probe.arrays
         return open_writer(
             location, self.manifest, known, overwrite=overwrite, damaged=damaged, ranks=ranks
         )

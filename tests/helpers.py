@@ -8,7 +8,7 @@ import json
 import pickle
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import open_clip
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from safetensors.torch import load_file
 
 import richkd
@@ -27,6 +28,7 @@ from richkd.data.views import PadCropFlip
 from richkd.models.weights import save_tensors
 from richkd.store import schema
 from richkd.store.locations import open_location
+from richkd.store.reader import TeacherCache
 from richkd.store.writer import open_writer
 
 
@@ -61,6 +63,18 @@ def slow(*values: object) -> list[Any]:
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
+# folders that name classes of ImageNet in every way, and their rows in its head of 1,000
+FOLDERS = {
+    "n01440764": 0,
+    "Goldfish": 1,
+    "great_white-shark": 2,
+    "tiger shark": 3,
+    "hen": 8,
+    "Struthio camelus": 9,
+    "brambling": 10,
+    "bullfrog": 30,
+}
+
 TINY_CLIP = {
     "embed_dim": 24,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32},
@@ -91,6 +105,70 @@ def write_teacher(path: Path, name: str, num_classes: int, seed: int = 0) -> Pat
             model(torch.randn(32, 3, 32, 32))
     save_tensors(path, model.state_dict())
     return path
+
+
+def published(hub: Path, name: str, architecture: str = "", **config: Any) -> torch.nn.Module:
+    """Write a network with random weights in all of its parts to a cache of the hub, and return it.
+
+    Args:
+        hub: the cache, in the layout of the hub's client.
+        name: as users write it.
+        architecture: the network's name in timm; by default the same.
+        config: its `num_classes`, and what its published configuration states.
+    """
+    import timm
+
+    torch.manual_seed(len(name))
+    classes = {"num_classes": config.pop("num_classes")} if "num_classes" in config else {}
+    model = timm.create_model(architecture or name.removeprefix("timm/"), **classes).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                assert module.running_mean is not None and module.running_var is not None
+                module.running_mean.normal_(0, 0.2)
+                module.running_var.uniform_(0.5, 2)
+        for parameter in model.get_classifier().parameters():
+            parameter.normal_()
+    plain = name.removeprefix("hf-hub:")
+    repository = plain if "/" in plain else f"timm/{plain}"
+    folder, revision = hub / f"models--{repository.replace('/', '--')}", "0123456789" * 4
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text(revision)
+    snapshot = folder / "snapshots" / revision
+    timm.models.save_for_hf(model, str(snapshot), safe_serialization=True)
+    written = json.loads((snapshot / "config.json").read_text())
+    written["pretrained_cfg"] |= config
+    (snapshot / "config.json").write_text(json.dumps(written))
+    return model
+
+
+def stage_one_of(out: Path, dataset: str, teacher: str, **settings: Any) -> TeacherCache:
+    """Write a small cache of one teacher; settings as of Precompute, and `block`."""
+    from richkd.config.settings import Precompute
+    from richkd.precompute import precompute
+
+    given: dict[str, Any] = {"clip": "none", "views": 2, "device": "cpu"}
+    if dataset.startswith("imagefolder:"):
+        given["image_size"] = 32
+    given |= {"dataset": dataset, "teacher": teacher, "out": str(out), **settings}
+    block = given.pop("block", None)
+    return precompute(Precompute(**given), block=block)
+
+
+def write_photos(
+    folder: Path, classes: Iterable[str], rng: np.random.Generator, *, train: int, test: int
+) -> Path:
+    """Write a folder of photographs in odd sizes: fields of colour, of another range a class."""
+    for split, count in (("train", train), ("test", test)):
+        for number, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            low = 20 * number % 160
+            for photo in range(count):
+                width, height = map(int, rng.integers(40, 200, 2))
+                coarse = Image.fromarray(rng.integers(low, low + 90, (5, 6, 3), np.uint8))
+                field = coarse.resize((width, height), Image.Resampling.BICUBIC)
+                field.save(folder / split / name / f"{photo}.png")
+    return folder
 
 
 def write_cifar100(root: Path, monkeypatch: pytest.MonkeyPatch, train: int, test: int) -> None:

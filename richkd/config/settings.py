@@ -28,6 +28,7 @@ from richkd.core.choices import (
     Row,
     Scale,
     Step,
+    TeacherHead,
 )
 from richkd.core.errors import RichKDError, local_path, nearest, require
 from richkd.core.validation import (
@@ -358,7 +359,11 @@ class TrainTeacher(Images, Training):
 class Precompute(Images):
     """Settings of `richkd precompute`, stage one."""
 
-    teacher: str = setting("", "CNN teacher of the zoo or of timm; default by dataset")
+    teacher: str = setting(
+        "",
+        "CNN teacher of the zoo or of timm; a tag (timm/resnet50.a1_in1k) or hf-hub:OWNER/NAME "
+        "loads pretrained weights; default by dataset",
+    )
     teacher_weights: str = setting(
         "", "weights of the CNN teacher (.safetensors, or a state dict .pt/.pth)", path=True
     )
@@ -382,6 +387,11 @@ class Precompute(Images):
         "",
         "order of its outputs: a file with one class folder per line, sorted, or natural (timm's)",
         path=True,
+    )
+    teacher_head: TeacherHead = setting(
+        "own",
+        "its head: own, probe (a linear head on its features, fitted here), or rows (those of its "
+        "ImageNet head that match the classes)",
     )
     clip: str = setting(
         "", "open_clip NAME:TAG, hf-hub:OWNER/NAME, a local directory, demo or none", path=True

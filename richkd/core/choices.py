@@ -13,6 +13,7 @@ Scale = (
 )
 Target = Literal["teacher", "clip", "fused"]
 ClipHead = Literal["zero-shot", "probe"]
+TeacherHead = Literal["own", "probe", "rows"]
 Step = Literal["auto", "eager", "captured", "compiled"]
 Precision = Literal["auto", "float32", "bfloat16"]
 ClipPrecision = Literal["float32", "bfloat16", "float16"]

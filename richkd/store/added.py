@@ -110,4 +110,4 @@ def is_added_file(file: str) -> bool:
 
 
 def _is_array(name: str) -> bool:
-    return name == "complete" or name.partition("/")[0] in (*schema.SPLITS, "text")
+    return name == "complete" or name.partition("/")[0] in (*schema.SPLITS, "text", "probe")

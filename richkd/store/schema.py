@@ -26,6 +26,7 @@ CHUNK_BYTES = 4 * 2**20
 MAX_BLOCK = 8192
 MOST = 2**40  # bound on every number in a manifest
 LOGITS = ("teacher_logits", "fused_logits")
+PROBE_ARRAYS = ("probe/weights", "probe/folds")
 ADDED = "teachers"  # the folder of a cache that holds a group for each added teacher
 TEACHER_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 
@@ -53,6 +54,15 @@ class ViewsEntry(TypedDict):
     seed: int
 
 
+class HeadEntry(TypedDict):
+    """The head of a teacher of other classes: `probe`, fitted here, or `rows` of its own."""
+
+    kind: str
+    folds: NotRequired[int]  # of a probe: its number of heads
+    penalty: NotRequired[float]
+    accuracy: NotRequired[float]  # of the training images, out of fold, in 0..1
+
+
 class TeacherEntry(TypedDict):
     """The CNN teacher; accuracy is top-1 on the test split, in 0..1, None until complete."""
 
@@ -62,6 +72,7 @@ class TeacherEntry(TypedDict):
     num_features: int
     input: NotRequired[InputEntry]  # absent from older caches (`teacher_input`)
     outputs: NotRequired[list[int]]  # the output of each class, if the teacher's order differs
+    head: NotRequired[HeadEntry]  # if its own outputs are of other classes
     accuracy: float | None
 
 
@@ -305,6 +316,11 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
             ("prompt", prompts),
             ("clip_feature", width),
         )
+    if "teacher" in manifest and manifest["teacher"].get("head", {}).get("kind") == "probe":
+        width = manifest["teacher"]["num_features"] + 1  # the last input is 1
+        heads = ("fold", manifest["teacher"]["head"]["folds"])
+        add(PROBE_ARRAYS[0], "float32", heads, ("input", width), ("class", num_classes))
+        add(PROBE_ARRAYS[1], "uint8", ("sample", dataset["num_train"]))
     specs["complete"] = ArraySpec((num_blocks(manifest),), "bool", (1,), ("block",))
     return specs
 
@@ -418,8 +434,20 @@ def _out_of_order(manifest: Manifest) -> Iterator[str]:
                 yield f"dataset.decoding.ranges of {kind} is {ends!r}"
     teacher, count = manifest.get("teacher"), len(manifest["class_names"])
     outputs = teacher and teacher.get("outputs")
-    if outputs is not None and sorted(outputs) != [*range(count)]:
+    if teacher is not None and "head" in teacher:
+        yield from _wrong_head(teacher["head"], outputs, count)
+    elif outputs is not None and sorted(outputs) != [*range(count)]:
         yield f"teacher.outputs is not a permutation of {count} classes"
+
+
+def _wrong_head(head: HeadEntry, outputs: list[int] | None, count: int) -> Iterator[str]:
+    if head["kind"] == "rows":
+        if outputs is None or not len(outputs) == len({*outputs}) == count:
+            yield f"teacher.outputs are not {count} different rows"
+    elif head["kind"] != "probe" or not {"penalty", "accuracy"} <= head.keys():
+        yield f"teacher.head is {head!r}"
+    elif not 2 <= head.get("folds", 0) <= 255 or outputs is not None:
+        yield f"teacher.head is {head!r}, teacher.outputs {shown(outputs)}"
 
 
 def teacher_input(manifest: Manifest) -> InputEntry:

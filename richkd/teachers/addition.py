@@ -10,11 +10,12 @@ from typing import Any
 from richkd.config.settings import NO_TEACHER, Precompute, check_name, resolve
 from richkd.core.choices import CNN_ROWS
 from richkd.core.errors import RichKDError
-from richkd.models import check_names, check_trainable
+from richkd.models import check_names
 from richkd.store.added import check_new_name
 from richkd.store.location import Location
 from richkd.store.schema import Manifest
 from richkd.teachers.class_order import check_teacher_classes
+from richkd.teachers.pretrained import by_name, check_teacher_name
 from richkd.teachers.request import check_settings
 
 # settings of the teacher itself; it takes the others over from the cache
@@ -92,8 +93,9 @@ def check_addition(
     """
     check_new_name(name)
     if settings.teacher != NO_TEACHER:
-        check_names([settings.teacher])
-        check_trainable(settings.teacher, settings.teacher_weights)
+        check_teacher_name(settings)
+        if not by_name(settings):
+            check_names([settings.teacher])
         check_teacher_classes(settings)
     return check_settings(settings, out, overwrite)
 

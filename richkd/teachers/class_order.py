@@ -315,7 +315,15 @@ def preview_teacher(
     )
     note = note_of(weights)
     recorded = None if weights is None else _recorded_accuracy(note, weights)
-    if order := likely_order(predicted, test.labels, classes):
+    if teacher.head != "own":  # it has the dataset's order
+        if worse(right, count, least(classes)):
+            summary += {
+                "probe": "; its features hardly tell these classes apart: choose another teacher, "
+                "or fine-tune it with richkd train-teacher --init",
+                "rows": "; its outputs may be of other classes than those matched, or it was "
+                "trained on images of another kind: compare --teacher-head probe",
+            }[teacher.head]
+    elif order := likely_order(predicted, test.labels, classes):
         summary += f"; {_in_another_order(order, predicted, test.labels, teacher, dataset)}"
     elif worse(right, count, least(classes)):
         size = "size or normalisation (--teacher-size, --teacher-mean, --teacher-std)"

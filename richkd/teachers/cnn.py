@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from richkd.config.settings import Training, TrainTeacher, check_resume, to_table
+from richkd.core.choices import TeacherHead
 from richkd.core.errors import RichKDError
 from richkd.core.files import (
     check_replaceable,
@@ -42,6 +43,7 @@ from richkd.models.weights import (
     save_tensors,
     state_sha256,
 )
+from richkd.teachers.heads import Probe
 from richkd.teachers.pretrained import blank_named, load_named
 from richkd.training.checkpoint import Progress
 from richkd.training.data import Data, EpochRows, EvalSet
@@ -66,6 +68,8 @@ class CNNTeacher:
     input: NetworkInput
     device: torch.device
     outputs: Outputs | None = None  # None: the dataset's order
+    head: TeacherHead = "own"
+    probe: Probe | None = None  # fitted by stage one if that is its head
 
     @cached_property
     def normalize(self) -> Normalize:
@@ -73,9 +77,17 @@ class CNNTeacher:
         return Normalize(self.input.mean, self.input.std, self.device)
 
     @torch.inference_mode()
-    def rows(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute logits [B,C] in the dataset's order and features [B,F], f32: [B,S,S,3] uint8."""
+    def rows(self, images: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Compute logits [B,C] in the dataset's order and features [B,F], f32.
+
+        Args:
+            images: [B,S,S,3] uint8.
+            index: their positions among the training images [B], of which a probe's heads each saw
+                some only; None for other images.
+        """
         logits, features = forward(self.model, self.normalize(images))
+        if self.probe is not None:
+            return self.probe.logits(features, index), features
         return (logits if self._columns is None else logits[:, self._columns]), features
 
     @cached_property
@@ -92,6 +104,7 @@ def load_teacher(
     *,
     key: str = "",
     outputs: Outputs | None = None,
+    head: TeacherHead = "own",
     report: Report | None = None,
 ) -> CNNTeacher:
     """Load a teacher from a weights file, or create one with random weights.
@@ -104,6 +117,7 @@ def load_teacher(
         device: where it runs.
         key: where in the file the weights are; empty to find them.
         outputs: the number of its output for each class; None for the dataset's order.
+        head: its head; a probe is fitted later.
         report: where to log which entries of the file were unwrapped or ignored.
 
     Raises:
@@ -118,7 +132,9 @@ def load_teacher(
             report.log(summary)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     sha256 = file_sha256(weights) if weights else ""
-    return CNNTeacher(name, model.eval(), sha256, num_features, network_input, device, outputs)
+    return CNNTeacher(
+        name, model.eval(), sha256, num_features, network_input, device, outputs, head
+    )
 
 
 def load_pretrained(
@@ -127,6 +143,7 @@ def load_pretrained(
     device: torch.device,
     *,
     outputs: Outputs | None = None,
+    head: TeacherHead = "own",
     blank: bool = False,
 ) -> CNNTeacher:
     """Load a teacher by the name of its pretrained weights, with the classifier it comes with.
@@ -136,6 +153,7 @@ def load_pretrained(
         network_input: the images that the network takes.
         device: where it runs.
         outputs: as in `load_teacher`.
+        head: as in `load_teacher`.
         blank: use random weights instead, and download nothing.
 
     Raises:
@@ -145,7 +163,9 @@ def load_pretrained(
     num_features = check_fit(model, name, network_input.size, None)
     sha256 = "" if blank else state_sha256(model)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return CNNTeacher(name, model.eval(), sha256, num_features, network_input, device, outputs)
+    return CNNTeacher(
+        name, model.eval(), sha256, num_features, network_input, device, outputs, head
+    )
 
 
 def check_output(path: Path, overwrite: bool) -> None:

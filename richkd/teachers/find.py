@@ -22,9 +22,11 @@ from richkd.data.datasets import Dataset
 from richkd.data.framing import NetworkInput
 from richkd.data.inputs import make_inputs
 from richkd.data.prompts import load_prompts
-from richkd.models import check_fit, create_model
-from richkd.models.weights import read_note
+from richkd.models import check_fit, create_model, names_weights
+from richkd.models.weights import read_note, state_sha256
 from richkd.store import schema
+from richkd.store.location import Location
+from richkd.store.reader import TeacherCache
 from richkd.store.schema import PrecisionError, TeacherEntry, describe_precision
 from richkd.teachers.class_order import LOOKED_AT, preview_teacher, resolve_outputs
 from richkd.teachers.clip import ClipTeacher, load_clip, precision_error
@@ -38,7 +40,9 @@ from richkd.teachers.cnn import (
     train_teacher,
 )
 from richkd.teachers.framing import resolve_input
-from richkd.teachers.pretrained import by_name
+from richkd.teachers.heads import Probe, fit, kept
+from richkd.teachers.matching import num_outputs, other_classes, own_rows
+from richkd.teachers.pretrained import by_name, check_teacher_name
 from richkd.teachers.rows import Preview, Teachers, batch_size
 from richkd.training.run_folder import TeacherFolder
 
@@ -96,31 +100,36 @@ class Finder:
         recorded: TeacherEntry | None = None,
         interrupted: Mapping[str, Any] | None = None,
         given: Collection[str] = (),
+        place: Location | None = None,
     ) -> tuple[Teachers, Preview]:
         """Return both teachers, and their outputs for the first test images.
 
         Args:
             recorded: the CNN teacher's entry in the cache to repair, whose input and class order
                 it keeps.
-            interrupted: the manifest of the cache to resume, if there is one.
+            interrupted: the manifest of the cache to resume or repair, if there is one.
             given: names of the settings for the teacher's training that the user gave.
+            place: the location of that cache, whose probe is kept.
         """
         if self.settings.teacher == NO_TEACHER:
             clip, text, features, error = self._find_clip()
             return Teachers(self.settings, None, clip, text), Preview((), features, error)
         weights = self.ranks.from_first(lambda: teacher_weights(self.settings, self.training))
-        cnn, outputs = None, []
+        cnn: CNNTeacher | None = None
+        outputs: Sequence[tuple[Tensor, Tensor]] = ()
         if weights is not None or by_name(self.settings):
             self._check_weights(weights, given)
             cnn = self._in_order(self._load(weights, recorded), weights, recorded, interrupted)
-            if self.ranks.first and recorded is None:
-                batch = batch_size(self.settings, self.device, cnn.input.size)
-                outputs = preview_teacher(cnn, weights, self.dataset, batch, self.report)
+            if cnn.head != "probe":
+                outputs = self._preview(cnn, weights, recorded)
         else:
             self._check_trainable()
         clip, text, features, error = self._find_clip()
         if cnn is None:
             cnn = self._load(self._train(), recorded)
+        elif cnn.head == "probe":
+            cnn = self._with_probe(cnn, place, interrupted)
+            outputs = self._preview(cnn, weights, recorded)
         return Teachers(self.settings, cnn, clip, text), Preview(outputs, features, error)
 
     def _check_trainable(self) -> None:
@@ -136,30 +145,42 @@ class Finder:
             return
         if self.settings.teacher_weights:
             warn_of_validation(weights, self.dataset, self.report)
+            if self.settings.teacher_head == "probe":
+                warn_of_training(weights, self.dataset, self.report)
         else:
             check_trained_on(weights, self.dataset)
             log_other_training(self.training, given, self.dataset, self.report)
 
     def _load(self, weights: Path | None, recorded: TeacherEntry | None) -> CNNTeacher:
+        settings, classes = self.settings, len(self.dataset.class_names)
+        if weights is not None and settings.teacher_head != "own":
+            classes = num_outputs(settings, weights, classes)
         if recorded is not None:
             framing = NetworkInput.of(recorded["input"])
         else:
-            framing = resolve_input(self.settings, weights, self.dataset, self.report)
+            framing = resolve_input(settings, weights, self.dataset, self.report, classes)
         if weights is None:
-            self.report.log(
-                f"loading {self.settings.teacher}, unless it is in the cache from the hub"
+            self.report.log(f"loading the weights of {settings.teacher}")
+            return load_pretrained(
+                settings.teacher, framing, self.device, head=settings.teacher_head
             )
-            return load_pretrained(self.settings.teacher, framing, self.device)
-        classes = len(self.dataset.class_names)
-        return load_teacher(
-            self.settings.teacher,
-            weights,
-            classes,
-            framing,
-            self.device,
-            key=self.settings.teacher_weights_key,
-            report=self.report,
-        )
+        try:
+            return load_teacher(
+                settings.teacher,
+                weights,
+                classes,
+                framing,
+                self.device,
+                key=settings.teacher_weights_key,
+                head=settings.teacher_head,
+                report=self.report,
+            )
+        except RichKDError as error:
+            if error.code == "weights-do-not-fit":
+                count = num_outputs(settings, weights, classes)
+                if count != classes:
+                    raise other_classes(settings, count, self.dataset, error.code) from None
+            raise
 
     def _in_order(
         self,
@@ -172,11 +193,40 @@ class Finder:
         known = recorded or recorded_order(interrupted, self.settings, cnn)
 
         def order() -> Outputs | None:
+            if cnn.head == "probe":
+                return None
+            if cnn.head == "rows" and recorded is None:
+                count = num_outputs(self.settings, weights, len(self.dataset.class_names))
+                return own_rows(self.settings, count, self.dataset, self.report)
             if known is not None:
                 return tuple(known["outputs"]) if "outputs" in known else None
             return resolve_outputs(self.settings, weights, cnn, self.dataset, self.report)
 
         return replace(cnn, outputs=self.ranks.from_first(order))
+
+    def _with_probe(
+        self, cnn: CNNTeacher, place: Location | None, interrupted: Mapping[str, Any] | None
+    ) -> CNNTeacher:
+        """Return the teacher with the probe of the cache to resume or repair, or with a new one."""
+
+        def find() -> Probe:
+            probe = None if place is None else kept(place, interrupted, cnn.sha256)
+            if probe is not None:
+                return probe
+            batch = batch_size(self.settings, self.device, cnn.input.size)
+            features = training_features(cnn, self.dataset, batch, self.report)
+            return fit(features, self.dataset, cnn.name, self.report)
+
+        return replace(cnn, probe=self.ranks.from_first(find).to(self.device))
+
+    def _preview(
+        self, cnn: CNNTeacher, weights: Path | None, recorded: TeacherEntry | None
+    ) -> Sequence[tuple[Tensor, Tensor]]:
+        """Log how well the teacher of a new cache does, and return its outputs."""
+        if not self.ranks.first or recorded is not None:
+            return ()
+        batch = batch_size(self.settings, self.device, cnn.input.size)
+        return preview_teacher(cnn, weights, self.dataset, batch, self.report)
 
     def _find_clip(
         self,
@@ -211,6 +261,55 @@ class Finder:
             f" ({self.training.epochs} epochs; a pretrained teacher takes minutes: --teacher "
             f"timm/resnet50.a1_in1k --teacher-head probe)"
         )
+
+
+def load_again(
+    cache: TeacherCache, weights: Path, device: torch.device, report: Report
+) -> CNNTeacher:
+    """Load the CNN teacher of a cache, with its input, class order and head.
+
+    Args:
+        cache: the cache.
+        weights: its weights file, or the name of its pretrained weights.
+        device: where it runs.
+        report: where to log.
+
+    Raises:
+        RichKDError: the weights cannot be loaded or are of another network.
+    """
+    entry, recipe = cache.manifest["teacher"], cache.manifest["recipe"]
+    named = str(weights) == entry["name"] and not weights.exists()
+    given = {"teacher": entry["name"], "teacher_weights": "" if named else str(weights)}
+    settings = resolve(Precompute, recipe, given)
+    check_teacher_name(settings)
+    file = None if by_name(settings) else weights
+    count = num_outputs(settings, file, cache.num_classes) if "head" in entry else cache.num_classes
+    framing = NetworkInput.of(schema.teacher_input(cache.manifest))
+    if file is None:
+        found = load_pretrained(entry["name"], framing, device)
+    else:
+        key = entry.get("weights_key", "")
+        found = load_teacher(entry["name"], file, count, framing, device, key=key, report=report)
+        if "teacher_weights" not in recipe and names_weights(entry["name"]):
+            found = replace(found, sha256=state_sha256(found.model))
+    outputs, probe = entry.get("outputs"), Probe.of_cache(cache)
+    return replace(
+        found,
+        outputs=None if outputs is None else tuple(outputs),
+        probe=None if probe is None else probe.to(device),
+    )
+
+
+@torch.inference_mode()
+def training_features(cnn: CNNTeacher, dataset: Dataset, batch_size: int, report: Report) -> Tensor:
+    """Return the features [N,F] of the training images, in their evaluation view."""
+    inputs = make_inputs(dataset.train.images, cnn.device, cnn.input)
+    order, found = torch.arange(len(dataset.train)), []
+    with report.track("features for the probe", len(order), "images") as tick:
+        for index, images in inputs.batches(order, None, batch_size):
+            found.append(cnn.rows(images)[1])
+            tick(len(index))
+    return torch.cat(found).clone()
 
 
 def recorded_order(
@@ -320,4 +419,13 @@ def warn_of_validation(weights: Path, dataset: Dataset, report: Report) -> None:
             f"{weights} may also have been trained on the validation images; if so, alpha auto "
             f"trusts the CNN teacher too much: leave --teacher-weights out to train one without "
             f"them"
+        )
+
+
+def warn_of_training(weights: Path, dataset: Dataset, report: Report) -> None:
+    """Log that a probe's features come from a network that was trained on the same images."""
+    if read_note(weights).get("fingerprint") == dataset.fingerprint:
+        report.log(
+            f"{weights} was trained on these very images, so its features, and a probe's logits, "
+            f"are surer about them than about new ones; --teacher-head own uses its own head"
         )

@@ -24,7 +24,11 @@ from richkd.teachers.pretrained import by_name, named_input
 
 
 def resolve_input(
-    settings: Precompute, weights: Path | None, dataset: Dataset, report: Report
+    settings: Precompute,
+    weights: Path | None,
+    dataset: Dataset,
+    report: Report,
+    num_outputs: int | None = None,
 ) -> NetworkInput:
     """Return and log the images that the teacher takes: size, normalisation, crop, interpolation.
 
@@ -37,6 +41,7 @@ def resolve_input(
         weights: the weights file; None if there is none yet.
         dataset: the images.
         report: where to log the result.
+        num_outputs: of the network in the file; None for the dataset's number of classes.
 
     Raises:
         RichKDError: the user gives what the teacher records, the tag is unknown, or the network
@@ -65,7 +70,8 @@ def resolve_input(
     found = replace(found, **settings.teacher_input)
     if weights is not None and settings.teacher_size is None:
         sizes = [each.size for each in (found, here, known) if each is not None]
-        found = replace(found, size=_size_of(settings, weights, len(dataset.class_names), sizes))
+        count = num_outputs or len(dataset.class_names)
+        found = replace(found, size=_size_of(settings, weights, count, sizes))
     source += ", and as given" * bool(settings.teacher_input)
     students = f" (students take {here.size})" * (found.size != here.size)
     report.log(

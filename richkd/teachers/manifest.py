@@ -141,6 +141,8 @@ def _teacher_entry(cnn: CNNTeacher, key: str) -> TeacherEntry:
         entry["weights_key"] = key
     if cnn.outputs is not None:
         entry["outputs"] = list(cnn.outputs)
+    if cnn.head != "own":
+        entry["head"] = cnn.probe.entry if cnn.probe else {"kind": cnn.head}
     return entry
 
 
@@ -167,11 +169,14 @@ def _clip_entry(teachers: Teachers, precision_error: PrecisionError | None) -> C
 def _recipe(teachers: Teachers) -> dict[str, Any]:
     """Return the settings as a cache keeps them, with the batch size in use, for repairs.
 
-    As in the manifest's `clip`, CLIP's precision is left out if it is float32.
+    As in the manifest's entries, CLIP's precision is left out if it is float32, and the teacher's
+    head if it is its own.
     """
     batch = teachers.cnn_batch if teachers.cnn else teachers.clip_batch
     recipe = to_table(replace(teachers.settings, batch_size=batch))
     recipe.pop("teachers", None)  # each has a manifest of its own
     if teachers.settings.clip_precision == "float32":
         del recipe["clip_precision"]
+    if teachers.settings.teacher_head == "own":
+        del recipe["teacher_head"]
     return recipe

@@ -38,6 +38,19 @@ def by_name(settings: Precompute) -> bool:
     return not settings.teacher_weights and names_weights(settings.teacher)
 
 
+def check_teacher_name(settings: Precompute) -> None:
+    """Check the name of pretrained weights; raise RichKDError if they cannot be meant."""
+    name = settings.teacher
+    if by_name(settings):
+        check_name(name)
+    elif hub_name(name) is not None:
+        raise RichKDError(
+            f"teacher {name} is a repository, which has its own weights; leave --teacher-weights "
+            f"out, or name the network of that file, e.g. --teacher timm/resnet50",
+            code="teacher-named-twice",
+        )
+
+
 def check_name(name: str) -> None:
     """Check that timm knows weights of this name, without a download.
 

@@ -16,7 +16,6 @@ from richkd.data.class_names import check_distinct
 from richkd.data.datasets import Dataset, check_class_names, introduce, load_dataset
 from richkd.data.prompts import load_prompts
 from richkd.data.views import check_num_views
-from richkd.models import hub_name
 from richkd.models.weights import check_weights, file_sha256
 from richkd.store import schema
 from richkd.store.folder import Folder
@@ -30,7 +29,8 @@ from richkd.teachers.class_order import check_teacher_classes, given_outputs
 from richkd.teachers.clip import check_clip, load_clip, local_folder
 from richkd.teachers.find import teacher_weights
 from richkd.teachers.framing import check_from_elsewhere, check_unsaid
-from richkd.teachers.pretrained import by_name, check_name
+from richkd.teachers.matching import check_head
+from richkd.teachers.pretrained import by_name, check_teacher_name
 
 # Settings that do not change the cache; weights and images are compared by content.
 NOT_IN_CACHE = {
@@ -54,7 +54,7 @@ def check_request(
     """
     if dataset is None:
         check_class_names(settings)
-    check_teacher(settings)
+    check_teacher_name(settings)
     check_teacher_classes(settings)
     interrupted = check_settings(settings, out, overwrite)
     dataset = load_images(settings, dataset, report)
@@ -62,20 +62,9 @@ def check_request(
         check_distinct(dataset.class_names)
     if settings.teacher_classes:
         given_outputs(settings, dataset)
+    if interrupted is None or not interrupted.get("complete"):
+        check_head(settings, dataset)
     return dataset, interrupted
-
-
-def check_teacher(settings: Precompute) -> None:
-    """Check the name of pretrained weights; raise RichKDError if they cannot be meant."""
-    name = settings.teacher
-    if by_name(settings):
-        check_name(name)
-    elif hub_name(name) is not None:
-        raise RichKDError(
-            f"teacher {name} is a repository, which has its own weights; leave --teacher-weights "
-            f"out, or name the network of that file, e.g. --teacher timm/resnet50",
-            code="teacher-named-twice",
-        )
 
 
 def check_settings(

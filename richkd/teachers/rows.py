@@ -219,7 +219,10 @@ class BlockRows:
                 order = torch.arange(start, block.stop, device=self.device)
                 views = self.views[view] if block.split == "train" else None
                 batches = inputs.batches(order, views, teachers.cnn_batch)
-                parts += [cnn.rows(images) for _, images in batches]
+                parts += [
+                    cnn.rows(images, index if block.split == "train" else None)
+                    for index, images in batches
+                ]
             rows |= teachers.cnn_rows(parts, self._similarity_of(block, rows))
         return rows
 
@@ -245,13 +248,13 @@ class BlockRows:
         for unit, span in zip(units, spans, strict=True):
             features: list[Tensor] = []
             cnn: list[list[tuple[Tensor, Tensor]]] = [[] for _ in wanted]
-            for crops, pixels in batched(decoded, len(span), teachers.clip_batch):
+            for numbers, crops, pixels in batched(decoded, len(span), teachers.clip_batch):
                 if clip is not None and pixels is not None:
                     features.append(clip.encode(pixels))
                 for number, parts in enumerate(cnn):
                     images = torch.cat([part[:, number] for part in crops])
                     assert cnn_teacher is not None
-                    parts.append(cnn_teacher.rows(images))
+                    parts.append(cnn_teacher.rows(images, numbers if split == "train" else None))
                 tick(sum(map(len, crops)) * len(unit))
                 check()
             shared = teachers.clip_rows(torch.cat(features)) if features else {}
@@ -324,18 +327,18 @@ def cnn_view(block: Block) -> int | None:
 
 def batched(
     decoded: Iterator[tuple[Tensor, Tensor, Tensor | None]], count: int, batch_size: int
-) -> Iterator[tuple[list[Tensor], Tensor | None]]:
-    """Yield the next `count` images in batches: crops [b,V,S,S,3] in parts, and CLIP's pixels.
+) -> Iterator[tuple[Tensor, list[Tensor], Tensor | None]]:
+    """Yield the next `count` images in batches: index, crops [b,V,S,S,3] in parts, CLIP's pixels.
 
     The parts are not concatenated: that would hold the crops of all views twice.
     """
     done = 0
-    parts: list[tuple[Tensor, Tensor | None]] = []
+    parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
     while done < count:
-        _, crops, pixels = next(decoded)
-        parts.append((crops, pixels))
-        done += len(crops)
-        if done == count or sum(len(crops) for crops, _ in parts) >= batch_size:
-            every = [pixels for _, pixels in parts if pixels is not None]
-            yield [crops for crops, _ in parts], torch.cat(every) if every else None
+        parts.append(next(decoded))
+        done += len(parts[-1][1])
+        if done == count or sum(len(crops) for _, crops, _ in parts) >= batch_size:
+            every = [pixels for _, _, pixels in parts if pixels is not None]
+            index = torch.cat([numbers for numbers, _, _ in parts])
+            yield index, [crops for _, crops, _ in parts], torch.cat(every) if every else None
             parts = []

@@ -14,7 +14,7 @@ from richkd.store.added import added_names, place_of
 from richkd.store.location import METADATA, Location
 from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
-from richkd.store.schema import Manifest, teacher_accuracies
+from richkd.store.schema import Manifest, TeacherEntry, teacher_accuracies
 
 
 def summarize(path: str | Path) -> dict[str, Any]:
@@ -112,6 +112,7 @@ def _teachers(summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows += [
             ("teacher", f"{teacher['name']}, sha256 {teacher['sha256'][:16]}"),
             ("  sees", f"{NetworkInput.of(schema.teacher_input(manifest))}"),
+            *_head(teacher),
             ("  top-1", f"{percent(accuracy['cnn'])} %"),
         ]
     if clip:
@@ -132,6 +133,17 @@ def _teachers(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("blend", f"alpha {manifest['alpha']}, scale {manifest['scale']}"),
         ("  fused top-1", f"{percent(accuracy['fused'])} %"),
     ]
+
+
+def _head(teacher: TeacherEntry) -> list[tuple[str, str]]:
+    """Return the row on a teacher's head, unless it is its own."""
+    head = teacher.get("head")
+    if head is None:
+        return []
+    if head["kind"] == "rows":
+        return [("  head", "the rows of its own that match the classes")]
+    found = f"{percent(head['accuracy'])} % of the training images out of fold"
+    return [("  head", f"a probe of {head['folds']} folds, {found}")]
 
 
 def _some(names: list[str], limit: int = 3) -> str:

@@ -57,8 +57,10 @@ from richkd.teachers.cnn import CNNTeacher, load_pretrained, load_teacher
 from richkd.teachers.demo_clip import demo_clip
 from richkd.teachers.find import teacher_weights
 from richkd.teachers.framing import check_unsaid, resolve_input
-from richkd.teachers.pretrained import by_name, named_input, planning
-from richkd.teachers.request import check_given, check_teacher
+from richkd.teachers.heads import blank_probe
+from richkd.teachers.matching import check_head, num_outputs, own_rows
+from richkd.teachers.pretrained import by_name, check_teacher_name, named_input, planning
+from richkd.teachers.request import check_given
 from richkd.teachers.rows import Teachers
 from richkd.training.device import choose_device, hardware, wait_for
 
@@ -151,7 +153,7 @@ def plan(
         "num_classes": len(dataset.class_names),
         "image_size": dataset.image_size,
         "about": tried.about,
-        "passes": count_passes(counts, chosen.views, texts),
+        "passes": count_passes(counts, chosen.views, texts, settings.teacher_head),
         "pace": asdict(pace),
         "arrays": {name: round(count) for name, count in arrays.items()},
         **{key: value for key, value in asdict(chosen).items() if key != "chosen"},
@@ -161,11 +163,16 @@ def plan(
     }
 
 
-def count_passes(counts: tuple[int, int], views: int, texts: int) -> dict[str, int]:
-    """Return the forward passes of each network, given the sizes of both splits."""
+def count_passes(
+    counts: tuple[int, int], views: int, texts: int, head: str = "own"
+) -> dict[str, int]:
+    """Return the forward passes of each network, given the sizes of both splits.
+
+    A probe is fitted on one more view of the training images.
+    """
     train, test = counts
     return {
-        "cnn": train * views + test,
+        "cnn": train * (views + (head == "probe")) + test,
         "clip": train + test if texts else 0,
         "texts": texts,
     }
@@ -321,7 +328,11 @@ class Trial:
         first = replace(
             self.dataset, train=self.dataset.train.first(count), test=self.dataset.test.first(1)
         )
-        teachers = Teachers(replace(self.settings, views=views), self.cnn, self.clip, self.text)
+        cnn = self.cnn
+        if cnn.head == "probe":
+            probe = blank_probe(cnn.num_features, count, len(first.class_names))
+            cnn = replace(cnn, probe=probe.to(self.device))
+        teachers = Teachers(replace(self.settings, views=views), cnn, self.clip, self.text)
         stage = StageOne.of(first, teachers)
         if self.cache_folder is not None:
             shutil.rmtree(self.cache_folder.path)
@@ -347,7 +358,7 @@ def planned_teacher(
     One of published weights gets random ones, as nothing is downloaded.
     """
     check_given(settings)
-    check_teacher(settings)
+    check_teacher_name(settings)
     check_teacher_classes(settings)
     check_unsaid(settings, Path(settings.teacher_weights))
     if settings.teacher_classes and dataset.class_folders:
@@ -363,14 +374,22 @@ def planned_teacher(
         },
     )
     weights = teacher_weights(settings, training)
+    head, classes = settings.teacher_head, len(dataset.class_names)
+    known = head != "rows" or bool(dataset.class_folders)  # drawn images have no class names
+    if known:
+        check_head(settings, dataset, planning)
+    count = classes if head == "own" else num_outputs(settings, weights, classes, planning)
     if by_name(settings):
         found = named_input(settings.teacher, planning)
-        return load_pretrained(settings.teacher, found, device, blank=True), False
-    found = resolve_input(settings, weights, dataset, Report(quiet=True))
-    classes = len(dataset.class_names)
-    key = settings.teacher_weights_key
-    teacher = load_teacher(settings.teacher, weights, classes, found, device, key=key)
-    return teacher, weights is not None
+        cnn = load_pretrained(settings.teacher, found, device, head=head, blank=True)
+    else:
+        found = resolve_input(settings, weights, dataset, Report(quiet=True), count)
+        key = settings.teacher_weights_key
+        cnn = load_teacher(settings.teacher, weights, count, found, device, key=key, head=head)
+    if head == "rows":
+        rows = own_rows(settings, count, dataset, Report(quiet=True)) if known else range(classes)
+        cnn = replace(cnn, outputs=tuple(rows))
+    return cnn, weights is not None
 
 
 def planned_clip(name: str, device: torch.device, report: Report) -> ClipTeacher | None:
@@ -515,7 +534,8 @@ def weigh(
         rows=asked.rows,
         raw_bytes=schema.raw_bytes(manifest),
         stored_bytes=round(stored),
-        seconds=dataset["num_train"] * (pace.clean_s + asked.views * pace.view_s)
+        seconds=dataset["num_train"]
+        * (pace.clean_s + (asked.views + (asked.teacher_head == "probe")) * pace.view_s)
         + dataset["num_test"] * (pace.clean_s + pace.view_s)
         + texts * pace.text_s,
         usd_a_month=stored / 1e9 * price,

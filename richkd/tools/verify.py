@@ -22,7 +22,6 @@ from richkd.core.accuracy import accuracy
 from richkd.core.errors import RichKDError
 from richkd.core.memory import spans
 from richkd.core.progress import Report
-from richkd.data.framing import NetworkInput
 from richkd.data.views import NUM_VIEW_IDS
 from richkd.store.added import added_names, place_of
 from richkd.store.checksums import (
@@ -50,7 +49,6 @@ from richkd.store.schema import (
     blocks,
     describe_precision,
     teacher_accuracies,
-    teacher_input,
 )
 from richkd.store.topk import Rows, TopKRows, keep_classes, kl_errors
 from richkd.store.writer import written
@@ -83,8 +81,8 @@ def verify_store(path: str | Path, teacher: str | None, report: Report) -> list[
 
     Args:
         path: of a complete cache.
-        teacher: weights of the CNN teacher, to compute a random sample of its rows again; or
-            NAME=WEIGHTS for an added teacher.
+        teacher: weights of the CNN teacher, or the name of its pretrained weights, to compute a
+            random sample of its rows again; or NAME=WEIGHTS for an added teacher.
         report: receives progress.
 
     Raises:
@@ -429,7 +427,7 @@ def check_teacher(
 ) -> Iterator[str]:
     """Check that a random sample of training rows is what the CNN teacher gives on their views."""
     from richkd.data.inputs import make_inputs
-    from richkd.teachers.cnn import load_teacher
+    from richkd.teachers.find import load_again
     from richkd.training.device import choose_device
     from richkd.training.images import load_images
 
@@ -442,17 +440,7 @@ def check_teacher(
         )
     device = choose_device("auto")
     train = load_images(cache, report=report)["train"]
-    outputs = manifest["teacher"].get("outputs")
-    teacher = load_teacher(
-        manifest["teacher"]["name"],
-        weights,
-        cache.num_classes,
-        NetworkInput.of(teacher_input(manifest)),
-        device,
-        key=manifest["teacher"].get("weights_key", ""),
-        outputs=None if outputs is None else tuple(outputs),
-        report=report,
-    )
+    teacher = load_again(group, weights, device, report)
     inputs = make_inputs(train.images, device, teacher.input)
     if teacher.sha256 != manifest["teacher"]["sha256"]:
         yield (
@@ -463,7 +451,8 @@ def check_teacher(
     for view in range(cache.num_views):
         views = cache.slab(view, ()).views
         index = torch.randperm(cache.num_samples)[:each].sort().values
-        found = [teacher.rows(images) for _, images in inputs.batches(index, views, 256)]
+        batches = inputs.batches(index, views, 256)
+        found = [teacher.rows(images, numbers) for numbers, images in batches]
         for number, name in enumerate(("teacher_logits", "teacher_features")):
             if not group.has(f"train/{name}"):
                 continue

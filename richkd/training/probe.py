@@ -1,4 +1,4 @@
-"""A linear probe on CLIP's image features: another CLIP head, fitted from the cache alone.
+"""A linear probe on frozen features: CLIP's in a cache, or those of a teacher of other classes.
 
 It is multinomial logistic regression, as in the CLIP paper (Radford et al. 2021, arXiv 2103.00020,
 section 3.2), fitted out of fold: a sample's logits come from heads that never saw it, so they are
@@ -22,13 +22,15 @@ STEPS = 100
 
 @dataclass(frozen=True)
 class Probe:
-    """The logits of heads that did not see the sample, and what the fit found."""
+    """The heads, the logits of those that did not see the sample, and what the fit found."""
 
     train_logits: Tensor  # [N,C], each by the head of the other folds
     other_logits: Tensor  # [M,C], the mean of the heads
     penalty: float
     nll: float  # of the training samples, out of fold, nats
     too_small: list[int]  # classes with fewer samples than folds, which some heads hardly saw
+    heads: Tensor  # [K,D+1,C] f32, on features as they are: weights, and biases in the last row
+    fold: Tensor  # [N], which head did not see the sample
 
 
 def fit_probe(
@@ -39,7 +41,7 @@ def fit_probe(
     Every class is spread evenly over the folds.
 
     Args:
-        train: [N,D], unit length.
+        train: [N,D].
         labels: [N].
         others: [M,D], of samples that no head is fitted on.
         num_classes: C.
@@ -57,24 +59,27 @@ def fit_probe(
         )
     train, others = train.float(), others.float()
     std, mean = torch.std_mean(train, dim=0)
-    train, others = ((x - mean) / std.clamp_min(1e-6) for x in (train, others))
+    std = std.clamp_min(1e-6)
+    train, others = ((x - mean) / std for x in (train, others))
     fold = stratified_folds(labels, folds, seed).to(train.device)
 
     first = fold == 0
     penalty, best, head = PENALTIES[0], float("inf"), None
     for candidate in PENALTIES:  # from strong to weak, each starting from the head before
         head = _fit(train[~first], labels[~first], num_classes, candidate, head)
-        nll = F.cross_entropy(_apply(head, train[first]), labels[first]).item()
+        nll = F.cross_entropy(apply_head(head, train[first]), labels[first]).item()
         if nll < best:
             penalty, best = candidate, nll
 
     train_logits = train.new_empty(len(train), num_classes)
     other_logits = others.new_zeros(len(others), num_classes)
+    heads = []
     for number in range(folds):
         out = fold == number
         head = _fit(train[~out], labels[~out], num_classes, penalty, None)
-        train_logits[out] = _apply(head, train[out])
-        other_logits += _apply(head, others) / folds
+        train_logits[out] = apply_head(head, train[out])
+        other_logits += apply_head(head, others) / folds
+        heads.append(_folded(head, mean, std))
     counts = torch.bincount(labels, minlength=num_classes)
     return Probe(
         train_logits,
@@ -82,6 +87,8 @@ def fit_probe(
         penalty,
         nll=F.cross_entropy(train_logits, labels).item(),
         too_small=(counts < folds).nonzero().flatten().tolist(),
+        heads=torch.stack(heads),
+        fold=fold,
     )
 
 
@@ -110,7 +117,7 @@ def _fit(
 
     def loss() -> float:
         optimizer.zero_grad()
-        value = F.cross_entropy(_apply(head, x), labels) + penalty / 2 * head.square().sum()
+        value = F.cross_entropy(apply_head(head, x), labels) + penalty / 2 * head.square().sum()
         value.backward()  # type: ignore[no-untyped-call]
         return value.item()
 
@@ -118,5 +125,13 @@ def _fit(
     return head.detach()
 
 
-def _apply(head: Tensor, x: Tensor) -> Tensor:
+def apply_head(head: Tensor, x: Tensor) -> Tensor:
+    """Return logits [N,C] by a head [D+1,C], whose last row is the biases, of features [N,D]."""
     return torch.addmm(head[-1], x, head[:-1])
+
+
+def _folded(head: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return the head on features as they are of a head on standardised ones."""
+    weights = head[:-1].double() / std.double()[:, None]
+    bias = head[-1].double() - mean.double() @ weights
+    return torch.cat([weights, bias[None]]).float()
