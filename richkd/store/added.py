@@ -18,7 +18,7 @@ from richkd.store.locations import open_location
 from richkd.store.schema import ADDED, TEACHER_NAME, Manifest
 
 FIRST = ("cnn", "clip")  # names of the teachers that a cache was made with
-RESERVED = (*FIRST, "teacher", "fused", "auto")
+RESERVED = (*FIRST, "teacher", "fused", "raw", "native", "auto")
 # what the rows of an added teacher depend on, and have in common with the cache
 _SHARED = ("class_names", "image_size", "views", "dtype")
 _IMAGES = ("fingerprint", "num_train", "num_test", "num_validation")
@@ -45,7 +45,7 @@ def array_of(split: str, row: str) -> str:
 
 def check_new_name(name: str) -> None:
     """Raise RichKDError if a teacher must not have a name."""
-    if not TEACHER_NAME.fullmatch(name) or name in RESERVED:
+    if not TEACHER_NAME.fullmatch(name) or name.lower() in RESERVED:
         raise RichKDError(
             f"--name {name!r}: must be up to 40 letters, digits, - and _, and not "
             f"{', '.join(RESERVED[:-1])} or {RESERVED[-1]}",
