@@ -340,7 +340,7 @@ def preview_teacher(
             }[teacher.head]
     elif worse(right, count, least(classes)):
         size = "size or normalisation (--teacher-size, --teacher-mean, --teacher-std)"
-        other = "other images" if note else f"images of another {size}"
+        other = "other images" if note or weights is None else f"images of another {size}"
         summary += f"; too low for a teacher read correctly: {order}, or it was trained on {other}"
     elif cycle := exchanged(predicted, test.labels, classes):
         names = dataset.class_folders or dataset.class_names

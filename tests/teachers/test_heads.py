@@ -118,6 +118,7 @@ def check_probe(cache: TeacherCache) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_classes_by_a_probe_interrupted_and_repaired(
     hub: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +157,7 @@ def test_a_teacher_of_other_classes_by_a_probe_interrupted_and_repaired(
     assert tree(whole) == expected
 
 
+@pytest.mark.slow
 def test_a_teacher_from_a_file_has_its_own_number_of_classes(
     hub: Path, tmp_path: Path, rng: np.random.Generator, fails: Fails
 ) -> None:
@@ -185,6 +187,7 @@ def test_a_teacher_from_a_file_has_its_own_number_of_classes(
         stage_one_of(tmp_path / "own.zarr", dataset, "test_resnet", **given)
 
 
+@pytest.mark.slow
 def test_images_in_an_array_and_a_resumed_addition(hub: Path, tmp_path: Path) -> None:
     from richkd.precompute import add_teacher
 
