@@ -5,6 +5,7 @@ Complete steps are not repeated.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -100,7 +101,7 @@ def cache_settings(recipe: Recipe, flags: Mapping[str, Any]) -> Precompute:
     if flags.get("cache") or "out" in table:
         return settings
     out = Path(settings.out)  # the default, which is not a URL
-    teacher = settings.teacher.replace("/", "-")  # timm/resnet34
+    teacher = re.sub("[/:]", "-", settings.teacher)  # timm/resnet34, hf-hub:OWNER/NAME
     validation = f"val{settings.validation:g}" if settings.validation else ""
     parts = filter(None, [out.stem, teacher, validation])
     return replace(settings, out=str(out.with_name("-".join(parts) + out.suffix)))

@@ -72,7 +72,11 @@ def files_of_a_cache(attributes: Mapping[str, Any]) -> Callable[[str], bool]:
         elif not set(chunk) <= set("0123456789/"):
             return False
         if arrays is None:
-            return array in ("", "complete") or array.partition("/")[0] in (*SPLITS, "text")
+            return array in ("", "complete") or array.partition("/")[0] in (
+                *SPLITS,
+                "text",
+                "probe",
+            )
         return array in arrays
 
     return own

@@ -327,7 +327,7 @@ def preview_teacher(
         summary += f"; {_in_another_order(order, predicted, test.labels, teacher, dataset)}"
     elif worse(right, count, least(classes)):
         size = "size or normalisation (--teacher-size, --teacher-mean, --teacher-std)"
-        other = "other images" if note else f"images of another {size}"
+        other = "other images" if note or weights is None else f"images of another {size}"
         summary += (
             f"; too low for a teacher read correctly: "
             f"{_some(teacher.outputs or tuple(range(classes)), dataset)} may not be the order of "

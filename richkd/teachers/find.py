@@ -300,7 +300,6 @@ def load_again(
     )
 
 
-@torch.inference_mode()
 def training_features(cnn: CNNTeacher, dataset: Dataset, batch_size: int, report: Report) -> Tensor:
     """Return the features [N,F] of the training images, in their evaluation view."""
     inputs = make_inputs(dataset.train.images, cnn.device, cnn.input)
@@ -309,7 +308,7 @@ def training_features(cnn: CNNTeacher, dataset: Dataset, batch_size: int, report
         for index, images in inputs.batches(order, None, batch_size):
             found.append(cnn.rows(images)[1])
             tick(len(index))
-    return torch.cat(found).clone()
+    return torch.cat(found)
 
 
 def recorded_order(

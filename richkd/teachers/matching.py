@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from richkd.models import create_model
 from richkd.models.weights import find_state, read_weights
 from richkd.teachers.cnn import Outputs
 from richkd.teachers.heads import check_folds
-from richkd.teachers.hub_access import hub_fault
+from richkd.models.hub_access import hub_fault
 from richkd.teachers.pretrained import Fault, by_name, configuration
 
 SHOWN = 4  # classes in messages
@@ -61,9 +61,11 @@ def own_classes(count: int, config: Any = None) -> OwnClasses | None:
         count: the number of its outputs.
         config: timm's configuration of its weights, which may name its classes.
     """
-    labels = tuple(getattr(config, "label_names", None) or ())
+    labels = getattr(config, "label_names", None)
+    labels = tuple(labels) if isinstance(labels, list | tuple) else ()
     if labels and len(labels) == count and all(isinstance(each, str) for each in labels):
-        descriptions = getattr(config, "label_descriptions", None) or {}
+        known = getattr(config, "label_descriptions", None)
+        descriptions = known if isinstance(known, Mapping) else {}
         texts = [str(descriptions.get(each, each)) for each in labels]
         return OwnClasses("named by its configuration", labels, tuple(map(_lemmas, texts)))
     from timm.data import imagenet_info
@@ -96,8 +98,8 @@ def match_rows(dataset: Dataset, own: OwnClasses) -> Outputs:
     taken: dict[int, str] = {}
     names = dataset.class_names
     for folder, name in zip(dataset.class_folders or names, names, strict=True):
-        by_folder, by_name = (own.rows.get(plain(text), []) for text in (folder, name))
-        found = [row for row in by_folder if row in by_name] or by_folder or by_name
+        first, second = (own.rows.get(plain(text), []) for text in (folder, name))
+        found = [row for row in first if row in second] or first or second
         if not found:
             missing.append(folder)
             continue

@@ -96,7 +96,10 @@ def configuration(name: str, fault: Fault = hub_fault) -> Any:
     models = import_timm().models
     with _explained(name, repository, fault), quiet():
         found, architecture, _ = models.load_model_config_from_hf(repository)
-        return models.resolve_pretrained_cfg(architecture, pretrained_cfg=found)
+        config = models.resolve_pretrained_cfg(architecture, pretrained_cfg=found)
+        if not isinstance(config.num_classes, int):
+            raise ValueError(f"num_classes in its config.json is {config.num_classes!r}")
+        return config
 
 
 def named_input(name: str, fault: Fault = hub_fault) -> NetworkInput:

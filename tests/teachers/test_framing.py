@@ -525,8 +525,8 @@ def test_a_store_of_before_is_verified_and_repaired_by_what_it_meant(
         settings, dataset, training_settings(settings, {}), torch.device("cpu"), ALONE, QUIET
     )
     found = finder.find(recorded={"input": dataset.network_input.entry})  # type: ignore[typeddict-item]
-    cache = StageOne.of(dataset, *found).run(open_location(settings.out), ALONE, QUIET)
-    path = as_before(cache.path)
+    StageOne.of(dataset, *found).run(open_location(settings.out), ALONE, QUIET)
+    path = as_before(Path(settings.out))
     was = read_manifest(path)
     assert "input" not in was["teacher"]
     assert schema.teacher_input(was) == dataset.network_input.entry

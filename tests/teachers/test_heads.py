@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from forked import interrupted
 from helpers import FOLDERS, changed, published, refuses, stage_one_of, tree, write_photos
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from richkd.core.progress import Report
@@ -23,6 +24,7 @@ from richkd.store.reader import TeacherCache
 from richkd.teachers import find
 from richkd.teachers.heads import FOLDS, fit
 from richkd.teachers.matching import match_rows, own_classes
+from richkd.teachers.pretrained import configuration
 from richkd.tools.verify import raise_faults, repair_store, verify_store
 
 Run = Callable[..., Any]
@@ -118,6 +120,7 @@ def check_probe(cache: TeacherCache) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_classes_by_a_probe_interrupted_and_repaired(
     hub: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +159,7 @@ def test_a_teacher_of_other_classes_by_a_probe_interrupted_and_repaired(
     assert tree(whole) == expected
 
 
+@pytest.mark.slow
 def test_a_teacher_from_a_file_has_its_own_number_of_classes(
     hub: Path, tmp_path: Path, rng: np.random.Generator, fails: Fails
 ) -> None:
@@ -185,6 +189,7 @@ def test_a_teacher_from_a_file_has_its_own_number_of_classes(
         stage_one_of(tmp_path / "own.zarr", dataset, "test_resnet", **given)
 
 
+@pytest.mark.slow
 def test_images_in_an_array_and_a_resumed_addition(hub: Path, tmp_path: Path) -> None:
     from richkd.precompute import add_teacher
 
@@ -211,6 +216,41 @@ def test_images_in_an_array_and_a_resumed_addition(hub: Path, tmp_path: Path) ->
     raise_faults(out, verify_store(out, "two=hf-hub:me/two", QUIET))
     with refuses("teacher-outputs-differ", "1,000", "probe"):
         add_teacher(out, {**given, "teacher_head": "own"}, name="three")
+
+
+@pytest.mark.slow
+def test_what_is_logged_before_anything_long(
+    hub: Path, tmp_path: Path, run: Run, rng: np.random.Generator
+) -> None:
+    published(hub, "hf-hub:me/k", "test_resnet", **SMALL)
+    weights = next(hub.rglob("model.safetensors"))
+    tensors = load_file(weights)
+    tensors["fc.weight"].zero_()  # it always says the same class
+    save_file(tensors, weights)
+    dataset = photos(tmp_path, rng, train=5, test=12)
+    common = f"precompute --dataset {dataset} --image-size 32 --clip none --views 1 --device cpu"
+    for head, *expected in (
+        (
+            "probe",
+            "a probe on 96 features of hf-hub:me/k",
+            "40 training images",
+            "(chance 12.50 %)",
+        ),
+        ("rows", "Goldfish → n01443537 goldfish", "imagenet-1k", "compare --teacher-head probe"),
+    ):
+        out = tmp_path / f"{head}.zarr"
+        words = [*common.split(), "--teacher", "hf-hub:me/k", "--teacher-head", head, "--out", out]
+        done = run(*words)
+        assert done.code == 0, done.err
+        before, _, _ = done.err.partition(f"{out}: ")
+        assert "CNN teacher on 96 of the test images" in before
+        assert all(text in before for text in expected), before
+    config = next(hub.rglob("config.json"))
+    for broken in ('{"architecture": "test_resnet", "num_classes": "many"}', "[]", "{"):
+        config.write_text(broken)
+        configuration.cache_clear()
+        refused = run(*words, "--overwrite")
+        assert refused.code == 2 and "[teacher-cannot-be-loaded]" in refused.err, refused.err
 
 
 # --- rows ----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import FOLDERS, published, refuses, slow, stage_one_of, tree, write_photos
+from helpers import FOLDERS, published, refuses, stage_one_of, tree, write_photos
 from PIL import Image
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
@@ -56,7 +56,8 @@ ZERO_ONE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", [NAMES[0], *slow(*NAMES[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_rows_are_those_of_a_plain_timm_pipeline(
     hub: Path, tmp_path: Path, rng: np.random.Generator, name: str
 ) -> None:
@@ -129,6 +130,7 @@ def test_a_complete_cache_needs_no_weights_and_a_damaged_one_finds_them(
         verify_store(out, name, Report(quiet=True))
 
 
+@pytest.mark.slow
 def test_a_plan_downloads_nothing(hub: Path) -> None:
     settings = Precompute(
         dataset="shapes",
