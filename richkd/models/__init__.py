@@ -149,8 +149,9 @@ def check_trainable(name: str, weights: str = "") -> None:
     plain, _, tag = _registered(name).partition(".")
     plain = f"timm/{plain}" if name.startswith("timm/") or plain in ZOO else plain
     raise RichKDError(
-        f"model {name!r} names pretrained weights ({tag}), which only --teacher of richkd "
-        f"precompute loads; use {plain} to train it from scratch",
+        f"model {name!r} names pretrained weights ({tag}); start from them with --student-weights "
+        f"pretrained (distill) or --init pretrained (train-teacher), or use {plain} to train it "
+        f"from scratch",
         code="model-names-weights",
     )
 

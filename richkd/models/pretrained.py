@@ -1,16 +1,20 @@
-"""Networks with the weights that timm names for them, found in the hub's cache or downloaded.
+"""Networks with the weights that timm names for them, found in its caches or downloaded.
 
 `resnet50.a1_in1k` names a network of timm and the tag of its weights; without a tag, timm has a
-default. Its own loader adapts them to the number of classes and the size of the images. It reads
-safetensors, or `torch.load` with `weights_only`.
+default. Most weights are in the cache of the Hugging Face hub, those that are published by an
+address alone in torch hub's. timm's own loader adapts them to the number of classes and the size of
+the images. Pickled code in them is never run.
 """
 
 from __future__ import annotations
 
+import os
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -19,6 +23,10 @@ from richkd.core.errors import RichKDError, first_line
 from richkd.models import ZOO, check_names, create_pretrained
 from richkd.models.hub_access import hub_fault, offline, quiet
 from richkd.models.registry import import_timm
+
+Fault = Callable[[], str | None]  # why the Hugging Face hub cannot be reached, or None
+_ABSENT = {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}  # of the hub's client
+_SAFE_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def pretrained_config(name: str, flag: str) -> Any:
@@ -56,7 +64,7 @@ def load_pretrained(
     image_size: int,
     settings: Mapping[str, Any],
     flag: str,
-    fault: Callable[[], str | None] = hub_fault,
+    fault: Fault = hub_fault,
 ) -> nn.Module:
     """Create a network with its pretrained weights; its classifier too, if it has as many classes.
 
@@ -66,35 +74,87 @@ def load_pretrained(
         image_size: the side of the images in pixels.
         settings: further arguments of timm's constructor.
         flag: that asks for the weights, for messages.
-        fault: returns why the hub cannot be reached, or None.
+        fault: returns why the hub cannot be reached.
 
     Raises:
         RichKDError: there are no such weights, they are not in the cache and cannot be downloaded,
-            or they do not fit.
+            do not fit, or are pickled code.
     """
-    config = pretrained_config(name, flag)
+    source, code = Source.of(pretrained_config(name, flag)), "pretrained-cannot-be-loaded"
+    with loading(f"the pretrained weights of {name}", source, flag, code, fault):
+        return create_pretrained(name, num_classes, image_size, settings)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights are published: a repository on the hub, or an address."""
+
+    repository: str  # OWNER/NAME, or OWNER/NAME@REVISION; empty for an address
+    file: str = ""  # by which torch hub knows what is at the address
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """Return the source that a configuration of timm names."""
+        if config.hf_hub_id:
+            return cls(config.hf_hub_id)
+        address, file = (config.url, "") if isinstance(config.url, str) else config.url
+        return cls("", file or Path(urllib.parse.urlsplit(address).path).name)
+
+    @property
+    def place(self) -> Path:
+        """The folder, or the file, in the cache."""
+        from huggingface_hub import constants
+
+        if not self.repository:
+            return Path(torch.hub.get_dir()) / "checkpoints" / self.file
+        plain = self.repository.partition("@")[0]
+        return Path(constants.HF_HUB_CACHE) / f"models--{plain.replace('/', '--')}"
+
+
+@contextmanager
+def loading(what: str, source: Source, flag: str, code: str, fault: Fault) -> Iterator[None]:
+    """Load from the caches alone if the hub is out of reach; explain every error in one line.
+
+    Args:
+        what: is loaded, for the message.
+        source: where it is published.
+        flag: by which the user gives a file instead.
+        code: of the error.
+        fault: returns why the hub cannot be reached.
+    """
     unreachable = fault()
     try:
-        with offline(unreachable is not None), quiet():
-            return create_pretrained(name, num_classes, image_size, settings)
+        with offline(unreachable is not None), quiet(), _weights_only():
+            if not source.repository and unreachable and not source.place.is_file():
+                # torch hub would wait for the network
+                raise FileNotFoundError(f"{source.place} is missing, and {unreachable}")
+            yield
+    except RichKDError:
+        raise
     except Exception as error:  # timm, torch and the hub raise errors of many kinds
-        absent = isinstance(error, OSError)
-        reason, remedy = first_line(error), f"give other weights ({flag} FILE)"
-        if absent:
-            place, told = _place(config), unreachable or reason
-            reason = f"they are not in the cache, and {told}"
-            remedy = f"copy {place} from a machine that has it, or give a file ({flag} FILE)"
-        raise RichKDError(
-            f"cannot load the pretrained weights of {name}: {reason}; {remedy}",
-            code="pretrained-cannot-be-loaded",
-        ) from None
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        reason, remedy = first_line(error), "download it again, or choose another network"
+        if unreachable is not None and kinds & _ABSENT:
+            reason = f"it is not in the cache, and {unreachable}"
+        if "weights_only" in str(error) or "UnpicklingError" in kinds:
+            reason = "its weights are a pickle that could run code"
+            remedy = "choose a repository with model.safetensors"
+        elif kinds & {*_ABSENT, "FileNotFoundError", "URLError", "ConnectError"}:
+            remedy = (
+                f"without a network, copy {source.place} from a machine that has it, or pass "
+                f"{flag} FILE"
+            )
+        raise RichKDError(f"cannot load {what}: {reason}; {remedy}", code=code) from None
 
 
-def _place(config: Any) -> Path:
-    """Return where the hub's cache, or torch's, keeps weights."""
-    from huggingface_hub import constants
-
-    if config.hf_hub_id:
-        return Path(constants.HF_HUB_CACHE) / f"models--{config.hf_hub_id.replace('/', '--')}"
-    file = Path(urllib.parse.urlsplit(config.url).path).name
-    return Path(torch.hub.get_dir()) / "checkpoints" / file
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """Make every `torch.load` refuse code, as timm's versions differ in what they ask for."""
+    was = os.environ.get(_SAFE_ONLY)
+    os.environ[_SAFE_ONLY] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_SAFE_ONLY]
+        if was is not None:
+            os.environ[_SAFE_ONLY] = was

@@ -76,6 +76,8 @@ def try_student(settings: Distill, source: Source) -> Estimate:
         seconds["train"] * cache.num_samples + seconds["test"] * evaluated / settings.eval_every
     )
     weights = sum(parameter.numel() for parameter in model.parameters())
+    # with gradients and momentum, a second moment, and the average
+    copies = 3 + (settings.optimizer != "sgd") + (settings.ema > 0)
     steps = settings.epochs * cache.num_samples // batch
     choice = is_open(settings, device, steps)
     return Estimate(
@@ -83,7 +85,7 @@ def try_student(settings: Distill, source: Source) -> Estimate:
         parameters=weights,
         features=width,
         epoch_s=epoch_s,
-        memory=3 * 4 * weights + sum(saved.values()),
+        memory=4 * copies * weights + sum(saved.values()),
     )
 
 

@@ -36,6 +36,7 @@ from richkd.data.views import views_tensor
 from richkd.losses import Task, method_class
 from richkd.models import check_fit, check_trainable, create_model, forward
 from richkd.models.weights import (
+    check_weights,
     file_sha256,
     load_into,
     read_note,
@@ -263,7 +264,8 @@ def train_teacher(
         report.log(
             f"training teacher {settings.model}: {settings.epochs} epochs of "
             f"{len(dataset.train):,} images, batch {settings.batch_size}, "
-            f"{describe_training(settings)}, seed {settings.seed}, on {device}{done}"
+            f"{describe_training(settings, len(dataset.train))}, seed {settings.seed}, on {device}"
+            f"{done}"
         )
         summary, note = train_epochs(trainer, settings, dataset, folder, progress, report)
         save_tensors(out, trainer.result.state_dict(), note)
@@ -419,6 +421,7 @@ def training_of(settings: TrainTeacher) -> dict[str, Any]:
     names = {field.name for field in fields(Training)} | {"model", "validation", "init"}
     table = to_table(settings)
     if settings.init not in ("", PRETRAINED):  # wherever the file is
+        check_weights(Path(settings.init))
         table["init"] = file_sha256(Path(settings.init))
     return {name: value for name, value in table.items() if name in names - PLACES}
 

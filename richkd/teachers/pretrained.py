@@ -8,29 +8,23 @@ is never run.
 
 from __future__ import annotations
 
-import os
 import re
-import urllib.parse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from richkd.config.settings import Precompute
-from richkd.core.errors import RichKDError, first_line
+from richkd.core.errors import RichKDError
 from richkd.data.framing import NetworkInput
 from richkd.models import check_names, hub_name, input_of, names_weights, timm_config
 from richkd.models.hub_access import hub_fault, offline, quiet
+from richkd.models.pretrained import Fault, Source, loading
 from richkd.models.registry import import_timm
 
-Fault = Callable[[], str | None]  # why the Hugging Face hub cannot be reached, or None
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASCII)
-_ABSENT = {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}  # of the hub's client
-_SAFE_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def by_name(settings: Precompute) -> bool:
@@ -94,7 +88,7 @@ def configuration(name: str, fault: Fault = hub_fault) -> Any:
     if repository is None:
         return timm_config(name)
     models = import_timm().models
-    with _explained(name, repository, fault), quiet():
+    with _loading(name, Source(repository), fault):
         found, architecture, _ = models.load_model_config_from_hf(repository)
         config = models.resolve_pretrained_cfg(architecture, pretrained_cfg=found)
         if not isinstance(config.num_classes, int):
@@ -119,12 +113,7 @@ def load_named(name: str, fault: Fault = hub_fault) -> nn.Module:
             pickled code.
     """
     config = configuration(name)
-    repository = config.hf_hub_id or ""
-    with _explained(name, repository, fault) as unreachable, quiet(), _weights_only():
-        if not repository and unreachable is not None:
-            file = _file_of(config.url)
-            if not file.is_file():  # torch hub would wait for the network
-                raise FileNotFoundError(f"{file} is missing, and {unreachable}")
+    with _loading(name, Source.of(config), fault):
         model: nn.Module = import_timm().create_model(_source(name), pretrained=True)
         return model
 
@@ -153,61 +142,6 @@ def _source(name: str) -> str:
     return name.removeprefix("timm/") if repository is None else f"hf-hub:{repository}"
 
 
-@contextmanager
-def _explained(name: str, repository: str, fault: Fault) -> Iterator[str | None]:
-    """Load from the caches alone if the hub is out of reach; explain every error in one line.
-
-    Yields:
-        Why the hub cannot be reached, or None.
-    """
-    unreachable = fault()
-    try:
-        with offline(unreachable is not None):
-            yield unreachable
-    except RichKDError:
-        raise
-    except Exception as error:  # timm, torch and the hub raise errors of many kinds
-        kinds = {kind.__name__ for kind in type(error).__mro__}
-        reason, remedy = first_line(error), "download it again, or choose another teacher"
-        place = _folder_of(repository) if repository else _file_of(configuration(name).url)
-        if unreachable is not None and kinds & _ABSENT:
-            reason = f"it is not in the cache, and {unreachable}"
-        if "weights_only" in str(error) or "UnpicklingError" in kinds:
-            reason = "its weights are a pickle that could run code"
-            remedy = "choose a repository with model.safetensors"
-        elif kinds & {*_ABSENT, "FileNotFoundError", "URLError", "ConnectError"}:
-            remedy = (
-                f"without a network, copy {place} from a machine that has it, or pass "
-                f"--teacher-weights FILE"
-            )
-        raise RichKDError(
-            f"cannot load teacher {name}: {reason}; {remedy}", code="teacher-cannot-be-loaded"
-        ) from None
-
-
-def _folder_of(repository: str) -> Path:
-    """Return where the hub's cache keeps a repository."""
-    from huggingface_hub import constants
-
-    plain = repository.partition("@")[0]
-    return Path(constants.HF_HUB_CACHE) / f"models--{plain.replace('/', '--')}"
-
-
-def _file_of(url: str | tuple[str, str]) -> Path:
-    """Return where torch hub keeps the weights of an address."""
-    address, file = (url, "") if isinstance(url, str) else url
-    file = file or Path(urllib.parse.urlsplit(address).path).name
-    return Path(torch.hub.get_dir()) / "checkpoints" / file
-
-
-@contextmanager
-def _weights_only() -> Iterator[None]:
-    """Make every `torch.load` refuse code, as timm's versions differ in what they ask for."""
-    was = os.environ.get(_SAFE_ONLY)
-    os.environ[_SAFE_ONLY] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[_SAFE_ONLY]
-        if was is not None:
-            os.environ[_SAFE_ONLY] = was
+def _loading(name: str, source: Source, fault: Fault) -> AbstractContextManager[None]:
+    code = "teacher-cannot-be-loaded"
+    return loading(f"teacher {name}", source, "--teacher-weights", code, fault)

@@ -441,8 +441,9 @@ def learning_rate(settings: Training, epoch: int) -> float:
     return settings.lr * 0.1 ** sum(milestone < epoch for milestone in milestones)
 
 
-def describe_training(settings: Training) -> str:
+def describe_training(settings: Training, num_samples: int) -> str:
     """Return the learning rate, and what else differs from plain SGD, for a log line."""
+    left = settings.ema ** (settings.epochs * -(-num_samples // settings.batch_size))
     parts = {
         f"lr {settings.lr}": True,
         f"{settings.optimizer} with weight decay {settings.weight_decay}": settings.optimizer
@@ -450,6 +451,7 @@ def describe_training(settings: Training) -> str:
         "Nesterov's momentum": settings.nesterov,
         f"warm-up over {settings.warmup:g} epochs": settings.warmup,
         f"weights averaged with decay {settings.ema:g}": settings.ema,
+        f"in which {100 * left:.0f} % of the initial ones are left (lower --ema)": left >= 0.01,
         f"label smoothing {settings.label_smoothing:g}": settings.label_smoothing,
     }
     return ", ".join(text for text, applies in parts.items() if applies)

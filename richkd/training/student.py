@@ -228,7 +228,7 @@ class StudentRun:
             f"{f'{cache.num_views} views' if self.rows else 'fresh views'}, seed {settings.seed}, "
             f"on {self.source.device}\n"
             f"{settings.epochs} epochs of {cache.num_samples:,} images, batch "
-            f"{settings.batch_size}, {describe_training(settings)}{resuming}"
+            f"{settings.batch_size}, {describe_training(settings, cache.num_samples)}{resuming}"
         )
 
 
