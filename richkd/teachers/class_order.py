@@ -8,7 +8,6 @@ gives the number of the teacher's output for each class; None means the dataset'
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,10 +24,10 @@ from richkd.data.datasets import Dataset, Split
 from richkd.data.inputs import make_inputs
 from richkd.teachers.cnn import CNNTeacher, Outputs
 from richkd.teachers.framing import note_of
+from richkd.teachers.permutation import CLEARLY, advantage_of, likely_order
 from richkd.teachers.pretrained import by_name
 
 LOOKED_AT = 256  # training images to choose an order by, and test images of the preview
-CLEARLY = 3.0  # standard deviations
 DOUBT = 0.01  # the probability below which an accuracy is called too low
 DROP = 0.10  # how far a teacher may stay below the accuracy recorded in its file
 
@@ -245,12 +244,12 @@ def guess_outputs(teacher: CNNTeacher, dataset: Dataset, report: Report) -> Outp
     return orders[best]
 
 
-def _some(outputs: Outputs, dataset: Dataset) -> str:
-    """Return the first few classes in the teacher's order."""
+def _some(outputs: Outputs, dataset: Dataset, count: int = 4) -> str:
+    """Return the first classes in the teacher's order."""
     names = dataset.class_folders or dataset.class_names
     order = sorted(range(len(outputs)), key=outputs.__getitem__)
-    more = ", …" if len(order) > 4 else ""
-    return ", ".join(names[number] for number in order[:4]) + more
+    more = ", …" if len(order) > count else ""
+    return ", ".join(names[number] for number in order[:count]) + more
 
 
 def differing(split: Split, orders: Sequence[Outputs]) -> Split:
@@ -284,23 +283,13 @@ def predict(rows: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 def advantage(predicted: Tensor, labels: Tensor, outputs: Outputs) -> float:
     """Return how much better predictions are in one order than in the dataset's.
 
-    This is McNemar's test, in standard deviations: images that are right in neither order do not
-    count. Classes weigh the same however many images they have, so that a network that always
-    predicts the same class gains nothing.
-
     Args:
         predicted: outputs [N], in the teacher's own numbering.
         labels: [N], of classes whose outputs differ between the two orders.
         outputs: the order.
     """
-    wins = (predicted == torch.tensor(outputs)[labels]).double() - (predicted == labels).double()
-    if not wins.any():
-        return 0.0
-    counts = torch.bincount(labels, minlength=len(outputs)).double()
-    sums = torch.zeros_like(counts).index_add(0, labels, wins)
-    present = counts > 0
-    error = math.sqrt(float(wins.abs().mean() * (1 / counts[present]).sum())) / int(present.sum())
-    return float((sums[present] / counts[present]).mean()) / error
+    ordered = predicted == torch.tensor(outputs)[labels]
+    return advantage_of(ordered.double() - (predicted == labels).double(), labels)
 
 
 def preview_teacher(
@@ -308,9 +297,9 @@ def preview_teacher(
 ) -> list[tuple[Tensor, Tensor]]:
     """Log, before any long work, how well the teacher does and what may be wrong if it does badly.
 
-    It does badly if it confuses classes with each other, or is right on so few of the first test
-    images that the probability is below 1 % for a teacher at the bound of `least`, or for one 10
-    percentage points below the accuracy recorded in its file.
+    It does badly if it is clearly better in another order of the classes (`likely_order`), or is
+    right on so few of the first test images that the probability is below 1 % for a teacher at the
+    bound of `least`, or for one 10 percentage points below the accuracy recorded in its file.
 
     Returns:
         Logits and features of those images, batch by batch.
@@ -326,21 +315,16 @@ def preview_teacher(
     )
     note = note_of(weights)
     recorded = None if weights is None else _recorded_accuracy(note, weights)
-    order = (
-        f"{_some(teacher.outputs or tuple(range(classes)), dataset)} may not be the order of its "
-        f"outputs (pass --teacher-classes FILE)"
-    )
-    if worse(right, count, least(classes)):
+    if order := likely_order(predicted, test.labels, classes):
+        summary += f"; {_in_another_order(order, predicted, test.labels, teacher, dataset)}"
+    elif worse(right, count, least(classes)):
         size = "size or normalisation (--teacher-size, --teacher-mean, --teacher-std)"
         other = "other images" if note else f"images of another {size}"
-        summary += f"; too low for a teacher read correctly: {order}, or it was trained on {other}"
-    elif cycle := exchanged(predicted, test.labels, classes):
-        names = dataset.class_folders or dataset.class_names
-        pairs = ", ".join(
-            f"{names[one]} for {names[other]}"
-            for one, other in [*zip(cycle, [*cycle[1:], cycle[0]], strict=True)][:3]
+        summary += (
+            f"; too low for a teacher read correctly: "
+            f"{_some(teacher.outputs or tuple(range(classes)), dataset)} may not be the order of "
+            f"its outputs (pass --teacher-classes FILE), or it was trained on {other}"
         )
-        summary += f"; it takes {pairs}: {order}"
     elif recorded is not None and worse(right, count, recorded - DROP):
         summary += (
             f"; far below the {percent(recorded)} % recorded in {weights}: the images may differ, "
@@ -350,28 +334,50 @@ def preview_teacher(
     return rows
 
 
-def exchanged(predicted: Tensor, labels: Tensor, classes: int) -> list[int]:
-    """Return classes that a teacher takes for each other in a cycle, or none.
+def _in_another_order(
+    order: Mapping[int, int],
+    predicted: Tensor,
+    labels: Tensor,
+    teacher: CNNTeacher,
+    dataset: Dataset,
+) -> str:
+    """Describe an order in which a teacher is better than in its present one, and the remedy.
 
-    A good teacher may take one class for another, but hardly that one for the first too, so a cycle
-    suggests another order. Classes with fewer than five images, or with less than 80 % of them at
-    one output, do not count.
+    The order of a common loader is named if it explains as much.
+
+    Args:
+        order: the order, as `likely_order` returns it.
+        predicted: the teacher's answers [N].
+        labels: the images' classes [N].
+        teacher: the teacher, with its present order.
+        dataset: its classes.
     """
-    if 5 * classes > len(labels):
-        return []
-    counts = torch.zeros(classes, classes, dtype=torch.long)
-    counts.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
-    totals = counts.sum(1)
-    most, taken_for = counts.max(1)
-    sure = (totals >= 5) & (most >= 0.8 * totals)
-    after = torch.where(sure, taken_for, -1).tolist()
-    for start in range(classes):
-        path = [start]
-        while (other := after[path[-1]]) not in (-1, *path):
-            path.append(other)
-        if other == start and len(path) > 1:
-            return path
-    return []
+    names = dataset.class_folders or dataset.class_names
+    present = torch.tensor(teacher.outputs or range(len(names)))
+    free = sorted({*range(len(names))} - {*order.values()}, reverse=True)
+    whole = [order[number] if number in order else free.pop() for number in range(len(names))]
+    found = tuple(present[whole].tolist())
+    usual = {"sorted": tuple(range(len(names))), **usual_orders(dataset.class_folders)}
+
+    def right(outputs: Outputs) -> int:
+        return int((present[predicted] == torch.tensor(outputs)[labels]).sum())
+
+    name = max(usual, key=lambda each: right(usual[each]))
+    each = len(labels) // max(1, len(order))
+    remark = f" (a guess from {each} images per class)" if each < 5 else ""
+    flag = "FILE with one class per line in its order (class_to_idx where it was trained)"
+    if right(usual[name]) >= 0.95 * right(found):
+        found, remark = usual[name], f" ({name})"
+        flag = {"sorted": "sorted", "timm's natural order": "natural"}.get(name, flag)
+    shown = _some(found, dataset, 20 if len(names) <= 20 else 8)
+    pairs = ", ".join(
+        f"{names[one]} for {names[other]}"
+        for one, other in [pair for pair in order.items() if len({*pair}) > 1][:3]
+    )
+    return (
+        f"it takes {pairs}: its outputs are probably {shown}{remark}, in which order it is right "
+        f"on {percent(right(found) / len(labels))} %; pass --teacher-classes {flag}"
+    )
 
 
 def least(classes: int) -> float:

@@ -32,7 +32,6 @@ from richkd.store.schema import manifest_fault
 from richkd.teachers.class_order import (
     advantage,
     differing,
-    exchanged,
     given_outputs,
     least,
     natural,
@@ -334,9 +333,8 @@ def test_another_order_is_named_before_the_blocks(
     done = run(*words(folder, weights, tmp_path / "s.zarr"))
     line = preview(done.err)
     assert done.code == 0 and done.err.index(line) < done.err.index("precompute:")
-    assert "0.00 % (chance 16.67 %)" in line and "Zebra, apple, class1, class10, …" in line
-    for flag in ("--teacher-classes FILE", "--teacher-size", "--teacher-mean", "--teacher-std"):
-        assert flag in line
+    assert "0.00 % (chance 16.67 %)" in line and ", ".join(shuffled) in line
+    assert "100.00 %" in line and "--teacher-classes FILE" in line and "--teacher-mean" not in line
     (tmp_path / "order.txt").write_text("\n".join(shuffled))
     done = run(
         *words(
@@ -379,20 +377,76 @@ def test_two_classes_that_are_exchanged_are_named(
     assert "apple for class1, class1 for class10, class10 for apple" in line
 
 
-def test_confusions_are_no_exchange() -> None:
+def test_confusions_are_no_other_order() -> None:
     labels = torch.arange(5).repeat_interleave(8)
-    assert exchanged(labels, labels, 5) == []
+
+    def order(predicted: torch.Tensor, labels: torch.Tensor = labels, classes: int = 5) -> Any:
+        return likely_order(predicted, labels, classes)
+
+    assert order(labels) == {}
     wolf = torch.where(labels == 1, 2, labels)  # which is right on wolves
-    assert exchanged(wolf, labels, 5) == []
-    assert exchanged(torch.full_like(labels, 3), labels, 5) == []
+    assert order(wolf) == {}
+    assert order(torch.full_like(labels, 3)) == {}
     swapped = torch.where(labels == 2, 1, wolf)
-    assert exchanged(swapped, labels, 5) == [1, 2]
-    assert exchanged(swapped[::2], labels[::2], 5) == []  # four images of a class
-    unsure = swapped.clone()
-    unsure[9:11] = 1  # two of eight wolves
-    assert exchanged(unsure, labels, 5) == []
-    assert exchanged((labels + 1) % 5, labels, 5) == [0, 1, 2, 3, 4]
-    assert exchanged(swapped, labels, 10**6) == []  # and no matrix of so many is made
+    assert order(swapped) == {0: 0, 1: 2, 2: 1, 3: 3, 4: 4}
+    assert order(swapped[::2], labels[::2]) == {}  # four images of a class
+    assert order((labels + 1) % 5) == {number: (number + 1) % 5 for number in range(5)}
+    assert order(swapped, labels, 10**6) == order(swapped)  # and no matrix of so many is made
+    assert order(labels[:0], labels[:0]) == {}
+
+
+Answers = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+
+
+def knowing(share: float, kind: str) -> Answers:
+    """Answers that are right for a share of the images, in an order of some kind."""
+
+    def answers(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        classes, count = int(labels.max()) + 1, len(labels)
+        said = {
+            "permuted": torch.randperm(classes, generator=generator),
+            "own": torch.arange(classes),
+            "one for many": torch.randint(max(1, classes // 3), (classes,), generator=generator),
+        }[kind]
+        known = torch.rand(count, generator=generator) < share
+        other = torch.randint(classes, (count,), generator=generator)
+        return torch.where(known, said[labels], other)
+
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("classes", "count", "answers", "said"),
+    [
+        (10, 256, knowing(0.9, "permuted"), True),
+        (10, 256, knowing(0.5, "permuted"), True),
+        (100, 256, knowing(0.8, "permuted"), True),
+        (1000, 256, knowing(1.0, "permuted"), False),  # no class is seen twice
+        (2, 256, knowing(0.0, "own"), False),
+        (10, 256, knowing(0.0, "own"), False),
+        (100, 256, knowing(0.0, "own"), False),
+        (10, 256, knowing(0.25, "own"), False),
+        (10, 256, knowing(0.95, "own"), False),
+        (10, 256, knowing(0.9, "one for many"), False),
+        (100, 256, knowing(0.9, "one for many"), False),
+    ],
+)
+def test_a_permuted_teacher_is_told_from_a_bad_one(
+    classes: int, count: int, answers: Answers, said: bool
+) -> None:
+    """Against the order that the answers were made with, on 20 draws each."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(count) % classes
+        predicted = answers(labels, generator)
+        order = likely_order(predicted, labels, classes)
+        assert bool(order) == said, seed
+        if said:
+            again = answers(torch.arange(classes), torch.Generator().manual_seed(seed))
+            torch.manual_seed(seed)
+            right = sum(int((predicted[labels == one] == order[one]).sum()) for one in order)
+            assert len({*order.values()}) == len(order) and right >= 0.45 * count
+            assert len(again) == classes
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 5, 10, 37, 100, 1000, 21841])
@@ -449,8 +503,8 @@ def test_sorted_keeps_the_data_sets_order(
     weights = saved(tmp_path / "w.safetensors", reordered(own, NAMES, natural(NAMES)))
     done = run(*words(folder, weights, tmp_path / "s.zarr", "--teacher-classes", "sorted"))
     assert "outputs" not in read_manifest(tmp_path / "s.zarr")["teacher"]
-    assert "natural order" not in done.err
-    assert "--teacher-classes FILE" in preview(done.err)
+    line = preview(done.err)
+    assert line.endswith("--teacher-classes natural") and ", ".join(natural(NAMES)) in line
 
 
 UNKNOWN, WRONG = "teacher-classes-unknown", "teacher-classes-wrong"
