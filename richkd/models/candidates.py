@@ -241,19 +241,17 @@ def _apart(
     Returns:
         The prefix, and the name of each missing entry's tensor; empty if they were not found.
     """
-    others = [key for key in outside if not _IDLE.fullmatch(key)]
-    found = []
-    for prefix in (key.removesuffix(name) for name in sorted(missing)[:1] for key in others):
-        there = {key.removeprefix(prefix) for key in others if key.startswith(prefix)}
-        if prefix.endswith(".") and there == missing.keys():
-            found.append((prefix, {key: prefix + key for key in missing}))
-    ours, theirs = ({key.rpartition(".")[0] for key in keys} for keys in (missing, others))
-    if not found and len(ours) == len(theirs) == 1 and len(missing) == len(others):
-        (layer,), (other,) = ours, theirs
-        names = {key: f"{other}{key.removeprefix(layer)}" for key in missing}
-        if all(
-            there in tensors and tensors[there].shape[1:] == missing[key].shape[1:]
-            for key, there in names.items()
-        ):
-            found.append((f"{other}.", names))
-    return found[0] if len(found) == 1 else ("", {})
+    ours, theirs = sorted(missing), sorted(key for key in outside if not _IDLE.fullmatch(key))
+    if not ours or len(ours) != len(theirs):
+        return "", {}
+    names = dict(zip(ours, theirs, strict=True))
+    prefix = theirs[0].removesuffix(ours[0])
+    if prefix.endswith(".") and all(there == prefix + key for key, there in names.items()):
+        return prefix, names
+    layers = {(key.rpartition(".")[0], there.rpartition(".")[0]) for key, there in names.items()}
+    alike = all(
+        key.rpartition(".")[2] == there.rpartition(".")[2]
+        and missing[key].shape[1:] == tensors[there].shape[1:]
+        for key, there in names.items()
+    )
+    return (f"{layers.pop()[1]}.", names) if len(layers) == 1 and alike else ("", {})

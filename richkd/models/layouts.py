@@ -19,6 +19,8 @@ from richkd.models.candidates import Candidate, find_candidates
 
 _CLASSES = 9973  # a width that no layer has, so that it marks a classifier's entries
 _NEAR = 0.1  # share of a network's entries
+# networks of timm, and of torchvision, that files without a name are often of
+_COMMON = tuple(f"timm/resnet{depth}" for depth in (18, 34, 50, 101))
 # where trainers record the network's name
 _TABLES = ("args", "opt", "hyper_parameters", "hparams", "config", "cfg")
 _NAMES = ("arch", "model", "model_name", "architecture", "network", "net")
@@ -37,7 +39,7 @@ class _Fit:
 def describe_layout(name: str, content: Mapping[str, Any], note: Mapping[str, str]) -> str:
     """Return which network the weights in a file belong to, for a message; empty if unknown.
 
-    The network that the file names and those of the zoo are compared by names and shapes.
+    The network that the file names, those of the zoo and some others are compared with it.
 
     Args:
         name: the network that they do not fit.
@@ -46,7 +48,7 @@ def describe_layout(name: str, content: Mapping[str, Any], note: Mapping[str, st
     """
     named = [other for other in dict.fromkeys(_named(content, note)) if other != name]
     nearest: _Fit | None = None
-    for other in (*named, *(each for each in ZOO if each not in (name, *named))):
+    for other in (*named, *(each for each in (*ZOO, *_COMMON) if each not in (name, *named))):
         fit = _fit(other, content)
         if fit is not None and not fit.differing:
             return f"it has the keys of {other} with {fit.classes} classes"

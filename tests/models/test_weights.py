@@ -98,6 +98,18 @@ def lightning_checkpoint(state: State) -> dict[str, Any]:
     }
 
 
+def numpy(state: State) -> dict[str, Any]:
+    return {key: value.numpy() for key, value in state.items()}
+
+
+def mmpretrain(good: State, head: str) -> Any:
+    renamed = {
+        head + key.removeprefix("fc.") if key.startswith("fc.") else f"backbone.{key}": value
+        for key, value in good.items()
+    }
+    return {"meta": {"epoch": 100, "experiment": "x"}, "state_dict": renamed}
+
+
 Made = Callable[[State, State], Any]
 # name: the content of the file, and words of the line about it; "" if there is no such line
 WRAPPINGS: dict[str, tuple[Made, str]] = {
@@ -246,6 +258,39 @@ WRAPPINGS: dict[str, tuple[Made, str]] = {
         lambda good, _: {k: v.double() if v.is_floating_point() else v for k, v in good.items()},
         "",
     ),
+    "NumPy": (lambda good, _: numpy(good), ""),
+    "NumPy, other machines": (
+        lambda good, _: {
+            "model": {k: v.astype(v.dtype.newbyteorder(">")) for k, v in numpy(good).items()}
+        },
+        "model",
+    ),
+    "NumPy, by columns": (
+        lambda good, _: {
+            k: np.asfortranarray(v) for k, v in numpy(good).items()
+        },  # counters are [1]
+        "",
+    ),
+    "numbers": (
+        lambda good, _: {
+            k: (int(v) if "conv" in k else np.int64(v)) if v.ndim == 0 else v
+            for k, v in good.items()
+        },
+        "",
+    ),
+    "weights and optimizer": (lambda good, _: (good, {"lr": 0.1}), "0"),
+    "mmpretrain": (
+        lambda good, _: mmpretrain(good, "head.fc."),
+        "backbone.* and head.* in state_dict",
+    ),
+    "a backbone and a linear layer": (
+        lambda good, _: mmpretrain(good, "classifier."),
+        "backbone.* and classifier.* in state_dict",
+    ),
+    "a student beside it": (
+        lambda good, raw: {"model": good, "student": raw},
+        "model rather than student --teacher-weights-key",
+    ),
     "the same twice": (lambda good, _: {"last": good, "best": good}, "last"),
     "one of two": (
         lambda good, raw: {"state_dict": good, "first_state_dict": raw},
@@ -264,6 +309,13 @@ WRAPPINGS: dict[str, tuple[Made, str]] = {
             "classes": np.uint16(3),
             "steps": collections.defaultdict(int, a=1),
             "better": np.bool_(True),
+            "day": datetime.date(2024, 5, 17),
+            "there": datetime.datetime(2024, 5, 17, tzinfo=datetime.UTC),
+            "losses": collections.deque([0.1, 0.2], maxlen=2),
+            "rng": np.random.get_state(),
+            "mean": np.array([0.5, 0.5, 0.5]),
+            "names": np.array(["cat", "dog"]),
+            "layers": [range(3), slice(1, 2), frozenset({1})],
         },
         "model",
     ),
@@ -333,18 +385,67 @@ def test_a_network_with_one_name_for_all(tmp_path: Path) -> None:
     assert torch.equal(model.weight, theirs.weight)
 
 
-def mmpretrain(good: State) -> Any:
-    renamed = {f"head.{k}" if k.startswith("fc.") else f"backbone.{k}": v for k, v in good.items()}
-    return {"meta": {"epoch": 100, "experiment": "x"}, "state_dict": renamed}
+def blank(name: str, classes: int) -> State:
+    return richkd.create_model(name, classes).state_dict()
 
 
+NARROW, WIDE = "mobilenetv3_small_050", "mobilenetv3_small_075"
 ARCHITECTURE = "weights-other-architecture"
 # name: the content of the file, the code of the error and values in its message
 OTHERS: dict[str, tuple[Callable[[State, State], Any], str, list[str]]] = {
-    "mmpretrain": (
-        lambda good, _: mmpretrain(good),
+    "a layer between backbone and head": (
+        lambda good, _: {
+            **under("backbone.", {k: v for k, v in good.items() if "fc." not in k}),
+            "head.fc.weight": good["fc.weight"],
+            "head.fc.bias": good["fc.bias"],
+            "neck.fc.weight": torch.ones(64, 64),
+        },
         ARCHITECTURE,
-        ["resnet8", "2", "0", "backbone.* in state_dict", "'fc.bias'", "'head.fc"],
+        ["resnet8", "2", "0", "backbone.*", "'fc.bias'", "'head.fc"],
+    ),
+    "a classifier less": (
+        lambda good, raw: {
+            **under("student.", {k: v for k, v in raw.items() if "fc." not in k}),
+            "teacher.fc.weight": good["fc.weight"],
+            "teacher.conv1.weight": good["conv1.weight"],
+        },
+        ARCHITECTURE,
+        ["resnet8", "2", "student.*", "'fc.bias'"],
+    ),
+    "another network": (
+        lambda *_: {"state_dict": under("module.", blank("resnet32x4", 100))},
+        ARCHITECTURE,
+        ["resnet32x4 with 100 classes"],
+    ),
+    "a network of timm that is named": (
+        lambda *_: timm_checkpoint(blank("test_vit", 7)) | {"arch": "test_vit"},
+        ARCHITECTURE,
+        ["test_vit with 7 classes"],
+    ),
+    "a network of timm that its arguments name": (
+        lambda *_: {"model": blank("test_vit", 7), "args": argparse.Namespace(model="test_vit")},
+        ARCHITECTURE,
+        ["test_vit with 7 classes"],
+    ),
+    "a network of timm that nothing names": (
+        lambda *_: blank("timm/resnet18", 5),
+        ARCHITECTURE,
+        ["timm/resnet18 with 5 classes"],
+    ),
+    "a network that is only named": (
+        lambda *_: {"state_dict": {"a.weight": torch.ones(3)}, "arch": "my_net"},
+        ARCHITECTURE,
+        ["my_net"],
+    ),
+    "nearly another network": (
+        lambda *_: {k.replace("fc.", "linear."): v for k, v in blank("resnet20", 100).items()},
+        ARCHITECTURE,
+        ["resnet20 but for 'fc.bias'"],
+    ),
+    "the same keys, another width": (
+        lambda *_: {"arch": WIDE, "model": blank(WIDE, 3)},
+        "weights-do-not-fit",
+        [f"{WIDE} with 3 classes"],
     ),
     "transformers": (
         lambda good, _: under(
@@ -370,7 +471,7 @@ OTHERS: dict[str, tuple[Callable[[State, State], Any], str, list[str]]] = {
     "teacher and student": (
         lambda good, raw: {"student": raw, "teacher": good},
         "weights-ambiguous",
-        ["resnet8", "student, teacher"],
+        ["resnet8", "student, teacher", "--teacher-weights-key student"],
     ),
     "two averages": (
         lambda good, raw: {"ema_0.99": raw, "ema_0.999": good},
@@ -410,10 +511,11 @@ def test_what_is_no_such_network_is_refused_by_name(
     make, code, values = OTHERS[name]
     path = tmp_path / "w.pth"
     torch.save(make(good, raw), path)
-    model = network(3)
+    asked = NARROW if name == "the same keys, another width" else "resnet8"
+    model = richkd.create_model(asked, CLASSES)
     before = state_sha256(model)
     with refuses(code, "w.pth", *values):
-        load_into(model, read_weights(path), "resnet8", path)
+        load_into(model, read_weights(path), asked, path)
     assert state_sha256(model) == before
 
 
