@@ -10,7 +10,7 @@ import re
 import tarfile
 import types
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -664,7 +664,14 @@ class Listed:
         return (collections.defaultdict, (self.target.touch,))
 
 
-@pytest.mark.parametrize("bomb", [Crater, Listed])
+class Arrayed(Crater):
+    """The same through an array of objects."""
+
+    def __reduce__(self) -> Any:
+        return np.array([Crater(self.target)], dtype=object).__reduce__()
+
+
+@pytest.mark.parametrize("bomb", [Crater, Listed, Arrayed])
 @pytest.mark.parametrize("saved", ["zip", "legacy", "pickle"])
 def test_nothing_in_a_file_is_run(tmp_path: Path, bomb: Any, saved: str) -> None:
     path, target = tmp_path / "w.pth", tmp_path / "crater"
@@ -676,6 +683,95 @@ def test_nothing_in_a_file_is_run(tmp_path: Path, bomb: Any, saved: str) -> None
     with refuses("weights-unsafe", path):
         read_weights(path)
     assert not target.exists()
+
+
+def planted(content: Any, bomb: object) -> Iterator[Any]:
+    """Yield the content of a file with something beside the weights, and among them."""
+    if isinstance(content, tuple):
+        yield (*content, bomb)
+        return
+    yield {**content, "hidden": bomb}
+    key = next((key for key, value in content.items() if isinstance(value, dict)), None)
+    if key is not None:
+        yield {**content, key: {"hidden": bomb, **content[key]}}
+
+
+TWELVE = (
+    "bare",
+    "model",
+    "state_dict",
+    "net",
+    "model_state_dict",
+    "module",
+    "_orig_mod.module.",
+    "timm, EMA",
+    "deit",
+    "Lightning",
+    "NumPy",
+    "weights and optimizer",
+)
+
+
+@pytest.mark.parametrize("name", TWELVE)
+def test_nothing_in_a_wrapping_is_run(tmp_path: Path, good: State, raw: State, name: str) -> None:
+    path, target = tmp_path / "w.pth", tmp_path / "crater"
+    for bomb in (Crater, Listed, Arrayed):
+        for number, content in enumerate(planted(WRAPPINGS[name][0](good, raw), bomb(target))):
+            torch.save(content, path, _use_new_zipfile_serialization=number == 0)
+            with refuses("weights-unsafe", path):
+                read_weights(path)
+    assert not target.exists()
+
+
+class Pickled:
+    """What calls a function when it is read, and then sets a state."""
+
+    def __init__(self, *reduced: Any) -> None:
+        self.reduced = reduced
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+MADE = np.zeros(1).__reduce__()[0]  # makes arrays
+LOOSE = Pickled(np.dtype, ("f8", False, True), (3, "<", None, None, None, -1, -1, 63))
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [
+        (np.array([1, "a"], dtype=object), "weights-unsafe"),
+        (np.zeros(2, dtype=[("a", "f8"), ("b", "O")]), "weights-unsafe"),
+        (np.array(["2024-05-17"], dtype="M8[D]"), "weights-unsafe"),
+        (
+            Pickled(MADE, (np.ndarray, (0,), b"b"), (1, (1,), "f8", False, b"A" * 8)),
+            "weights-unsafe",
+        ),
+        (
+            Pickled(MADE, (np.ndarray, (0,), b"b"), (1, (9**9,), np.dtype("f8"), False, b"A" * 8)),
+            "weights-damaged",
+        ),
+        (
+            Pickled(MADE, (np.ndarray, (0,), b"b"), (1, (-1,), np.dtype("f8"), False, b"A" * 8)),
+            "weights-damaged",
+        ),
+        (Pickled(np.ndarray, ((2,), "O", b"A" * 16)), None),  # no array at all
+        (Pickled(MADE, (np.ndarray, (0,), b"b"), (1, (1,), LOOSE, False, b"A" * 8)), None),
+    ],
+)
+def test_forged_arrays_are_refused_or_plain_numbers(
+    tmp_path: Path, value: object, code: str | None
+) -> None:
+    """NumPy itself would take the bytes of some of them for pointers."""
+    path = tmp_path / "w.pth"
+    torch.save({"a": torch.ones(1), "b": value}, path)
+    if code is not None:
+        with refuses(code, path):
+            read_weights(path)
+        return
+    found = read_weights(path)["b"]
+    assert found.dtype == np.float64 and not found.dtype.hasobject
+    assert found.tobytes() == b"A" * found.nbytes
 
 
 def test_timms_own_saver(tmp_path: Path, good: State) -> None:
