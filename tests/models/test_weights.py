@@ -278,6 +278,7 @@ WRAPPINGS: dict[str, tuple[Made, str]] = {
         },
         "",
     ),
+    "sparse": (lambda good, _: good | {"fc.weight": good["fc.weight"].to_sparse()}, ""),
     "weights and optimizer": (lambda good, _: (good, {"lr": 0.1}), "0"),
     "mmpretrain": (
         lambda good, _: mmpretrain(good, "head.fc."),
