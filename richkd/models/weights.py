@@ -380,7 +380,7 @@ def load_into(model: nn.Module, content: Content, name: str, path: Path, key: st
                 f"networks; use the weights from before quantization",
                 code="weights-quantized",
             )
-    model.load_state_dict(state)
+    model.load_state_dict({entry: tensor.to_dense() for entry, tensor in state.items()})
     return summary
 
 

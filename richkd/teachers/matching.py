@@ -17,10 +17,10 @@ from richkd.core.errors import RichKDError, nearest
 from richkd.core.progress import Report
 from richkd.data.datasets import Dataset
 from richkd.models import create_model
+from richkd.models.hub_access import hub_fault
 from richkd.models.weights import find_state, read_weights
 from richkd.teachers.cnn import Outputs
 from richkd.teachers.heads import check_folds
-from richkd.models.hub_access import hub_fault
 from richkd.teachers.pretrained import Fault, by_name, configuration
 
 SHOWN = 4  # classes in messages

@@ -278,6 +278,7 @@ WRAPPINGS: dict[str, tuple[Made, str]] = {
         },
         "",
     ),
+    "sparse": (lambda good, _: good | {"fc.weight": good["fc.weight"].to_sparse()}, ""),
     "weights and optimizer": (lambda good, _: (good, {"lr": 0.1}), "0"),
     "mmpretrain": (
         lambda good, _: mmpretrain(good, "head.fc."),
@@ -337,15 +338,31 @@ def test_a_state_dict_is_found_and_what_was_unwrapped_is_said(
     assert (line == "") == (words == "") and line.count("\n") == 0
 
 
+@pytest.mark.parametrize("prefix", ["", "module.model."])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_the_precision_is_read(tmp_path: Path, good: State, dtype: torch.dtype) -> None:
+def test_half_the_precision_is_read(
+    tmp_path: Path, good: State, dtype: torch.dtype, prefix: str
+) -> None:
     path = tmp_path / "w.safetensors"
-    save_file({k: v.to(dtype) if v.is_floating_point() else v for k, v in good.items()}, path)
+    half = {k: v.to(dtype) if v.is_floating_point() else v for k, v in good.items()}
+    save_file(under(prefix, half), path)
     model = network(3)
-    assert load_into(model, read_weights(path), "resnet8", path) == ""
+    assert prefix in load_into(model, read_weights(path), "resnet8", path)
     for key, value in model.state_dict().items():
         assert value.dtype == good[key].dtype
         torch.testing.assert_close(value, good[key], atol=0.01, rtol=0.01)
+
+
+def test_arrays_of_another_numpy_are_read(tmp_path: Path, good: State) -> None:
+    """NumPy 1 and 2 have other names for the module that makes arrays."""
+    path = tmp_path / "w.pth"
+    content = {"net": numpy(good), "top1": np.float32(0.9)}
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    saved = path.read_bytes()
+    for core in (b"core", b"_core"):
+        path.write_bytes(re.sub(rb"numpy\._?core\.", b"numpy." + core + b".", saved))
+        load_into(model := network(3), read_weights(path), "resnet8", path)
+        assert state_sha256(model) == state_sha256(network(1))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".ckpt", ".pth.tar", "", ".safetensors"])
