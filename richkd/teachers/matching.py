@@ -18,10 +18,11 @@ from richkd.core.progress import Report
 from richkd.data.datasets import Dataset
 from richkd.models import create_model
 from richkd.models.hub_access import hub_fault
+from richkd.models.pretrained import Fault
 from richkd.models.weights import find_state, read_weights
 from richkd.teachers.cnn import Outputs
 from richkd.teachers.heads import check_folds
-from richkd.teachers.pretrained import Fault, by_name, configuration
+from richkd.teachers.pretrained import by_name, configuration
 
 SHOWN = 4  # classes in messages
 
