@@ -6,9 +6,11 @@ import logging
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+Fault = Callable[[], str | None]  # why the Hugging Face hub cannot be reached, or None
 
 
 def hub_fault(session: Any = None, pause_s: float = 1.0) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,9 @@ from torch import nn
 
 from richkd.core.errors import RichKDError, first_line
 from richkd.models import ZOO, check_names, create_pretrained
-from richkd.models.hub_access import hub_fault, offline, quiet
+from richkd.models.hub_access import Fault, hub_fault, offline, quiet
 from richkd.models.registry import import_timm
 
-Fault = Callable[[], str | None]  # why the Hugging Face hub cannot be reached, or None
 _ABSENT = {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}  # of the hub's client
 _SAFE_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 

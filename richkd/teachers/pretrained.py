@@ -20,8 +20,8 @@ from richkd.config.settings import Precompute
 from richkd.core.errors import RichKDError
 from richkd.data.framing import NetworkInput
 from richkd.models import check_names, hub_name, input_of, names_weights, timm_config
-from richkd.models.hub_access import hub_fault, offline, quiet
-from richkd.models.pretrained import Fault, Source, loading
+from richkd.models.hub_access import Fault, hub_fault, offline, quiet
+from richkd.models.pretrained import Source, loading
 from richkd.models.registry import import_timm
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASCII)

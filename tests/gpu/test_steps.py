@@ -58,6 +58,16 @@ def test_compiled_steps_train_as_eager_ones(store: Path, tmp_path: Path, method:
     assert distance(tmp_path / "compiled", tmp_path / "eager") < 1e-2
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "lamb"])
+def test_graphs_hold_the_steps_of_optimizers(store: Path, tmp_path: Path, optimizer: str) -> None:
+    """With the warm-up's learning rates and averaged weights; LAMB computes on the host as well."""
+    settings = {"method": "kd", "optimizer": optimizer, "lr": 1e-3, "warmup": 1.5, "ema": 0.8}
+    done = {step: on_gpu(store, tmp_path / step, step, **settings) for step in ("eager", "auto")}
+    assert done["auto"]["step"] == ("eager" if optimizer == "lamb" else "captured")
+    assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "eager"), rel=1e-2)
+    assert distance(tmp_path / "auto", tmp_path / "eager") < 1e-2
+
+
 @pytest.mark.parametrize("step", ["eager", "captured"])
 def test_a_last_batch_of_another_size(make_store: Make, tmp_path: Path, step: str) -> None:
     store = make_store(limit=45)  # 16 + 16 + 13

@@ -178,6 +178,7 @@ def tuned(out: Path, init: str, model: str = NAME, **given: Any) -> dict[str, An
     return cnn.train_teacher(chosen, load_dataset(chosen, report=report), report)
 
 
+@pytest.mark.slow
 def test_a_teacher_is_fine_tuned_and_resumed(
     tmp_path: Path, hub: Path, first: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +228,7 @@ def test_weights_that_a_teacher_cannot_start_from(tmp_path: Path, fails: Fails) 
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_trains_by_adamw(store: Path, tmp_path: Path, hub: Path) -> None:
     """From random weights, and from pretrained ones at another size and patch."""
     settings: dict[str, Any] = {"student": "test_vit", "optimizer": "adamw", "lr": 1e-3}
