@@ -17,8 +17,7 @@ from richkd.core.errors import RichKDError, nearest
 from richkd.core.progress import Report
 from richkd.data.datasets import Dataset
 from richkd.models import create_model
-from richkd.models.hub_access import hub_fault
-from richkd.models.pretrained import Fault
+from richkd.models.hub_access import Fault, hub_fault
 from richkd.models.weights import find_state, read_weights
 from richkd.teachers.cnn import Outputs
 from richkd.teachers.heads import check_folds
