@@ -326,6 +326,7 @@ def test_blocks_cover_every_row_once() -> None:
         "dataset": {"num_train": 100, "num_test": 33},
         "views": {"count": 2},
         "block": 32,
+        "teacher": {},
     }
     blocks = schema.blocks(manifest)
     seen = [(b.split, b.view, i) for b in blocks for i in range(b.start, b.stop)]

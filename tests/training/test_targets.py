@@ -238,7 +238,7 @@ def test_alpha_auto_with_a_given_scale_chooses_alpha_alone(store: Path) -> None:
     cache = richkd.open_cache(store)
     settings = Distill(cache=str(store), alpha="auto", scale=30.0)
     target = choose_target(cache, settings, "fused", QUIET)
-    assert target.scale == 30.0
+    assert target.about["scale"] == 30.0
     about = describe_target(target, cache, held_out(40, 0.2)[1])
     assert about["alpha"] == target.alpha and 0 <= about["top1"] <= 1
 
@@ -247,6 +247,7 @@ def test_alpha_auto_with_a_given_scale_chooses_alpha_alone(store: Path) -> None:
     ("settings", "code", "flag"),
     [
         ({"method": "crd", "target": "fused"}, "target-not-taken", "--target"),
+        ({"method": "kd", "target": "both"}, "unknown-name", "choose from clip, fused, teacher"),
         ({"method": "kd", "alpha": "auto"}, "alpha-auto-without-blend", "--target fused"),
         (
             {"method": "richkd-l", "clip_head": "probe", "scale": "raw"},
@@ -285,7 +286,7 @@ def test_targets_of_a_store_without_clip(make_store: Make, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("target", "both"), ("clip_head", "linear"), ("holdout", 1.0), ("holdout", -0.1)],
+    [("clip_head", "linear"), ("holdout", 1.0), ("holdout", -0.1)],
 )
 def test_values_out_of_range(name: str, value: Any) -> None:
     with refuses("value-out-of-range" if name == "holdout" else "unknown-name", name, value):
