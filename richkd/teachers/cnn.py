@@ -242,8 +242,7 @@ def train_teacher(
     device = choose_device(settings.device)
     trainer = make_trainer(settings, dataset, device, report.log)
     folder = TeacherFolder(out)
-    known = None if overwrite else folder.initial()
-    digest = None if initial is None else initial.digest(known)
+    digest = initial.digest(None if overwrite else folder.initial()) if initial else None
     recorded = training_of(settings), TeacherIdentity.of(dataset, digest)
     folder.check(*recorded, overwrite=overwrite)
     with locked(out):
@@ -254,24 +253,39 @@ def train_teacher(
             out.unlink(missing_ok=True)
             summary_file(out).unlink(missing_ok=True)
         resumed = folder.begin(*recorded, overwrite=overwrite)
-        progress = Progress()
-        if resumed:
-            progress, tensors = folder.checkpoints.load(report.log)
-            trainer.resume(tensors, folder.path, progress.step)
-        elif initial is not None:
-            trainer.start_from(initial)
-        done = f"; resuming after epoch {progress.epoch} of {settings.epochs}" if resumed else ""
-        report.log(
-            f"training teacher {settings.model}: {settings.epochs} epochs of "
-            f"{len(dataset.train):,} images, batch {settings.batch_size}, "
-            f"{describe_training(settings, len(dataset.train))}, seed {settings.seed}, on {device}"
-            f"{done}"
-        )
+        progress = start(trainer, initial, folder if resumed else None, report)
+        report.log(opening(settings, len(dataset.train), device, progress))
         summary, note = train_epochs(trainer, settings, dataset, folder, progress, report)
         save_tensors(out, trainer.result.state_dict(), note)
         write_json(summary_file(out), summary)
         folder.remove()
     return summary
+
+
+def opening(
+    settings: TrainTeacher, num_samples: int, device: torch.device, progress: Progress
+) -> str:
+    """Describe the training that is about to start."""
+    done = f"; resuming after epoch {progress.epoch} of {settings.epochs}"
+    resuming = done if progress.epoch else ""
+    return (
+        f"training teacher {settings.model}: {settings.epochs} epochs of {num_samples:,} images, "
+        f"batch {settings.batch_size}, {describe_training(settings, num_samples)}, seed "
+        f"{settings.seed}, on {device}{resuming}"
+    )
+
+
+def start(
+    trainer: Trainer, initial: Initial | None, folder: TeacherFolder | None, report: Report
+) -> Progress:
+    """Load the checkpoint of an interrupted training, else the weights to start from, if any."""
+    if folder is not None:
+        progress, tensors = folder.checkpoints.load(report.log)
+        trainer.resume(tensors, folder.path, progress.step)
+        return progress
+    if initial is not None:
+        trainer.start_from(initial)
+    return Progress()
 
 
 def initial_of(settings: TrainTeacher, dataset: Dataset) -> Initial | None:
