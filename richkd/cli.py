@@ -850,9 +850,22 @@ def _table(recipe: str | None, section: str) -> dict[str, Any]:
     return recipes.load(recipe).table(section) if recipe else {}
 
 
+def check_repeated(arguments: Sequence[str]) -> None:
+    """Check that a command names one teacher; of a repeated flag, only the last would count."""
+    for flag in ("--teacher", "--teacher-weights", "--clip"):
+        count = sum(each == flag or each.startswith(f"{flag}=") for each in arguments)
+        if count > 1:
+            raise RichKDError(
+                f"{flag} is given {count} times, but a command takes one; add further teachers "
+                f"with richkd add-teacher, or in a recipe",
+                code="flag-repeated",
+            )
+
+
 def execute(arguments: Sequence[str]) -> int:
     """Run a command and return its exit code; the only place that turns errors into codes."""
     try:
+        check_repeated(arguments)
         with interruptible():
             code = app([*arguments] or ["--help"], standalone_mode=False)
     except RichKDError as error:

@@ -94,6 +94,11 @@ def precompute(
     check_resume(resume, overwrite)
     check_further(settings.teachers)
     cache = _precompute(settings, overwrite, dataset, teacher_recipe or {}, block, report)
+    return add_further(settings, cache, report)
+
+
+def add_further(settings: Precompute, cache: TeacherCache, report: Report | None) -> TeacherCache:
+    """Add the further teachers of the settings to a complete cache, and open it again."""
     for name, table in settings.teachers.items():
         where = {"data_root": settings.data_root, "device": settings.device}
         add_teacher(settings.out, {**where, **table}, name=name, report=report)

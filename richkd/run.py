@@ -26,12 +26,13 @@ from richkd.distill import distill
 from richkd.losses import method_class, method_options
 from richkd.models import check_trainable, create_model
 from richkd.models.weights import file_sha256
-from richkd.precompute import precompute
+from richkd.precompute import add_further, precompute
 from richkd.report import FILES, check_files, write_report
 from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.sweep.run import run_sweep
+from richkd.teachers.addition import check_further
 from richkd.teachers.request import check_same_settings, settings_differ
 from richkd.training.initial import Initial
 from richkd.training.run_folder import SUMMARY
@@ -161,6 +162,7 @@ def make_cache(
         RichKDError: the cache is complete, but has other settings or teacher weights.
     """
     out = open_location(settings.out)
+    check_further(settings.teachers)
     if overwrite or not out.exists or not read_manifest(out.name)["complete"]:
         return precompute(
             settings,
@@ -181,7 +183,7 @@ def make_cache(
             code="cache-teacher-differs",
         )
     report.log(f"{out} is already complete")
-    return cache
+    return add_further(settings, cache, report)
 
 
 def write_page(folder: Path, cache: TeacherCache, report: Report) -> str:

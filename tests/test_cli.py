@@ -87,6 +87,7 @@ def test_version(run: Run) -> None:
         ("run kd-t4 --student resnet9", "unknown-model", "'resnet9'"),
         ("inspect nowhere.zarr", "cache-missing", "nowhere.zarr"),
         ("precompute", "dataset-not-given", "--dataset"),
+        ("precompute --teacher a --teacher=b", "flag-repeated", "--teacher 2 add-teacher"),
         ("precompute --dataset cifar1000", "unknown-name", "'cifar1000' cifar100"),
         ("precompute --dataset cifar10:x", "dataset-takes-no-path", "cifar10"),
         ("precompute --dataset shapes --alpha 1.2", "value-out-of-range", "alpha 1.2 1]"),

@@ -576,6 +576,7 @@ class Distill(Training):
         if isinstance(self.weights, Mapping):
             given = shown_weights(self.weights)
             require(sum(self.weights.values()) > 0, "weights", given, "above 0 for one teacher")
+            self._set("weights", dict(sorted(self.weights.items())))
         balanced = self.balance != "none" and self.clip_head == "zero-shot"
         must = "left out with weights, whose balance sets the scales; or pass --balance none"
         require(self.scale is None or not balanced, "scale", self.scale, must)

@@ -25,7 +25,7 @@ Make = Callable[..., Path]
 Rows = np.ndarray[Any, Any]
 QUIET = Report(quiet=True)
 WEIGHTS = {"cnn": 0.5, "clip": 0.1, "b": 0.15, "c": 0.25}
-SHOWN = "cnn=0.5,clip=0.1,b=0.15,c=0.25"
+SHOWN = "b=0.15,c=0.25,clip=0.1,cnn=0.5"
 
 
 @pytest.fixture(scope="module")
