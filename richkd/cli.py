@@ -369,6 +369,9 @@ def plan(
 
     report = _report(as_json)
     price = plans.USD_A_GB_MONTH if price is None else price
+    if settings.teachers:
+        names = ", ".join(settings.teachers)
+        report.log(f"planning without the further teachers of the recipe: {names}")
     result = plans.plan(settings, report, known=known, measured=measured, price=price)
     plans.show(result, report)
     _print(result, as_json)

@@ -78,11 +78,9 @@ def analyze(
     if split not in cache.splits:
         raise unknown("split", split, cache.splits)
     report = report or Report(quiet=True)
-    rows = read_rows(cache, split)
-    every = every_logits(cache, split)
+    rows, every = read_rows(cache, split), every_logits(cache, split)
     logits = {**every, **teacher_logits(cache, rows)}
     check_finite(cache, logits)
-    has_clip = rows.similarity is not None
     with report.track("analyze", 4, "parts") as tick:
         result: dict[str, Any] = {
             "store": cache.location.name,
@@ -109,7 +107,7 @@ def analyze(
             ("class_changes", class_changes),
             ("blend", blend_effects),
         ):
-            result[name] = part(cache, rows, logits) if has_clip else None
+            result[name] = None if rows.similarity is None else part(cache, rows, logits)
             tick(1)
         if every.keys() - {"cnn", "clip"}:
             result["complementarity"] = complementarity(every, rows.labels)

@@ -254,13 +254,20 @@ def num_blocks(manifest: Manifest) -> int:
     return sum(per_split.values()) + per_split["train"] * (each - 1)
 
 
+def _view_array(manifest: Manifest) -> tuple[Any, ...]:
+    """Return the name, dtype and axes of the array that has the views of the training split."""
+    axes = ("view", manifest["views"]["count"]), ("sample", manifest["dataset"]["num_train"])
+    if manifest["views"]["space"] == "pad-crop-flip":
+        return "train/view_ids", "uint16", *axes
+    return "train/view_params", "float32", *axes, ("parameter", 5)
+
+
 def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
     """Return the spec of every array of a cache with this manifest."""
     dataset, clip, dtype = manifest["dataset"], manifest["clip"], manifest["dtype"]
     num_classes, own_images = len(manifest["class_names"]), "addition" not in manifest
     views, block, side = manifest["views"]["count"], manifest["block"], manifest["image_size"]
-    kept = kept_logits(manifest)
-    absent = absent_rows(manifest)
+    kept, absent = kept_logits(manifest), absent_rows(manifest)
     specs: dict[str, ArraySpec] = {}
 
     def add(name: str, dtype: str, *axes: tuple[str, int]) -> None:
@@ -297,16 +304,8 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
                 add_logits(f"{split}/fused_logits", *rows)
             add(f"{split}/clip_features", dtype, sample, ("clip_feature", clip["num_features"]))
             add(f"{split}/clip_similarity", "float32", sample, ("class", num_classes))
-    if own_images and manifest["views"]["space"] == "pad-crop-flip":
-        add("train/view_ids", "uint16", ("view", views), ("sample", dataset["num_train"]))
-    elif own_images:
-        add(
-            "train/view_params",
-            "float32",
-            ("view", views),
-            ("sample", dataset["num_train"]),
-            ("parameter", 5),
-        )
+    if own_images:
+        add(*_view_array(manifest))
     if clip is not None:
         prompts, width = len(manifest["prompts"]), clip["num_features"]
         add(

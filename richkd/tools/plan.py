@@ -127,9 +127,6 @@ def plan(
         The dataset's counts, the passes, the pace, the bytes of each array, and the options.
     """
     device = choose_device(settings.device)
-    if settings.teachers:
-        names = ", ".join(settings.teachers)
-        report.log(f"planning without the further teachers of the recipe: {names}")
     mark_work_started()
     with tempfile.TemporaryDirectory(prefix="richkd-plan-") as folder:
         dataset, counts = sample_of(settings, known, Path(folder), most, report)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from richkd.config import catalog
 from richkd.config.settings import Images
@@ -38,7 +40,6 @@ def load_dataset_of(
     Raises:
         RichKDError: the dataset is missing, has other classes, or changed since stage one.
     """
-    manifest, entry = cache.manifest, cache.manifest["dataset"]
     labels_of = {split: cache.read(f"{split}/labels") for split in cache.splits}
     for split, labels in labels_of.items():
         if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < cache.num_classes:
@@ -47,22 +48,33 @@ def load_dataset_of(
                 f"the cache again with richkd precompute --overwrite",
                 code="cache-damaged",
             )
-    if entry["embedded"]:
-        splits = {
-            split: Split(cache.read(f"{split}/images"), labels)
-            for split, labels in labels_of.items()
-        }
-        return Dataset(
-            name=entry["name"],
-            class_names=tuple(manifest["class_names"]),
-            train=splits["train"],
-            test=splits["test"],
-            mean=tuple(manifest["mean"]),
-            std=tuple(manifest["std"]),
-            image_size=manifest["image_size"],
-            validation=splits.get("validation"),
-        )
-    found = load_again(manifest, dataset, data_root, report)
+    if cache.manifest["dataset"]["embedded"]:
+        return _embedded(cache, labels_of)
+    found = load_again(cache.manifest, dataset, data_root, report)
+    _check_same(cache, found, labels_of)
+    return replace(found, class_names=tuple(cache.manifest["class_names"]))
+
+
+def _embedded(cache: TeacherCache, labels_of: Mapping[str, Tensor]) -> Dataset:
+    """Return the dataset whose images are in the cache."""
+    manifest = cache.manifest
+    splits = {
+        split: Split(cache.read(f"{split}/images"), labels) for split, labels in labels_of.items()
+    }
+    return Dataset(
+        name=manifest["dataset"]["name"],
+        class_names=tuple(manifest["class_names"]),
+        train=splits["train"],
+        test=splits["test"],
+        mean=tuple(manifest["mean"]),
+        std=tuple(manifest["std"]),
+        image_size=manifest["image_size"],
+        validation=splits.get("validation"),
+    )
+
+
+def _check_same(cache: TeacherCache, found: Dataset, labels_of: Mapping[str, Tensor]) -> None:
+    """Raise RichKDError if a dataset is not the one that a cache was made from."""
     photographs = catalog.split_name(found.name)[0] == catalog.IMAGE_FOLDER  # names are free
     if len(found.class_names) != cache.num_classes or (
         not photographs and list(found.class_names) != cache.manifest["class_names"]
@@ -73,7 +85,8 @@ def load_dataset_of(
             f"pass the --dataset that it was made from",
             code="images-classes-differ",
         )
-    if {*found.splits} != {*labels_of} or found.fingerprint != entry["fingerprint"]:
+    recorded = cache.manifest["dataset"]["fingerprint"]
+    if {*found.splits} != {*labels_of} or found.fingerprint != recorded:
         raise RichKDError(
             f"{found.name} is not what {cache.location} was made from (its fingerprint differs); "
             f"restore the files, or write the cache again with richkd precompute --overwrite",
@@ -86,7 +99,6 @@ def load_dataset_of(
                 f"cache again with richkd precompute --overwrite",
                 code="images-differ",
             )
-    return replace(found, class_names=tuple(manifest["class_names"]))
 
 
 def load_again(
