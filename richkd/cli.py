@@ -309,6 +309,7 @@ def add_teacher(
     check_resume(resume, overwrite)
     from richkd import precompute as stage_one
     from richkd.core.ranks import is_first
+    from richkd.store.reader import open_cache
     from richkd.tools.inspect import summarize
 
     added = stage_one.add_teacher(
@@ -323,7 +324,8 @@ def add_teacher(
     if as_json:
         _print(summarize(added.location.name), as_json)
     else:
-        typer.echo(f"next: richkd distill --cache {cache} --weights …")
+        weights = ",".join(f"{name}=1" for name in open_cache(cache).teachers)
+        typer.echo(f"next: richkd distill --cache {cache} --weights {weights}")
 
 
 @_command(

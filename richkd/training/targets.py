@@ -85,6 +85,8 @@ def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Rep
     check_target(cache, settings, kind)
     if kind == "fused" and settings.weights is not None:
         return choose_weighted(cache, settings, report)
+    if kind == "fused" and cache.added:
+        report.log(f"the blend leaves out {', '.join(cache.added)}; --weights takes them too")
     alpha = cache.manifest["alpha"] if settings.alpha is None else settings.alpha
     if kind == "teacher":
         return Target(kind, (Part("teacher_logits"),), {"kind": kind}, float(alpha))
