@@ -15,7 +15,7 @@ from richkd.core import cpus, streams
 from richkd.core import interrupts as interrupt
 
 # Commands that resume when they are rerun.
-RESUMED = {"demo", "train-teacher", "precompute", "distill", "sweep", "run"}
+RESUMED = {"demo", "train-teacher", "precompute", "add-teacher", "distill", "sweep", "run"}
 NARROW = 60  # columns
 
 

@@ -13,6 +13,7 @@ from richkd.core.progress import Report
 from richkd.training.source import Source
 from richkd.training.student import (
     StudentRun,
+    check_every_teacher,
     completed,
     describe_precision,
     epoch_line,
@@ -47,6 +48,7 @@ def distill(
     check_resume(resume, overwrite)
     report = report or Report(quiet=True)
     source = Source(settings, report)
+    check_every_teacher(source.cache, settings)
     if not overwrite and (summary := completed(settings, source.cache, report)):
         return summary
     with StudentRun(source, settings, overwrite=overwrite) as run:

@@ -31,7 +31,7 @@ from richkd.core.ranks import Ranks, joined
 from richkd.data.datasets import Dataset
 from richkd.data.views import views_tensor
 from richkd.store import schema
-from richkd.store.added import group_file, place_of
+from richkd.store.added import added_names, group_file, place_of
 from richkd.store.location import METADATA, Location
 from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
@@ -92,7 +92,7 @@ def precompute(
         Interrupted: by SIGINT or SIGTERM, after the block that is being computed.
     """
     check_resume(resume, overwrite)
-    check_further(settings.teachers)
+    check_further(settings)
     cache = _precompute(settings, overwrite, dataset, teacher_recipe or {}, block, report)
     return add_further(settings, cache, report)
 
@@ -128,6 +128,8 @@ def _precompute(
         ):
             return open_cache(settings.out)
         check_same_files(dataset, ranks)
+        if overwrite and out.exists and (lost := added_names(out.sizes())):
+            report.log(f"{out} is replaced, and its added teachers are lost: {', '.join(lost)}")
         finder = Finder(settings, dataset, training, device, ranks, report)
         found = finder.find(interrupted=interrupted, given=given, place=out)
         stage = StageOne.of(dataset, *found, block)
@@ -177,6 +179,7 @@ def add_teacher(
         with whole.location.locked() if ranks.first else nullcontext():
             interrupted = ranks.from_first(lambda: check_addition(settings, out, name, overwrite))
             moved = str(given.get("dataset") or "")
+            check_moved(whole, moved)
             dataset = ranks.from_first(
                 lambda: load_dataset_of(whole, moved, settings.data_root, report)
             )
@@ -421,6 +424,15 @@ class StageOne:
             logits = writer.read(f"test/{'fused' if fused else 'teacher'}_logits", 0, count)
             manifest["keep_kl"] = kl_errors(logits, manifest["keep"], manifest["keep_temperature"])
         writer.finish(top1("teacher_logits"), top1("clip_similarity"), top1("fused_logits"))
+
+
+def check_moved(cache: TeacherCache, moved: str) -> None:
+    """Raise RichKDError if a place is given for images that are in the cache itself."""
+    if moved and cache.manifest["dataset"]["embedded"]:
+        raise RichKDError(
+            f"dataset = {moved!r}: {cache.location} has its images in itself; leave it out",
+            code="setting-of-the-cache",
+        )
 
 
 def has_teacher(out: Location, manifest: Manifest, overwrite: bool) -> bool:

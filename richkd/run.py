@@ -162,7 +162,7 @@ def make_cache(
         RichKDError: the cache is complete, but has other settings or teacher weights.
     """
     out = open_location(settings.out)
-    check_further(settings.teachers)
+    check_further(settings)
     if overwrite or not out.exists or not read_manifest(out.name)["complete"]:
         return precompute(
             settings,

@@ -17,7 +17,7 @@ from richkd.training.run_folder import configuration
 # Settings of what a student learns from; the others describe how it is trained.
 TEACHING = (
     *("method", "options", "target", "alpha", "weights", "balance", "scale", "prompts"),
-    "clip_head",
+    *("clip_head", "added"),
 )
 # How the best epoch is described, by the images that it was chosen on.
 CHOSEN_ON = {
@@ -62,7 +62,7 @@ def about_best(summaries: Iterable[Mapping[str, Any]]) -> str:
     return f"“Best” is the best epoch on {images}."
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return a setting as the command line takes it, if it is the weights of teachers."""
     numbers = isinstance(value, Mapping) and all(isinstance(each, float) for each in value.values())
     return shown_weights(value) if numbers else str(value)
@@ -107,7 +107,7 @@ class Standing:
     def configuration(self) -> str:
         """The method, and the settings in which configurations of its student differ."""
         return ", ".join(
-            [self.method, *(f"{name} {_shown(value)}" for name, value in self.settings.items())]
+            [self.method, *(f"{name} {shown(value)}" for name, value in self.settings.items())]
         )
 
     @property
@@ -133,6 +133,8 @@ def leaderboard(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> 
     groups: dict[str, tuple[dict[str, Any], dict[int, Mapping[str, Any]]]] = {}
     for settings, summary in runs:
         own = configuration(settings)
+        if summary.get("added"):  # the added teachers that it read
+            own["added"] = ", ".join(f"{n} {sha[:8]}" for n, sha in summary["added"].items())
         if "tested" not in summary:  # an earlier version, which trained some methods differently
             own["version"] = "an earlier one"
         group = groups.setdefault(repr(sorted(own.items())), (own, {}))

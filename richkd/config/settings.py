@@ -136,6 +136,14 @@ def shown_weights(weights: object) -> str:
     return str(weights)
 
 
+def used_weights(settings: Distill) -> dict[str, float] | Literal["auto"] | None:
+    """Return the weights of a run without those of 0."""
+    given = settings.weights
+    return (
+        {n: weight for n, weight in given.items() if weight} if isinstance(given, dict) else given
+    )
+
+
 def _read_stage_one_alpha(text: str) -> Alpha:
     if text == "auto":
         raise RichKDError(
@@ -575,7 +583,9 @@ class Distill(Training):
         require(self.alpha is None, "alpha", self.alpha, "left out with weights")
         if isinstance(self.weights, Mapping):
             given = shown_weights(self.weights)
-            require(sum(self.weights.values()) > 0, "weights", given, "above 0 for one teacher")
+            total = sum(self.weights.values())
+            must = "above 0 for one teacher, and of a finite sum"
+            require(0 < total < math.inf, "weights", given, must)
             self._set("weights", dict(sorted(self.weights.items())))
         balanced = self.balance != "none" and self.clip_head == "zero-shot"
         must = "left out with weights, whose balance sets the scales; or pass --balance none"

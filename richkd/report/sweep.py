@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from richkd.analysis.results import about_best, mean_std, minus_kd
+from richkd.analysis.results import about_best, mean_std, minus_kd, shown
 from richkd.core.progress import duration, percent
 from richkd.core.teacher_names import FULL_NAMES
 from richkd.report import plots
@@ -97,7 +97,7 @@ def table_row(row: Row) -> dict[str, str]:
         "images": "",  # a heading above the row
         "student": standing.student,
         "method": standing.method,
-        "settings": ", ".join(f"{key} {value}" for key, value in standing.settings.items()),
+        "settings": ", ".join(f"{k} {shown(v)}" for k, v in standing.settings.items()),
         "n": str(len(standing.runs)),
         "last": mean_std(standing.last),
         "best": mean_std(standing.best),

@@ -7,7 +7,9 @@ writes, checks, repairs or reads a cache works for it too.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 from richkd.core.choices import CNN_ROWS
@@ -41,6 +43,30 @@ def array_of(split: str, row: str) -> str:
     """Return the array of a split's rows: of `NAME/rows` if an added teacher gave them."""
     teacher, added, own = row.rpartition("/")
     return f"{ADDED}/{teacher}/{split}/{own}" if added else f"{split}/{own}"
+
+
+def is_complete(location: Location) -> bool:
+    """Return whether an added teacher has all of its rows, as far as its manifest says."""
+    try:
+        attributes = json.loads(location.read(METADATA))["attributes"]
+        return attributes.get("complete") is not False  # a damaged one is reported when it is read
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return True
+
+
+def remedy(location: Location) -> str:
+    """Return what mends a damaged cache or added teacher."""
+    return f"fix it with richkd repair, or {write_again(location)}"
+
+
+def write_again(location: Location) -> str:
+    """Return how a cache, or one of its added teachers, is written again."""
+    path = PurePosixPath(location.name.rstrip("/"))
+    if path.parent.name == ADDED and TEACHER_NAME.fullmatch(path.name):
+        return (
+            f"add the teacher again with richkd add-teacher --overwrite, or delete {location.name}"
+        )
+    return "write the cache again with richkd precompute --overwrite"
 
 
 def check_new_name(name: str) -> None:

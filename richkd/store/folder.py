@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,11 +56,12 @@ class Folder(Location):
         (self.path / file).unlink(missing_ok=True)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        return {
-            (file := Path(folder, name)).relative_to(self.path).as_posix(): file.stat().st_size
-            for folder, _, names in os.walk(self.path / prefix)
-            for name in names
-        }
+        found = {}
+        for folder, _, names in os.walk(self.path / prefix, followlinks=True):
+            for file in (Path(folder, name) for name in names):
+                with suppress(FileNotFoundError):  # a temporary file of another process
+                    found[file.relative_to(self.path).as_posix()] = file.stat().st_size
+        return found
 
     def create(self, content: Mapping[str, bytes]) -> None:
         """Write the files to a folder beside it, then rename that: there is never half a cache."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from richkd.core.errors import RichKDError
 from richkd.store import schema
+from richkd.store.added import remedy, write_again
 from richkd.store.checksums import metadata_digest, metadata_files, num_digests, sealed
 from richkd.store.copy import LocalCopy, open_copy
 from richkd.store.folder import Folder
@@ -17,8 +18,6 @@ from richkd.store.schema import Manifest
 
 if TYPE_CHECKING:
     import zarr
-
-REMEDY = "fix it with richkd repair, or write it again with richkd precompute --overwrite"
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -77,7 +76,7 @@ def check_sealed(copy: LocalCopy, manifest: Manifest) -> None:
     ):
         raise RichKDError(
             f"{copy.location}: the manifest does not match its seal (zarr.json was changed); "
-            f"write the cache again with richkd precompute --overwrite",
+            f"{write_again(copy.location)}",
             code="cache-unsealed",
         )
     files = metadata_files(specs)
@@ -96,7 +95,8 @@ def check_sealed(copy: LocalCopy, manifest: Manifest) -> None:
             copy.fetch([file])  # once more: only the copy may be damaged
         if not good(file):
             raise RichKDError(
-                f"{copy.location}: {file} is missing or was changed; {REMEDY}", code="cache-damaged"
+                f"{copy.location}: {file} is missing or was changed; {remedy(copy.location)}",
+                code="cache-damaged",
             )
 
 
@@ -123,14 +123,13 @@ def check_manifest(location: Location, attributes: Mapping[str, Any]) -> Manifes
     if attributes.get("schema") != schema.SCHEMA:
         raise RichKDError(
             f"{location} has schema {attributes.get('schema')!r}, but this version of richkd "
-            f"reads {schema.SCHEMA}; write the cache again with richkd precompute --overwrite",
+            f"reads {schema.SCHEMA}; {write_again(location)}",
             code="cache-schema",
         )
     fault = schema.manifest_fault(attributes)
     if fault is not None:
         raise RichKDError(
-            f"{location}: the manifest is damaged ({fault}); write the cache again with richkd "
-            f"precompute --overwrite",
+            f"{location}: the manifest is damaged ({fault}); {write_again(location)}",
             code="manifest-damaged",
         )
     return cast(Manifest, dict(attributes))

@@ -20,7 +20,15 @@ from richkd.core.errors import RichKDError
 from richkd.core.memory import spans
 from richkd.data.views import views_tensor
 from richkd.store import pages, schema
-from richkd.store.added import added_names, belongs, place_of, unknown_teacher
+from richkd.store.added import (
+    added_names,
+    belongs,
+    is_complete,
+    place_of,
+    remedy,
+    unknown_teacher,
+    write_again,
+)
 from richkd.store.checksums import (
     chunk_files,
     chunks_digest,
@@ -31,7 +39,7 @@ from richkd.store.copy import LocalCopy
 from richkd.store.folder import Folder
 from richkd.store.location import METADATA, Location
 from richkd.store.locations import open_location
-from richkd.store.manifest import REMEDY, check_sealed, copy_of, open_store
+from richkd.store.manifest import check_sealed, copy_of, open_store
 from richkd.store.schema import ADDED, ArraySpec, Manifest
 from richkd.store.topk import Rows, TopKRows
 
@@ -67,8 +75,9 @@ class TeacherCache:
     """An open, complete cache, from `open_cache`.
 
     `location` is its path or URL, `path` the folder on this disk that is read: the cache itself, or
-    a copy of what was read so far. `added` names the teachers that were added to it; the arrays of
-    one of them have its folder in their names, as in `teachers/vit/train/teacher_logits`.
+    a copy of what was read so far. `added` names the teachers that were added to it and are
+    complete; the arrays of one of them have its folder in their names, as in
+    `teachers/vit/train/teacher_logits`.
     """
 
     def __init__(
@@ -78,6 +87,7 @@ class TeacherCache:
         manifest: Manifest,
         memory: int | None = None,
         added: Sequence[str] = (),
+        unfinished: Sequence[str] = (),
     ) -> None:
         self.location = copy.location
         self.path = copy.path
@@ -86,6 +96,7 @@ class TeacherCache:
         self._copy = copy
         self.kept = schema.kept_logits(manifest)
         self.added = tuple(added)
+        self._unfinished = unfinished
         self._group = group
         self._memory = memory
         self._additions: dict[str, TeacherCache] = {}  # those that are open
@@ -129,7 +140,7 @@ class TeacherCache:
             RichKDError: there is no such teacher, it is incomplete or damaged, or its rows are of
                 other images or views.
         """
-        if name not in self.added:
+        if name not in (*self.added, *self._unfinished):
             raise unknown_teacher(self.location, name, self.teachers)
         if name not in self._additions:
             self._additions[name] = open_addition(self, name, self._memory)
@@ -174,8 +185,8 @@ class TeacherCache:
         top, classes, rest = (self._values(part, view, on_disk) for part in schema.part_names(name))
         if int(classes.max()) >= self.num_classes:
             raise RichKDError(
-                f"{self.location}: {name} has classes beyond 0..{self.num_classes - 1}; write "
-                f"the cache again with richkd precompute --overwrite",
+                f"{self.location}: {name} has classes beyond 0..{self.num_classes - 1}; "
+                f"{write_again(self.location)}",
                 code="cache-damaged",
             )
         return TopKRows.from_numpy(top, classes, rest, self.num_classes)
@@ -212,7 +223,8 @@ class TeacherCache:
                 values[start : start + step] = array[(*at, slice(start, start + step))]
         except Exception as error:  # codecs raise errors of many kinds
             raise RichKDError(
-                f"{self.location}: {name} is damaged ({type(error).__name__}: {error}); {REMEDY}",
+                f"{self.location}: {name} is damaged ({type(error).__name__}: {error}); "
+                f"{remedy(self.location)}",
                 code="cache-damaged",
             ) from error
         self._check_chunks(name, view)
@@ -233,7 +245,7 @@ class TeacherCache:
             if found != checksums["chunks"][name][number]:
                 where = name if one is None else f"{name}, view {one}"
                 raise RichKDError(
-                    f"{self.location}: {where} is not what was written; {REMEDY}",
+                    f"{self.location}: {where} is not what was written; {remedy(self.location)}",
                     code="cache-damaged",
                 )
 
@@ -387,8 +399,8 @@ def open_addition(cache: TeacherCache, name: str, memory: int | None = None) -> 
     other = belongs(found.manifest, cache.manifest)
     if other is not None or found.manifest.get("addition") != name:
         raise RichKDError(
-            f"{found.location} does not belong to {cache.location}: its {other or 'name'} "
-            f"differs; add the teacher again with richkd add-teacher --overwrite",
+            f"{found.location} was made for another cache than {cache.location} (another "
+            f"{other or 'name'}); add the teacher again with richkd add-teacher --overwrite",
             code="teacher-of-other-cache",
         )
     return found
@@ -407,10 +419,13 @@ def _open(location: Location, memory: int | None) -> TeacherCache:
         if missing > 0:
             raise RichKDError(
                 f"{location}: {missing} of {num_chunks(spec)} chunks of {name} are missing; "
-                f"{REMEDY}",
+                f"{remedy(location)}",
                 code="cache-damaged",
             )
-    return TeacherCache(copy, group, manifest, memory, added_names(files))
+    added = added_names(files)
+    unfinished = [name for name in added if not is_complete(place_of(location, name))]
+    whole = [name for name in added if name not in unfinished]
+    return TeacherCache(copy, group, manifest, memory, whole, unfinished)
 
 
 def _check_array(location: Location, group: zarr.Group, name: str, spec: ArraySpec) -> None:
@@ -420,13 +435,16 @@ def _check_array(location: Location, group: zarr.Group, name: str, spec: ArraySp
         array = group[name]
     except Exception:  # absent, or its metadata is damaged
         raise RichKDError(
-            f"{location}: array {name} is missing or damaged; {REMEDY}", code="cache-damaged"
+            f"{location}: array {name} is missing or damaged; {remedy(location)}",
+            code="cache-damaged",
         ) from None
     if not isinstance(array, zarr.Array):
-        raise RichKDError(f"{location}: {name} is not an array; {REMEDY}", code="cache-damaged")
+        raise RichKDError(
+            f"{location}: {name} is not an array; {remedy(location)}", code="cache-damaged"
+        )
     if array.shape != spec.shape or str(array.dtype) != spec.dtype or array.chunks != spec.chunks:
         raise RichKDError(
             f"{location}: {name} is {array.dtype} {array.shape}, but the manifest has "
-            f"{spec.dtype} {spec.shape}; {REMEDY}",
+            f"{spec.dtype} {spec.shape}; {remedy(location)}",
             code="cache-damaged",
         )

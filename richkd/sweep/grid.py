@@ -19,6 +19,7 @@ from richkd.training.loop import score_of
 from richkd.training.run_folder import RunFolder
 from richkd.training.source import method_of
 from richkd.training.student import (
+    check_every_teacher,
     check_reads,
     check_version,
     choice_images,
@@ -62,7 +63,9 @@ def make_grid(
                         settings = replace(settings, alpha=None, weights=None, balance="")
                     # all runs are tested on the same images
                     settings = settings.with_holdout("validation" in cache.splits, choosing)
-                    settings = with_defaults(replace(settings, out=""), cache, sweep.out)
+                    settings = replace(settings, out="")
+                    check_every_teacher(cache, settings, sweep.out)
+                    settings = with_defaults(settings, cache, sweep.out)
                     grid[settings.out] = settings
     return list(grid.values())
 

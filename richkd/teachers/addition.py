@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from richkd.config.settings import NO_TEACHER, Precompute, check_name, resolve
+from richkd.config.settings import NO_TEACHER, Precompute, check_name, resolve, to_table
 from richkd.core.choices import CNN_ROWS
 from richkd.core.errors import RichKDError
 from richkd.models import check_names
 from richkd.store.added import check_new_name
+from richkd.store.folder import Folder
 from richkd.store.location import Location
 from richkd.store.schema import Manifest
 from richkd.teachers.class_order import check_teacher_classes
 from richkd.teachers.pretrained import by_name, check_teacher_name
-from richkd.teachers.request import check_settings
+from richkd.teachers.request import check_settings, check_teachers
 
 # settings of the teacher itself; it takes the others over from the cache
 OF_CNN = {name for name in Precompute.__dataclass_fields__ if name.startswith("teacher_")}
@@ -43,7 +44,8 @@ def check_given_teacher(given: Mapping[str, Any], where: str) -> None:
             f"{where}: {name} is the cache's own, for all of its teachers; leave it out",
             code="setting-of-the-cache",
         )
-    if len(named & {"teacher", "clip"}) != 1:
+    one = [given[name] for name in ("teacher", "clip") if name in named]
+    if len(one) != 1 or one[0] in ("", "none"):
         raise RichKDError(
             f"{where}: name one teacher, either a CNN (--teacher) or a CLIP (--clip); call "
             f"richkd add-teacher once for each",
@@ -69,11 +71,17 @@ def addition_settings(
         location: of the cache.
     """
     shared = {name: value for name, value in manifest["recipe"].items() if name not in LEFT_OUT}
+    return _resolved(shared, given, location.name)
+
+
+def _resolved(shared: Mapping[str, Any], given: Mapping[str, Any], out: str) -> Precompute:
+    """Return the settings of an added teacher, from those of the cache and its own."""
+    shared = dict(shared)
     one = {name: value for name, value in given.items() if value is not None}
     if "teacher" in one and "rows" in shared:  # it has no blend of its own
         shared["rows"] = [name for name in shared["rows"] if name in CNN_ROWS]
     other = {"clip": "none"} if "teacher" in one else {"teacher": NO_TEACHER}
-    return resolve(Precompute, shared, {**other, **one, "out": location.name})
+    return resolve(Precompute, shared, {**other, **one, "out": out})
 
 
 def default_name(settings: Precompute) -> str:
@@ -81,6 +89,16 @@ def default_name(settings: Precompute) -> str:
     named = settings.clip if settings.teacher == NO_TEACHER else settings.teacher
     own = PurePath(named.replace("\\", "/")).name
     return re.sub("[^A-Za-z0-9_-]+", "-", own).strip("-_")[:40] or "teacher"
+
+
+def check_added(settings: Precompute) -> None:
+    """Check the teacher of the settings, without an image or the network."""
+    if settings.teacher != NO_TEACHER:
+        check_teacher_name(settings)
+        if not by_name(settings):
+            check_names([settings.teacher])
+        check_teacher_classes(settings)
+    check_teachers(settings)
 
 
 def check_addition(
@@ -92,17 +110,34 @@ def check_addition(
         The manifest of the teacher of this name, complete or not, unless it is to be replaced.
     """
     check_new_name(name)
-    if settings.teacher != NO_TEACHER:
-        check_teacher_name(settings)
-        if not by_name(settings):
-            check_names([settings.teacher])
-        check_teacher_classes(settings)
-    return check_settings(settings, out, overwrite)
+    check_added(settings)
+    if isinstance(out, Folder) and (out.path.is_symlink() or out.path.parent.is_symlink()):
+        link = out.path if out.path.is_symlink() else out.path.parent
+        raise RichKDError(
+            f"{link} is a symbolic link, and teachers are added to a cache itself; choose another "
+            f"--name, or replace the link by what it points to",
+            code="teacher-is-link",
+        )
+    try:
+        present = check_settings(settings, out, overwrite)
+    except RichKDError as error:
+        remedy = str(error).replace("choose another --out", "choose another --name")
+        raise RichKDError(remedy, code=error.code) from None
+    is_cnn = settings.teacher != NO_TEACHER
+    if present is not None and ("teacher" in present) != is_cnn:
+        kind = "CNN" if "teacher" in present else "CLIP"
+        raise RichKDError(
+            f"{out} holds another teacher of this name, a {kind}; choose another --name, or "
+            f"replace it with --overwrite",
+            code="teacher-exists",
+        )
+    return present
 
 
-def check_further(tables: Mapping[str, Any]) -> None:
-    """Check the tables of further teachers in a recipe, before the first one is computed."""
-    for name, table in tables.items():
+def check_further(settings: Precompute) -> None:
+    """Check the further teachers of a recipe, before the first one is computed."""
+    shared = {name: value for name, value in to_table(settings).items() if name not in LEFT_OUT}
+    for name, table in settings.teachers.items():
         check_new_name(name)
         where = f"[precompute.teachers.{name}]"
         if not isinstance(table, Mapping):
@@ -111,3 +146,4 @@ def check_further(tables: Mapping[str, Any]) -> None:
                 code="teacher-not-named",
             )
         check_given_teacher(table, where)
+        check_added(_resolved(shared, table, settings.out))

@@ -321,8 +321,8 @@ def recorded_order(
         or schema.manifest_fault(interrupted) is not None
     ):
         return None
-    entry: TeacherEntry = interrupted["teacher"]
-    return entry if entry["sha256"] == teacher.sha256 else None
+    entry: TeacherEntry | None = interrupted.get("teacher")  # absent from an added CLIP
+    return entry if entry is not None and entry["sha256"] == teacher.sha256 else None
 
 
 def open_clip_teacher(

@@ -151,7 +151,7 @@ def kept(location: Location, manifest: Mapping[str, Any] | None, sha256: str) ->
     """
     if manifest is None or schema.manifest_fault(manifest) is not None:
         return None
-    teacher = manifest["teacher"]
+    teacher = manifest.get("teacher", {})
     entry = teacher.get("head")
     if entry is None or entry["kind"] != "probe" or teacher["sha256"] != sha256:
         return None

@@ -78,12 +78,17 @@ def check_settings(
     out.check_writable()
     out.check_unlocked()
     present = check_target(out, overwrite)
+    check_teachers(settings)
+    return present
+
+
+def check_teachers(settings: Precompute) -> None:
+    """Check the teachers of the settings as far as no image and no network is needed."""
     check_clip(settings.clip)
     load_prompts(settings.prompts)
     check_given(settings)
     check_from_elsewhere(settings)
     check_unsaid(settings, Path(settings.teacher_weights))
-    return present
 
 
 def load_images(settings: Precompute, dataset: Dataset | None, report: Report) -> Dataset:

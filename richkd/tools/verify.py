@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from richkd.core.errors import RichKDError
 from richkd.core.memory import spans
 from richkd.core.progress import Report
 from richkd.data.views import NUM_VIEW_IDS
-from richkd.store.added import added_names, place_of
+from richkd.store.added import added_names, place_of, unknown_teacher
 from richkd.store.checksums import (
     block_files,
     chunk_files,
@@ -36,13 +36,14 @@ from richkd.store.checksums import (
     views_of,
 )
 from richkd.store.folder import Folder
-from richkd.store.location import Location
+from richkd.store.location import METADATA, Location
 from richkd.store.locations import open_location
 from richkd.store.manifest import copy_of, open_store, read_manifest
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.store.schema import (
     ADDED,
     LOGITS,
+    TEACHER_NAME,
     Block,
     Manifest,
     array_specs,
@@ -90,8 +91,10 @@ def verify_store(path: str | Path, teacher: str | None, report: Report) -> list[
             nothing else can be checked.
     """
     location = open_location(path)
-    checks = check_bytes(location, report)
-    added = added_names(location.sizes())
+    checks, files = check_bytes(location, report), location.sizes()
+    added = added_names(files)
+    if lost := lost_teachers(files):
+        checks.append(Check(FILES, f"{ADDED}/", tuple(f"{each}: missing" for each in lost)))
     for name in added:
         checks += check_bytes(place_of(location, name), report, f"{name}: ")
     if any(check.faults for check in checks):
@@ -102,6 +105,8 @@ def verify_store(path: str | Path, teacher: str | None, report: Report) -> list[
         checks += check_values(cache.addition(name), cache.read("test/labels"), f"{name}: ")
     if teacher is not None:
         name, named, weights = teacher.partition("=")
+        if named and name not in added and not Path(teacher).exists():
+            raise unknown_teacher(location, name, cache.teachers)
         group = cache.addition(name) if named and name in added else cache
         again = check_teacher(cache, group, Path(teacher if group is cache else weights), report)
         checks.append(Check("teacher", f"{SAMPLED_ROWS} rows again", tuple(again)))
@@ -111,7 +116,10 @@ def verify_store(path: str | Path, teacher: str | None, report: Report) -> list[
 def check_bytes(location: Location, report: Report, prefix: str = "") -> list[Check]:
     """Check seal and files of a cache or an added teacher; `prefix` begins the checks' names."""
     manifest = sealed_manifest(location)
-    damage = [f"{each.file}: {each.reason}" for each in find_damage(location, manifest, report)]
+    folder = f"{ADDED}/{manifest['addition']}/" if "addition" in manifest else ""
+    damage = [
+        f"{folder}{each.file}: {each.reason}" for each in find_damage(location, manifest, report)
+    ]
     files = sum(map(num_chunks, array_specs(manifest).values()))
     return [
         Check(f"{prefix}manifest", "the seal", ()),
@@ -119,15 +127,24 @@ def check_bytes(location: Location, report: Report, prefix: str = "") -> list[Ch
     ]
 
 
+def lost_teachers(files: Iterable[str]) -> list[str]:
+    """Return the manifests that added teachers have lost."""
+    folders = {file.split("/")[1] for file in files if file.startswith(f"{ADDED}/")}
+    named = {name for name in folders if TEACHER_NAME.fullmatch(name)}
+    return [f"{ADDED}/{name}/{METADATA}" for name in sorted(named - {*added_names(files)})]
+
+
 def check_values(group: TeacherCache, labels: Tensor, prefix: str = "") -> list[Check]:
     """Check the values in a cache or an added teacher, given the labels of the test images."""
     values = (*VALUES, KEPT) if group.kept else VALUES
-    whole = "addition" not in group.manifest
-    checks = [
-        Check(f"{prefix}{name}", what, tuple(check(group)))
-        for name, what, check in values
-        if whole or name not in OF_IMAGES
-    ]
+    if "addition" in group.manifest:  # without images, and perhaps without a CLIP
+        left_out = OF_IMAGES if group.manifest["clip"] else (*OF_IMAGES, "features", "blend")
+        values = tuple(
+            (name, "cosines of features" if name == "blend" else what, check)
+            for name, what, check in values
+            if name not in left_out
+        )
+    checks = [Check(f"{prefix}{name}", what, tuple(check(group))) for name, what, check in values]
     counted = tuple(check_accuracies(group, labels))
     checks.append(Check(f"{prefix}accuracies", "as counted from rows", counted))
     clip = group.manifest["clip"]

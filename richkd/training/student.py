@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from richkd.config import catalog
-from richkd.config.settings import Distill, shown_weights, to_table
+from richkd.config.settings import Distill, shown_weights, to_table, used_weights
 from richkd.core.errors import RichKDError
 from richkd.core.files import locked
 from richkd.core.progress import Advance, Report, percent
 from richkd.core.versions import versions
 from richkd.losses.method import EVERY, TARGET
+from richkd.store.added import array_of
 from richkd.store.reader import TeacherCache
 from richkd.store.schema import left_out, teacher_accuracies
 from richkd.training.checkpoint import Best, Progress, Saving
@@ -29,7 +30,7 @@ from richkd.training.initial import Initial
 from richkd.training.loop import EpochRecord, Trainer, describe_training
 from richkd.training.optimizers import check_optimizer
 from richkd.training.precision import advice, is_open, time_precisions
-from richkd.training.run_folder import RunFolder
+from richkd.training.run_folder import RECIPE, RunFolder
 from richkd.training.source import Source, initial_of, method_of
 from richkd.training.targets import describe_target, resolve_weights, run_identity
 
@@ -199,6 +200,7 @@ class StudentRun:
             "choice_accuracy": None if data.choice is None else found.accuracy,
             "tested": len(tested),
             "views": self.source.cache.num_views if self.rows else "fresh",
+            "added": run_identity(self.source.cache, self.settings).added,
             "seconds": self.progress.seconds,
             "images_per_second": last[0]["images_per_second"] if last else None,
             "run": str(self.folder.path),
@@ -284,13 +286,33 @@ def with_defaults(settings: Distill, cache: TeacherCache, runs: str = "runs") ->
     student = settings.student or catalog.networks(dataset, cache.manifest["image_size"])[1]
     alpha = "" if settings.alpha is None else f"-a{settings.alpha}"
     if settings.weights is not None:
-        alpha = f"-w-{shown_weights(settings.weights).replace('=', '').replace(',', '-')}"
+        alpha = f"-w-{shown_weights(used_weights(settings)).replace('=', '').replace(',', '-')}"
+    settings = replace(settings, weights=used_weights(settings))
     name = f"{cache.location.stem}-{student}-{settings.method}{alpha}-s{settings.seed}"
     out = settings.out or str(Path(runs) / name.replace("/", "-"))
     check_optimizer(settings)
     lr = settings.lr or catalog.learning_rate(student, settings.optimizer)
     settings = settings.with_holdout("validation" in cache.splits)
     return replace(settings, student=student, lr=lr, out=out)
+
+
+def check_every_teacher(cache: TeacherCache, settings: Distill, runs: str = "runs") -> None:
+    """Check that weights name every teacher of a cache, unless they are those of an earlier run.
+
+    Raises:
+        RichKDError: a teacher of the cache has no weight, not even 0.
+    """
+    given = settings.weights
+    missing = [name for name in cache.teachers if given != "auto" and name not in (given or {})]
+    if given is None or not missing:
+        return
+    if Path(with_defaults(settings, cache, runs).out, RECIPE).exists():
+        return  # a teacher was added since
+    raise RichKDError(
+        f"weights {shown_weights(given)}: {cache.location} also has the teacher {missing[0]}; "
+        f"give it a weight, or {missing[0]}=0 to leave it out",
+        code="weights-incomplete",
+    )
 
 
 def check_reads(cache: TeacherCache, settings: Distill) -> None:
@@ -333,7 +355,8 @@ def check_blend_of(cache: TeacherCache, settings: Distill) -> None:
                 f"blend of teachers; remove --weights",
                 code="weights-not-taken",
             )
-        resolve_weights(cache, settings)
+        for name in resolve_weights(cache, settings):
+            check_features_of(cache, settings, name)
     elif cache.manifest["clip"] is None and "clip_features" in reads and cache.added:
         raise RichKDError(
             f"method {settings.method} blends teachers, but {cache.location} has no CLIP; name "
@@ -350,6 +373,21 @@ def check_blend_of(cache: TeacherCache, settings: Distill) -> None:
         )
 
 
+def check_features_of(cache: TeacherCache, settings: Distill, name: str) -> None:
+    """Raise RichKDError if a run reads features of an added teacher that the cache lacks."""
+    method_type, options = method_of(settings)
+    if name not in cache.added or "clip_features" not in method_type.reads(options):
+        return
+    kind = "teacher" if cache.addition(name).manifest["clip"] is None else "clip"
+    if not cache.has(array_of("train", f"{name}/{kind}_features")):
+        raise RichKDError(
+            f"method {settings.method} reads the features of {name}, but {cache.location} keeps "
+            f"no such rows; choose a method of logits alone, e.g. richkd-l, or precompute with "
+            f"--features all",
+            code="method-needs-features",
+        )
+
+
 def check_kept(settings: Distill, rows: Collection[str] | None, cache: str) -> None:
     """Check that a cache keeps the features that a run reads.
 
@@ -362,7 +400,10 @@ def check_kept(settings: Distill, rows: Collection[str] | None, cache: str) -> N
         RichKDError: it was made without them.
     """
     method_type, options = method_of(settings)
-    reads, absent = method_type.reads(options), left_out(rows, "train")
+    reads, absent = {*method_type.reads(options)}, left_out(rows, "train")
+    if isinstance(settings.weights, dict):  # a teacher of weight 0 is not read
+        own = {"cnn": "teacher_features", "clip": "clip_features"}
+        reads -= {row for name, row in own.items() if not settings.weights.get(name)}
     for name in sorted(absent.intersection(reads)):
         alone = "richkd-l" if method_type.target == "fused" else "kd"
         raise RichKDError(

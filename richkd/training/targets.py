@@ -17,7 +17,7 @@ from torch import Tensor
 from richkd.config.settings import Distill, shown_weights
 from richkd.core import fusion
 from richkd.core.accuracy import accuracy
-from richkd.core.errors import RichKDError, unknown
+from richkd.core.errors import RichKDError, require, unknown
 from richkd.core.progress import Report
 from richkd.core.seeds import derive_seed
 from richkd.losses import method_class, method_options
@@ -92,7 +92,7 @@ def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Rep
         return Target(kind, (Part("teacher_logits"),), {"kind": kind}, float(alpha))
     if kind not in ("clip", "fused"):
         part, _ = teacher_part(cache, kind, settings, report)
-        return Target(kind, (part,), {"kind": kind})
+        return Target(kind, (part,), {"kind": kind}, weights={kind: 1.0})
     cache.require("train/clip_similarity")
     about: dict[str, Any] = {"kind": kind, "head": settings.clip_head}
     if kind == "fused" and not settings.reblends and cache.has("train/fused_logits"):
@@ -116,14 +116,24 @@ def check_target(cache: TeacherCache, settings: Distill, kind: str) -> None:
     known = ("teacher", "clip", "fused", *cache.added)
     if kind not in known:
         raise unknown("target", kind, known)
-    given = {"alpha": settings.alpha == "auto", "weights": settings.weights is not None}
-    blend = next((name for name, present in given.items() if present), None)
-    if kind != "fused" and blend is not None and (kind != "clip" or blend == "weights"):
-        what = "the CNN teacher" if kind == "teacher" else kind
+    if kind in cache.added:
+        of_clip = {"scale": settings.scale, "prompts": settings.prompts, "alpha": settings.alpha}
+        for name, value in of_clip.items():
+            must = f"left out for the target {kind}, an added teacher"
+            require(value is None, name, value, must)
+        must = f"zero-shot for the target {kind}, an added teacher"
+        require(settings.clip_head == "zero-shot", "clip_head", settings.clip_head, must)
+    what = "the CNN teacher" if kind == "teacher" else kind
+    if kind == "teacher" and settings.alpha == "auto":
         raise RichKDError(
-            f"{blend} {shown_weights(getattr(settings, blend))} chooses a blend, but the target is "
-            f"{what} alone; pass --target fused, or leave it out",
-            code="alpha-auto-without-blend" if blend == "alpha" else "weights-without-blend",
+            f"alpha 'auto' chooses a blend, but the target is {what} alone; pass --target fused",
+            code="alpha-auto-without-blend",
+        )
+    if kind != "fused" and settings.weights is not None:
+        raise RichKDError(
+            f"weights {shown_weights(settings.weights)} choose a blend, but the target is {what} "
+            f"alone; pass --target fused, or leave --weights out",
+            code="weights-without-blend",
         )
 
 
@@ -186,7 +196,7 @@ def resolve_weights(cache: TeacherCache, settings: Distill) -> dict[str, float]:
     """Return the teachers of a blend with their weights, which sum to 1; with `auto`, all alike.
 
     Raises:
-        RichKDError: the weights name a teacher that the cache does not have, or lack one.
+        RichKDError: the weights name a teacher that the cache does not have.
     """
     given = settings.weights
     if not isinstance(given, Mapping):
@@ -194,15 +204,8 @@ def resolve_weights(cache: TeacherCache, settings: Distill) -> dict[str, float]:
     for name in given:
         if name not in cache.teachers:
             raise unknown_teacher(cache.location, name, cache.teachers)
-    missing = [name for name in cache.teachers if name not in given]
-    if missing:
-        raise RichKDError(
-            f"weights {shown_weights(given)}: {cache.location} also has the teacher {missing[0]}; "
-            f"give it a weight, or {missing[0]}=0 to leave it out",
-            code="weights-incomplete",
-        )
     total = sum(given.values())
-    return {name: given[name] / total for name in cache.teachers if given[name] > 0}
+    return {name: given[name] / total for name in cache.teachers if given.get(name)}
 
 
 def run_identity(cache: TeacherCache, settings: Distill) -> RunIdentity:
