@@ -121,8 +121,8 @@ def check_addition(
     try:
         present = check_settings(settings, out, overwrite)
     except RichKDError as error:
-        remedy = str(error).replace("choose another --out", "choose another --name")
-        raise RichKDError(remedy, code=error.code) from None
+        error.args = (str(error).replace("choose another --out", "choose another --name"),)
+        raise
     is_cnn = settings.teacher != NO_TEACHER
     if present is not None and ("teacher" in present) != is_cnn:
         kind = "CNN" if "teacher" in present else "CLIP"

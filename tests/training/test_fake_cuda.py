@@ -162,7 +162,9 @@ def test_batches_of_the_preview_are_not_computed_again(monkeypatch: pytest.Monke
     clip = torch.ones(16, LARGER_CLIP["embed_dim"], device=CUDA)
     asked: list[int] = []
     ask = CNNTeacher.rows
-    monkeypatch.setattr(CNNTeacher, "rows", lambda self, x: asked.append(len(x)) or ask(self, x))
+    monkeypatch.setattr(
+        CNNTeacher, "rows", lambda self, x, *rest: asked.append(len(x)) or ask(self, x, *rest)
+    )
     rows = make_rows(preview=Preview(((logits, features),), (clip,)))
     with NeverWaits():
         compute(rows, BLOCKS[:2])
