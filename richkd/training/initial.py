@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -68,18 +69,17 @@ class Initial:
 
         A file written by train-teacher records them; otherwise the tag in the network's name tells.
         """
-        if self.weights == PRETRAINED or has_tag(self.name):
-            config = pretrained_config(self.name, self.flag)
-            return tuple(config.mean), tuple(config.std)
         path = Path(self.weights)
-        note = read_note(path) if path.is_file() else {}
-        if not {"mean", "std"} <= note.keys():
+        if self.weights != PRETRAINED and path.is_file():
+            note = read_note(path)
+            if {"mean", "std"} <= note.keys():
+                with suppress(ValueError):  # another program's
+                    seen = NetworkInput.of_note(note)
+                    return seen.mean, seen.std
+        if self.weights != PRETRAINED and not has_tag(self.name):
             return None
-        try:
-            seen = NetworkInput.of_note(note)
-        except ValueError:
-            return None
-        return seen.mean, seen.std
+        config = pretrained_config(self.name, self.flag)
+        return tuple(config.mean), tuple(config.std)
 
     def digest(self, recorded: str | None) -> str:
         """Return the first digits of the SHA-256 of the weights, once they are known to fit.

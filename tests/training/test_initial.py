@@ -22,8 +22,9 @@ from richkd.config.settings import Distill, TrainTeacher
 from richkd.core.progress import Report
 from richkd.core.seeds import derive_seed
 from richkd.data.datasets import load_dataset
+from richkd.data.framing import NetworkInput
 from richkd.models import create_model
-from richkd.models.weights import file_sha256, read_note
+from richkd.models.weights import file_sha256, read_note, save_tensors
 from richkd.teachers import cnn
 from richkd.training import initial
 from richkd.training.checkpoint import Checkpoints
@@ -207,6 +208,21 @@ def test_a_teacher_is_fine_tuned_and_resumed(
     tuned(tmp_path / "more.safetensors", str(tmp_path / "cut.safetensors"), "test_resnet")
     assert same(first[-1], again)
     assert read_note(tmp_path / "more.safetensors")["mean"] == note["mean"]
+
+
+def test_a_file_tells_what_it_expects_before_a_tag_does(tmp_path: Path) -> None:
+    """A network named by its tag, which means 0.5, was trained further on other constants."""
+    seen = NetworkInput(size=32, mean=(0.1, 0.2, 1 / 3), std=(0.3, 0.4, 2 / 7), crop=1.0)
+    state = create_model(NAME, CLASSES).state_dict()
+    for note, mean in (
+        (seen.note, seen.mean),
+        ({}, (0.5, 0.5, 0.5)),
+        ({"mean": "1", "std": "x"}, (0.5, 0.5, 0.5)),
+    ):
+        file = tmp_path / "a.safetensors"
+        save_tensors(file, state, note)
+        weights = initial.Initial(weights=str(file), name=NAME, num_classes=CLASSES, image_size=32)
+        assert weights.constants is not None and weights.constants[0] == mean
 
 
 def test_a_fine_tuned_teacher_has_a_file_of_its_own() -> None:
