@@ -151,6 +151,36 @@ def test_a_student_from_a_file(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_key_chooses_among_the_networks_of_a_file(
+    store: Path, tmp_path: Path, first: Any
+) -> None:
+    """It is recorded, and an error names the flag of the command."""
+    a, b = (create_model("resnet8", CLASSES).state_dict() for _ in range(2))
+    file = tmp_path / "two.pth"
+    torch.save({"student": a, "teacher": b}, file)
+    settings = {"method": "ce", "epochs": 1, "student_weights": str(file)}
+    with refuses("weights-ambiguous", file, "--student-weights-key student"):
+        train(store, tmp_path / "run", **settings)
+    with refuses("weights-key-unknown", "'other'", "student, teacher"):
+        train(store, tmp_path / "run", **settings, student_weights_key="other")
+    train(store, tmp_path / "run", **settings, student_weights_key="teacher")
+    with refuses("run-settings-differ", "student_weights_key"):
+        train(store, tmp_path / "run", **settings, student_weights_key="student")
+    out, settings = tmp_path / "t.safetensors", {"model": "resnet8", "epochs": 1, "warmup": 0}
+    with refuses("weights-ambiguous", file, "--init-key student"):
+        tuned(out, str(file), **settings)
+    tuned(out, str(file), **settings, init_key="student")
+    assert json.loads(read_note(out)["training"])["init_key"] == "student"
+    with refuses("teacher-settings-differ", "init_key"):
+        tuned(out, str(file), **settings, init_key="teacher")
+    assert same(first[0], b) and same(first[1], a)
+    for none in ("", "pretrained"):
+        with refuses("value-out-of-range", "init_key", "'model'"):
+            TrainTeacher(dataset="shapes", init=none, init_key="model")
+        with refuses("value-out-of-range", "student_weights_key", "'model'"):
+            Distill(cache="a.zarr", student_weights=none, student_weights_key="model")
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "values"),
     [
