@@ -255,6 +255,21 @@ def test_a_file_tells_what_it_expects_before_a_tag_does(tmp_path: Path) -> None:
         assert weights.constants is not None and weights.constants[0] == mean
 
 
+def test_a_repository_is_no_network_to_train(store: Path, tmp_path: Path, fails: Fails) -> None:
+    hub, file = f"hf-hub:timm/{NAME}", tmp_path / "w.safetensors"
+    save_tensors(file, create_model("test_resnet", CLASSES).state_dict())
+    for words in (
+        f"train-teacher --dataset shapes --limit 48 --out {tmp_path / 'a.safetensors'} --model",
+        f"distill --cache {store} --out {tmp_path / 'a'} --student",
+        f"sweep --cache {store} --out {tmp_path / 'b'} --student-weights pretrained --students",
+    ):
+        command, option = words.split()[0], "--init" if "train" in words else "--student-weights"
+        for start in ([], ["pretrained"], [str(file)]) if command != "sweep" else ([],):
+            line = fails(*words.split(), hub, *(word for each in start for word in (option, each)))
+            assert line.code == "model-names-weights" and repr(hub) in line and option in line
+    assert [*tmp_path.iterdir()] == [file]
+
+
 def test_a_fine_tuned_teacher_has_a_file_of_its_own() -> None:
     given: dict[str, Any] = {"dataset": "cifar100", "model": "resnet18.a1_in1k"}
     assert TrainTeacher(**given, init="pretrained").out == (
