@@ -328,6 +328,12 @@ class Training(Settings):
             require(self.momentum > 0, "momentum", self.momentum, "above 0 with nesterov")
 
 
+def _check_key(name: str, weights: str, key: str) -> None:
+    """Check that a key is given only with a file of weights to start from."""
+    must = f"left out without {name} FILE"
+    require(not key or weights not in ("", "pretrained"), f"{name}_key", key, must)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainTeacher(Images, Training):
     """Settings of `richkd train-teacher`."""
@@ -337,6 +343,9 @@ class TrainTeacher(Images, Training):
         "",
         "weights to start from: a file, or pretrained (those that timm names for the model)",
         path=True,
+    )
+    init_key: str = setting(
+        "", "which weights to take if the file of --init has several, e.g. state_dict or model_ema"
     )
     out: str = setting(
         "", "weights file (.safetensors); default teachers/DATASET[-LIMIT]-MODEL", path=True
@@ -353,6 +362,7 @@ class TrainTeacher(Images, Training):
             name = f"{dataset}{limit}{held_out}-{self.model}{source}.safetensors"
             self._set("out", str(Path("teachers") / name.replace("/", "-")))
         local_path(self.out)
+        _check_key("init", self.init, self.init_key)
         named = not self.out or self.out.endswith(".safetensors")
         require(named, "out", self.out, "a .safetensors file")
 
@@ -525,6 +535,11 @@ class Distill(Training):
         "weights to start from: a file, or pretrained (those that timm names for the student)",
         path=True,
     )
+    student_weights_key: str = setting(
+        "",
+        "which weights to take if the file of --student-weights has several, e.g. state_dict or "
+        "model_ema",
+    )
     method: str = setting("richkd", "richkd, richkd-l, kd, dkd, ce, …; see richkd methods")
     options: dict[str, Any] = setting(
         {}, "NAME=VALUE: option of the method, e.g. temperature=4", flag="--set"
@@ -573,6 +588,7 @@ class Distill(Training):
             )
         local_path(self.out)
         local_path(self.data_root, "--data-root")
+        _check_key("student_weights", self.student_weights, self.student_weights_key)
         self._check_weights()
 
     def _check_weights(self) -> None:

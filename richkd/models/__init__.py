@@ -93,6 +93,8 @@ def create_model(
 
 def check_names(names: Collection[str]) -> None:
     """Check that models of these names exist; raise RichKDError with all that do not."""
+    for name in names:
+        _check_not_on_hub(name)
     others = [name for name in names if _registered(name) not in CONSTRUCTORS]
     missing = [name for name in others if not import_timm().is_model(_registered(name))]
     if missing:
@@ -133,19 +135,14 @@ def check_trainable(name: str, weights: str = "") -> None:
 
     Args:
         name: the network's name; may be empty.
-        weights: a weights file, with which such a name is allowed; may be empty.
+        weights: weights to start from, with which a tag is allowed; may be empty.
 
     Raises:
-        RichKDError: the name means pretrained weights, and there is no weights file.
+        RichKDError: the name is a repository's, or has a tag and there are no weights.
     """
-    if not name or weights or not names_weights(name):
+    _check_not_on_hub(name)
+    if not name or weights or not has_tag(name):
         return
-    if hub_name(name) is not None:
-        raise RichKDError(
-            f"model {name!r} names pretrained weights, which only --teacher of richkd precompute "
-            f"loads; name the network alone to train it from scratch, e.g. timm/resnet50",
-            code="model-names-weights",
-        )
     plain, _, tag = _registered(name).partition(".")
     plain = f"timm/{plain}" if name.startswith("timm/") or plain in ZOO else plain
     raise RichKDError(
@@ -154,6 +151,17 @@ def check_trainable(name: str, weights: str = "") -> None:
         f"from scratch",
         code="model-names-weights",
     )
+
+
+def _check_not_on_hub(name: str) -> None:
+    """Raise RichKDError if a name is that of a repository, which names no network by itself."""
+    if hub_name(name) is not None:
+        raise RichKDError(
+            f"model {name!r} names pretrained weights on the hub, which only --teacher of richkd "
+            f"precompute loads; name the network itself, e.g. timm/resnet50, and start it from a "
+            f"file of these weights with --student-weights (distill) or --init (train-teacher)",
+            code="model-names-weights",
+        )
 
 
 def timm_config(name: str) -> Any | None:

@@ -28,6 +28,7 @@ from richkd.models.candidates import Candidate, find_candidates
 from richkd.models.layouts import describe_layout
 from richkd.models.pickles import HARMLESS, foreign
 
+KEY_FLAG = "--teacher-weights-key"
 _SHA256 = "richkd-sha256"
 Content = Mapping[str, Any]
 
@@ -203,7 +204,13 @@ def _read_pickle(path: Path) -> object:
 
 
 def find_state(
-    own: Mapping[str, Tensor], content: Content, name: str, path: Path, key: str = ""
+    own: Mapping[str, Tensor],
+    content: Content,
+    name: str,
+    path: Path,
+    key: str = "",
+    *,
+    flag: str = KEY_FLAG,
 ) -> tuple[dict[str, Tensor], str]:
     """Find a network's state dict in the content of a file.
 
@@ -217,6 +224,7 @@ def find_state(
         name: the network's name, for messages.
         path: the file's path, for messages.
         key: the key or prefix at which the state dict lies; empty to look for it everywhere.
+        flag: by which the user gives the key, for messages.
 
     Returns:
         The entries by the network's own names, and one line on what was unwrapped and ignored,
@@ -236,24 +244,24 @@ def find_state(
         )
     there = [one for one in found if not key or one.is_at(key)]
     if not there:
-        raise _unknown_key(key, found, path)
+        raise _unknown_key(key, found, path, flag)
     fitting = [one for one in there if one.fits]
     if not fitting:
         layout = describe_layout(name, content, _note(path))
         raise _other_architecture(there, own, name, path, layout)
-    chosen = _choose(fitting, name, path)
+    chosen = _choose(fitting, name, path, flag)
     beside = [one for one in fitting if one is not chosen]
-    return chosen.state(own), _describe(chosen, beside, own, path, key)
+    return chosen.state(own), _describe(chosen, beside, own, path, key, flag)
 
 
-def _unknown_key(key: str, found: list[Candidate], path: Path) -> RichKDError:
+def _unknown_key(key: str, found: list[Candidate], path: Path, flag: str) -> RichKDError:
     """Return the error that names the keys that there are, those of the network first."""
     fitting = [one.key for one in found if one.fits]
     keys = [*filter(None, dict.fromkeys(fitting or [one.key for one in found]))]
     remedy = (
         f"choose from {', '.join(keys[:8])}"
         if keys
-        else "its weights are at the top level: leave --teacher-weights-key out"
+        else f"its weights are at the top level: leave {flag} out"
     )
     return RichKDError(
         f"{path} has no weights at key {key!r}; {remedy}", code="weights-key-unknown"
@@ -264,7 +272,7 @@ def _note(path: Path) -> dict[str, str]:
     return read_note(path) if path.is_file() else {}
 
 
-def _choose(fitting: list[Candidate], name: str, path: Path) -> Candidate:
+def _choose(fitting: list[Candidate], name: str, path: Path, flag: str) -> Candidate:
     """Return the averaged candidate, else the one at a usual key, else the only one.
 
     Raises:
@@ -277,8 +285,7 @@ def _choose(fitting: list[Candidate], name: str, path: Path) -> Candidate:
         return rank[0]
     raise RichKDError(
         f"{path} holds several networks that could be {name} ({_places(rank)}); choose one with "
-        f"--teacher-weights-key {next(filter(None, (one.key for one in rank)))}, or save it in a "
-        f"file of its own",
+        f"{flag} {next(filter(None, (one.key for one in rank)))}, or save it in a file of its own",
         code="weights-ambiguous",
     )
 
@@ -299,6 +306,7 @@ def _describe(
     own: Mapping[str, Tensor],
     path: Path,
     key: str,
+    flag: str,
 ) -> str:
     """Return one line on what was loaded; empty if the file is the state dict and nothing else."""
     ignored = sorted([*chosen.outside, *(chosen.tensors.keys() - own.keys())])
@@ -306,12 +314,10 @@ def _describe(
     if chosen.averaged:
         notes.append("averaged weights")
     if beside:
-        other = next(
-            (f"; --teacher-weights-key {one.key} takes those" for one in beside if one.key), ""
-        )
+        other = next((f"; {flag} {one.key} takes those" for one in beside if one.key), "")
         notes.append(f"rather than {_places(beside)}{other}")
     if key:
-        notes.append("by --teacher-weights-key")
+        notes.append(f"by {flag}")
     if chosen.unwrapped:
         notes.append("without wrappers such as module in the names")
     if ignored:
@@ -351,7 +357,15 @@ def _other_architecture(
     )
 
 
-def load_into(model: nn.Module, content: Content, name: str, path: Path, key: str = "") -> str:
+def load_into(
+    model: nn.Module,
+    content: Content,
+    name: str,
+    path: Path,
+    key: str = "",
+    *,
+    flag: str = KEY_FLAG,
+) -> str:
     """Load every entry of a network from the content of a file.
 
     Args:
@@ -360,6 +374,7 @@ def load_into(model: nn.Module, content: Content, name: str, path: Path, key: st
         name: the network's name, for messages.
         path: the file's path, for messages.
         key: as in `find_state`.
+        flag: likewise.
 
     Returns:
         One line on what was unwrapped and ignored (see `find_state`); empty if nothing was.
@@ -368,7 +383,7 @@ def load_into(model: nn.Module, content: Content, name: str, path: Path, key: st
         RichKDError: names or shapes differ from the network's, or weights are not floats.
     """
     own = model.state_dict()
-    state, summary = find_state(own, content, name, path, key)
+    state, summary = find_state(own, content, name, path, key, flag=flag)
     misfits = {each: state[each] for each in own if state[each].shape != own[each].shape}
     if misfits:
         raise _other_shapes(misfits, own, name, path, content)

@@ -297,7 +297,9 @@ def initial_of(settings: TrainTeacher, dataset: Dataset) -> Initial | None:
         name=settings.model,
         num_classes=len(dataset.class_names),
         image_size=dataset.image_size,
+        key=settings.init_key,
         flag="--init",
+        key_flag="--init-key",
     )
 
 
@@ -432,7 +434,7 @@ def _summary(settings: TrainTeacher, dataset: Dataset, **results: float | None) 
 
 def training_of(settings: TrainTeacher) -> dict[str, Any]:
     """Return the settings that, with the images, determine the weights."""
-    names = {field.name for field in fields(Training)} | {"model", "validation", "init"}
+    names = {field.name for field in fields(Training)} | {"model", "validation", "init", "init_key"}
     table = to_table(settings)
     if settings.init not in ("", PRETRAINED):  # wherever the file is
         check_weights(Path(settings.init))

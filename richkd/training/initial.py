@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -49,7 +50,9 @@ class Initial:
     num_classes: int
     image_size: int
     settings: Mapping[str, Any] = field(default_factory=dict)  # likewise
+    key: str = ""  # which weights of the file, as in `find_state`
     flag: str = "--student-weights"  # that names the weights, for messages
+    key_flag: str = "--student-weights-key"  # likewise the key
 
     def check(self) -> None:
         """Check, without reading or downloading them, that there may be such weights.
@@ -68,18 +71,17 @@ class Initial:
 
         A file written by train-teacher records them; otherwise the tag in the network's name tells.
         """
-        if self.weights == PRETRAINED or has_tag(self.name):
-            config = pretrained_config(self.name, self.flag)
-            return tuple(config.mean), tuple(config.std)
         path = Path(self.weights)
-        note = read_note(path) if path.is_file() else {}
-        if not {"mean", "std"} <= note.keys():
+        if self.weights != PRETRAINED and path.is_file():
+            note = read_note(path)
+            if {"mean", "std"} <= note.keys():
+                with suppress(ValueError):  # another program's
+                    seen = NetworkInput.of_note(note)
+                    return seen.mean, seen.std
+        if self.weights != PRETRAINED and not has_tag(self.name):
             return None
-        try:
-            seen = NetworkInput.of_note(note)
-        except ValueError:
-            return None
-        return seen.mean, seen.std
+        config = pretrained_config(self.name, self.flag)
+        return tuple(config.mean), tuple(config.std)
 
     def digest(self, recorded: str | None) -> str:
         """Return the first digits of the SHA-256 of the weights, once they are known to fit.
@@ -125,17 +127,18 @@ class Initial:
         path = Path(self.weights)
         content = read_weights(path)
         own = self._new(self.num_classes).state_dict()
-        state, _ = find_state(own, content, self.name, path)
+        where = {"key": self.key, "flag": self.key_flag}
+        state, _ = find_state(own, content, self.name, path, **where)
         misfits = {name for name, tensor in own.items() if state[name].shape != tensor.shape}
         classes = self.num_classes
         counts = {int(state[name].shape[0]) for name in misfits if state[name].ndim}
         if misfits and misfits <= self._head and len(counts) == 1:
             classes = counts.pop()
         donor = self._new(classes)
-        unwrapped = load_into(donor, content, self.name, path)
+        unwrapped = load_into(donor, content, self.name, path, **where)
         tensors = donor.state_dict()
-        where = unwrapped or f"loaded the weights from {path}"
-        return self._without_head(tensors, classes), f"{where}; {self._describe_head(classes)}"
+        loaded = unwrapped or f"loaded the weights from {path}"
+        return self._without_head(tensors, classes), f"{loaded}; {self._describe_head(classes)}"
 
     def _of_timm(self) -> tuple[dict[str, Tensor], str]:
         config = pretrained_config(self.name, self.flag)

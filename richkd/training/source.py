@@ -313,6 +313,7 @@ def initial_of(settings: Distill, cache: TeacherCache) -> Initial | None:
         num_classes=cache.num_classes,
         image_size=cache.manifest["image_size"],
         settings=settings.student_options,
+        key=settings.student_weights_key,
     )
 
 

@@ -22,8 +22,9 @@ from richkd.config.settings import Distill, TrainTeacher
 from richkd.core.progress import Report
 from richkd.core.seeds import derive_seed
 from richkd.data.datasets import load_dataset
+from richkd.data.framing import NetworkInput
 from richkd.models import create_model
-from richkd.models.weights import file_sha256, read_note
+from richkd.models.weights import file_sha256, read_note, save_tensors
 from richkd.teachers import cnn
 from richkd.training import initial
 from richkd.training.checkpoint import Checkpoints
@@ -150,6 +151,36 @@ def test_a_student_from_a_file(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_key_chooses_among_the_networks_of_a_file(
+    store: Path, tmp_path: Path, first: Any
+) -> None:
+    """It is recorded, and an error names the flag of the command."""
+    a, b = (create_model("resnet8", CLASSES).state_dict() for _ in range(2))
+    file = tmp_path / "two.pth"
+    torch.save({"student": a, "teacher": b}, file)
+    settings = {"method": "ce", "epochs": 1, "student_weights": str(file)}
+    with refuses("weights-ambiguous", file, "--student-weights-key student"):
+        train(store, tmp_path / "run", **settings)
+    with refuses("weights-key-unknown", "'other'", "student, teacher"):
+        train(store, tmp_path / "run", **settings, student_weights_key="other")
+    train(store, tmp_path / "run", **settings, student_weights_key="teacher")
+    with refuses("run-settings-differ", "student_weights_key"):
+        train(store, tmp_path / "run", **settings, student_weights_key="student")
+    out, settings = tmp_path / "t.safetensors", {"model": "resnet8", "epochs": 1, "warmup": 0}
+    with refuses("weights-ambiguous", file, "--init-key student"):
+        tuned(out, str(file), **settings)
+    tuned(out, str(file), **settings, init_key="student")
+    assert json.loads(read_note(out)["training"])["init_key"] == "student"
+    with refuses("teacher-settings-differ", "init_key"):
+        tuned(out, str(file), **settings, init_key="teacher")
+    assert same(first[0], b) and same(first[1], a)
+    for none in ("", "pretrained"):
+        with refuses("value-out-of-range", "init_key", "'model'"):
+            TrainTeacher(dataset="shapes", init=none, init_key="model")
+        with refuses("value-out-of-range", "student_weights_key", "'model'"):
+            Distill(cache="a.zarr", student_weights=none, student_weights_key="model")
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "values"),
     [
@@ -207,6 +238,36 @@ def test_a_teacher_is_fine_tuned_and_resumed(
     tuned(tmp_path / "more.safetensors", str(tmp_path / "cut.safetensors"), "test_resnet")
     assert same(first[-1], again)
     assert read_note(tmp_path / "more.safetensors")["mean"] == note["mean"]
+
+
+def test_a_file_tells_what_it_expects_before_a_tag_does(tmp_path: Path) -> None:
+    """A network named by its tag, which means 0.5, was trained further on other constants."""
+    seen = NetworkInput(size=32, mean=(0.1, 0.2, 1 / 3), std=(0.3, 0.4, 2 / 7), crop=1.0)
+    state = create_model(NAME, CLASSES).state_dict()
+    for note, mean in (
+        (seen.note, seen.mean),
+        ({}, (0.5, 0.5, 0.5)),
+        ({"mean": "1", "std": "x"}, (0.5, 0.5, 0.5)),
+    ):
+        file = tmp_path / "a.safetensors"
+        save_tensors(file, state, note)
+        weights = initial.Initial(weights=str(file), name=NAME, num_classes=CLASSES, image_size=32)
+        assert weights.constants is not None and weights.constants[0] == mean
+
+
+def test_a_repository_is_no_network_to_train(store: Path, tmp_path: Path, fails: Fails) -> None:
+    hub, file = f"hf-hub:timm/{NAME}", tmp_path / "w.safetensors"
+    save_tensors(file, create_model("test_resnet", CLASSES).state_dict())
+    for words in (
+        f"train-teacher --dataset shapes --limit 48 --out {tmp_path / 'a.safetensors'} --model",
+        f"distill --cache {store} --out {tmp_path / 'a'} --student",
+        f"sweep --cache {store} --out {tmp_path / 'b'} --student-weights pretrained --students",
+    ):
+        command, option = words.split()[0], "--init" if "train" in words else "--student-weights"
+        for start in ([], ["pretrained"], [str(file)]) if command != "sweep" else ([],):
+            line = fails(*words.split(), hub, *(word for each in start for word in (option, each)))
+            assert line.code == "model-names-weights" and repr(hub) in line and option in line
+    assert [*tmp_path.iterdir()] == [file]
 
 
 def test_a_fine_tuned_teacher_has_a_file_of_its_own() -> None:
