@@ -50,7 +50,7 @@ from richkd.training.checkpoint import Progress
 from richkd.training.data import Data, EpochRows, EvalSet
 from richkd.training.device import choose_device
 from richkd.training.identity import TeacherIdentity
-from richkd.training.initial import PRETRAINED, Initial
+from richkd.training.initial import PRETRAINED, Constants, Initial, recorded_constants
 from richkd.training.loop import Trainer, describe_training
 from richkd.training.optimizers import check_optimizer
 from richkd.training.run_folder import PLACES, TeacherFolder
@@ -235,7 +235,10 @@ def train_teacher(
     settings, out = settings.for_size(dataset.image_size), Path(settings.out)
     check_trainable(settings.model, settings.init)
     check_output(out, overwrite)
-    initial = initial_of(settings, dataset)
+    started = None if overwrite else started_from(settings)
+    if started is not None:
+        report.log(f"{settings.init} is missing; taken to be the file that {out} was started from")
+    initial = initial_of(settings, dataset, started)
     dataset = as_expected(dataset, initial)
     if out.exists() and not overwrite:
         return completed(settings, dataset, report)
@@ -288,8 +291,42 @@ def start(
     return Progress()
 
 
-def initial_of(settings: TrainTeacher, dataset: Dataset) -> Initial | None:
-    """Return the weights that the network starts from, or None for random ones."""
+@dataclass(frozen=True)
+class Started:
+    """What is recorded of the file of weights that a training started from."""
+
+    sha256: str
+    constants: Constants | None  # by which its images are normalised
+
+
+def started_from(settings: TrainTeacher) -> Started | None:
+    """Return what is recorded of a file that is missing, and needed no more; else None."""
+    out = Path(settings.out)
+    if settings.init in ("", PRETRAINED) or Path(settings.init).exists():
+        return None
+    constants: Constants | None = None
+    if out.is_file():
+        note = read_note(out)
+        training, constants = json.loads(note.get("training", "{}")), recorded_constants(note)
+    else:
+        training, identity = TeacherFolder(out).started() or ({}, None)
+        if isinstance(identity, TeacherIdentity) and identity.constants is not None:
+            mean, std = map(tuple, identity.constants)
+            constants = mean, std
+    sha256 = training.get("init", PRETRAINED)
+    return None if sha256 == PRETRAINED else Started(sha256, constants)
+
+
+def initial_of(
+    settings: TrainTeacher, dataset: Dataset, started: Started | None = None
+) -> Initial | None:
+    """Return the weights that the network starts from, or None for random ones.
+
+    Args:
+        settings: of the training.
+        dataset: its images.
+        started: as `started_from` returns it.
+    """
     if not settings.init:
         return None
     return Initial(
@@ -300,6 +337,7 @@ def initial_of(settings: TrainTeacher, dataset: Dataset) -> Initial | None:
         key=settings.init_key,
         flag="--init",
         key_flag="--init-key",
+        recorded=None if started is None else started.constants,
     )
 
 
@@ -437,8 +475,10 @@ def training_of(settings: TrainTeacher) -> dict[str, Any]:
     names = {field.name for field in fields(Training)} | {"model", "validation", "init", "init_key"}
     table = to_table(settings)
     if settings.init not in ("", PRETRAINED):  # wherever the file is
-        check_weights(Path(settings.init))
-        table["init"] = file_sha256(Path(settings.init))
+        started = started_from(settings)
+        if started is None:
+            check_weights(Path(settings.init))
+        table["init"] = file_sha256(Path(settings.init)) if started is None else started.sha256
     return {name: value for name, value in table.items() if name in names - PLACES}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 from richkd.core.validation import find_fault, hints
@@ -42,10 +42,8 @@ class Identity:
                 identity = cls(**recorded)
             except TypeError:  # a field is missing, or is not one of ours
                 raise ValueError(f"{recorded!r} does not identify what was trained on") from None
-            for field in fields(cls):
-                fault = find_fault(
-                    getattr(identity, field.name), hints(cls)[field.name], field.name
-                )
+            for each in fields(cls):
+                fault = find_fault(getattr(identity, each.name), hints(cls)[each.name], each.name)
                 if fault is not None:
                     raise ValueError(fault)
             return identity
@@ -66,7 +64,7 @@ class Identity:
         was, other = asdict(self), asdict(now)
         return ", ".join(
             f"{name} was {was[name]!r} and is now {other[name]!r}"
-            for name in was
+            for name in (each.name for each in fields(self) if each.compare)
             if was[name] != other[name]
         )
 
@@ -148,6 +146,8 @@ class TeacherIdentity(Identity):
     dataset: str
     classes: int
     input: str
+    # Mean and standard deviation, which `input` rounds, to resume without the initial weights.
+    constants: list[list[float]] | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, dataset: Dataset, initial: str | None = None) -> Self:
@@ -162,6 +162,7 @@ class TeacherIdentity(Identity):
             dataset=dataset.fingerprint[:DIGITS],
             classes=len(dataset.class_names),
             input=describe_input(dataset.network_input),
+            constants=None if initial is None else [[*dataset.mean], [*dataset.std]],
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -38,6 +37,17 @@ def describe_constants(constants: Constants) -> str:
     return f"mean {mean}, std {std}"
 
 
+def recorded_constants(note: Mapping[str, str]) -> Constants | None:
+    """Return mean and standard deviation that the metadata of weights record, or None."""
+    if not {"mean", "std"} <= note.keys():
+        return None
+    try:
+        seen = NetworkInput.of_note(note)
+    except ValueError:  # another program's
+        return None
+    return seen.mean, seen.std
+
+
 @dataclass(frozen=True, kw_only=True)
 class Initial:
     """Weights in a file, or those that timm names for a network (`pretrained`).
@@ -53,6 +63,7 @@ class Initial:
     key: str = ""  # which weights of the file, as in `find_state`
     flag: str = "--student-weights"  # that names the weights, for messages
     key_flag: str = "--student-weights-key"  # likewise the key
+    recorded: Constants | None = None  # `constants` of a file that is missing, if known
 
     def check(self) -> None:
         """Check, without reading or downloading them, that there may be such weights.
@@ -71,13 +82,11 @@ class Initial:
 
         A file written by train-teacher records them; otherwise the tag in the network's name tells.
         """
-        path = Path(self.weights)
+        path, found = Path(self.weights), self.recorded
         if self.weights != PRETRAINED and path.is_file():
-            note = read_note(path)
-            if {"mean", "std"} <= note.keys():
-                with suppress(ValueError):  # another program's
-                    seen = NetworkInput.of_note(note)
-                    return seen.mean, seen.std
+            found = recorded_constants(read_note(path))
+        if found is not None:
+            return found
         if self.weights != PRETRAINED and not has_tag(self.name):
             return None
         config = pretrained_config(self.name, self.flag)

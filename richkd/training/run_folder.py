@@ -166,9 +166,19 @@ class TrainingFolder:
         Raises:
             RichKDError: its settings are damaged.
         """
+        started = self.started()
+        return None if started is None else started[1].initial
+
+    def started(self) -> tuple[dict[str, Any], Identity] | None:
+        """Return settings and identity of a training that needs its initial weights no more.
+
+        Raises:
+            RichKDError: they are damaged.
+        """
         if not self._ours or not (self.complete or self.checkpoints.files):
             return None
-        return self._identity(self._read_recipe().get(self.KEY)).initial
+        recipe = self._read_recipe()
+        return recipe, self._identity(recipe.pop(self.KEY, None))
 
     def begin(self, recipe: Mapping[str, Any], identity: Identity, *, overwrite: bool) -> bool:
         """Create the folder, or check that the training in it is this one; other files are kept.

@@ -198,7 +198,9 @@ def test_weights_that_a_student_cannot_start_from(
     assert not (tmp_path / "a").exists()
 
 
-def tuned(out: Path, init: str, model: str = NAME, **given: Any) -> dict[str, Any]:
+def tuned(
+    out: Path, init: str, model: str = NAME, *, overwrite: bool = False, **given: Any
+) -> dict[str, Any]:
     """Fine-tune a network on a few shapes."""
     settings = {"limit": 48, "epochs": 3, "batch_size": 16, "device": "cpu", "optimizer": "adamw"}
     settings |= {"warmup": 1, "schedule": "cosine", "ema": 0.5, "lr": 1e-3}
@@ -206,7 +208,8 @@ def tuned(out: Path, init: str, model: str = NAME, **given: Any) -> dict[str, An
         dataset="shapes", model=model, init=init, out=str(out), **{**settings, **given}
     )
     report = Report(quiet=True)
-    return cnn.train_teacher(chosen, load_dataset(chosen, report=report), report)
+    dataset = load_dataset(chosen, report=report)
+    return cnn.train_teacher(chosen, dataset, report, overwrite=overwrite)
 
 
 @pytest.mark.slow
@@ -253,6 +256,37 @@ def test_a_file_tells_what_it_expects_before_a_tag_does(tmp_path: Path) -> None:
         save_tensors(file, state, note)
         weights = initial.Initial(weights=str(file), name=NAME, num_classes=CLASSES, image_size=32)
         assert weights.constants is not None and weights.constants[0] == mean
+
+
+def test_a_teacher_needs_its_file_only_to_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it, training ends in the same weights, by exactly the constants that it recorded."""
+    seen = NetworkInput(size=32, mean=(0.1, 0.2, 1 / 3), std=(0.3, 0.4, 2 / 7), crop=1.0)
+    file, settings = tmp_path / "a.safetensors", {"model": "resnet8", "epochs": 2, "warmup": 0}
+    save_tensors(file, create_model("resnet8", CLASSES).state_dict(), seen.note)
+    whole, cut, new = (tmp_path / f"{name}.safetensors" for name in ("whole", "cut", "new"))
+    tuned(whole, str(file), **settings)
+    save = Checkpoints.save
+
+    def stop(self: Any, *arguments: Any) -> None:
+        save(self, *arguments)
+        raise CutOff
+
+    with monkeypatch.context() as patch, pytest.raises(CutOff):
+        patch.setattr(Checkpoints, "save", stop)
+        tuned(cut, str(file), **settings)
+    file.unlink()
+    done = tuned(cut, str(file), **settings)
+    assert cut.read_bytes() == whole.read_bytes()
+    assert read_note(cut)["mean"] == seen.note["mean"]
+    assert tuned(cut, str(file), **settings) == done  # complete
+    with refuses("teacher-settings-differ", "epochs"):
+        tuned(cut, str(file), **{**settings, "epochs": 3})
+    for out, overwrite in ((new, False), (cut, True)):
+        with refuses("weights-missing", file):
+            tuned(out, str(file), overwrite=overwrite, **settings)
+    assert not new.exists() and cut.read_bytes() == whole.read_bytes()
 
 
 def test_a_repository_is_no_network_to_train(store: Path, tmp_path: Path, fails: Fails) -> None:
