@@ -30,8 +30,8 @@ PROMPT_HEAD = ("prompt alone, top-1 in %", "CLIP", "fused")
 KNOWS_HEAD = ("images, %", "right", "alone right", "right, blend of the others wrong")
 ADDS_HEAD = ("blend without", "top-1, %", "points added [95 %]", "NLL", "NLL added [95 %]")
 WITHOUT_CLIP = (
-    "The cache was made without CLIP, so there is no disagreement, no gain or loss by class, and no "
-    "effect of α, scale and prompts to show."
+    "The cache was made without CLIP, so there is no disagreement, no gain or loss by class, and "
+    "no effect of α, scale and prompts to show."
 )
 
 WITHOUT_FEATURES = (

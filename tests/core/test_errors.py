@@ -12,7 +12,7 @@ from richkd.core.validation import CHOICE, RANGE, TYPE
 
 KEBAB = r"[a-z]+(-[a-z]+)*"
 # where one raise serves several kinds of settings or folders, each with a code of its own
-CODES_FROM_TABLES = {"validation.py", "run_folder.py", "pretrained.py"}
+CODES_FROM_TABLES = {"validation.py", "run_folder.py", "pretrained.py", "matching.py"}
 SOURCES = sorted((Path(__file__).parents[2] / "richkd").rglob("*.py"))
 
 
