@@ -388,7 +388,8 @@ def planned_teacher(
         key = settings.teacher_weights_key
         cnn = load_teacher(settings.teacher, weights, count, found, device, key=key, head=head)
     if head == "rows":
-        rows = own_rows(settings, count, dataset, Report(quiet=True)) if known else range(classes)
+        quiet = Report(quiet=True)
+        rows = own_rows(settings, count, dataset, quiet, planning) if known else range(classes)
         cnn = replace(cnn, outputs=tuple(rows))
     return cnn, weights is not None
 
