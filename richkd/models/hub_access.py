@@ -46,6 +46,11 @@ def hub_fault(session: Any = None, pause_s: float = 1.0) -> str | None:
     return None
 
 
+def planning() -> str:
+    """Return why a plan does not reach the hub."""
+    return "nothing is downloaded for a plan"
+
+
 @contextmanager
 def offline(wanted: bool = True) -> Iterator[None]:
     """Make the hub's client use its cache alone, without waiting for the network, if `wanted`."""

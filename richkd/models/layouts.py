@@ -69,7 +69,7 @@ def _named(content: Mapping[str, Any], note: Mapping[str, str]) -> Iterator[str]
             yield from (
                 name
                 for name in found
-                if isinstance(name, str) and re.fullmatch(r"[\w.-]{1,100}", name)
+                if isinstance(name, str) and re.fullmatch(r"(timm/)?[\w.-]{1,100}", name)
             )
 
 

@@ -21,11 +21,12 @@ from torch import nn
 
 from richkd.core.errors import RichKDError, first_line
 from richkd.models import ZOO, check_names, create_pretrained
-from richkd.models.hub_access import Fault, hub_fault, offline, quiet
+from richkd.models.hub_access import Fault, hub_fault, offline, planning, quiet
 from richkd.models.registry import import_timm
 
 _ABSENT = {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}  # of the hub's client
 _SAFE_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch refuses both at once
 
 
 def pretrained_config(name: str, flag: str) -> Any:
@@ -100,6 +101,12 @@ class Source:
         return cls("", file or Path(urllib.parse.urlsplit(address).path).name)
 
     @property
+    def download(self) -> str:
+        """The command that downloads a repository's configuration."""
+        plain, _, revision = self.repository.partition("@")
+        return f"hf download {plain} config.json" + f" --revision {revision}" * bool(revision)
+
+    @property
     def place(self) -> Path:
         """The folder, or the file, in the cache."""
         from huggingface_hub import constants
@@ -139,21 +146,20 @@ def loading(what: str, source: Source, flag: str, code: str, fault: Fault) -> It
             reason = "its weights are a pickle that could run code"
             remedy = "choose a repository with model.safetensors"
         elif kinds & {*_ABSENT, "FileNotFoundError", "URLError", "ConnectError"}:
-            remedy = (
-                f"without a network, copy {source.place} from a machine that has it, or pass "
-                f"{flag} FILE"
-            )
+            remedy = f"without a network, copy {source.place} from a machine that has it"
+            if fault is planning:
+                remedy = f"get it first, e.g. by {source.download}"
+            remedy += f", or pass {flag} FILE"
         raise RichKDError(f"cannot load {what}: {reason}; {remedy}", code=code) from None
 
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
     """Make every `torch.load` refuse code, as timm's versions differ in what they ask for."""
-    was = os.environ.get(_SAFE_ONLY)
+    was = {name: os.environ.pop(name) for name in (_SAFE_ONLY, _UNSAFE) if name in os.environ}
     os.environ[_SAFE_ONLY] = "1"
     try:
         yield
     finally:
         del os.environ[_SAFE_ONLY]
-        if was is not None:
-            os.environ[_SAFE_ONLY] = was
+        os.environ.update(was)

@@ -7,7 +7,6 @@ gives the number of the teacher's output for each class; None means the dataset'
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,8 @@ from richkd.core.text_files import read_text
 from richkd.data.datasets import Dataset, Split
 from richkd.data.inputs import make_inputs
 from richkd.teachers.cnn import CNNTeacher, Outputs
-from richkd.teachers.framing import note_of
+from richkd.teachers.framing import note_of, noted_names
+from richkd.teachers.matching import named_outputs
 from richkd.teachers.permutation import CLEARLY, advantage_of, likely_order
 from richkd.teachers.pretrained import by_name
 
@@ -142,7 +142,7 @@ def noted_outputs(note: Mapping[str, str], weights: Path, dataset: Dataset) -> O
         ("class_folders", dataset.class_folders),
         ("class_names", dataset.class_names),
     ):
-        theirs = _noted(note, kind, weights)
+        theirs = noted_names(note, kind, weights)
         if len(theirs) == len(ours) == len({*ours}) and {*theirs} == {*ours}:
             return _outputs(theirs, ours)
         if theirs and ours:
@@ -155,20 +155,6 @@ def noted_outputs(note: Mapping[str, str], weights: Path, dataset: Dataset) -> O
             code="teacher-classes-differ",
         )
     return None
-
-
-def _noted(note: Mapping[str, str], kind: str, weights: Path) -> list[str]:
-    """Return the class names or folders in the metadata, which are JSON there."""
-    try:
-        found = json.loads(note.get(kind, "[]"))
-    except ValueError:
-        found = None
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise RichKDError(
-            f"{weights} has damaged metadata: {kind} is not a list of names; restore the file",
-            code="weights-metadata-damaged",
-        )
-    return found
 
 
 def resolve_outputs(
@@ -202,15 +188,23 @@ def resolve_outputs(
             )
         return outputs
     note = note_of(weights)
-    if weights is not None and any(kind in note for kind in ("class_folders", "class_names")):
+    if weights is None:
+        outputs = named_outputs(settings, dataset)
+        if outputs is None:
+            return guess_outputs(teacher, dataset, report)
+        source = f"by the configuration of {settings.teacher}"
+    elif any(kind in note for kind in ("class_folders", "class_names")):
         outputs = noted_outputs(note, weights, dataset)
-        if outputs is not None:
-            report.log(
-                f"the teacher's outputs are {_some(outputs, dataset)}, as recorded in {weights}; "
-                f"the cache has them in the dataset's order"
-            )
-        return outputs
-    return guess_outputs(teacher, dataset, report)
+        source = f"as recorded in {weights}"
+    else:
+        return guess_outputs(teacher, dataset, report)
+    if outputs is None or outputs == tuple(range(len(outputs))):
+        return None
+    report.log(
+        f"the teacher's outputs are {_some(outputs, dataset)}, {source}; the cache has them in the "
+        f"dataset's order"
+    )
+    return outputs
 
 
 def guess_outputs(teacher: CNNTeacher, dataset: Dataset, report: Report) -> Outputs | None:

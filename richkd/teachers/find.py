@@ -278,7 +278,9 @@ def load_again(
         RichKDError: the weights cannot be loaded or are of another network.
     """
     entry, recipe = cache.manifest["teacher"], cache.manifest["recipe"]
-    named = str(weights) == entry["name"] and not weights.exists()
+    named = not weights.exists()
+    if named:
+        check_weights_name(str(weights), entry["name"], recipe.get("teacher_weights", ""))
     given = {"teacher": entry["name"], "teacher_weights": "" if named else str(weights)}
     settings = resolve(Precompute, recipe, given)
     check_teacher_name(settings)
@@ -297,6 +299,29 @@ def load_again(
         found,
         outputs=None if outputs is None else tuple(outputs),
         probe=None if probe is None else probe.to(device),
+    )
+
+
+def check_weights_name(given: str, name: str, file: str) -> None:
+    """Check that the name of pretrained weights is that of a cache's teacher.
+
+    Args:
+        given: the name.
+        name: of the cache's teacher.
+        file: that its weights were read from; empty if they were found by its name.
+
+    Raises:
+        RichKDError: it is another teacher's, or the weights are those of a file.
+    """
+    if file or not names_weights(name):
+        remedy = f"pass the file of its weights{f' ({file})' if file else ''}"
+    elif given.removeprefix("timm/") == name.removeprefix("timm/"):
+        return
+    else:
+        remedy = f"pass --teacher {name}, or a file of its weights"
+    raise RichKDError(
+        f"no weights file at {given}, and the cache's teacher is {name}; {remedy}",
+        code="weights-missing",
     )
 
 

@@ -121,6 +121,24 @@ def note_of(weights: Path | None) -> dict[str, str]:
     return _of_student(summary) if weights.stem in ("last", "best") and summary.is_file() else {}
 
 
+def noted_names(note: Mapping[str, str], kind: str, weights: Path) -> list[str]:
+    """Return the class names or folders in the metadata of weights, which are JSON there.
+
+    Raises:
+        RichKDError: the metadata is damaged.
+    """
+    try:
+        found = json.loads(note.get(kind, "[]"))
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise RichKDError(
+            f"{weights} has damaged metadata: {kind} is not a list of names; restore the file",
+            code="weights-metadata-damaged",
+        )
+    return found
+
+
 def _of_student(summary: Path) -> dict[str, str]:
     """Return the metadata of a student, from the summary in its run folder."""
     try:

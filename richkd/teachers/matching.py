@@ -17,9 +17,10 @@ from richkd.core.errors import RichKDError, nearest
 from richkd.core.progress import Report
 from richkd.data.datasets import Dataset
 from richkd.models import create_model
-from richkd.models.hub_access import Fault, hub_fault
+from richkd.models.hub_access import Fault, hub_fault, planning
 from richkd.models.weights import find_state, read_weights
 from richkd.teachers.cnn import Outputs
+from richkd.teachers.framing import note_of, noted_names
 from richkd.teachers.heads import check_folds
 from richkd.teachers.pretrained import by_name, configuration
 
@@ -54,13 +55,19 @@ def plain(name: str) -> str:
     return "".join(part for part in name.lower() if part not in "_- ")
 
 
-def own_classes(count: int, config: Any = None) -> OwnClasses | None:
-    """Return the classes of a teacher's outputs, or None if they are unknown.
+def recorded_classes(weights: Path, count: int) -> OwnClasses | None:
+    """Return the classes that richkd recorded in a teacher's file, or None if it did not."""
+    note = note_of(weights)
+    folders, names = (noted_names(note, kind, weights) for kind in ("class_folders", "class_names"))
+    listed = [each for each in (folders, names) if len(each) == count]
+    if not listed:
+        return None
+    texts = tuple(map(_lemmas, listed[-1]))
+    return OwnClasses(f"recorded in {weights}", tuple(listed[0]), texts)
 
-    Args:
-        count: the number of its outputs.
-        config: timm's configuration of its weights, which may name its classes.
-    """
+
+def named_classes(count: int, config: Any) -> OwnClasses | None:
+    """Return the classes that timm's configuration of weights names, or None if it names none."""
     labels = getattr(config, "label_names", None)
     labels = tuple(labels) if isinstance(labels, list | tuple) else ()
     if labels and len(labels) == count and all(isinstance(each, str) for each in labels):
@@ -68,6 +75,11 @@ def own_classes(count: int, config: Any = None) -> OwnClasses | None:
         descriptions = known if isinstance(known, Mapping) else {}
         texts = [str(descriptions.get(each, each)) for each in labels]
         return OwnClasses("named by its configuration", labels, tuple(map(_lemmas, texts)))
+    return None
+
+
+def imagenet_classes(count: int) -> OwnClasses | None:
+    """Return the classes of an ImageNet with as many, or None if there is none."""
     from timm.data import imagenet_info
 
     subset = imagenet_info.infer_imagenet_subset({"num_classes": count})
@@ -135,13 +147,26 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(listed[:SHOWN]) + f" and {len(listed) - SHOWN} more" * (len(listed) > SHOWN)
 
 
-def own_rows(settings: Precompute, count: int, dataset: Dataset, report: Report) -> Outputs:
+def own_rows(
+    settings: Precompute, count: int, dataset: Dataset, report: Report, fault: Fault = hub_fault
+) -> Outputs:
     """Return and log the rows of the teacher's own head for the dataset's classes.
+
+    Args:
+        settings: of the teacher.
+        count: the number of its outputs.
+        dataset: the images.
+        report: where to log them.
+        fault: returns why the hub cannot be reached.
 
     Raises:
         RichKDError: as `match_rows`, or the classes of its outputs are unknown.
     """
-    own = own_classes(count, configuration(settings.teacher) if by_name(settings) else None)
+    if by_name(settings):
+        own = named_classes(count, configuration(settings.teacher, fault))
+    else:
+        own = recorded_classes(Path(settings.teacher_weights), count)
+    own = own or imagenet_classes(count)
     if own is None:
         raise RichKDError(
             f"--teacher-head rows: the classes of the teacher's {count:,} outputs are unknown, as "
@@ -156,6 +181,39 @@ def own_rows(settings: Precompute, count: int, dataset: Dataset, report: Report)
         f"{_some(pairs)}"
     )
     return rows
+
+
+def named_outputs(
+    settings: Precompute, dataset: Dataset, fault: Fault = hub_fault
+) -> Outputs | None:
+    """Return the output for each class, if a pretrained teacher's configuration names its classes.
+
+    Args:
+        settings: of a teacher whose weights go by name, with as many outputs as there are classes.
+        dataset: the images.
+        fault: returns why the hub cannot be reached.
+
+    Raises:
+        RichKDError: its classes are not the dataset's.
+    """
+    own = named_classes(len(dataset.class_names), configuration(settings.teacher, fault))
+    if own is None:
+        return None
+    try:
+        return match_rows(dataset, own)
+    except RichKDError:
+        folders = dataset.class_folders or dataset.class_names
+        pairs = zip(folders, dataset.class_names, strict=True)
+        known = own.rows.keys()
+        lost = [folder for folder, name in pairs if not {plain(folder), plain(name)} & known]
+        fault_of = f"lack {lost[0]!r}" if lost else "do not match them one to one"
+        raise RichKDError(
+            f"teacher {settings.teacher} was trained on other classes than {dataset.name} has: its "
+            f"own, {_some(map(own.shown, range(len(own.ids))))}, {fault_of}; if only the names "
+            f"differ, pass --teacher-classes FILE with the class folders in the order of its "
+            f"outputs",
+            code="teacher-classes-differ",
+        ) from None
 
 
 def num_outputs(
@@ -218,13 +276,19 @@ def check_head(settings: Precompute, dataset: Dataset, fault: Fault = hub_fault)
         weights = None if named else Path(settings.teacher_weights)
         count = num_outputs(settings, weights, len(dataset.class_names), fault)
         if head == "rows":
-            own_rows(settings, count, dataset, Report(quiet=True))
+            own_rows(settings, count, dataset, Report(quiet=True), fault)
         elif count != len(dataset.class_names):
-            raise other_classes(settings, count, dataset)
+            raise other_classes(settings, count, dataset, fault=fault)
+        elif not settings.teacher_classes and (dataset.class_folders or fault is not planning):
+            named_outputs(settings, dataset, fault)  # a plan's drawn images have no class names
 
 
 def other_classes(
-    settings: Precompute, count: int, dataset: Dataset, code: str = "teacher-outputs-differ"
+    settings: Precompute,
+    count: int,
+    dataset: Dataset,
+    code: str = "teacher-outputs-differ",
+    fault: Fault = hub_fault,
 ) -> RichKDError:
     """Return the error for a teacher of another number of classes, with the heads that it may have.
 
@@ -233,9 +297,10 @@ def other_classes(
         count: the number of its outputs.
         dataset: the images.
         code: of the error.
+        fault: returns why the hub cannot be reached.
     """
     try:
-        own_rows(settings, count, dataset, Report(quiet=True))
+        own_rows(settings, count, dataset, Report(quiet=True), fault)
         offer = "use --teacher-head rows, as its own head has all of these classes, or"
     except RichKDError:
         offer = "use"

@@ -20,11 +20,12 @@ from richkd.config.settings import Precompute
 from richkd.core.errors import RichKDError
 from richkd.data.framing import NetworkInput
 from richkd.models import check_names, hub_name, input_of, names_weights, timm_config
-from richkd.models.hub_access import Fault, hub_fault, offline, quiet
+from richkd.models.hub_access import Fault, hub_fault, offline, planning, quiet
 from richkd.models.pretrained import Source, loading
 from richkd.models.registry import import_timm
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASCII)
+_OF_A_FILE = "--teacher timm/NETWORK --teacher-weights"
 
 
 def by_name(settings: Precompute) -> bool:
@@ -131,11 +132,6 @@ def blank_named(name: str) -> nn.Module:
         return model
 
 
-def planning() -> str:
-    """Return why a plan does not reach the hub."""
-    return "nothing is downloaded for a plan"
-
-
 def _source(name: str) -> str:
     """Return the name as timm's constructor takes it."""
     repository = hub_name(name)
@@ -143,5 +139,6 @@ def _source(name: str) -> str:
 
 
 def _loading(name: str, source: Source, fault: Fault) -> AbstractContextManager[None]:
-    code = "teacher-cannot-be-loaded"
-    return loading(f"teacher {name}", source, "--teacher-weights", code, fault)
+    # a repository has no further name that a file of its weights could be given for
+    flag = "--teacher-weights" if hub_name(name) is None else _OF_A_FILE
+    return loading(f"teacher {name}", source, flag, "teacher-cannot-be-loaded", fault)

@@ -63,7 +63,7 @@ def check_request(
     if settings.teacher_classes:
         given_outputs(settings, dataset)
     if interrupted is None or not interrupted.get("complete"):
-        check_head(settings, dataset)
+        check_head(settings.for_size(dataset.image_size), dataset)
     return dataset, interrupted
 
 

@@ -36,6 +36,7 @@ from richkd.data.datasets import Dataset, ImageFiles, Split, introduce, load_dat
 from richkd.data.decoding import Decoding
 from richkd.data.folders import Paths
 from richkd.data.prompts import load_prompts
+from richkd.models.hub_access import planning
 from richkd.precompute import StageOne
 from richkd.store import schema
 from richkd.store.checksums import num_chunks
@@ -59,7 +60,7 @@ from richkd.teachers.find import teacher_weights
 from richkd.teachers.framing import check_unsaid, resolve_input
 from richkd.teachers.heads import blank_probe
 from richkd.teachers.matching import check_head, num_outputs, own_rows
-from richkd.teachers.pretrained import by_name, check_teacher_name, named_input, planning
+from richkd.teachers.pretrained import by_name, check_teacher_name, named_input
 from richkd.teachers.request import check_given
 from richkd.teachers.rows import Teachers
 from richkd.training.device import choose_device, hardware, wait_for
@@ -387,7 +388,8 @@ def planned_teacher(
         key = settings.teacher_weights_key
         cnn = load_teacher(settings.teacher, weights, count, found, device, key=key, head=head)
     if head == "rows":
-        rows = own_rows(settings, count, dataset, Report(quiet=True)) if known else range(classes)
+        quiet = Report(quiet=True)
+        rows = own_rows(settings, count, dataset, quiet, planning) if known else range(classes)
         cnn = replace(cnn, outputs=tuple(rows))
     return cnn, weights is not None
 

@@ -56,6 +56,7 @@ from richkd.store.writer import written
 
 SAMPLED_ROWS = 256
 FILES = "files"  # the check of every byte
+TEACHER = "teacher"  # the check of rows that are computed again
 OF_IMAGES = ("labels", "views")  # checks of what an added teacher does not have
 
 
@@ -109,7 +110,7 @@ def verify_store(path: str | Path, teacher: str | None, report: Report) -> list[
             raise unknown_teacher(location, name, cache.teachers)
         group = cache.addition(name) if named and name in added else cache
         again = check_teacher(cache, group, Path(teacher if group is cache else weights), report)
-        checks.append(Check("teacher", f"{SAMPLED_ROWS} rows again", tuple(again)))
+        checks.append(Check(TEACHER, f"{SAMPLED_ROWS} rows again", tuple(again)))
     return checks
 
 
@@ -159,15 +160,16 @@ def raise_faults(path: str | Path, checks: list[Check]) -> None:
     faults = [(check.name, fault) for check in checks for fault in check.faults]
     if not faults:
         return
-    remedy = (
-        "richkd repair computes the damaged blocks again"
-        if faults[0][0].endswith(FILES)
-        else "it was written this way: write it again with richkd precompute --overwrite"
-    )
+    state, remedy = "is damaged", "write it again with richkd precompute --overwrite"
+    if faults[0][0] == TEACHER:
+        state = "is not what this teacher gives"
+        remedy = f"pass the weights that it was written with; if these are they, {remedy}"
+    elif faults[0][0].endswith(FILES):
+        remedy = "richkd repair computes the damaged blocks again"
+    else:
+        remedy = f"it was written this way: {remedy}"
     more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
-    raise RichKDError(
-        f"{path} is damaged: {faults[0][1]}{more}; {remedy}", code="cache-verify-failed"
-    )
+    raise RichKDError(f"{path} {state}: {faults[0][1]}{more}; {remedy}", code="cache-verify-failed")
 
 
 def show_checks(path: str | Path, checks: list[Check], report: Report, most: int = 8) -> None:

@@ -439,6 +439,11 @@ OTHERS: dict[str, tuple[Callable[[State, State], Any], str, list[str]]] = {
         ARCHITECTURE,
         ["test_vit with 7 classes"],
     ),
+    "a network that is named as users write it": (
+        lambda *_: timm_checkpoint(blank("test_vit", 7)) | {"arch": "timm/test_vit"},
+        ARCHITECTURE,
+        ["timm/test_vit with 7 classes"],
+    ),
     "a network of timm that its arguments name": (
         lambda *_: {"model": blank("test_vit", 7), "args": argparse.Namespace(model="test_vit")},
         ARCHITECTURE,

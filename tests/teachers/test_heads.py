@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +18,15 @@ from helpers import FOLDERS, changed, published, refuses, stage_one_of, tree, wr
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from richkd.config.settings import Precompute
 from richkd.core.progress import Report
 from richkd.data.datasets import Dataset, Split
+from richkd.models import create_model
 from richkd.models.weights import save_tensors
 from richkd.store.reader import TeacherCache
 from richkd.teachers import find
 from richkd.teachers.heads import FOLDS, fit
-from richkd.teachers.matching import match_rows, own_classes
+from richkd.teachers.matching import check_head, imagenet_classes, match_rows, own_rows
 from richkd.teachers.pretrained import configuration
 from richkd.tools.verify import raise_faults, repair_store, verify_store
 
@@ -262,8 +265,8 @@ def named(*folders: str) -> Dataset:
 
 
 def test_classes_match_one_row_each() -> None:
-    known = own_classes(1000)
-    assert known is not None and own_classes(999) is None
+    known = imagenet_classes(1000)
+    assert known is not None and imagenet_classes(999) is None
     assert match_rows(named(*FOLDERS), known) == tuple(FOLDERS.values())
     assert match_rows(named("n02012849", "n03126707"), known) == (134, 517)  # both are cranes
     for folders, code, *values in (
@@ -275,10 +278,48 @@ def test_classes_match_one_row_each() -> None:
         with refuses(code, *values):
             match_rows(named(*folders), known)
     for count in (11221, 11821, 21841, 21842, 21843):
-        larger = own_classes(count)
+        larger = imagenet_classes(count)
         assert larger is not None and len(larger.ids) == count
         (row,) = match_rows(named("n01440764"), larger)
         assert larger.ids[row] == "n01440764" and "tench" in larger.names[row]
+
+
+@pytest.mark.parametrize(("theirs", "kind"), [([*"cadbe"], "class_folders"), (None, "class_names")])
+def test_the_classes_that_a_file_records_come_first(
+    tmp_path: Path, theirs: list[str] | None, kind: str
+) -> None:
+    known = imagenet_classes(1000)
+    assert known is not None
+    theirs = theirs or [*known.ids][::-1]
+    weights = tmp_path / "w.safetensors"
+    state = timm.create_model("test_resnet", num_classes=len(theirs)).state_dict()
+    save_tensors(weights, state, {"fingerprint": "f", kind: json.dumps(theirs)})
+    settings = Precompute(
+        dataset="shapes",
+        teacher="test_resnet",
+        teacher_weights=str(weights),
+        teacher_head="rows",
+        clip="none",
+    )
+    dataset = named(theirs[-1], *theirs[:2])
+    check_head(settings, dataset)
+    assert own_rows(settings, len(theirs), dataset, QUIET) == (len(theirs) - 1, 0, 1)
+    with refuses("teacher-rows-unmatched", "'goldfich'", f"recorded in {weights}"):
+        own_rows(settings, len(theirs), named("goldfich"), QUIET)
+
+
+def test_the_classes_that_a_configuration_names_give_the_order(
+    hub: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    dataset, theirs = photos(tmp_path, rng, train=1, test=1), [*FOLDERS][::-1]
+    small: dict[str, Any] = {"num_classes": 8, "input_size": [3, 32, 32]}
+    published(hub, "hf-hub:me/perm", "test_resnet", label_names=theirs, **small)
+    published(hub, "hf-hub:me/other", "test_resnet", label_names=[*"abcdefgh"], **small)
+    cache = stage_one_of(tmp_path / "s.zarr", dataset, "hf-hub:me/perm", views=1)
+    assert cache.manifest["teacher"]["outputs"] == [theirs.index(each) for each in sorted(theirs)]
+    next((hub / "models--me--other").rglob("model.safetensors")).unlink()  # it is not needed
+    with refuses("teacher-classes-differ", "hf-hub:me/other", "a, b, c, d", "--teacher-classes"):
+        stage_one_of(tmp_path / "o.zarr", dataset, "hf-hub:me/other")
 
 
 def test_wrong_requests(hub: Path, tmp_path: Path, fails: Fails, rng: np.random.Generator) -> None:
@@ -307,4 +348,10 @@ def test_wrong_requests(hub: Path, tmp_path: Path, fails: Fails, rng: np.random.
         assert line.code == code, line
         assert all(str(value) in line for value in values), line
         assert not out.exists()
+    default = [*common[:-1], *f"--teacher-head rows --dataset imagefolder:{few}".split()]
+    line = fails(*default)
+    assert line.code == "teacher-head-not-needed" and "train resnet32x4" in line
+    weights = tmp_path / "w.safetensors"
+    save_tensors(weights, create_model("resnet32x4", 1000).state_dict())
+    assert fails(*default, "--teacher-weights", weights).code == "teacher-rows-ambiguous"
     assert dataset

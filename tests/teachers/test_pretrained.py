@@ -24,7 +24,9 @@ import richkd
 from richkd.config.settings import Images, Precompute
 from richkd.core.progress import Report
 from richkd.data.datasets import load_dataset
-from richkd.models.weights import state_sha256
+from richkd.models.hub_access import planning
+from richkd.models.weights import save_tensors, state_sha256
+from richkd.teachers.find import check_weights_name
 from richkd.teachers.pretrained import configuration, load_named
 from richkd.tools.plan import plan
 from richkd.tools.verify import raise_faults, repair_store, verify_store
@@ -147,6 +149,38 @@ def test_a_plan_downloads_nothing(hub: Path) -> None:
     assert "probe/weights" in found["arrays"] and not hub.exists()
 
 
+def test_what_a_plan_lacks_is_to_be_got_first(hub: Path) -> None:
+    command = "for a plan; get it first, e.g. by hf download me/some config.json --revision v2"
+    with refuses("teacher-cannot-be-loaded", command):
+        configuration("hf-hub:me/some@v2", planning)
+
+
+def test_a_cache_is_verified_with_the_weights_that_it_was_written_with(
+    tmp_path: Path, fails: Fails
+) -> None:
+    name = "test_resnet.r160_in1k"
+    for given, recorded, file in (
+        (name, f"timm/{name}", ""),
+        (f"timm/{name}", name, ""),
+        ("hf-hub:me/one", "hf-hub:me/one", ""),
+    ):
+        check_weights_name(given, recorded, file)
+    for given, recorded, file, remedy in (
+        (name, name, "w.pth", "w.pth"),
+        (name, "hf-hub:me/one", "", "--teacher hf-hub:me/one"),
+        ("resnet8", "resnet8", "", "file"),
+    ):
+        with refuses("weights-missing", given, recorded, remedy):
+            check_weights_name(given, recorded, file)
+    out, files = tmp_path / "s.zarr", [tmp_path / f"{seed}.safetensors" for seed in range(2)]
+    for file in files:
+        save_tensors(file, richkd.create_model("resnet8", 16).state_dict())
+    stage_one_of(out, "shapes", "resnet8", limit=24, views=1, teacher_weights=str(files[0]))
+    line = fails("verify", out, "--teacher", files[1])
+    assert line.code == "cache-verify-failed"
+    assert "damaged" not in line and "weights that it was written with" in line
+
+
 def test_what_cannot_be_loaded_is_refused_at_once(
     hub: Path, tmp_path: Path, fails: Fails, rng: np.random.Generator
 ) -> None:
@@ -162,7 +196,13 @@ def test_what_cannot_be_loaded_is_refused_at_once(
         ("resnet50.a9_in1k", "teacher-input-unsupported", "a9_in1k", "a1_in1k"),
         ("timm/resnet49.a1_in1k", "unknown-model", "resnet49"),
         ("hf-hub:me", "teacher-name-malformed", "hf-hub:OWNER/NAME"),
-        ("hf-hub:me/none", "teacher-cannot-be-loaded", hub / "models--me--none", "HF_HUB_OFFLINE"),
+        (
+            "hf-hub:me/none",
+            "teacher-cannot-be-loaded",
+            hub / "models--me--none",
+            "HF_HUB_OFFLINE",
+            "--teacher timm/NETWORK --teacher-weights FILE",
+        ),
         ("hf-hub:me/half", "teacher-cannot-be-loaded", hub / "models--me--half", "HF_HUB_OFFLINE"),
         ("hf-hub:me/wide", "teacher-input-unsupported", "32×48"),
         ("hf-hub:me/eight --teacher-size 64", "teacher-input-known", "--teacher-size"),
@@ -197,7 +237,12 @@ class Bomb:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_pickle_of_code_is_not_run(hub: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variable", ["", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
+def test_a_pickle_of_code_is_not_run(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    if variable:
+        monkeypatch.setenv(variable, "1")
     published(hub, "hf-hub:me/bomb", "test_resnet", num_classes=10)
     weights = next(hub.rglob("model.safetensors"))
     weights.unlink()
@@ -205,6 +250,7 @@ def test_a_pickle_of_code_is_not_run(hub: Path, tmp_path: Path) -> None:
     with refuses("teacher-cannot-be-loaded", "hf-hub:me/bomb", "could run code"):
         load_named("hf-hub:me/bomb")
     assert not (tmp_path / "crater").exists()
+    assert not variable or os.environ[variable] == "1"
     config = next(hub.rglob("config.json"))
     config.write_text(json.dumps({"architecture": "no_such_network"}))
     configuration.cache_clear()
