@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fashion_mnist import train_clip
 
 from richkd.analysis.results import mean_and_std, mean_std, minus_kd, paired_difference
 from richkd.config.settings import Distill, Images, Precompute, TrainTeacher
@@ -59,6 +58,8 @@ def half_of(dataset: Dataset, second: bool) -> Dataset:
 
 def make_cache(report: Report) -> None:
     """Train the three teachers and write their cache to the current folder."""
+    from fashion_mnist import train_clip
+
     dataset = load_dataset(Images(**IMAGES))
     for number, (name, model) in enumerate(TEACHERS.items()):
         settings = TrainTeacher(

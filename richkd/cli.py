@@ -857,7 +857,7 @@ def _table(recipe: str | None, section: str) -> dict[str, Any]:
 
 def check_repeated(arguments: Sequence[str]) -> None:
     """Check that a command names one teacher; of a repeated flag, only the last would count."""
-    for flag in ("--teacher", "--teacher-weights", "--clip"):
+    for flag in ("--teacher", "--clip"):
         count = sum(each == flag or each.startswith(f"{flag}=") for each in arguments)
         if count > 1:
             raise RichKDError(

@@ -16,6 +16,7 @@ SCRIPTS = {
     "methods": "methods",
     "students": "students",
     "views": "views",
+    "several_teachers": "several-teachers",
     "precision": "precision-fashion-mnist-x86_64-2-cores-cpu-2026-11-27",
 }
 
