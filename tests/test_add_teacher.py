@@ -243,6 +243,9 @@ def test_of_another_cache(make_store: Make, cnn: dict[str, Any]) -> None:
 
 BAD = {
     "--name b": ("teacher-not-named",),
+    "--clip none": ("teacher-not-named",),
+    "--teacher none": ("teacher-not-named",),
+    "--teacher resnet14 --dataset fashion-mnist": ("setting-of-the-cache", "fashion-mnist"),
     "--teacher resnet14 --clip demo": ("teacher-not-named",),
     "--teacher resnet14 --prompts single": ("setting-of-other-teacher", "--prompts"),
     "--clip demo --teacher-size 64": ("setting-of-other-teacher", "--teacher-size"),
@@ -295,7 +298,56 @@ def test_tables_of_a_recipe_are_checked_before_anything_is_computed(
         ('[precompute.teachers.b]\nviews = 3\nteacher = "resnet14"\n', "setting-of-the-cache"),
         ("[precompute.teachers.b]\nteachr = 'resnet14'\n", "unknown-setting"),
         ("[precompute.teachers]\nb = 3\n", "teacher-not-named"),
+        ("[precompute.teachers.b]\nclip = 'none'\n", "teacher-not-named"),
+        ("[precompute.teachers.b]\nclip = 'no/where'\n", "clip-directory"),
+        ("[precompute.teachers.b]\nteacher = 'resnet77'\n", "unknown-model"),
+        (
+            "[precompute.teachers.b]\nteacher = 'resnet8'\nteacher_weights = 'x.pt'\n",
+            "weights-missing",
+        ),
     ):
         recipe.write_text(head + table)
         assert fails("precompute", "--recipe", recipe).code == code
         assert not out.exists()
+
+
+def test_a_cnn_is_not_taken_for_a_clip_of_its_name(
+    fails: Fails, make_store: Make, cnn: dict[str, Any], clip: Path
+) -> None:
+    path = make_store()
+    add_teacher(path, {"clip": str(clip), "device": "cpu"}, name="c")
+    add_teacher(path, cnn, name="b")
+    words = ["--teacher", "resnet14", "--teacher-weights", cnn["teacher_weights"]]
+    error = fails("add-teacher", path, *words, "--name", "c", "--device", "cpu")
+    assert error.code == "teacher-exists" and "CLIP" in error
+    error = fails("add-teacher", path, "--clip", clip, "--name", "b", "--device", "cpu")
+    assert error.code == "teacher-exists" and "CNN" in error
+
+
+def test_a_lost_manifest_is_damage(
+    run: Run, fails: Fails, make_store: Make, cnn: dict[str, Any]
+) -> None:
+    path = make_store()
+    add_teacher(path, cnn, name="b")
+    (path / "teachers" / "b" / "zarr.json").rename(path / "teachers" / "b" / "zarr.json.tmp")
+    assert "teachers/b/zarr.json: missing" in fails("verify", path)
+    (path / "teachers" / "b" / "zarr.json.tmp").rename(path / "teachers" / "b" / "zarr.json")
+    assert run("verify", path).code == 0
+    assert fails("verify", path, "--teacher", "nope=x.pt").code == "unknown-teacher"
+    manifest = path / "teachers" / "b" / "zarr.json"
+    manifest.write_text(manifest.read_text().replace("resnet14", "resnet20"))
+    error = fails("verify", path)
+    assert error.code == "cache-unsealed" and "precompute --overwrite" not in error
+
+
+def test_links_are_not_written_through(
+    fails: Fails, make_store: Make, cnn: dict[str, Any], tmp_path: Path
+) -> None:
+    path = make_store()
+    add_teacher(path, cnn, name="b")
+    (path / "teachers").rename(tmp_path / "elsewhere")
+    (path / "teachers").symlink_to(tmp_path / "elsewhere")
+    assert richkd.open_cache(path).teachers == ("cnn", "clip", "b")  # reading is fine
+    words = ["--teacher", "resnet14", "--teacher-weights", cnn["teacher_weights"]]
+    error = fails("add-teacher", path, *words, "--name", "c", "--device", "cpu")
+    assert error.code == "teacher-is-link" and str(path / "teachers") in error

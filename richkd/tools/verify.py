@@ -23,7 +23,7 @@ from richkd.core.errors import RichKDError
 from richkd.core.memory import spans
 from richkd.core.progress import Report
 from richkd.data.views import NUM_VIEW_IDS
-from richkd.store.added import added_names, place_of, unknown_teacher
+from richkd.store.added import added_names, place_of, unknown_teacher, write_again
 from richkd.store.checksums import (
     block_files,
     chunk_files,
@@ -251,16 +251,15 @@ def sealed_manifest(location: Location) -> Manifest:
     if not sealed(Folder(copy.path)) or manifest["checksums"] is None:
         raise RichKDError(
             f"{location}: the manifest does not match its seal (zarr.json was changed), so "
-            f"nothing in the cache can be trusted; write it again with richkd precompute "
-            f"--overwrite",
+            f"nothing in it can be trusted; {write_again(location)}",
             code="cache-unsealed",
         )
     claimed = sum(map(num_chunks, array_specs(manifest).values()))
     present = sum("/c/" in file for file in location.sizes())
     if claimed > 2 * present + 1000:  # too many to be lost chunks, or to check
         raise RichKDError(
-            f"{location}: the manifest claims {claimed:,} chunks, but there are {present:,}; write "
-            f"the cache again with richkd precompute --overwrite",
+            f"{location}: the manifest claims {claimed:,} chunks, but there are {present:,}; "
+            f"{write_again(location)}",
             code="manifest-damaged",
         )
     return manifest

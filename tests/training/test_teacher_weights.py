@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from helpers import refuses, write_clip, write_teacher
 from test_distill import metrics, train
 
 import richkd
+from richkd.analysis.results import leaderboard
 from richkd.config.settings import Distill
 from richkd.core.progress import Report
 from richkd.data.shapes import CLASS_NAMES
@@ -82,6 +84,12 @@ def test_logits_of_equal_spread_are_summed_by_weight(several: Path) -> None:
         two = target_rows(several, view, weights={"cnn": 3, "clip": 0, "b": 1, "c": 0})
         wanted = 0.75 * z["cnn"] + 0.25 * spread["cnn"] / spread["b"] * z["b"]
         np.testing.assert_allclose(two, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_features_of_a_target_are_its_own(several: Path) -> None:
+    settings = Distill(cache=str(several), student="resnet8", target="b", lr=0.05, device="cpu")
+    trainer, rows, _ = Source(settings, QUIET).trainer(settings)
+    assert {*rows} == {"target_logits", "b/features"} and trainer.method.weights == {"b": 1.0}
 
 
 def test_one_teacher_alone(several: Path) -> None:
@@ -175,8 +183,6 @@ def test_training_records_what_was_blended(several: Path, tmp_path: Path) -> Non
 def test_another_teacher_of_that_name_is_another_run(
     make_store: Make, tmp_path: Path, several: Path
 ) -> None:
-    import shutil
-
     path = Path(shutil.copytree(several, tmp_path / "c.zarr"))
     train(path, tmp_path / "w", method="kd", target="b", epochs=1)
     train(path, tmp_path / "kd", method="kd", epochs=1)
@@ -192,11 +198,15 @@ def test_another_teacher_of_that_name_is_another_run(
     ("settings", "code", "value"),
     [
         ({"weights": {"cnn": 1.0, "b": 1.0}}, "weights-incomplete", "clip=0"),
+        ({"weights": {"cnn": 1e308, "b": 1e308}}, "value-out-of-range", "1e+308"),
         ({"weights": {**WEIGHTS, "vit": 1.0}}, "unknown-teacher", "'vit'"),
         ({"method": "kd", "weights": WEIGHTS}, "weights-without-blend", "--target fused"),
         ({"method": "ce", "weights": WEIGHTS}, "weights-not-taken", "ce"),
         ({"method": "ca-mkd", "weights": WEIGHTS}, "weights-not-taken", "ca-mkd"),
         ({"method": "kd", "target": "vit"}, "unknown-name", "'vit'"),
+        ({"method": "richkd", "target": "b", "alpha": 0.3}, "value-out-of-range", "alpha"),
+        ({"method": "kd", "target": "c", "prompts": (0,)}, "value-out-of-range", "prompts"),
+        ({"method": "kd", "target": "c", "clip_head": "probe"}, "value-out-of-range", "clip_head"),
         (
             {"weights": WEIGHTS, "options": {"richkd": {"feature_alpha": 0.5}}},
             "feature-alpha-with-weights",
@@ -227,3 +237,23 @@ def test_two_cnns_without_a_clip(make_store: Make, tmp_path: Path, shapes_teache
         richkd.open_cache(path).read("teachers/b/train/teacher_logits", 0),
     )
     assert same and found["target"]["balance"] == {"cnn": 1.0, "b": 1.0}
+
+
+def test_a_teacher_that_is_added_later_changes_no_run(
+    make_store: Make, tmp_path: Path, several: Path, shapes_teacher: Path
+) -> None:
+    path = Path(shutil.copytree(several, tmp_path / "c.zarr"))
+    given = {"method": "kd", "target": "fused", "weights": {**WEIGHTS, "c": 0.0}, "epochs": 1}
+    before = train(path, tmp_path / "w", **given)
+    train(path, tmp_path / "aver-0", method="aver", epochs=1)
+    b = {"teacher": "resnet8", "teacher_weights": str(shapes_teacher), "device": "cpu"}
+    add_teacher(path, b, name="later")
+    assert train(path, tmp_path / "w", **given) == before
+    with refuses("weights-incomplete", "later=0"):
+        train(path, tmp_path / "new", **given)
+    weights = {**given["weights"], "later": 0.0}
+    assert train(path, tmp_path / "w", **{**given, "weights": weights}) == before
+    train(path, tmp_path / "aver-1", method="aver", epochs=1, seed=1)
+    runs = load_runs([tmp_path], str(path))
+    standings = leaderboard([(run.settings, run.complete) for run in runs])
+    assert [len(each.runs) for each in standings if each.method == "aver"] == [1, 1]
