@@ -55,6 +55,7 @@ from richkd.store.topk import Rows, TopKRows, keep_classes, kl_errors
 from richkd.store.writer import written
 
 SAMPLED_ROWS = 256
+LOST = "teachers"  # the check for manifests of added teachers
 FILES = "files"  # the check of every byte
 TEACHER = "teacher"  # the check of rows that are computed again
 OF_IMAGES = ("labels", "views")  # checks of what an added teacher does not have
@@ -95,7 +96,7 @@ def verify_store(path: str | Path, teacher: str | None, report: Report) -> list[
     checks, files = check_bytes(location, report), location.sizes()
     added = added_names(files)
     if lost := lost_teachers(files):
-        checks.append(Check(FILES, f"{ADDED}/", tuple(f"{each}: missing" for each in lost)))
+        checks.append(Check(LOST, f"{ADDED}/", tuple(f"{each}: missing" for each in lost)))
     for name in added:
         checks += check_bytes(place_of(location, name), report, f"{name}: ")
     if any(check.faults for check in checks):
@@ -161,7 +162,11 @@ def raise_faults(path: str | Path, checks: list[Check]) -> None:
     if not faults:
         return
     state, remedy = "is damaged", "write it again with richkd precompute --overwrite"
-    if faults[0][0] == TEACHER:
+    if ": " in faults[0][0]:  # of an added teacher
+        remedy = "add the teacher again with richkd add-teacher --overwrite"
+    if faults[0][0] == LOST:
+        remedy = "restore the file, or delete the folder and add the teacher again"
+    elif faults[0][0] == TEACHER:
         state = "is not what this teacher gives"
         remedy = f"pass the weights that it was written with; if these are they, {remedy}"
     elif faults[0][0].endswith(FILES):
