@@ -293,6 +293,12 @@ def add_teacher(
     name: Annotated[
         str, typer.Option(help="name among the cache's teachers; default by the network")
     ] = "",
+    teacher: Annotated[
+        str | None, typer.Option(help="CNN of the zoo or of timm, or pretrained by its tag")
+    ] = None,
+    clip: Annotated[
+        str | None, path_option(help="CLIP, instead of a CNN: NAME:TAG, hf-hub:OWNER/NAME, …")
+    ] = None,
     dataset: Annotated[
         str | None, path_option(help="imagefolder:PATH, if the folder has moved")
     ] = None,
@@ -314,7 +320,7 @@ def add_teacher(
 
     added = stage_one.add_teacher(
         cache,
-        {**given, "dataset": dataset},
+        {**given, "teacher": teacher, "clip": clip, "dataset": dataset},
         name=name,
         overwrite=overwrite,
         report=_report(as_json),

@@ -348,7 +348,7 @@ class TrainTeacher(Images, Training):
         "", "which weights to take if the file of --init has several, e.g. state_dict or model_ema"
     )
     out: str = setting(
-        "", "weights file (.safetensors); default teachers/DATASET[-LIMIT]-MODEL", path=True
+        "", "weights file (.safetensors); default in teachers/, by dataset and model", path=True
     )
 
     def _complete(self) -> None:
