@@ -411,7 +411,7 @@ def verify(
         str | None,
         path_option(
             help="weights of the CNN teacher, or the name of its pretrained weights, to recompute "
-            "a sample of its rows"
+            "a sample of its rows; NAME=WEIGHTS for an added teacher"
         ),
     ] = None,
     as_json: Json = False,
