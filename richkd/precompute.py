@@ -31,7 +31,7 @@ from richkd.core.ranks import Ranks, joined
 from richkd.data.datasets import Dataset
 from richkd.data.views import views_tensor
 from richkd.store import schema
-from richkd.store.added import added_names, group_file, place_of
+from richkd.store.added import added_names, place_of
 from richkd.store.location import METADATA, Location
 from richkd.store.locations import open_location
 from richkd.store.manifest import read_manifest
@@ -458,7 +458,8 @@ def write_group(location: Location) -> None:
     """Write the metadata of the group that holds a cache's added teachers, if it is missing."""
     file = f"{schema.ADDED}/{METADATA}"
     if file not in location.sizes(schema.ADDED):
-        location.write(file, json.dumps(group_file(), indent=2).encode())
+        group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+        location.write(file, json.dumps(group, indent=2).encode())
 
 
 def closing(manifest: Manifest, out: Location, stored: int, seconds: float) -> str:

@@ -97,11 +97,6 @@ def belongs(addition: Manifest, cache: Manifest) -> str | None:
     return next((f"dataset.{name}" for name in _IMAGES if mine.get(name) != theirs.get(name)), None)
 
 
-def group_file() -> dict[str, Any]:
-    """Return the metadata of the group that holds the added teachers."""
-    return {"zarr_format": 3, "node_type": "group", "attributes": {}}
-
-
 def shared_part(cache: Manifest, *, rows: bool) -> Mapping[str, Any]:
     """Return what an added teacher's manifest takes over from the cache's.
 

@@ -285,9 +285,9 @@ def with_defaults(settings: Distill, cache: TeacherCache, runs: str = "runs") ->
     dataset = cache.manifest["dataset"]["name"]
     student = settings.student or catalog.networks(dataset, cache.manifest["image_size"])[1]
     alpha = "" if settings.alpha is None else f"-a{settings.alpha}"
-    if settings.weights is not None:
-        alpha = f"-w-{shown_weights(used_weights(settings)).replace('=', '').replace(',', '-')}"
     settings = replace(settings, weights=used_weights(settings))
+    if settings.weights is not None:
+        alpha = f"-w-{shown_weights(settings.weights).replace('=', '').replace(',', '-')}"
     name = f"{cache.location.stem}-{student}-{settings.method}{alpha}-s{settings.seed}"
     out = settings.out or str(Path(runs) / name.replace("/", "-"))
     check_optimizer(settings)
