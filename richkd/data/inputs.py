@@ -42,15 +42,27 @@ class ArrayInputs:
         size = self.framing and self.framing.size
         return (size or height), (size or width), 3
 
-    def batches(self, order: Tensor, views: Tensor | None, batch_size: int) -> Batches:
-        """Yield (index [B], images [B,S,S,3] uint8) for views [N] of the samples in `order`.
+    def batches(
+        self,
+        order: Tensor,
+        views: Tensor | None,
+        batch_size: int,
+        samples: Tensor | None = None,
+    ) -> Batches:
+        """Yield batches of entries, on the device: index [B] and images [B,S,S,3] uint8.
 
-        With `views` None, the images are the evaluation view of the network.
+        Args:
+            order: the entries, in this order.
+            views: of all entries, [E]; None for the evaluation view of the network.
+            batch_size: B.
+            samples: of all entries, [E]; None if entry i is of sample i.
         """
         device = self.images.device
         views = None if views is None else views.to(device)
+        samples = None if samples is None else samples.to(device)
         for index in torch.split(order.to(device), batch_size):
-            yield index, self.at(index, None if views is None else views[index])
+            which = index if samples is None else samples[index]
+            yield index, self.at(which, None if views is None else views[index])
 
     def at(self, index: Tensor, views: Tensor | None) -> Tensor:
         """Return views [B] of the samples [B] on the device: [B,S,S,3] uint8."""
@@ -87,15 +99,19 @@ class FileInputs:
         """Height, width and channels of what `batches` yields."""
         return self.framing.size, self.framing.size, 3
 
-    def batches(self, order: Tensor, views: Tensor | None, batch_size: int) -> Batches:
-        """Yield (index [B], images [B,S,S,3] uint8) for views [N,5] of the samples in `order`.
-
-        With `views` None, the images are the evaluation view of the network.
-        """
+    def batches(
+        self,
+        order: Tensor,
+        views: Tensor | None,
+        batch_size: int,
+        samples: Tensor | None = None,
+    ) -> Batches:
+        """Yield batches of entries, as `ArrayInputs.batches`; the views are [E,5]."""
         batches = (index.tolist() for index in torch.split(order, batch_size))
-        samples = _FileViews(self.files, self.framing, None if views is None else views[None])
+        given = None if views is None else views[None]
+        crops_of = _FileViews(self.files, self.framing, given, samples=samples)
         image_bytes = self.framing.size**2 * 3
-        for index, crops in self._load(batches, samples, len(order), batch_size, image_bytes):
+        for index, crops in self._load(batches, crops_of, len(order), batch_size, image_bytes):
             yield index, crops[:, 0]
 
     def decode_once(
@@ -154,7 +170,7 @@ class FileInputs:
 
 
 class _FileViews(Samples):
-    """Sample i is (i, its views [V,S,S,3] uint8, and with a transform its result)."""
+    """Entry i is (i, its views [V,S,S,3] uint8, and with a transform its result)."""
 
     def __init__(
         self,
@@ -162,15 +178,18 @@ class _FileViews(Samples):
         framing: Framing,
         views: Tensor | None,
         transform: Transform | None = None,
+        samples: Tensor | None = None,
     ) -> None:
         self.files = files
         self.framing = framing
-        self.views = views  # [V,N,5]
+        self.views = views  # [V,E,5]
         self.transform = transform
+        self.samples = samples  # [E]; None if entry i is of sample i
 
     def __getitem__(self, index: int) -> tuple[int | Tensor, ...]:
         with one_thread():
-            image = self.files.open(index)
+            sample = index if self.samples is None else int(self.samples[index])
+            image = self.files.open(sample)
             crops = (
                 self.framing.clean(image)
                 if self.views is None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,6 +115,12 @@ class TeacherCache:
         return self.manifest["views"]["count"]
 
     @property
+    def views_array(self) -> str:
+        """The name of the array of the training split that has the views."""
+        ids = self.manifest["views"]["space"] == "pad-crop-flip"
+        return "view_ids" if ids else "view_params"
+
+    @property
     def num_classes(self) -> int:
         """C, the number of classes."""
         return len(self.manifest["class_names"])
@@ -170,19 +177,34 @@ class TeacherCache:
         rows = self.rows(name, view, on_disk)
         return rows.dense() if isinstance(rows, TopKRows) else rows
 
-    def rows(self, name: str, view: int | None = None, on_disk: bool | None = None) -> Rows:
+    def rows(
+        self,
+        name: str,
+        view: int | None = None,
+        on_disk: bool | None = None,
+        samples: Tensor | None = None,
+    ) -> Rows:
         """Return the same, but leave logits of which the cache keeps the K largest compact.
+
+        Args:
+            name: of the array.
+            view: as in `read`.
+            on_disk: likewise.
+            samples: ids [E] of the samples whose rows to return, in this order; None for all. Only
+                the chunks that they are in are read.
 
         Raises:
             RichKDError: as `read`, or stored classes are out of range.
         """
         group, name = self._at(name)
         if group is not self:
-            return group.rows(name, view, on_disk)
+            return group.rows(name, view, on_disk, samples)
         self.require(name)
         if name not in self.kept:
-            return views_tensor(self._values(name, view, on_disk))
-        top, classes, rest = (self._values(part, view, on_disk) for part in schema.part_names(name))
+            return views_tensor(self._values(name, view, on_disk, samples))
+        top, classes, rest = (
+            self._values(part, view, on_disk, samples) for part in schema.part_names(name)
+        )
         if int(classes.max()) >= self.num_classes:
             raise RichKDError(
                 f"{self.location}: {name} has classes beyond 0..{self.num_classes - 1}; "
@@ -191,8 +213,10 @@ class TeacherCache:
             )
         return TopKRows.from_numpy(top, classes, rest, self.num_classes)
 
-    def _values(self, name: str, view: int | None, on_disk: bool | None) -> NDArray[Any]:
-        """Return the checked values of an array, or of one view of it."""
+    def _values(
+        self, name: str, view: int | None, on_disk: bool | None, samples: Tensor | None = None
+    ) -> NDArray[Any]:
+        """Return the checked values of an array, or of one view, or of some samples of it."""
         if view is not None and not 0 <= view < self.num_views:
             raise RichKDError(
                 f"{self.location} has no view {view}; choose one of 0..{self.num_views - 1}",
@@ -201,26 +225,35 @@ class TeacherCache:
         files = [f"{name}/{METADATA}", *chunk_files(name, self.specs[name], view)]
         self._copy.fetch(files)
         try:
-            values = self._read_here(name, view, on_disk)
+            values = self._read_here(name, view, on_disk, samples)
         except RichKDError:
             if not self._copy.drop(files):
                 raise
             self._copy.fetch(files)  # once more: only the copy may be damaged
-            values = self._read_here(name, view, on_disk)
+            values = self._read_here(name, view, on_disk, samples)
         return values
 
-    def _read_here(self, name: str, view: int | None, on_disk: bool | None) -> NDArray[Any]:
+    def _read_here(
+        self, name: str, view: int | None, on_disk: bool | None, samples: Tensor | None
+    ) -> NDArray[Any]:
         at = () if view is None else (view,)
         spec = self.specs[name]
+        count, *rest = spec.shape[len(at) :]
+        wanted = count if samples is None else len(samples)
         if on_disk is None:
-            on_disk = pages.beyond_memory(spec.nbytes // (spec.shape[0] if at else 1), self._memory)
-        values = pages.empty(spec.shape[len(at) :], np.dtype(spec.dtype), on_disk)
+            row = spec.nbytes // math.prod(spec.shape[: len(at) + 1])
+            on_disk = pages.beyond_memory(wanted * row, self._memory)
+        values = pages.empty((wanted, *rest), np.dtype(spec.dtype), on_disk)
         step = spec.chunks[len(at)]
         try:
             array = cast("zarr.Array[Any]", self._group[name])
             # chunk by chunk, so that temporary memory stays small beside the slab
-            for start in range(0, len(values), step):
-                values[start : start + step] = array[(*at, slice(start, start + step))]
+            if samples is None:
+                for start in range(0, count, step):
+                    values[start : start + step] = array[(*at, slice(start, start + step))]
+            else:
+                for start, into, which in _by_chunk(samples, count, step):
+                    values[into] = np.asarray(array[(*at, slice(start, start + step))])[which]
         except Exception as error:  # codecs raise errors of many kinds
             raise RichKDError(
                 f"{self.location}: {name} is damaged ({type(error).__name__}: {error}); "
@@ -288,12 +321,14 @@ class TeacherCache:
         """
         if arrays is SLAB_ARRAYS:
             arrays = [name for name in SLAB_ARRAYS if self.has(f"train/{name}")]
-        views = "view_ids" if self.manifest["views"]["space"] == "pad-crop-flip" else "view_params"
         if on_disk is None:
             count = self.nbytes([f"train/{name}" for name in arrays])
             on_disk = pages.beyond_memory(count, self._memory)
         return Slab(
-            **{name: self.read(f"train/{name}", view, on_disk) for name in (views, *arrays)}
+            **{
+                name: self.read(f"train/{name}", view, on_disk)
+                for name in (self.views_array, *arrays)
+            }
         )
 
     def fuse(
@@ -369,6 +404,19 @@ class TeacherCache:
         if name in schema.absent_rows(self.manifest):
             return ": it was written with --features none; precompute again with --features all"
         return "; richkd inspect lists its arrays"
+
+
+def _by_chunk(
+    samples: Tensor, count: int, step: int
+) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield the start of each chunk that has some of the samples, where they go, and their rows."""
+    ids = samples.numpy()
+    order = ids.argsort(kind="stable")
+    ascending = ids[order]
+    for start in range(0, count, step):
+        first, last = np.searchsorted(ascending, (start, start + step))
+        if first < last:
+            yield start, order[first:last], ascending[first:last] - start
 
 
 def open_cache(path: str | Path, *, memory: int | None = None) -> TeacherCache:

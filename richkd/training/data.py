@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,11 +19,18 @@ StepBatch = tuple[Tensor, Tensor, dict[str, Tensor]]  # index, images, rows
 
 @dataclass(frozen=True)
 class EpochRows:
-    """The data of one epoch: a view of every sample and the cached rows of those views."""
+    """The data of one epoch: entries, each a view of a sample and the cached rows of that view.
 
-    views: Tensor  # [N] or [N,5]
-    rows: Mapping[str, Rows]  # name -> [N,…]
+    Unless `samples` says otherwise, entry i is a view of sample i, so that E = N.
+    """
+
+    views: Tensor  # [E] or [E,5]
+    rows: Mapping[str, Rows]  # name -> [E,…]
     on_host: bool = False  # rows stay on the host, and each batch is copied to the device
+    samples: Tensor | None = None  # [E], the sample of each entry, on the host
+
+    def __len__(self) -> int:
+        return len(self.views)
 
     def to(self, device: torch.device, buffers: dict[str, Rows] | None = None) -> EpochRows:
         """Copy the rows to a device; the views stay where samples are gathered.
@@ -43,15 +50,15 @@ class EpochRows:
                 rows[name] = buffer if buffer is row else buffer.copy_(row, non_blocking=True)  # type: ignore[arg-type]
         if buffers is not None:
             buffers.update(rows)
-        return EpochRows(self.views, rows)
+        return replace(self, rows=rows)
 
     def pinned(self) -> EpochRows:
         """Copy views and rows to pinned memory."""
         rows = {name: row.pin_memory() for name, row in self.rows.items()}
-        return EpochRows(self.views.pin_memory(), rows)
+        return replace(self, views=self.views.pin_memory(), rows=rows)
 
     def batch(self, index: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        """Gather rows [B,…] f32 of samples: `index` on the device, the same `ids` on the host."""
+        """Gather rows [B,…] f32 of entries: `index` on the device, the same `ids` on the host."""
         if not self.on_host:
             return {name: row[index].float() for name, row in self.rows.items()}
         batch = {name: row[ids].float() for name, row in self.rows.items()}

@@ -157,7 +157,7 @@ class Trainer:
 
     def steps(self, epoch: int, source: EpochRows) -> Iterator[int]:
         """Run the steps of an epoch; yield the size of each batch once its step is launched."""
-        order = epoch_order(self.settings.seed, epoch, len(self.data.train_labels))
+        order = epoch_order(self.settings.seed, epoch, len(source))
         order = drop_lone_last(order, self.settings.batch_size)
         count = -(-len(order) // self.settings.batch_size)
         self._set_rate(learning_rate(self.settings, epoch))
@@ -215,21 +215,23 @@ class Trainer:
         """Yield what `step` takes for each batch of an epoch.
 
         Args:
-            order: sample ids on the CPU.
-            source: its views and rows.
+            order: its entries, on the CPU.
+            source: their views and rows.
         """
-        size = self.settings.batch_size
-        batches = self.data.train.batches(order, source.views, size)
-        for (index, images), ids in zip(batches, torch.split(order, size), strict=True):
-            yield index, images, source.batch(index, ids)
+        size, samples = self.settings.batch_size, source.samples
+        batches = self.data.train.batches(order, source.views, size, samples)
+        on_device = None if samples is None else samples.to(self.device)
+        for (entries, images), ids in zip(batches, torch.split(order, size), strict=True):
+            index = entries if on_device is None else on_device[entries]
+            yield index, images, source.batch(entries, ids)
 
     def noise(self, order: Tensor, source: EpochRows) -> StepBatch:
         """Return a batch whose images are noise, so that no image has to be decoded."""
         ids = order[: self.settings.batch_size]
-        index = ids.to(self.device)
+        index = (ids if source.samples is None else source.samples[ids]).to(self.device)
         shape = len(ids), *self.data.train.shape
         images = torch.randint(0, 256, shape, device=self.device).to(torch.uint8)
-        return index, images, source.batch(index, ids)
+        return index, images, source.batch(ids.to(self.device), ids)
 
     def step(self, index: Tensor, images: Tensor, rows: Mapping[str, Tensor]) -> None:
         """Run one step and add its metrics to `sums`; nothing waits for the device.
@@ -457,10 +459,10 @@ def describe_training(settings: Training, num_samples: int) -> str:
     return ", ".join(text for text, applies in parts.items() if applies)
 
 
-def epoch_order(seed: int, epoch: int, num_samples: int) -> Tensor:
-    """Return the order [N] of the samples in an epoch, the same for every student and method."""
+def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
+    """Return the order [E] of the entries of an epoch, the same for every student and method."""
     generator = torch.Generator().manual_seed(derive_seed(seed, epoch, 0))
-    return torch.randperm(num_samples, generator=generator)
+    return torch.randperm(count, generator=generator)
 
 
 def drop_lone_last(order: Tensor, batch_size: int) -> Tensor:

@@ -40,10 +40,16 @@ class Part:
         """Return a share of this part."""
         return replace(self, factor=weight * self.factor, shift=weight * self.shift)
 
-    def logits(self, split: str, rows: Mapping[str, Rows], span: slice | Tensor) -> Tensor:
-        """Return factor · z + shift of some samples: [n,C] f32."""
+    def logits(
+        self,
+        split: str,
+        rows: Mapping[str, Rows],
+        span: slice | Tensor,
+        samples: Tensor | None = None,
+    ) -> Tensor:
+        """Return factor · z + shift of some entries: [n,C] f32; `samples` as in `blended`."""
         given = rows[self.row] if self.row else self.fixed[split]
-        some = given[span]
+        some = given[span if self.row or samples is None else samples[span]]
         dense = some.dense() if isinstance(some, TopKRows) else some
         return fusion.clip_logits(dense, self.factor, self.shift)
 
@@ -53,19 +59,22 @@ def blended(
     split: str,
     rows: Mapping[str, Rows],
     empty: Callable[..., Tensor] = torch.empty,
+    samples: Tensor | None = None,
 ) -> Tensor:
-    """Return the sum of parts [N,C], computed a span of samples at a time.
+    """Return the sum of parts [E,C], computed a span of entries at a time.
 
     Args:
         parts: of the sum.
         split: of the samples.
         rows: those that the parts name, of one view.
         empty: creates the tensor that is returned, of a shape; sums are rounded to its dtype.
+        samples: [E], the sample of each entry of the rows; None if entry i is of sample i.
     """
     first = rows[parts[0].row] if parts[0].row else parts[0].fixed[split]
-    logits = empty(tuple(first.shape))
-    for span in spans(len(first)):
-        whole = reduce(add, (part.logits(split, rows, span) for part in parts))
+    count = len(first) if samples is None else len(samples)
+    logits = empty((count, first.shape[-1]))
+    for span in spans(count):
+        whole = reduce(add, (part.logits(split, rows, span, samples) for part in parts))
         logits[span] = whole.to(logits.dtype)
     return logits
 

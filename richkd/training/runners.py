@@ -100,8 +100,8 @@ class Eager:
         """Train on all samples once; yield the size of each batch when its step is launched.
 
         Args:
-            order: sample ids [N] on the CPU.
-            source: views and rows of the epoch.
+            order: entries of the epoch, on the CPU.
+            source: their views and rows.
         """
         for number, batch in enumerate(self.trainer.batches(order, source)):
             self.trainer.warm_up(number)
@@ -139,10 +139,10 @@ class Captured:
         self.pool = torch.cuda.graph_pool_handle()
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.gathers = isinstance(trainer.data.train, ArrayInputs) and not source.on_host
-        count = len(trainer.data.train_labels)
-        self.order = torch.zeros(count, dtype=torch.int64, device=self.device)
+        self.order = torch.zeros(len(source), dtype=torch.int64, device=self.device)
         self.position = torch.zeros((), dtype=torch.int64, device=self.device)
         self.views = source.views.to(self.device, copy=True)
+        self.samples = None if source.samples is None else source.samples.to(self.device)
         self.rows = dict(source.rows)
         self.batch: StepBatch | None = None  # that batches are copied into
 
@@ -183,9 +183,10 @@ class Captured:
             held = {name: row[:size] for name, row in rows.items()}
             self.trainer.step(index[:size], images[:size], held)
         elif isinstance(inputs, ArrayInputs):
-            index = self.order[self.position + torch.arange(size, device=self.device)]
-            held = {name: row[index].float() for name, row in self.rows.items()}
-            self.trainer.step(index, inputs.at(index, self.views[index]), held)
+            entries = self.order[self.position + torch.arange(size, device=self.device)]
+            held = {name: row[entries].float() for name, row in self.rows.items()}
+            index = entries if self.samples is None else self.samples[entries]
+            self.trainer.step(index, inputs.at(index, self.views[entries]), held)
             self.position += size
 
     def _load(self, order: Tensor, source: EpochRows) -> None:
@@ -194,6 +195,8 @@ class Captured:
         self.position.zero_()
         if self.gathers:
             self.views.copy_(source.views)
+            if self.samples is not None and source.samples is not None:
+                self.samples.copy_(source.samples)
             for name, row in self.rows.items():
                 if source.rows[name] is not row:
                     row.copy_(source.rows[name])  # type: ignore[arg-type]  # of one kind

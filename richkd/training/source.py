@@ -210,7 +210,14 @@ class Source:
         slab_rows = self._slab_rows(sorted({*names} - fixed_names), place)
         for slab, waited in timed(all_rows(slab_rows, first, last)):
             source = slab.to(self.device, self._on_gpu) if cuda(self.device) else slab
-            yield replace(source, rows={**source.rows, **fixed}), waited
+            yield replace(source, rows={**source.rows, **self._of_entries(fixed, source)}), waited
+
+    def _of_entries(self, fixed: Mapping[str, Rows], source: EpochRows) -> Mapping[str, Rows]:
+        """Return rows that are the same in every view, by sample, as those of its entries."""
+        if source.samples is None:
+            return fixed
+        samples = source.samples if source.on_host else source.samples.to(self.device)
+        return {name: row[samples] for name, row in fixed.items()}
 
     def _is_fixed(self, name: str) -> bool:
         """Return whether rows are the same in every epoch: CLIP's, which saw the clean images."""
@@ -265,16 +272,18 @@ class Source:
         pin = self.device.type == "cuda" and not place.on_host
 
         @lru_cache(maxsize=1)  # with one view, every epoch has the same slab
-        def read(view: int) -> EpochRows:
-            views = self.cache.slab(view, (), place.on_disk).views
+        def read(view: int, samples: Tensor | None = None) -> EpochRows:
+            """Read a slab; with `samples` [E], only the rows of these."""
             stored = {
-                name: self.cache.rows(array_of("train", name), view, place.on_disk)
-                for name in sorted(logits | features)
+                name: self.cache.rows(array_of("train", name), view, place.on_disk, samples)
+                for name in sorted(logits | features | {self.cache.views_array})
             }
+            views = stored.pop(self.cache.views_array)
+            assert isinstance(views, Tensor)
             rows: dict[str, Rows] = {name: stored[name] for name in sorted(features)}
             for name, target in targets.items():
-                rows[name] = target.logits("train", stored, empty)
-            epoch_rows = EpochRows(views, rows, place.on_host)
+                rows[name] = target.logits("train", stored, empty, samples)
+            epoch_rows = EpochRows(views, rows, place.on_host, samples)
             return epoch_rows.pinned() if pin else epoch_rows
 
         return lambda epoch: read((epoch - 1) % self.cache.num_views)

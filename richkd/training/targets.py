@@ -56,16 +56,21 @@ class Target:
         return self.parts == (Part(self.parts[0].row),)
 
     def logits(
-        self, split: str, rows: Mapping[str, Rows], empty: Callable[..., Tensor] = torch.empty
+        self,
+        split: str,
+        rows: Mapping[str, Rows],
+        empty: Callable[..., Tensor] = torch.empty,
+        samples: Tensor | None = None,
     ) -> Rows:
-        """Return target logits [N,C] of a split, from the rows that `reads` names.
+        """Return target logits [E,C] of a split, from the rows that `reads` names.
 
         If they are not such rows themselves, they are computed into the tensor that `empty`
-        creates of their shape, and rounded to its dtype.
+        creates of their shape, and rounded to its dtype. `samples` [E] are those of the rows; None
+        if row i is of sample i.
         """
         if self.is_stored:
             return rows[self.parts[0].row]
-        return blended(self.parts, split, rows, empty)
+        return blended(self.parts, split, rows, empty, samples)
 
 
 def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Report) -> Target:

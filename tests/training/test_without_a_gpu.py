@@ -109,7 +109,7 @@ def on_gpu(
     made.trainer, made.device, made.batch = trainer, GPU, None
     made.order = torch.arange(N, device=GPU)
     made.position = torch.zeros((), dtype=torch.int64, device=GPU)
-    made.views, made.rows = source.views.to(GPU), dict(source.rows)
+    made.views, made.samples, made.rows = source.views.to(GPU), None, dict(source.rows)
     return made
 
 
