@@ -42,6 +42,7 @@ from richkd.data.datasets import ImageFiles, Split, files_split
 from richkd.data.decoding import Decoding, describe_decoding
 from richkd.data.folders import Listing, find_images, list_images
 from richkd.data.inputs import Batches, Normalize, make_inputs
+from richkd.data.sources import FolderFiles
 from richkd.data.views import ResizedCropFlip, views_tensor
 from richkd.store.folder import Folder
 from richkd.store.locations import open_location
@@ -358,11 +359,11 @@ def shift_classes(
 
 def class_folders(split: Split) -> dict[int, str]:
     """Return the folder of each class that the split's files are in; empty for arrays."""
-    if not isinstance(split.images, ImageFiles):
+    if not isinstance(split.images, ImageFiles) or not isinstance(split.images.source, FolderFiles):
         return {}
     labels, first = np.unique(split.labels.numpy(), return_index=True)
     return {
-        int(label): split.images.paths[int(index)].split("/")[0]
+        int(label): split.images.source.paths[int(index)].split("/")[0]
         for label, index in zip(labels, first, strict=True)
     }
 

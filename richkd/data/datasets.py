@@ -30,8 +30,8 @@ from richkd.data import class_names, folders, layouts
 from richkd.data.boxes import CLEAN_SHARE
 from richkd.data.decoding import CHANGED, Decoding, describe_decoding
 from richkd.data.entries import describe_splits
-from richkd.data.folders import Paths
 from richkd.data.framing import NetworkInput
+from richkd.data.sources import FolderFiles, Source, Which
 from richkd.data.views import PadCropFlip, ResizedCropFlip, ViewSpace
 from richkd.data.walk import Walk
 
@@ -56,27 +56,30 @@ _FASHION_CLASSES = (
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images that stay files until a view of them is needed."""
+    """Images that stay encoded until a view of them is needed."""
 
-    root: Path
-    paths: Paths  # relative to root
+    source: Source
     sizes: NDArray[np.int64]  # [N,2], height and width when upright
     traits: NDArray[np.uint8]  # [N], flags defined in data/decoding.py
     image_size: int  # side of the square views
     decoding: Decoding
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.source)
+
+    def name(self, index: int) -> str:
+        """Return the name of an image for messages."""
+        return self.source.name(index)
 
     def open(self, index: int) -> Image.Image:
         """Read an image as RGB; raise as `Decoding.read`."""
-        return self.decoding.read(self.root / self.paths[index])
+        return self.decoding.read(self.source.file(index), self.source.name(index))
 
-    def take(self, which: slice | NDArray[np.generic]) -> ImageFiles:
-        """Select files by a slice, indices or a mask."""
+    def take(self, which: Which) -> ImageFiles:
+        """Select images by a slice, indices or a mask."""
         return replace(
             self,
-            paths=self.paths.take(which),
+            source=self.source.take(which),
             sizes=self.sizes[which],
             traits=self.traits[which],
         )
@@ -170,9 +173,8 @@ class Dataset:
         for split in self.splits.values():
             images = split.images
             if isinstance(images, ImageFiles):
-                for path in images.paths:
-                    size = (images.root / path).stat().st_size
-                    digest.update(f"{path}\0{size}\0".encode(errors="surrogateescape"))
+                for mark in images.source.marks():
+                    digest.update(mark)
                 if decoding is not None:
                     digest.update((images.traits & CHANGED).data)
             else:
@@ -447,7 +449,6 @@ def _image_folder(
 
 def files_split(listing: folders.Listing, image_size: int, decoding: Decoding) -> Split:
     """Make a split of images that stay files."""
-    files = ImageFiles(
-        listing.folder, listing.paths, listing.sizes, listing.traits, image_size, decoding
-    )
+    source = FolderFiles(listing.folder, listing.paths)
+    files = ImageFiles(source, listing.sizes, listing.traits, image_size, decoding)
     return Split(files, torch.from_numpy(listing.labels))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from richkd.core.colours import read_colour
 from richkd.core.errors import RichKDError
 from richkd.data.entries import DecodingEntry
+from richkd.data.sources import Encoded
 
 # The supported formats by Pillow's names, with their file extensions. No other decoder ever runs,
 # whatever a file's name and content are.
@@ -150,34 +152,40 @@ class Decoding:
         ranges = {kind: (float(low), float(high)) for kind, (low, high) in entry["ranges"].items()}
         return cls(read_colour(entry["background"]), ranges)
 
-    def read(self, path: Path) -> Image.Image:
+    def read(self, file: Encoded, name: str = "") -> Image.Image:
         """Read an image file as RGB.
+
+        Args:
+            file: the path, or the open file.
+            name: what messages call the image; its path by default.
 
         Raises:
             RichKDError: the file has changed: it cannot be read, or its kind has no range.
         """
         try:
-            with Image.open(path, formats=readable()) as image:
+            with Image.open(file, formats=readable()) as image:
                 depth = depth_of(image)
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
-                return self._rgb(image if depth is None else self._in_bytes(image, depth))
+                return self._rgb(
+                    image if depth is None else self._in_bytes(image, depth, name or str(file))
+                )
         except RichKDError:
             raise
         except Exception as error:  # decoders raise errors of every kind
             raise RichKDError(
-                f"{path} can no longer be read ({reason_of(error, path)}); restore it, or write "
-                f"the cache again with richkd precompute --broken skip --overwrite",
+                f"{name or file} can no longer be read ({reason_of(error, file)}); restore it, or "
+                f"write the cache again with richkd precompute --broken skip --overwrite",
                 code="image-changed",
             ) from None
 
-    def _in_bytes(self, image: Image.Image, depth: Depth) -> Image.Image:
+    def _in_bytes(self, image: Image.Image, depth: Depth, name: str) -> Image.Image:
         """Scale values of any depth to 8 bits and keep the transparency."""
         if depth.kind not in self.ranges:
             raise RichKDError(
-                f"{image.filename} is a {depth.kind} image, "  # type: ignore[attr-defined]
-                f"but there was none when the folder was first read; restore the file, or write "
-                f"the cache again with richkd precompute --overwrite",
+                f"{name} is a {depth.kind} image, but there was none when the dataset was first "
+                f"read; restore the file, or write the cache again with richkd precompute "
+                f"--overwrite",
                 code="image-changed",
             )
         low, high = self.ranges[depth.kind]
@@ -256,22 +264,22 @@ def _strings(arguments: object) -> list[str]:
     return [part for part in parts if isinstance(part, str)]
 
 
-def look(path: Path, decode: bool, formats: tuple[str, ...] = ()) -> Found:
+def look(file: Encoded, decode: bool, formats: tuple[str, ...] = ()) -> Found:
     """Return the properties of an image file.
 
     Args:
-        path: of the file.
+        file: the path, or the open file.
         decode: read the pixels too, and so check that the file is intact.
         formats: the formats that may be read; empty for all readable ones.
     """
     found = Found()
     try:
-        with Image.open(path, formats=formats or readable()) as image:
+        with Image.open(file, formats=formats or readable()) as image:
             depth = depth_of(image)
             found = _header(image, depth)
             return _decoded(image, depth, found) if decode else found
     except Exception as error:  # decoders raise errors of every kind
-        return replace(found, fault=reason_of(error, path))
+        return replace(found, fault=reason_of(error, file))
 
 
 def _header(image: Image.Image, depth: Depth | None) -> Found:
@@ -304,20 +312,21 @@ def _decoded(image: Image.Image, depth: Depth | None, found: Found) -> Found:
     return replace(found, low=low, high=high)
 
 
-def reason_of(error: Exception, path: Path) -> str:
+def reason_of(error: Exception, file: Encoded) -> str:
     """Describe why a file cannot be read, by its true format if it is not a supported image."""
     if isinstance(error, UnidentifiedImageError):
-        return true_format(path)
+        return true_format(file)
     if isinstance(error, MemoryError):
         return "it does not fit into memory"
     text = " ".join(str(error).split()).rstrip(". ") or type(error).__name__
-    return text.replace(str(path), "it")
+    return text.replace(str(file), "it")
 
 
-def true_format(path: Path) -> str:
+def true_format(file: Encoded) -> str:
     """Describe the content of a file in no supported format, without running a decoder."""
-    with path.open("rb") as file:
-        begin = file.read(64)
+    with file.open("rb") if isinstance(file, Path) else nullcontext(file) as opened:
+        opened.seek(0)
+        begin = opened.read(64)
     if not begin:
         return "it is empty"
     if not begin.strip(b"\0"):

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +23,7 @@ from richkd.core.files import atomic_write, home
 from richkd.core.progress import Report
 from richkd.data import decoding
 from richkd.data.decoding import SUFFIXES, Values
+from richkd.data.sources import Paths
 from richkd.data.walk import Kind, Tally, Walk
 
 # Read by versions whose caches do not name the folders of the splits.
@@ -47,45 +46,6 @@ _REMEDY_NEW = "remove such files, or leave them out with --broken skip"
 _REMEDY_CACHED = (
     "restore the file, or write the cache again with richkd precompute --broken skip --overwrite"
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Paths(Sequence[str]):
-    """Many paths in two arrays.
-
-    Forked data-loader workers share the pages of arrays. Python strings would be copied page by
-    page, as their reference counts change.
-    """
-
-    text: NDArray[np.uint8]  # UTF-8
-    bounds: NDArray[np.int64]  # [N,2]: where each path begins and ends in the text
-
-    @classmethod
-    def of(cls, paths: Iterable[str]) -> Paths:
-        """Pack paths, reading them one by one."""
-        text, ends = bytearray(), array("q", [0])
-        for path in paths:
-            text += path.encode("utf-8", "surrogateescape")
-            ends.append(len(text))
-        limits = np.array(ends, np.int64)
-        return cls(np.frombuffer(text, np.uint8), np.stack([limits[:-1], limits[1:]], axis=1))
-
-    def take(self, which: slice | NDArray[np.generic]) -> Paths:
-        """Select paths by a slice, indices or a mask."""
-        return Paths(self.text, self.bounds[which])
-
-    def __len__(self) -> int:
-        return len(self.bounds)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> Paths: ...
-    def __getitem__(self, index: int | slice) -> str | Paths:
-        if isinstance(index, slice):
-            return self.take(index)
-        begin, end = self.bounds[index]
-        return self.text[begin:end].tobytes().decode("utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True)

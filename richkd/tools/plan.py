@@ -34,8 +34,8 @@ from richkd.core.validation import find_fault, hints
 from richkd.core.versions import versions
 from richkd.data.datasets import Dataset, ImageFiles, Split, introduce, load_dataset
 from richkd.data.decoding import Decoding
-from richkd.data.folders import Paths
 from richkd.data.prompts import load_prompts
+from richkd.data.sources import FolderFiles, Paths
 from richkd.models.hub_access import planning
 from richkd.precompute import StageOne
 from richkd.store import schema
@@ -234,7 +234,8 @@ def drawn_files(folder: Path, side: int, count: int) -> ImageFiles:
         drawn.save(folder / f"{number}.jpg", quality=80)
     paths = Paths.of(f"{number % DRAWN_FILES}.jpg" for number in range(count))
     sizes = np.tile(np.array(DRAWN_SIZE[::-1], np.int64), (count, 1))
-    return ImageFiles(folder, paths, sizes, np.zeros(count, np.uint8), side, Decoding())
+    source = FolderFiles(folder, paths)
+    return ImageFiles(source, sizes, np.zeros(count, np.uint8), side, Decoding())
 
 
 # --- the trial -----------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from richkd.config.settings import Distill
 from richkd.core.seeds import derive_seed
 from richkd.data.datasets import ImageFiles, Split
 from richkd.data.decoding import Decoding
-from richkd.data.folders import Paths
+from richkd.data.sources import FolderFiles, Paths
 from richkd.distill import distill
 
 Run = Callable[..., Any]
@@ -476,7 +476,7 @@ def test_folders_are_matched_by_folder_then_by_name(
     if folders is not None:
         paths = Paths.of(f"{name}/0.png" for name in folders)
         sizes, traits = np.ones((len(folders), 2), np.int64), np.zeros(len(folders), np.uint8)
-        images = ImageFiles(Path(), paths, sizes, traits, 32, Decoding())
+        images = ImageFiles(FolderFiles(Path(), paths), sizes, traits, 32, Decoding())
     test = Split(images, torch.arange(len(names)))
     if isinstance(wanted, int):
         assert shift_classes([found], Path("x"), store, test) == [wanted]

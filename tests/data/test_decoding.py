@@ -22,6 +22,7 @@ from richkd.data import decoding
 from richkd.data.datasets import Dataset, ImageFiles, load_dataset
 from richkd.data.decoding import FRAMES, ROTATED, TRANSPARENT, Decoding, Values
 from richkd.data.folders import list_images
+from richkd.data.sources import FolderFiles
 from richkd.store.checksums import write_sealed
 from richkd.store.folder import Folder
 from richkd.store.schema import manifest_fault
@@ -521,8 +522,10 @@ def first_fingerprint(dataset: Dataset) -> str:
     digest = hashlib.sha256()
     for split in (dataset.train, dataset.test):
         assert isinstance(split.images, ImageFiles)
-        for path in split.images.paths:
-            digest.update(f"{path}\0{(split.images.root / path).stat().st_size}\0".encode())
+        assert isinstance(split.images.source, FolderFiles)
+        root, paths = split.images.source.root, split.images.source.paths
+        for path in paths:
+            digest.update(f"{path}\0{(root / path).stat().st_size}\0".encode())
         digest.update(split.labels.numpy().astype("<i8").tobytes())
     return digest.hexdigest()
 
@@ -553,7 +556,7 @@ def test_an_image_that_became_unreadable_is_named(tmp_path: Path, rng: np.random
     dataset = load_dataset(Images(dataset=f"imagefolder:{folder(tmp_path, rng)}"))
     files = dataset.train.images
     assert isinstance(files, ImageFiles)
-    path = files.root / files.paths[3]
+    path = Path(files.name(3))
     size = path.stat().st_size
     for content in (bytes(size), path.read_bytes()[:40], b""):
         path.write_bytes(content)

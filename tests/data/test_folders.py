@@ -18,7 +18,8 @@ import richkd
 from richkd.config.settings import Images
 from richkd.data import decoding
 from richkd.data.datasets import load_dataset
-from richkd.data.folders import Listing, Paths, list_images, suggest_image_size
+from richkd.data.folders import Listing, list_images, suggest_image_size
+from richkd.data.sources import Paths
 
 Run = Callable[..., Any]
 Fails = Callable[..., Refusal]

@@ -46,7 +46,7 @@ def views(files: ImageFiles, rng: np.random.Generator) -> Tensor:
 
 def alone(files: ImageFiles, index: int, view: Tensor) -> Tensor:
     """A view by PIL and torchvision: the whole image in RGB, cropped, resized, mirrored."""
-    image = Image.open(files.root / files.paths[index]).convert("RGB")
+    image = Image.open(files.name(index)).convert("RGB")
     pixels = functional.pil_to_tensor(image)
     top, left, height, width, flip = view.int().tolist()
     crop = functional.crop(pixels, top, left, height, width)

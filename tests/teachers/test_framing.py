@@ -69,7 +69,7 @@ def photo_set(name: str, size: int = SIDE) -> Dataset:
 
 def opened(dataset: Dataset, split: str, index: int) -> Image.Image:
     files: Any = getattr(dataset, split).images
-    return Image.open(files.root / files.paths[index]).convert("RGB")
+    return Image.open(files.name(index)).convert("RGB")
 
 
 def from_elsewhere(name: str, path: Path, **settings: Any) -> tuple[nn.Module, Path]:
@@ -267,7 +267,9 @@ def test_a_teacher_of_arrays_keeps_its_accuracy_on_the_same_images_in_a_folder(
 
     on_arrays = stage_one(tmp_path / "arrays.zarr", "shapes", "resnet8", own, limit=48)
     files: Any = photo_set(shapes_folder).test.images
-    true = on_arrays.read("test/teacher_logits")[[int(Path(path).stem) for path in files.paths]]
+    true = on_arrays.read("test/teacher_logits")[
+        [int(Path(files.name(i)).stem) for i in range(len(files))]
+    ]
     flags = {"teacher_mean": shapes.mean, "teacher_std": shapes.std, "teacher_crop": 1}
     for name, weights, given in (
         ("own", own, {"teacher_classes": "sorted"}),  # whose classes have other names

@@ -81,7 +81,7 @@ def test_rows_are_those_of_a_plain_timm_pipeline(
 
     dataset = load_dataset(Images(dataset=f"imagefolder:{folder}", image_size=SIDE))
     test, train = (
-        [Image.open(split.images.root / path).convert("RGB") for path in split.images.paths]
+        [Image.open(split.images.name(i)).convert("RGB") for i in range(len(split))]
         for split in (dataset.test, dataset.train)
     )
     transform: Any = create_transform(**own)
