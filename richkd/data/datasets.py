@@ -24,15 +24,23 @@ from torch import Tensor
 from richkd.config import catalog
 from richkd.config.catalog import DEBIAN_FASHION_MNIST
 from richkd.config.settings import Images
+from richkd.core.choices import CROP
 from richkd.core.errors import RichKDError
 from richkd.core.progress import Report
 from richkd.data import class_names, folders, layouts
+from richkd.data.augment import Augment
 from richkd.data.boxes import CLEAN_SHARE
 from richkd.data.decoding import CHANGED, Decoding, describe_decoding
 from richkd.data.entries import describe_splits
 from richkd.data.framing import NetworkInput
 from richkd.data.sources import FolderFiles, Source, Which
-from richkd.data.views import PadCropFlip, ResizedCropFlip, ViewSpace
+from richkd.data.views import (
+    AugmentedViews,
+    DrawnSpace,
+    PadCropFlip,
+    ResizedCropFlip,
+    ViewSpace,
+)
 from richkd.data.walk import Walk
 
 SMALL_SIDE = 32  # of the images of all datasets except folders
@@ -114,6 +122,16 @@ class Split:
         if isinstance(self.images, ImageFiles):
             return ResizedCropFlip(self.images.sizes, self.images.image_size)
         return PadCropFlip()
+
+    def views(self, augment: str = CROP) -> DrawnSpace:
+        """Return the space of the views that `--augment` asks for."""
+        space = self.view_space
+        chosen = Augment.of(space.name, augment)
+        if chosen is None:
+            return space
+        files = isinstance(self.images, ImageFiles)
+        side = self.images.image_size if files else self.images.shape[1]
+        return AugmentedViews(space, chosen, side)
 
 
 @dataclass(frozen=True)

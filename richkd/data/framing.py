@@ -76,13 +76,16 @@ class Framing:
     interpolation: str = "bilinear"
     crop_mode: str = BOX
 
-    def views(self, image: Image.Image, views: Tensor) -> Tensor:
-        """Return views [V,5] of a photograph: [V,S,S,3] uint8."""
+    def views(self, image: Image.Image, views: Tensor, *, exact: bool = False) -> Tensor:
+        """Return views [V,5] of a photograph: [V,S,S,3] uint8.
+
+        With `exact`, PIL resizes in every crop mode: in integers, the same on every machine.
+        """
         import torch
 
         from richkd.data.views import photo_pixels, resized_crop
 
-        photo = photo_pixels(image) if self.crop_mode == BOX else image
+        photo = photo_pixels(image) if self.crop_mode == BOX and not exact else image
         crops = torch.empty(len(views), self.size, self.size, 3, dtype=torch.uint8)
         for crop, view in zip(crops, views.tolist(), strict=True):
             crop.copy_(resized_crop(photo, view, self.size, self.interpolation))

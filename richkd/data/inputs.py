@@ -1,20 +1,24 @@
 """Batches of views for networks, in both stages: indices and views in, uint8 batches out.
 
 Small images in an array stay on the device as bytes, and a batch is one gather. Image files are
-decoded and cropped in data-loader workers.
+decoded and cropped in data-loader workers. Augmented views are replayed there too, whatever they
+are made of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from richkd.data.augment import Augment
 from richkd.data.datasets import ImageFiles
 from richkd.data.framing import Framing
+from richkd.data.replay import Crops, joined_rows, replay
 from richkd.data.views import gather_views
 from richkd.data.workers import MAX_WORKERS, Samples, load, num_workers
 
@@ -26,14 +30,26 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 class ArrayInputs:
     """Images [N,H,W,3] uint8, copied to the device once.
 
-    `framing` adapts them to a network; with None they stay as they are.
+    `framing` adapts them to a network; with None they stay as they are. `augment` says what views
+    consist of, if not of ids.
     """
 
     def __init__(
-        self, images: Tensor, device: torch.device, framing: Framing | None = None
+        self,
+        images: Tensor,
+        device: torch.device,
+        framing: Framing | None = None,
+        augment: Augment | None = None,
     ) -> None:
         self.images = images.to(device)
         self.framing = framing
+        self.augment = augment
+        self._on_host = images
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a batch of views is a gather on the device, by `at`."""
+        return self.augment is None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -58,6 +74,14 @@ class ArrayInputs:
             samples: of all entries, [E]; None if entry i is of sample i.
         """
         device = self.images.device
+        if self.augment is not None and views is not None:
+            crops = array_crops(self._on_host, self.framing)
+            crops_of = _ArrayViews(self.augment, views.cpu()[None], crops, samples)
+            batches = (index.tolist() for index in torch.split(order, batch_size))
+            size = math.prod(self.shape)
+            for index, images in _load(batches, crops_of, len(order), batch_size, size, device):
+                yield index, images[:, 0]
+            return
         views = None if views is None else views.to(device)
         samples = None if samples is None else samples.to(device)
         for index in torch.split(order.to(device), batch_size):
@@ -79,8 +103,11 @@ class FileInputs:
     """Image files, decoded by data-loader workers; every batch goes to the device as bytes.
 
     `framing` adapts them to a network; with None they are as students see them. `workers` is the
-    number of workers; None takes it from `num_workers`.
+    number of workers; None takes it from `num_workers`. `augment` says what views consist of
+    besides a crop and flip.
     """
+
+    gathers = False
 
     def __init__(
         self,
@@ -88,11 +115,13 @@ class FileInputs:
         device: torch.device,
         framing: Framing | None = None,
         workers: int | None = None,
+        augment: Augment | None = None,
     ) -> None:
         self.files = files
         self.device = device
         self.framing = framing or Framing(size=files.image_size)
         self.workers = workers
+        self.augment = augment
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -109,7 +138,9 @@ class FileInputs:
         """Yield batches of entries, as `ArrayInputs.batches`; the views are [E,5]."""
         batches = (index.tolist() for index in torch.split(order, batch_size))
         given = None if views is None else views[None]
-        crops_of = _FileViews(self.files, self.framing, given, samples=samples)
+        crops_of = _FileViews(
+            self.files, self.framing, given, samples=samples, augment=self.augment
+        )
         image_bytes = self.framing.size**2 * 3
         for index, crops in self._load(batches, crops_of, len(order), batch_size, image_bytes):
             yield index, crops[:, 0]
@@ -123,6 +154,8 @@ class FileInputs:
         in_flight_bytes: int = IN_FLIGHT_BYTES,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Decode each sample once, and yield all its views and the image as CLIP sees it.
+
+        Only mixed views decode more: the partner of each.
 
         One set of workers handles all spans, and no batch extends across two spans. Batches are
         smaller than `batch` if that many images in two batches per worker and the current one would
@@ -149,7 +182,7 @@ class FileInputs:
             for span in spans
             for start in range(span.start, span.stop, batch)
         )
-        samples = _FileViews(self.files, self.framing, views, transform)
+        samples = _FileViews(self.files, self.framing, views, transform, augment=self.augment)
         count = sum(map(len, spans))
         for index, crops, *pixels in self._load(batches, samples, count, batch, image_bytes):
             yield index, crops, pixels[0] if pixels else None
@@ -163,10 +196,23 @@ class FileInputs:
         image_bytes: int,
     ) -> Iterator[tuple[Tensor, ...]]:
         """Yield the parts of each batch on the device."""
-        workers = num_workers(count, batch_size) if self.workers is None else self.workers
-        pin = self.device.type == "cuda"
-        for parts in load(samples, batches, workers, batch_size * image_bytes, pin_memory=pin):
-            yield tuple(part.to(self.device, non_blocking=True) for part in parts)
+        return _load(batches, samples, count, batch_size, image_bytes, self.device, self.workers)
+
+
+def _load(
+    batches: Iterable[list[int]],
+    samples: Samples,
+    count: int,
+    batch_size: int,
+    image_bytes: int,
+    device: torch.device,
+    workers: int | None = None,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the parts of each batch on the device."""
+    workers = num_workers(count, batch_size) if workers is None else workers
+    pin = device.type == "cuda"
+    for parts in load(samples, batches, workers, batch_size * image_bytes, pin_memory=pin):
+        yield tuple(part.to(device, non_blocking=True) for part in parts)
 
 
 class _FileViews(Samples):
@@ -179,23 +225,72 @@ class _FileViews(Samples):
         views: Tensor | None,
         transform: Transform | None = None,
         samples: Tensor | None = None,
+        augment: Augment | None = None,
     ) -> None:
         self.files = files
         self.framing = framing
-        self.views = views  # [V,E,5]
+        self.views = views  # [V,E,5], or [V,E,k] with `augment`
         self.transform = transform
         self.samples = samples  # [E]; None if entry i is of sample i
+        self.augment = augment
 
     def __getitem__(self, index: int) -> tuple[int | Tensor, ...]:
         with one_thread():
             sample = index if self.samples is None else int(self.samples[index])
             image = self.files.open(sample)
-            crops = (
-                self.framing.clean(image)
-                if self.views is None
-                else self.framing.views(image, self.views[:, index])
-            )
+            if self.views is None:
+                crops = self.framing.clean(image)
+            elif self.augment is None:
+                crops = self.framing.views(image, self.views[:, index])
+            else:
+                rows = joined_rows(self.augment, self.views, index)
+                of = file_crops(self.files, self.framing, {sample: image})
+                crops = replay(self.augment, rows, sample, of)
             return index, crops, *([self.transform(image)] if self.transform else [])
+
+
+class _ArrayViews(Samples):
+    """Entry i is (i, its views [V,S,S,3] uint8) of images in an array."""
+
+    def __init__(
+        self, augment: Augment, views: Tensor, crops: Crops, samples: Tensor | None
+    ) -> None:
+        self.augment = augment
+        self.views = views  # [V,E,k]
+        self.crops = crops
+        self.samples = samples  # [E]; None if entry i is of sample i
+
+    def __getitem__(self, index: int) -> tuple[int | Tensor, ...]:
+        with one_thread():
+            sample = index if self.samples is None else int(self.samples[index])
+            rows = joined_rows(self.augment, self.views, index)
+            return index, replay(self.augment, rows, sample, self.crops)
+
+
+def file_crops(files: ImageFiles, framing: Framing, opened: Mapping[int, Image.Image]) -> Crops:
+    """Return a function that crops an image file, or an image that is already open."""
+
+    def crops(number: int, views: Tensor) -> Tensor:
+        image = opened[number] if number in opened else files.open(number)
+        return framing.views(image, views, exact=True)
+
+    return crops
+
+
+def array_crops(images: Tensor, framing: Framing | None) -> Crops:
+    """Return a function that crops an image [H,W,3] of an array, framed for a network by PIL."""
+
+    def crops(number: int, view_ids: Tensor) -> Tensor:
+        found = gather_views(
+            images[number, None], torch.zeros(len(view_ids)).long(), view_ids[:, 0]
+        )
+        if framing is None or framing.size == found.shape[1] == found.shape[2]:
+            return found
+        whole = torch.tensor([[0, 0, *found.shape[1:3], 0]])
+        every = (Image.fromarray(pixels) for pixels in found.numpy())
+        return torch.cat([framing.views(image, whole, exact=True) for image in every])
+
+    return crops
 
 
 @contextmanager
@@ -209,8 +304,21 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def image_views(images: Tensor | ImageFiles, index: Tensor, views: Tensor) -> Tensor:
-    """Return views [B] or [B,5] of the samples [B], computed in this process: [B,H,W,3] uint8."""
+def image_views(
+    images: Tensor | ImageFiles, index: Tensor, views: Tensor, augment: Augment | None = None
+) -> Tensor:
+    """Return views of the samples [B], computed in this process: [B,H,W,3] uint8.
+
+    The views are [B] or [B,5], or with `augment` rows [B,k+…] as `joined` returns them.
+    """
+    if augment is not None:
+        crops = (
+            file_crops(images, Framing(size=images.image_size), {})
+            if isinstance(images, ImageFiles)
+            else array_crops(images, None)
+        )
+        pairs = zip(index.tolist(), views, strict=True)
+        return torch.cat([replay(augment, row[None], number, crops) for number, row in pairs])
     if isinstance(images, ImageFiles):
         framing, pairs = Framing(size=images.image_size), zip(index.tolist(), views, strict=True)
         return torch.cat([framing.views(images.open(number), view[None]) for number, view in pairs])
@@ -228,12 +336,15 @@ Inputs = ArrayInputs | FileInputs
 
 
 def make_inputs(
-    images: Tensor | ImageFiles, device: torch.device, framing: Framing | None = None
+    images: Tensor | ImageFiles,
+    device: torch.device,
+    framing: Framing | None = None,
+    augment: Augment | None = None,
 ) -> Inputs:
     """Return the inputs for images, framed for a network; `framing` None means students."""
     if isinstance(images, ImageFiles):
-        return FileInputs(images, device, framing)
-    return ArrayInputs(images, device, framing)
+        return FileInputs(images, device, framing, augment=augment)
+    return ArrayInputs(images, device, framing, augment)
 
 
 class Normalize:

@@ -4,7 +4,8 @@ There are two view spaces. For CIFAR-like data (`PadCropFlip`), a view is one of
 photographs (`ResizedCropFlip`), it is a row of five parameters. In both, `draw` gives the views of
 a cache and depends only on (seed, sample, view index), and `fresh` gives those of an epoch without
 cached views and depends only on (seed, epoch, sample). So neither the number of samples or views
-nor the order of work changes a view. Changes of colour are not views.
+nor the order of work changes a view. `AugmentedViews` adds the columns of `--augment` to either
+space; only the partner of a mixed view depends on the number of samples as well.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from richkd.core.cpus import threads, usable_cpus
 from richkd.core.errors import RichKDError
 from richkd.core.memory import spans
+from richkd.data.augment import Augment, Samples, uniform
 from richkd.data.boxes import CLEAN_SHARE, central_box
 
 PAD = 4
@@ -38,9 +40,18 @@ def apply_views(images: Tensor, view_ids: Tensor) -> Tensor:
 
     Returns:
         [B,H,W,3] uint8, on the device of the images.
+
+    Raises:
+        RichKDError: the views are rows of parameters, of photographs or of `--augment`.
     """
     images = torch.as_tensor(images)
     view_ids = torch.as_tensor(view_ids)
+    if view_ids.ndim != 1:
+        raise RichKDError(
+            f"views of shape {[*view_ids.shape]} are rows of parameters, not ids; use "
+            f"richkd.view_images(cache, view, samples)",
+            code="views-not-ids",
+        )
     return gather_views(images, torch.arange(len(images), device=images.device), view_ids)
 
 
@@ -142,10 +153,8 @@ class ResizedCropFlip:
     def _draw(self, stream: np.random.Philox, sizes: NDArray[np.int64]) -> NDArray[np.float64]:
         """Draw one view [n,5] of each of the next samples of a stream, given their sizes [n,2]."""
         height, width = sizes.astype(np.float64).T[..., None]  # each [n,1]
-        numbers = stream.random_raw(len(sizes) * (4 * self.attempts + 1))
-        uniform = (numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        uniform = uniform.reshape(len(sizes), -1)
-        area, aspect, down, right = np.split(uniform[:, :-1], 4, axis=1)  # each [n,attempts]
+        numbers = uniform(stream, len(sizes), 4 * self.attempts + 1)
+        area, aspect, down, right = np.split(numbers[:, :-1], 4, axis=1)  # each [n,attempts]
         area = height * width * (0.08 + 0.92 * area)
         aspect = np.exp(np.log(3 / 4) + np.log(16 / 9) * aspect)
         box_height = np.rint(np.sqrt(area / aspect))
@@ -163,7 +172,7 @@ class ResizedCropFlip:
         left = np.floor(np.take_along_axis(right, pick, 1) * (width - box_width + 1))
         top = np.where(found, top, (height - box_height) // 2)
         left = np.where(found, left, (width - box_width) // 2)
-        flip = uniform[:, -1:] < 0.5
+        flip = numbers[:, -1:] < 0.5
         return np.concatenate([top, left, box_height, box_width, flip], axis=1)
 
     def clean(self, num_samples: int, share: float = CLEAN_SHARE) -> NDArray[np.float32]:
@@ -177,7 +186,44 @@ class ResizedCropFlip:
         return np.stack([*box, np.zeros_like(height)], axis=1).astype(np.float32)
 
 
+class AugmentedViews:
+    """The views of another space, with a row of `Augment.columns` for each."""
+
+    array = "view_params"
+
+    def __init__(self, crops: PadCropFlip | ResizedCropFlip, augment: Augment, side: int) -> None:
+        self.crops = crops
+        self.augment = augment
+        self.side = side  # of the views that students see
+        self.name, self.limit = crops.name, crops.limit
+
+    def draw(self, seed: int, num_samples: int, num_views: int) -> NDArray[np.float32]:
+        """Draw rows [V,N,k]; the crops are those of the space without augmentation."""
+        crops = self.crops.draw(seed, num_samples, num_views)
+        views = np.empty((num_views, num_samples, self.augment.width), np.float32)
+        views[..., : self.augment.geometry] = crops.reshape(num_views, num_samples, -1)
+        for view in range(num_views):
+            self._fill(views[view], seed, view, 5)
+        return views
+
+    def fresh(self, seed: int, epoch: int, num_samples: int) -> NDArray[np.float32]:
+        """Draw rows [N,k] for one epoch."""
+        views = np.empty((num_samples, self.augment.width), np.float32)
+        crops = self.crops.fresh(seed, epoch, num_samples)
+        views[:, : self.augment.geometry] = crops.reshape(num_samples, -1)
+        self._fill(views, seed, epoch, 6)
+        return views
+
+    def _fill(self, views: NDArray[np.float32], *words: int) -> None:
+        """Fill in one view [N,k] per sample; row i of every stream belongs to sample i."""
+        streams = self.augment.streams(*words)
+        for span in spans(len(views)):
+            ids = np.arange(span.start, span.stop)
+            self.augment.fill(views[span], Samples(ids, len(views), self.side), streams)
+
+
 ViewSpace = PadCropFlip | ResizedCropFlip
+DrawnSpace = ViewSpace | AugmentedViews
 
 
 def _epoch_stream(seed: int, epoch: int) -> np.random.Philox:
