@@ -24,6 +24,7 @@ from torch import Tensor
 
 from richkd.config.settings import NO_TEACHER, Precompute, check_resume
 from richkd.core.accuracy import accuracy
+from richkd.core.choices import CROP
 from richkd.core.errors import RichKDError
 from richkd.core.interrupts import deferred
 from richkd.core.progress import Report, duration, percent, size
@@ -267,7 +268,7 @@ class StageOne:
     """Stage one, ready to run: images, views, teachers, and the manifest of what it writes."""
 
     dataset: Dataset
-    views: NDArray[Any]  # of the training split, [V,N] or [V,N,5]
+    views: NDArray[Any]  # of the training split, [V,N], [V,N,5] or [V,N,k]
     teachers: Teachers
     manifest: Manifest
     preview: Preview
@@ -282,7 +283,7 @@ class StageOne:
     ) -> StageOne:
         """Draw the views and make the manifest; `block` as in `make_manifest`."""
         settings, train, preview = teachers.settings, dataset.train, preview or Preview()
-        views = train.view_space.draw(settings.seed, len(train), settings.views)
+        views = train.views(settings.augment).draw(settings.seed, len(train), settings.views)
         manifest = make_manifest(dataset, teachers, preview.precision_error, block)
         return cls(dataset, views, teachers, manifest, preview)
 
@@ -298,8 +299,9 @@ class StageOne:
     ) -> StageOne:
         """Take the views of a cache, and make the manifest of a teacher that is added to it."""
         views, train = cache.manifest["views"], dataset.train
-        drawn = train.view_space.draw(views["seed"], len(train), views["count"])
-        kept = cache.read(f"train/{train.view_space.array}")
+        space = train.views(views.get("augment", CROP))
+        drawn = space.draw(views["seed"], len(train), views["count"])
+        kept = cache.read(f"train/{space.array}")
         if not torch.equal(views_tensor(drawn).to(kept.dtype), kept):
             raise RichKDError(
                 f"{cache.location} has other views than this version of richkd draws, so no "
@@ -354,7 +356,7 @@ class StageOne:
         damaged: Collection[Block] | None = None,
     ) -> AbstractContextManager[StoreWriter]:
         """Open the cache for writing; arguments as in `open_writer`."""
-        views = {f"train/{self.dataset.train.view_space.array}": self.views}
+        views = {schema.view_array(self.manifest)[0]: self.views}
         known = {} if self.is_addition else views
         if self.teachers.text is not None:
             known["text/embeddings"] = self.teachers.text.cpu().numpy()
@@ -376,6 +378,7 @@ class StageOne:
             self.teachers,
             writer.read,
             self.preview,
+            schema.augment_of(self.manifest),
             with_images=not self.is_addition,
         )
         todo = [block for block, done in zip(writer.blocks, writer.done, strict=True) if not done]

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from richkd.config import catalog
 from richkd.core.choices import (
     CNN_ROWS,
+    CROP,
     ROWS,
     ClipHead,
     ClipPrecision,
@@ -29,6 +30,7 @@ from richkd.core.choices import (
     Scale,
     Step,
     TeacherHead,
+    read_augment,
 )
 from richkd.core.errors import RichKDError, local_path, nearest, require
 from richkd.core.validation import (
@@ -424,6 +426,12 @@ class Precompute(Images):
     views: Count = setting(
         32, "augmented views per training sample; students see a new one each epoch while they last"
     )
+    augment: str = setting(
+        CROP,
+        "what a view is besides a crop and flip: some of jitter, trivial or rand, erase, and mixup, "
+        "cutmix or mix, joined as in rand+erase+mix; crop: nothing",
+        later=True,
+    )
     alpha: Share = setting(
         0.7,
         "weight of the CNN teacher in the blend; CLIP has 1 − alpha",
@@ -471,6 +479,7 @@ class Precompute(Images):
         suggested = catalog.defaults(self.dataset)
         self._set("teacher", self.teacher or suggested.teacher)
         self._set("clip", self.clip or suggested.clip)
+        self._set("augment", read_augment(self.augment))
         self._set("out", self.out or f"cache/{catalog.short_name(self.dataset)}.zarr")
         for name in ("teacher_mean", "teacher_std"):
             if getattr(self, name) is not None:

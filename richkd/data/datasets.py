@@ -129,8 +129,8 @@ class Split:
         chosen = Augment.of(space.name, augment)
         if chosen is None:
             return space
-        files = isinstance(self.images, ImageFiles)
-        side = self.images.image_size if files else self.images.shape[1]
+        images = self.images
+        side = images.image_size if isinstance(images, ImageFiles) else images.shape[1]
         return AugmentedViews(space, chosen, side)
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,7 +20,7 @@ from richkd.data.augment import Augment
 from richkd.data.datasets import ImageFiles
 from richkd.data.framing import Framing
 from richkd.data.replay import Crops, joined_rows, replay
-from richkd.data.views import gather_views
+from richkd.data.views import gather_views, pad_crop_flip
 from richkd.data.workers import MAX_WORKERS, Samples, load, num_workers
 
 IN_FLIGHT_BYTES = 512 * 2**20  # of batches that stage one's workers hold at once
@@ -279,16 +280,15 @@ def file_crops(files: ImageFiles, framing: Framing, opened: Mapping[int, Image.I
 
 def array_crops(images: Tensor, framing: Framing | None) -> Crops:
     """Return a function that crops an image [H,W,3] of an array, framed for a network by PIL."""
+    whole = torch.tensor([[0, 0, *images.shape[1:3], 0]])
 
-    def crops(number: int, view_ids: Tensor) -> Tensor:
-        found = gather_views(
-            images[number, None], torch.zeros(len(view_ids)).long(), view_ids[:, 0]
-        )
-        if framing is None or framing.size == found.shape[1] == found.shape[2]:
-            return found
-        whole = torch.tensor([[0, 0, *found.shape[1:3], 0]])
-        every = (Image.fromarray(pixels) for pixels in found.numpy())
-        return torch.cat([framing.views(image, whole, exact=True) for image in every])
+    def crops(number: int, views: Tensor) -> Tensor:
+        image = images[number].numpy()
+        every = [pad_crop_flip(image, int(view_id)) for (view_id,) in views.tolist()]
+        if framing is None or framing.size == image.shape[0] == image.shape[1]:
+            return torch.from_numpy(np.stack(every))
+        framed = (framing.views(Image.fromarray(one), whole, exact=True) for one in every)
+        return torch.cat([*framed])
 
     return crops
 

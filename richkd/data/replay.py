@@ -151,7 +151,7 @@ def _affine(
         scale=1.0,
         shear=[*shear],
         interpolation=NEAREST,
-        center=center,  # type: ignore[arg-type]
+        center=center,
     )
     return moved
 

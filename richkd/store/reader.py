@@ -19,6 +19,7 @@ from richkd.core import fusion
 from richkd.core.choices import Scale, check_blend
 from richkd.core.errors import RichKDError
 from richkd.core.memory import spans
+from richkd.data.augment import Augment
 from richkd.data.views import views_tensor
 from richkd.store import pages, schema
 from richkd.store.added import (
@@ -54,8 +55,8 @@ SLAB_ARRAYS = ("teacher_logits", "teacher_features", "fused_logits")
 class Slab:
     """One epoch's worth of the training split: view v of every sample; None if not requested.
 
-    Shapes: view_ids [N] (pad-crop-flip) or view_params [N,5] (photographs), teacher_logits and
-    fused_logits [N,C], teacher_features [N,F], in the stored dtype, on the CPU.
+    Shapes: view_ids [N] (pad-crop-flip) or view_params [N,5] (photographs; with `--augment` [N,k],
+    of the columns that the manifest's `views` names), teacher_logits and fused_logits [N,C], teacher_features [N,F], in the stored dtype, on the CPU.
     """
 
     view_ids: Tensor | None = None
@@ -117,8 +118,12 @@ class TeacherCache:
     @property
     def views_array(self) -> str:
         """The name of the array of the training split that has the views."""
-        ids = self.manifest["views"]["space"] == "pad-crop-flip"
-        return "view_ids" if ids else "view_params"
+        return schema.view_array(self.manifest)[0].removeprefix("train/")
+
+    @property
+    def augment(self) -> Augment | None:
+        """What views are besides a crop and flip; None for nothing."""
+        return schema.augment_of(self.manifest)
 
     @property
     def num_classes(self) -> int:

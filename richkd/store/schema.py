@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
-from richkd.core.choices import CLIP_PRECISIONS, CNN_ROWS, ROWS
+from richkd.core.choices import CLIP_PRECISIONS, CNN_ROWS, ROWS, read_augment
+from richkd.core.errors import RichKDError
 from richkd.core.progress import percent
 from richkd.core.validation import find_fault
+from richkd.data.augment import GEOMETRY, Augment
 from richkd.data.boxes import CLEAN_SHARE
 from richkd.data.entries import DecodingEntry
 from richkd.data.framing import InputEntry, NetworkInput, input_fault
@@ -52,6 +54,8 @@ class ViewsEntry(TypedDict):
     space: str
     count: int
     seed: int
+    augment: NotRequired[str]  # its components besides a crop and flip, e.g. rand+erase+mix
+    columns: NotRequired[list[str]]  # of train/view_params, if there are such components
 
 
 class HeadEntry(TypedDict):
@@ -254,12 +258,20 @@ def num_blocks(manifest: Manifest) -> int:
     return sum(per_split.values()) + per_split["train"] * (each - 1)
 
 
-def _view_array(manifest: Manifest) -> tuple[Any, ...]:
+def view_array(manifest: Manifest) -> tuple[Any, ...]:
     """Return the name, dtype and axes of the array that has the views of the training split."""
     axes = ("view", manifest["views"]["count"]), ("sample", manifest["dataset"]["num_train"])
-    if manifest["views"]["space"] == "pad-crop-flip":
+    augment = augment_of(manifest)
+    space = manifest["views"]["space"]
+    if augment is None and space == "pad-crop-flip":
         return "train/view_ids", "uint16", *axes
-    return "train/view_params", "float32", *axes, ("parameter", 5)
+    columns = GEOMETRY[space] if augment is None else augment.columns
+    return "train/view_params", "float32", *axes, ("parameter", len(columns))
+
+
+def augment_of(manifest: Manifest) -> Augment | None:
+    """Return what views are besides a crop and flip; None for nothing."""
+    return Augment.recorded(manifest["views"])
 
 
 def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
@@ -305,7 +317,7 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
             add(f"{split}/clip_features", dtype, sample, ("clip_feature", clip["num_features"]))
             add(f"{split}/clip_similarity", "float32", sample, ("class", num_classes))
     if own_images:
-        add(*_view_array(manifest))
+        add(*view_array(manifest))
     if clip is not None:
         prompts, width = len(manifest["prompts"]), clip["num_features"]
         add(
@@ -384,8 +396,10 @@ def _out_of_range(manifest: Manifest) -> Iterator[str]:
     dtype, space = manifest["dtype"], manifest["views"]["space"]
     if dtype not in ("float16", "float32"):
         yield f"dtype is {dtype!r}"
-    if space not in ("pad-crop-flip", "resized-crop-flip"):
+    if space not in GEOMETRY:
         yield f"views.space is {space!r}"
+    elif {"augment", "columns"} & manifest["views"].keys():
+        yield from _wrong_augment(manifest["views"])
     if manifest["block"] < 1 or manifest["image_size"] < 1:
         yield f"block is {manifest['block']}, image_size {manifest['image_size']}"
     if manifest.keys() & {"keep", "keep_temperature"}:
@@ -405,6 +419,19 @@ def _out_of_range(manifest: Manifest) -> Iterator[str]:
         yield f"mean is {mean!r}, std {std!r}"
     elif "teacher" in manifest and (fault := input_fault(teacher_input(manifest))) is not None:
         yield f"of teacher.input, {fault}"
+
+
+def _wrong_augment(views: ViewsEntry) -> Iterator[str]:
+    """Yield what is wrong with the components of the views."""
+    text = views.get("augment", "")
+    try:
+        known = text == read_augment(text) and Augment.of(views["space"], text)
+    except RichKDError:
+        known = None
+    if not known:
+        yield f"views.augment is {text!r}"
+    elif views.get("columns") != [*known.columns]:
+        yield f"views.columns are not those of {text}: {shown(views.get('columns'))}"
 
 
 def _out_of_place(manifest: Manifest) -> Iterator[str]:

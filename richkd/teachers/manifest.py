@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any, cast
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from richkd.config.settings import Precompute, to_table
 from richkd.core.versions import versions
 from richkd.data.datasets import Dataset
 from richkd.data.prompts import load_prompts
+from richkd.data.views import AugmentedViews
 from richkd.store import schema
 from richkd.store.added import shared_part
 from richkd.store.schema import ClipEntry, DatasetEntry, Manifest, PrecisionError, TeacherEntry
@@ -35,6 +37,7 @@ def make_manifest(
     settings = teachers.settings
     assert teachers.cnn is not None
     widest = max(len(dataset.class_names), teachers.cnn.num_features)
+    space = dataset.train.views(settings.augment)
     manifest = Manifest(
         format=schema.FORMAT,
         schema=schema.SCHEMA,
@@ -45,7 +48,7 @@ def make_manifest(
         mean=list(dataset.mean),
         std=list(dataset.std),
         views={
-            "space": dataset.train.view_space.name,
+            "space": space.name,
             "count": settings.views,
             "seed": settings.seed,
         },
@@ -63,6 +66,10 @@ def make_manifest(
         checksums=None,
         seal=None,
     )
+    if isinstance(space, AugmentedViews):
+        augment = space.augment
+        manifest["views"] |= {"augment": augment.text, "columns": [*augment.columns]}
+        manifest["versions"]["pillow"] = version("pillow")  # which replays them
     if settings.top_k is not None:
         manifest |= {"keep": settings.top_k, "keep_temperature": settings.keep_temperature}
     if settings.rows is not None:

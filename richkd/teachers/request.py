@@ -12,10 +12,11 @@ import torch
 from richkd.config.settings import Precompute, TrainTeacher, resolve, to_table
 from richkd.core.errors import RichKDError
 from richkd.core.progress import Report, size
+from richkd.data.augment import check_samples
 from richkd.data.class_names import check_distinct
 from richkd.data.datasets import Dataset, check_class_names, introduce, load_dataset
 from richkd.data.prompts import load_prompts
-from richkd.data.views import check_num_views
+from richkd.data.views import AugmentedViews, check_num_views
 from richkd.models.weights import check_weights, file_sha256
 from richkd.store import schema
 from richkd.store.folder import Folder
@@ -94,7 +95,10 @@ def check_teachers(settings: Precompute) -> None:
 def load_images(settings: Precompute, dataset: Dataset | None, report: Report) -> Dataset:
     """Return the dataset, loaded unless it is given; check that it has enough views and classes."""
     dataset = dataset or load_dataset(settings, report=report)
-    check_num_views(settings.views, dataset.train.view_space.limit)
+    space = dataset.train.views(settings.augment)
+    check_num_views(settings.views, space.limit)
+    if isinstance(space, AugmentedViews):
+        check_samples(space.augment, len(dataset.train))
     if settings.top_k is not None:
         check_keep(settings.top_k, len(dataset.class_names))
     introduce(dataset, report)

@@ -14,6 +14,7 @@ from richkd.config.settings import Precompute
 from richkd.core import fusion
 from richkd.core.accuracy import accuracy
 from richkd.core.progress import Advance, Report, percent
+from richkd.data.augment import Augment
 from richkd.data.datasets import Dataset, Split
 from richkd.data.inputs import ArrayInputs, FileInputs, make_inputs, send
 from richkd.store.schema import Block, PrecisionError, left_out
@@ -112,7 +113,7 @@ class Preview:
 class BlockRows:
     """Computes the rows of blocks with both teachers.
 
-    Images in an array are gathered view by view. CLIP's rows are computed before the views, which
+    Images in an array are gathered (or augmented) view by view. CLIP's rows are computed before the views, which
     read CLIP's cosines back through `read`. Image files are decoded once, for CLIP and all views.
 
     Args:
@@ -122,6 +123,7 @@ class BlockRows:
         teachers: both teachers.
         read: returns rows of an array that was written in an earlier phase, or by an earlier run.
         preview: outputs that are already known.
+        augment: what views are besides a crop and flip.
         with_images: whether the rows include labels, and images that are in an array.
     """
 
@@ -133,6 +135,7 @@ class BlockRows:
         teachers: Teachers,
         read: Read,
         preview: Preview | None = None,
+        augment: Augment | None = None,
         *,
         with_images: bool = True,
     ) -> None:
@@ -140,10 +143,10 @@ class BlockRows:
         self.with_images = with_images
         framing = teachers.cnn.input if teachers.cnn else None
         self.inputs = {
-            name: make_inputs(split.images, device, framing) for name, split in self.splits.items()
+            name: make_inputs(split.images, device, framing, augment if name == "train" else None)
+            for name, split in self.splits.items()
         }
-        files = isinstance(self.inputs["train"], FileInputs)
-        self.views = views if files else views.to(device)
+        self.views = views.to(device) if self.inputs["train"].gathers else views
         self.device = device
         self.teachers = teachers
         self.read = read
@@ -216,7 +219,7 @@ class BlockRows:
             parts = [*self.preview.of(block, teachers.cnn_batch).cnn]
             start = block.start + sum(len(logits) for logits, _ in parts)
             if start < block.stop:
-                order = torch.arange(start, block.stop, device=self.device)
+                order = torch.arange(start, block.stop)
                 views = self.views[view] if block.split == "train" else None
                 batches = inputs.batches(order, views, teachers.cnn_batch)
                 parts += [
