@@ -241,7 +241,7 @@ class _FileViews(Samples):
             image = self.files.open(sample)
             if self.views is None:
                 crops = self.framing.clean(image)
-            elif self.augment is None:
+            elif self.augment is None or not len(self.views):
                 crops = self.framing.views(image, self.views[:, index])
             else:
                 rows = joined_rows(self.augment, self.views, index)

@@ -56,7 +56,8 @@ class Slab:
     """One epoch's worth of the training split: view v of every sample; None if not requested.
 
     Shapes: view_ids [N] (pad-crop-flip) or view_params [N,5] (photographs; with `--augment` [N,k],
-    of the columns that the manifest's `views` names), teacher_logits and fused_logits [N,C], teacher_features [N,F], in the stored dtype, on the CPU.
+    of the columns that the manifest's `views` names), teacher_logits and fused_logits [N,C],
+    teacher_features [N,F], in the stored dtype, on the CPU.
     """
 
     view_ids: Tensor | None = None
@@ -118,7 +119,8 @@ class TeacherCache:
     @property
     def views_array(self) -> str:
         """The name of the array of the training split that has the views."""
-        return schema.view_array(self.manifest)[0].removeprefix("train/")
+        name: str = schema.view_array(self.manifest)[0]
+        return name.removeprefix("train/")
 
     @property
     def augment(self) -> Augment | None:

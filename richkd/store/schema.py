@@ -393,13 +393,10 @@ def _out_of_range(manifest: Manifest) -> Iterator[str]:
             yield f"{name} is not finite"
         if isinstance(value, int) and not 0 <= value < MOST:
             yield f"{name} is {value!r}"
-    dtype, space = manifest["dtype"], manifest["views"]["space"]
+    dtype = manifest["dtype"]
     if dtype not in ("float16", "float32"):
         yield f"dtype is {dtype!r}"
-    if space not in GEOMETRY:
-        yield f"views.space is {space!r}"
-    elif {"augment", "columns"} & manifest["views"].keys():
-        yield from _wrong_augment(manifest["views"])
+    yield from _wrong_views(manifest["views"])
     if manifest["block"] < 1 or manifest["image_size"] < 1:
         yield f"block is {manifest['block']}, image_size {manifest['image_size']}"
     if manifest.keys() & {"keep", "keep_temperature"}:
@@ -421,8 +418,13 @@ def _out_of_range(manifest: Manifest) -> Iterator[str]:
         yield f"of teacher.input, {fault}"
 
 
-def _wrong_augment(views: ViewsEntry) -> Iterator[str]:
-    """Yield what is wrong with the components of the views."""
+def _wrong_views(views: ViewsEntry) -> Iterator[str]:
+    """Yield what is wrong with the space of the views, or with their components."""
+    if views["space"] not in GEOMETRY:
+        yield f"views.space is {views['space']!r}"
+        return
+    if not {"augment", "columns"} & views.keys():
+        return
     text = views.get("augment", "")
     try:
         known = text == read_augment(text) and Augment.of(views["space"], text)

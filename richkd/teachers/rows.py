@@ -113,8 +113,9 @@ class Preview:
 class BlockRows:
     """Computes the rows of blocks with both teachers.
 
-    Images in an array are gathered (or augmented) view by view. CLIP's rows are computed before the views, which
-    read CLIP's cosines back through `read`. Image files are decoded once, for CLIP and all views.
+    Images in an array are gathered view by view. CLIP's rows are computed before the views, which
+    read CLIP's cosines back through `read`. Image files are decoded once, for CLIP and all views;
+    once more for each view that they are mixed into.
 
     Args:
         dataset: the images.
@@ -238,7 +239,7 @@ class BlockRows:
         cnn_teacher = teachers.cnn
         wanted = [view for block in first if cnn_teacher and (view := cnn_view(block)) is not None]
         clip = teachers.clip if any(block.view is None for block in first) else None
-        views: Tensor | None = torch.empty(0, len(self.splits[split]), 5)
+        views: Tensor | None = self.views[:0]
         if wanted:
             views = self.views[wanted] if split == "train" else None
         spans = [range(unit[0].start, unit[0].stop) for unit in units]
