@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from richkd.store.reader import TeacherCache as TeacherCache
     from richkd.store.reader import open_cache as open_cache
     from richkd.tools.samples import torch_dataset as torch_dataset
+    from richkd.tools.samples import view_images as view_images
     from richkd.training.run_folder import load_student as load_student
 
 _HOME = {
@@ -31,6 +32,7 @@ _HOME = {
     "load_student": "richkd.training.run_folder",
     "open_cache": "richkd.store.reader",
     "torch_dataset": "richkd.tools.samples",
+    "view_images": "richkd.tools.samples",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "losses",
     "open_cache",
     "torch_dataset",
+    "view_images",
 ]
 
 

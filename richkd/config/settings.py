@@ -428,8 +428,8 @@ class Precompute(Images):
     )
     augment: str = setting(
         CROP,
-        "changes of a view besides crop and flip: some of jitter, trivial or rand, erase, and mixup, "
-        "cutmix or mix, joined as in rand+erase+mix; crop: none",
+        "changes to a view besides crop and flip: some of jitter, trivial or rand, erase, and "
+        "mixup, cutmix or mix, joined as in rand+erase+mix; crop: none",
         later=True,
     )
     alpha: Share = setting(

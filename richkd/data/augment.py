@@ -14,7 +14,7 @@ the columns. Does not import torch, as manifests are read without it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -231,6 +231,37 @@ class Augment:
             first = self.at[component.columns[0]]
             drawn = component.draw(uniform(stream, len(views), component.numbers), samples)
             views[:, first : first + len(component.columns)] = drawn
+
+
+def param_faults(augment: Augment, params: NDArray[np.float32], total: int) -> Iterator[str]:
+    """Yield what is wrong with rows [V,N,k] of untrusted parameters: those that no replay takes."""
+
+    def column(name: str) -> NDArray[np.float32]:
+        return params[..., augment.at[name]]
+
+    limits = {"op": len(OPS) - 1, "jitter_order": len(ORDERS) - 1, "partner": total - 1, "share": 1}
+    for name in augment.columns[augment.geometry :]:
+        most = limits.get(name.split("_")[0] if name.startswith("op") else name)
+        values = column(name)
+        if most is not None and not ((values >= 0) & (values <= most)).all():
+            yield f"some of {name} are not in 0..{most}"
+        whole = most is not None and name != "share"
+        if whole and (values != np.floor(values)).any():
+            yield f"some of {name} are not whole numbers"
+    for part in ("erase", "mix"):
+        if f"{part}_top" not in augment.at:
+            continue
+        first = augment.at[f"{part}_top"]
+        box = params[..., first : first + 4]
+        ends = box[..., :2] + box[..., 2:]
+        if not ((box >= 0).all() and (ends <= 1 + 1e-6).all()):
+            yield f"some boxes of {part} are out of range"
+    if augment.mixes:
+        own = np.arange(params.shape[1])
+        if (column("partner") == own).any():
+            yield "some images are mixed with themselves"
+        if not np.isin(column("mix_mode"), (MIXUP, CUTMIX)).all():
+            yield f"some of mix_mode are not {MIXUP} or {CUTMIX}"
 
 
 def uniform(stream: np.random.Philox, count: int, width: int) -> Numbers:

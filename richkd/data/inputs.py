@@ -305,24 +305,34 @@ def one_thread() -> Iterator[None]:
 
 
 def image_views(
-    images: Tensor | ImageFiles, index: Tensor, views: Tensor, augment: Augment | None = None
+    images: Tensor | ImageFiles,
+    index: Tensor,
+    views: Tensor,
+    augment: Augment | None = None,
+    framing: Framing | None = None,
 ) -> Tensor:
     """Return views of the samples [B], computed in this process: [B,H,W,3] uint8.
 
-    The views are [B] or [B,5], or with `augment` rows [B,k+…] as `joined` returns them.
+    Args:
+        images: of all samples.
+        index: the samples.
+        views: [B] or [B,5], or with `augment` rows [B,k+…] as `joined` returns them.
+        augment: what views are besides a crop and flip.
+        framing: of a network; None means students.
     """
-    if augment is not None:
-        crops = (
-            file_crops(images, Framing(size=images.image_size), {})
-            if isinstance(images, ImageFiles)
-            else array_crops(images, None)
-        )
-        pairs = zip(index.tolist(), views, strict=True)
-        return torch.cat([replay(augment, row[None], number, crops) for number, row in pairs])
+    pairs = zip(index.tolist(), views, strict=True)
     if isinstance(images, ImageFiles):
-        framing, pairs = Framing(size=images.image_size), zip(index.tolist(), views, strict=True)
-        return torch.cat([framing.views(images.open(number), view[None]) for number, view in pairs])
-    return gather_views(images, index, views)
+        framing = framing or Framing(size=images.image_size)
+        if augment is None:
+            every = [framing.views(images.open(number), view[None]) for number, view in pairs]
+            return torch.cat(every)
+        crops = file_crops(images, framing, {})
+    elif augment is None:
+        gathered = gather_views(images, index, views)
+        return gathered if framing is None else framing.of_array(gathered, clean=False)
+    else:
+        crops = array_crops(images, framing)
+    return torch.cat([replay(augment, row[None], number, crops) for number, row in pairs])
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -313,13 +313,16 @@ class CRDKD(LogitMethod, CRD):
 
 
 def contrast_of(options: CRD.Options, task: Task) -> CRDLoss:
-    """Return the contrastive loss for a method's options."""
+    """Return the contrastive loss for a method's options.
+
+    Mixed images are of two classes, so that all other samples are negatives.
+    """
     return CRDLoss(
         len(task.labels),
         EMBEDDING,
         options.negatives,
         options.crd_temperature,
         options.bank_momentum,
-        task.labels,
+        None if task.mixed else task.labels,
         options.contrast,
     )

@@ -49,6 +49,8 @@ def _true_and_others(z: Tensor, true: Tensor) -> Tensor:
 class DKD(LogitMethod):
     """Decoupled knowledge distillation (Zhao et al. 2022), weighted as in mdistiller."""
 
+    needs_one_label = True
+
     @dataclass(frozen=True, kw_only=True)
     class Options(LogitOptions):
         """Weights α and β, epochs over which they grow to these values, and temperature τ."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ from richkd.core.validation import NotNegative, check, hints
 
 TARGET = "target_logits"  # of the teacher, CLIP or both fused, as the user chooses
 EVERY = "every_teacher"  # the logits of every teacher, each as it gave them
+PARTNER, SHARE = "partner_label", "share"  # rows of mixed views, besides those that are read
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Batch:
         default_factory=dict
     )  # the arrays named by `reads`, for these samples
     epoch: int | Tensor = 1  # from 1; during training a float64 scalar on the device
+    partner: Tensor | None = None  # [B], the labels of the images that are mixed in, if any are
+    share: Tensor | None = None  # [B], λ of the images that `labels` belong to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,7 @@ class Task:
     others: Mapping[str, int] = field(default_factory=dict)  # F_k of added teachers
     weights: Mapping[str, float] = field(default_factory=dict)  # by teacher; empty: α alone
     label_smoothing: float = 0.0  # share of a label that is spread over all classes
+    mixed: bool = False  # images are mixed, and so of two classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +121,7 @@ class Method(nn.Module):
     Options: ClassVar[type[Any]] = Options
     target: ClassVar[str] = "teacher"  # whose logits it takes by default
     few_views: ClassVar[FewViews] = FewViews(measured_with="kd", points={8: 0.49})
+    needs_one_label: ClassVar[bool] = False  # and so takes no mixed images
 
     def __init__(self, options: Any, task: Task) -> None:
         super().__init__()
@@ -146,14 +153,27 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def label_term(self, batch: Batch) -> Tensor:
-        """Return the weighted cross-entropy with the labels, f32."""
+        """Return the weighted cross-entropy with the labels, f32.
+
+        Of mixed images it is λ·CE(own) + (1 − λ)·CE(partner), as in mixup (arXiv 1710.09412) and
+        CutMix (arXiv 1905.04899).
+        """
         weight: float = self.options.ce_weight
-        return weight * F.cross_entropy(
-            batch.logits.float(), batch.labels, label_smoothing=self.label_smoothing
-        )
+        loss = partial(F.cross_entropy, batch.logits.float(), label_smoothing=self.label_smoothing)
+        if batch.partner is None or batch.share is None:
+            return weight * loss(batch.labels)
+        own, other = (loss(each, reduction="none") for each in (batch.labels, batch.partner))
+        return weight * torch.lerp(other, own, batch.share).mean()
 
     def update(self) -> None:
         """Update memory banks; called after the step of the optimizer."""
+
+
+def mixing(rows: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """Return `partner` and `share` of a batch, from its rows; None if its images are not mixed."""
+    if PARTNER not in rows:
+        return None, None
+    return rows[PARTNER].long(), rows[SHARE]
 
 
 METHODS: dict[str, tuple[type[Method], Mapping[str, Any]]] = {}

@@ -131,5 +131,7 @@ class EBKD(MultiTeacher):
 class CAMKD(MultiTeacher):
     """Teachers weighted by how right they are (Zhang et al. 2022): the logit term alone."""
 
+    needs_one_label = True
+
     def weights(self, teachers: Tensor, labels: Tensor) -> Tensor | None:
         return confidence_weights(teachers, labels)

@@ -239,7 +239,7 @@ class BlockRows:
         cnn_teacher = teachers.cnn
         wanted = [view for block in first if cnn_teacher and (view := cnn_view(block)) is not None]
         clip = teachers.clip if any(block.view is None for block in first) else None
-        views: Tensor | None = self.views[:0]
+        views: Tensor | None = torch.empty(0, len(self.splits[split]), 5)
         if wanted:
             views = self.views[wanted] if split == "train" else None
         spans = [range(unit[0].start, unit[0].stop) for unit in units]

@@ -70,7 +70,7 @@ def show(summary: dict[str, Any], report: Report) -> None:
         ("images", f"{manifest['image_size']}×{manifest['image_size']}, {images}"),
         ("fingerprint", dataset["fingerprint"][:16]),
         ("classes", f"{len(manifest['class_names'])}: {_some(manifest['class_names'])}"),
-        ("views", f"{views['count']} of {views['space']}, seed {views['seed']}"),
+        ("views", f"{views['count']} of {views['space']}{_augment(views)}, seed {views['seed']}"),
         *_teachers(summary),
     ]
     for name, added in summary["added"].items():
@@ -101,6 +101,10 @@ def show(summary: dict[str, Any], report: Report) -> None:
             for name, array in group["arrays"].items()
         ],
     )
+
+
+def _augment(views: schema.ViewsEntry) -> str:
+    return f" with {views['augment']}" if "augment" in views else ""
 
 
 def _teachers(summary: dict[str, Any]) -> list[tuple[str, str]]:

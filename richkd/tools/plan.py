@@ -27,6 +27,7 @@ from torch import Tensor
 
 from richkd.config import catalog
 from richkd.config.settings import Precompute, TrainTeacher, resolve
+from richkd.core.choices import CROP, MIXING
 from richkd.core.errors import RichKDError
 from richkd.core.interrupts import mark_work_started
 from richkd.core.progress import Report, duration, size
@@ -82,6 +83,7 @@ class Pace:
     image_size: int
     teacher_size: int  # side of the CNN teacher's input
     files: bool  # images are decoded from files
+    augment: str  # what views are besides a crop and flip
     clean_s: float  # CLIP, decoding, and all else that does not depend on views
     view_s: float  # the CNN teacher, per view
     text_s: float  # CLIP, per text
@@ -293,6 +295,7 @@ class Trial:
             image_size=self.dataset.image_size,
             teacher_size=self.cnn.input.size,
             files=isinstance(self.dataset.train.images, ImageFiles),
+            augment=self.settings.augment,
             clean_s=max(one - view_s, 0.0),
             view_s=view_s,
             text_s=self.seconds_a_text(),
@@ -414,7 +417,8 @@ def read_pace(file: Path, here: Pace) -> Pace:
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))["pace"]
-        found.setdefault("teacher_size", found["image_size"])  # older plans lack it
+        found.setdefault("teacher_size", found["image_size"])  # older plans lack these two
+        found.setdefault("augment", CROP)
         for name, hint in hints(Pace).items():
             if (fault := find_fault(found[name], hint, name)) is not None:
                 raise ValueError(fault)
@@ -425,7 +429,7 @@ def read_pace(file: Path, here: Pace) -> Pace:
             f"… --json > FILE",
             code="plan-unreadable",
         ) from None
-    for name in ("teacher", "clip", "image_size", "teacher_size", "files"):
+    for name in ("teacher", "clip", "image_size", "teacher_size", "files", "augment"):
         if getattr(there, name) != getattr(here, name):
             raise RichKDError(
                 f"{file} was measured with {name} = {getattr(there, name)!r}, but this plan has "
@@ -576,5 +580,8 @@ def show(result: Mapping[str, Any], report: Report) -> None:
         f"* as asked: {passes['cnn']:,} passes of the CNN teacher, {passes['clip']:,} of CLIP and "
         f"{passes['texts']:,} of its texts"
     )
+    if pace["augment"].endswith(MIXING) and pace["files"]:
+        decoded = result["num_train"] * (result["views"] + 1)
+        report.log(f"{decoded:,} decodes of training images: each, and the partner of each view")
     report.log(f"time on one device ({pace['hardware']}); {result['about']}")
     report.log(f"kept at {result['usd_a_gb_month']:g} USD a GB and month")

@@ -6,16 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from richkd.core.errors import RichKDError, unknown
+from richkd.data.augment import Augment
 from richkd.data.datasets import Split
+from richkd.data.framing import NetworkInput
 from richkd.data.inputs import Normalize, image_views
+from richkd.data.replay import joined
 from richkd.data.views import views_tensor
 from richkd.store.reader import TeacherCache, open_cache
+from richkd.store.schema import teacher_input
 from richkd.store.topk import Rows
 from richkd.training.images import load_images
 
@@ -34,7 +39,8 @@ def torch_dataset(
     """Return the samples of a cache with their teacher rows, for `torch.utils.data.DataLoader`.
 
     A sample is a dictionary: `image` [3,H,W] f32, the view that the rows were computed on,
-    normalised by the cache's mean and std; `label` and `index`, int64; and the requested rows in
+    normalised by the cache's mean and std; `label` and `index`, int64; of mixed images
+    `partner_label`, int64, and `share`, λ of the first image, f32; and the requested rows in
     f32: `teacher_logits` and `fused_logits` [C], `teacher_features` [F], and of the clean image
     `clip_features` [D] and `clip_similarity` [C].
 
@@ -73,6 +79,39 @@ def torch_dataset(
     return Samples(cache, split, view, tuple(names), images)
 
 
+def view_images(
+    cache: TeacherCache | str | Path,
+    view: int,
+    samples: Sequence[int] | Tensor | None = None,
+    *,
+    network: Literal["student", "teacher"] = "student",
+    dataset: str = "",
+    data_root: str = "data",
+) -> Tensor:
+    """Return a view of training samples, replayed as in both stages.
+
+    Args:
+        cache: a complete cache, or its path.
+        view: the number of the view.
+        samples: their ids, [B]; all by default.
+        network: whose input size and interpolation the images have.
+        dataset: the new location of the images, if they moved (image folders only).
+        data_root: the folder of the datasets.
+
+    Returns:
+        [B,S,S,3] uint8.
+
+    Raises:
+        RichKDError: as `torch_dataset`.
+    """
+    found = torch_dataset(cache, view, arrays=(), dataset=dataset, data_root=data_root)
+    index = torch.arange(len(found)) if samples is None else torch.as_tensor(samples).long()
+    seen = None
+    if network == "teacher":
+        seen = NetworkInput.of(teacher_input(found.cache.manifest))
+    return image_views(found.images.images, index, found.views[index], found.augment, seen)
+
+
 @dataclass(frozen=True, eq=False)
 class Samples(Dataset[dict[str, Tensor]]):
     """The samples of one split and view of a cache; see `torch_dataset`."""
@@ -96,10 +135,12 @@ class Samples(Dataset[dict[str, Tensor]]):
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
         """Return several samples; PyTorch's loaders call this once per batch."""
         index = torch.as_tensor(indices)
+        views = image_views(self.images.images, index, self.views[index], self.augment)
         columns = {
-            "image": self._normalize(image_views(self.images.images, index, self._views[index])),
+            "image": self._normalize(views),
             "label": self.images.labels[index],
             "index": index,
+            **self._mixing(index),
             **{name: rows[index].float() for name, rows in self._rows.items()},
         }
         return [
@@ -107,17 +148,30 @@ class Samples(Dataset[dict[str, Tensor]]):
             for sample in zip(*columns.values(), strict=True)
         ]
 
+    def _mixing(self, index: Tensor) -> dict[str, Tensor]:
+        """Return the labels of the partners and the shares of mixed images."""
+        augment = self.augment
+        if augment is None or not augment.mixes:
+            return {}
+        partner, share = (self.views[index, augment.at[name]] for name in ("partner", "share"))
+        return {"partner_label": self.images.labels[partner.long()], "share": share}
+
     @cached_property
     def _normalize(self) -> Normalize:
         manifest = self.cache.manifest
         return Normalize(tuple(manifest["mean"]), tuple(manifest["std"]), torch.device("cpu"))
 
     @cached_property
-    def _views(self) -> Tensor:
-        """Views of all samples: [N] or [N,5]."""
+    def views(self) -> Tensor:
+        """Views of all samples: [N] or [N,5], or joined rows of augmented ones."""
         if self.view is None:
             return views_tensor(self.images.view_space.clean(len(self)))
-        return self.cache.slab(self.view, ()).views
+        return joined(self.cache.augment, self.cache.slab(self.view, ()).views)
+
+    @property
+    def augment(self) -> Augment | None:
+        """What the views are besides a crop and flip."""
+        return None if self.view is None else self.cache.augment
 
     @cached_property
     def _rows(self) -> dict[str, Rows]:

@@ -22,6 +22,7 @@ from richkd.core.accuracy import accuracy
 from richkd.core.errors import RichKDError
 from richkd.core.memory import spans
 from richkd.core.progress import Report
+from richkd.data.augment import param_faults
 from richkd.data.views import NUM_VIEW_IDS
 from richkd.store.added import added_names, place_of, unknown_teacher, write_again
 from richkd.store.checksums import (
@@ -324,19 +325,25 @@ def check_labels(cache: TeacherCache) -> Iterator[str]:
 
 
 def check_views(cache: TeacherCache) -> Iterator[str]:
-    """Check that view ids are in range and not repeated, and that boxes are valid."""
+    """Check that view ids are in range and not repeated, and that other parameters are valid."""
+    name = f"train/{cache.views_array}"
+    if cache.augment is not None:
+        params = cache.read(name).numpy()
+        for fault in param_faults(cache.augment, params, cache.num_samples):
+            yield f"{name}: {fault}"
     if cache.manifest["views"]["space"] == "pad-crop-flip":
-        ids = cache.read("train/view_ids").int()
+        found = cache.read(name)
+        ids = (found[..., 0] if cache.augment else found).int()
         if int(ids.max()) >= NUM_VIEW_IDS or int(ids.min()) < 0:
-            yield f"train/view_ids: some are not in 0..{NUM_VIEW_IDS - 1}"
+            yield f"{name}: some are not in 0..{NUM_VIEW_IDS - 1}"
         repeated = (ids.sort(0).values.diff(dim=0) == 0).any(0).sum()
         if repeated:
-            yield f"train/view_ids: {repeated} samples have a view twice"
+            yield f"{name}: {repeated} samples have a view twice"
         return
-    boxes = cache.read("train/view_params")
+    boxes = cache.read(name)[..., :5]
     good = (boxes >= 0).all(2) & (boxes[..., 2:4] >= 1).all(2) & (boxes[..., 4] <= 1)
     if not good.all():
-        yield f"train/view_params: {(~good).sum()} boxes are empty or out of range"
+        yield f"{name}: {(~good).sum()} boxes are empty or out of range"
 
 
 def check_finite(cache: TeacherCache) -> Iterator[str]:
@@ -450,6 +457,7 @@ def check_teacher(
 ) -> Iterator[str]:
     """Check that a random sample of training rows is what the CNN teacher gives on their views."""
     from richkd.data.inputs import make_inputs
+    from richkd.data.replay import joined
     from richkd.teachers.find import load_again
     from richkd.training.device import choose_device
     from richkd.training.images import load_images
@@ -464,7 +472,7 @@ def check_teacher(
     device = choose_device("auto")
     train = load_images(cache, report=report)["train"]
     teacher = load_again(group, weights, device, report)
-    inputs = make_inputs(train.images, device, teacher.input)
+    inputs = make_inputs(train.images, device, teacher.input, cache.augment)
     if teacher.sha256 != manifest["teacher"]["sha256"]:
         yield (
             f"{weights} are not the weights of the cache: SHA-256 {teacher.sha256[:12]} instead of "
@@ -472,7 +480,7 @@ def check_teacher(
         )
     each = -(-SAMPLED_ROWS // cache.num_views)
     for view in range(cache.num_views):
-        views = cache.slab(view, ()).views
+        views = joined(cache.augment, cache.slab(view, ()).views)
         index = torch.randperm(cache.num_samples)[:each].sort().values
         batches = inputs.batches(index, views, 256)
         found = [teacher.rows(images, numbers) for numbers, images in batches]

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from richkd.data.augment import Augment
 from richkd.data.datasets import Split
 from richkd.data.inputs import Inputs, Normalize, make_inputs
 from richkd.data.views import views_tensor
+from richkd.losses.method import PARTNER, SHARE
 from richkd.store.topk import Rows
 
 StepBatch = tuple[Tensor, Tensor, dict[str, Tensor]]  # index, images, rows
@@ -24,7 +26,7 @@ class EpochRows:
     Unless `samples` says otherwise, entry i is a view of sample i, so that E = N.
     """
 
-    views: Tensor  # [E] or [E,5]
+    views: Tensor  # [E] or [E,5], or with `--augment` rows as `replay.joined` returns them
     rows: Mapping[str, Rows]  # name -> [E,…]
     on_host: bool = False  # rows stay on the host, and each batch is copied to the device
     samples: Tensor | None = None  # [E], the sample of each entry, on the host
@@ -65,6 +67,24 @@ class EpochRows:
         if index.is_cuda:
             batch = {name: row.pin_memory() for name, row in batch.items()}
         return {name: row.to(index.device, non_blocking=True) for name, row in batch.items()}
+
+
+def with_partners(source: EpochRows, labels: Tensor, augment: Augment | None) -> EpochRows:
+    """Add the label of each entry's partner and the share of its own image, where views are mixed.
+
+    They are rows like those of teachers, so that they are gathered with them.
+
+    Args:
+        source: whose views are joined with those of the partners.
+        labels: of all samples, [N].
+        augment: what the views consist of.
+    """
+    if augment is None or not augment.mixes:
+        return source
+    where = torch.device("cpu") if source.on_host else labels.device
+    partner, share = (source.views[:, augment.at[name]].to(where) for name in ("partner", "share"))
+    added = {PARTNER: labels.to(where)[partner.long()].float(), SHARE: share.contiguous()}
+    return replace(source, rows={**source.rows, **added})
 
 
 def timed(slabs: Iterator[EpochRows]) -> Iterator[tuple[EpochRows, float]]:

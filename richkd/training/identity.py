@@ -92,6 +92,7 @@ class RunIdentity(Identity):
     teacher_input: str | None = None  # where the teacher takes other images than the student
     keep: int | None = None  # logits of a row
     keep_temperature: float | None = None
+    augment: str | None = None  # what views are besides a crop and flip
     blend: str | None = None  # "computed" where the cache does not keep its fused logits
     added: dict[str, str] | None = None  # of the added teachers that the run reads, like `teacher`
 
@@ -118,6 +119,7 @@ class RunIdentity(Identity):
             clip=clip["sha256"][:DIGITS] if clip else "none",
             views=views["count"],
             view_seed=views["seed"],
+            augment=views.get("augment"),
             alpha=manifest["alpha"],
             scale=manifest["scale"],
             dtype=manifest["dtype"],

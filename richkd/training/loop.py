@@ -25,7 +25,7 @@ from richkd.core.accuracy import accuracy
 from richkd.core.errors import RichKDError, first_line
 from richkd.core.seeds import derive_seed
 from richkd.data.inputs import Batches, Normalize
-from richkd.losses.method import Batch, Method
+from richkd.losses.method import Batch, Method, mixing
 from richkd.models import forward
 from richkd.training.data import Data, EpochRows, EvalSet, StepBatch
 from richkd.training.device import cuda, default_generator, half_precision
@@ -419,7 +419,7 @@ def make_objective(model: nn.Module, method: Method, normalize: Normalize, half:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
             logits, features = forward(model, normalize(images))
         logits, features = logits.float(), features.float()
-        return logits, method(Batch(logits, features, labels, index, rows, epoch))
+        return logits, method(Batch(logits, features, labels, index, rows, epoch, *mixing(rows)))
 
     return objective
 

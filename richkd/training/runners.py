@@ -126,8 +126,8 @@ class Compiled(Eager):
 class Captured:
     """Replays CUDA graphs of the step, one for each batch size, on a stream of their own.
 
-    If images and rows are on the device, a graph gathers its batch itself, at a position that it
-    advances. Otherwise each batch is copied to where the graph reads.
+    If rows are on the device, and images that a gather takes views of, a graph gathers its batch
+    itself, at a position that it advances. Otherwise each batch is copied to where the graph reads.
     """
 
     name = "captured"
@@ -138,7 +138,7 @@ class Captured:
         self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.gathers = isinstance(trainer.data.train, ArrayInputs) and not source.on_host
+        self.gathers = trainer.data.train.gathers and not source.on_host
         self.order = torch.zeros(len(source), dtype=torch.int64, device=self.device)
         self.position = torch.zeros((), dtype=torch.int64, device=self.device)
         self.views = source.views.to(self.device, copy=True)

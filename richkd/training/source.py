@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from richkd.config.settings import Distill, shown_weights
+from richkd.core.choices import CROP
 from richkd.core.progress import Report
 from richkd.core.seeds import derive_seed
 from richkd.data.datasets import Split
 from richkd.data.inputs import Normalize, make_inputs
+from richkd.data.replay import joined
 from richkd.data.views import views_tensor
 from richkd.losses import Task, method_class, method_options
 from richkd.losses.method import EVERY, TARGET, Method
@@ -24,7 +26,7 @@ from richkd.store import pages
 from richkd.store.added import array_of
 from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
 from richkd.store.topk import Rows
-from richkd.training.data import Data, EpochRows, EvalSet, all_rows, timed
+from richkd.training.data import Data, EpochRows, EvalSet, all_rows, timed, with_partners
 from richkd.training.device import choose_device, cuda, free_memory
 from richkd.training.images import load_images
 from richkd.training.initial import PRETRAINED, Initial
@@ -60,7 +62,7 @@ class Source:
         splits = self.splits
         manifest = self.cache.manifest
         return Data(
-            train=make_inputs(splits["train"].images, self.device),
+            train=make_inputs(splits["train"].images, self.device, augment=self.cache.augment),
             train_labels=splits["train"].labels.to(self.device),
             test=EvalSet.of(splits["test"], self.device),
             choice=EvalSet.of(splits["validation"], self.device)
@@ -116,6 +118,7 @@ class Source:
                 if name in self.cache.added
             },
             weights=weights,
+            mixed=self.cache.augment is not None and self.cache.augment.mixes,
         )
 
     def target(self, settings: Distill, kind: str) -> tuple[str, Target]:
@@ -190,10 +193,14 @@ class Source:
             seed: the run's.
             epoch: from 1.
         """
-        if not rows:
-            space = self.splits["train"].view_space
-            return EpochRows(views_tensor(space.fresh(seed, epoch, self.cache.num_samples)), {})
-        return replace(shared, rows={name: shared.rows[given] for name, given in rows.items()})
+        augment = self.cache.augment
+        if rows:
+            chosen = {name: shared.rows[given] for name, given in rows.items()}
+            return with_partners(replace(shared, rows=chosen), self.data.train_labels, augment)
+        space = self.splits["train"].views(CROP if augment is None else augment.text)
+        fresh = views_tensor(space.fresh(seed, epoch, self.cache.num_samples))
+        source = EpochRows(joined(augment, fresh), {})
+        return with_partners(source, self.data.train_labels, augment)
 
     def epochs(
         self, names: Collection[str], first: int, last: int
@@ -276,10 +283,9 @@ class Source:
             """Read a slab; with `samples` [E], only the rows of these."""
             stored = {
                 name: self.cache.rows(array_of("train", name), view, place.on_disk, samples)
-                for name in sorted(logits | features | {self.cache.views_array})
+                for name in sorted(logits | features)
             }
-            views = stored.pop(self.cache.views_array)
-            assert isinstance(views, Tensor)
+            views = self._views(view, place.on_disk, samples)
             rows: dict[str, Rows] = {name: stored[name] for name in sorted(features)}
             for name, target in targets.items():
                 rows[name] = target.logits("train", stored, empty, samples)
@@ -287,6 +293,14 @@ class Source:
             return epoch_rows.pinned() if pin else epoch_rows
 
         return lambda epoch: read((epoch - 1) % self.cache.num_views)
+
+    def _views(self, view: int, on_disk: bool, samples: Tensor | None) -> Tensor:
+        """Return the views of one slab, of some samples or all; mixed ones with their partners'."""
+        augment, array = self.cache.augment, f"train/{self.cache.views_array}"
+        mixes = augment is not None and augment.mixes
+        views = self.cache.rows(array, view, on_disk, None if mixes else samples)
+        assert isinstance(views, Tensor)
+        return joined(augment, views, samples) if mixes else views
 
 
 @dataclass(frozen=True)

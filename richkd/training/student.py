@@ -231,6 +231,7 @@ class StudentRun:
             f"on {self.source.device}\n"
             f"{settings.epochs} epochs of {cache.num_samples:,} images, batch "
             f"{settings.batch_size}, {describe_training(settings, cache.num_samples)}{resuming}"
+            f"{describe_mixing(cache)}"
         )
 
 
@@ -331,6 +332,13 @@ def check_reads(cache: TeacherCache, settings: Distill) -> None:
             f"keeps the {cache.manifest['keep']} largest of {cache.num_classes}; choose another "
             f"method, or make the cache with --keep all",
             code="method-needs-whole-rows",
+        )
+    if method_type.needs_one_label and cache.augment is not None and cache.augment.mixes:
+        raise RichKDError(
+            f"method {settings.method} needs the one class of an image, but {cache.location} has "
+            f"mixed images (augment {cache.augment.text}); choose another method, e.g. kd, or make "
+            f"the cache without {cache.augment.parts[-1]}",
+            code="method-needs-one-label",
         )
     if settings.target and TARGET not in reads:
         raise RichKDError(
@@ -503,6 +511,14 @@ def describe_run(settings: Distill, cache: TeacherCache, trainer: Trainer) -> di
         "step": trainer.ran,
         "versions": versions(),
     }
+
+
+def describe_mixing(cache: TeacherCache) -> str:
+    """Return a further line on what mixed images mean for a run; "" if the cache has none."""
+    if cache.augment is None or not cache.augment.mixes:
+        return ""
+    clip = "; CLIP saw that image alone" if cache.manifest["clip"] else ""
+    return f"\nimages are mixed: train accuracy counts the first label of each{clip}"
 
 
 def epoch_line(record: EpochRecord, epochs: int) -> str:
