@@ -27,8 +27,8 @@ from richkd.core.accuracy import accuracy
 from richkd.core.choices import CROP
 from richkd.core.errors import RichKDError
 from richkd.core.interrupts import deferred
-from richkd.core.progress import Report, duration, percent, size
-from richkd.core.ranks import Ranks, joined
+from richkd.core.progress import QUIET, Report, duration, percent, size
+from richkd.core.ranks import ALONE, Ranks, joined
 from richkd.data.datasets import Dataset
 from richkd.data.views import views_tensor
 from richkd.store import schema
@@ -39,7 +39,7 @@ from richkd.store.manifest import read_manifest
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.store.schema import Block, Manifest, TeacherEntry, describe_errors
 from richkd.store.topk import kl_errors
-from richkd.store.writer import ALONE, StoreWriter, open_writer
+from richkd.store.writer import StoreWriter, open_writer
 from richkd.teachers.addition import (
     addition_settings,
     check_addition,
@@ -61,8 +61,6 @@ from richkd.teachers.request import (
 from richkd.teachers.rows import BlockRows, Preview, Teachers
 from richkd.training.device import choose_device
 from richkd.training.images import load_dataset_of
-
-QUIET = Report(quiet=True)
 
 
 def precompute(
@@ -359,7 +357,7 @@ class StageOne:
         views = {schema.view_array(self.manifest)[0]: self.views}
         known = {} if self.is_addition else views
         if self.teachers.text is not None:
-            known["text/embeddings"] = self.teachers.text.cpu().numpy()
+            known[schema.TEXT_ARRAY] = self.teachers.text.numpy()
         if self.teachers.cnn is not None and self.teachers.cnn.probe is not None:
             known |= self.teachers.cnn.probe.arrays
         return open_writer(

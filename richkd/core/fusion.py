@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import add
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,12 +20,17 @@ from richkd.core.errors import RichKDError
 from richkd.core.memory import spans
 
 
-def class_embeddings(prompt_embeddings: Tensor, prompts: Sequence[int] | None = None) -> Tensor:
+def class_embeddings(
+    prompt_embeddings: Tensor,
+    prompts: Sequence[int] | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
     """Return one text embedding per class: the mean of its prompts' embeddings, normalised.
 
     Args:
         prompt_embeddings: [C,P,D], unit length.
         prompts: indices of the prompts to use; None for all.
+        device: of the result, and where it is computed; by default that of the embeddings.
 
     Returns:
         [C,D], unit length.
@@ -40,9 +46,12 @@ def class_embeddings(prompt_embeddings: Tensor, prompts: Sequence[int] | None = 
                 f"prompts = {list(prompts)}: must be different numbers from 0 to {have - 1}",
                 code="prompts-out-of-range",
             )
-        prompt_embeddings = prompt_embeddings[:, list(prompts)]
-    mean = F.normalize(prompt_embeddings.float(), dim=-1).mean(1)
-    return F.normalize(mean, dim=-1)
+    means = []
+    for span in spans(len(prompt_embeddings)):  # of 21,841 classes, a copy of all takes a gigabyte
+        some = prompt_embeddings[span].to(device=device)
+        some = some if prompts is None else some[:, list(prompts)]
+        means.append(F.normalize(some.float(), dim=-1).mean(1))
+    return F.normalize(torch.cat(means), dim=-1)
 
 
 def clip_similarity(image_features: Tensor, classes: Tensor) -> Tensor:

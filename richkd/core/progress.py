@@ -160,6 +160,9 @@ def _print_lines(console: Console, title: str, cells: Sequence[Sequence[str]]) -
                 console.print(Padding(Text(line, overflow="fold"), (0, 0, 0, 2)))
 
 
+QUIET = Report(quiet=True)
+
+
 class _Lines:
     def __init__(self, task: str, total: int, unit: str, log: Callable[[str], None]) -> None:
         self.task, self.total, self.unit, self.log = task, total, unit, log

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from richkd.core.errors import RichKDError, first_line
 
@@ -81,6 +82,18 @@ class Ranks:
             )
         return value  # type: ignore[return-value]
 
+    def share(self, parts: Sequence[Tensor]) -> None:
+        """Fill in the tensors of which the other processes computed their share, as in `own`.
+
+        Args:
+            parts: tensors on the CPU, of the same shapes in all processes.
+        """
+        self.wait()  # without blocking signals, until all are computed
+        if self.world > 1:
+            with _others_gone():
+                for number, part in enumerate(parts):
+                    dist.broadcast(part, src=number % self.world)
+
     def wait(self) -> None:
         """Wait until all processes have called this."""
         if self.world > 1:
@@ -89,6 +102,9 @@ class Ranks:
                 while not barrier.is_completed():
                     time.sleep(WAKE_S)
                 barrier.wait()
+
+
+ALONE = Ranks(0, 1)
 
 
 @contextmanager

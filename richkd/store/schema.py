@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -25,10 +25,13 @@ from richkd.data.framing import InputEntry, NetworkInput, input_fault
 SCHEMA = 2
 FORMAT = "richkd-cache"
 CHUNK_BYTES = 4 * 2**20
+MOST_CHUNK_BYTES = 2**31 - 17  # the most that zarr's codec compresses
+PART_BYTES = 64 * 2**20  # per chunk of the text embeddings, if they are larger than that
 MAX_BLOCK = 8192
 MOST = 2**40  # bound on every number in a manifest
 LOGITS = ("teacher_logits", "fused_logits")
 PROBE_ARRAYS = ("probe/weights", "probe/folds")
+TEXT_ARRAY = "text/embeddings"
 ADDED = "teachers"  # the folder of a cache that holds a group for each added teacher
 TEACHER_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 
@@ -321,12 +324,13 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
     if clip is not None:
         prompts, width = len(manifest["prompts"]), clip["num_features"]
         add(
-            "text/embeddings",
+            TEXT_ARRAY,
             "float32",
             ("class", num_classes),
             ("prompt", prompts),
             ("clip_feature", width),
         )
+        specs[TEXT_ARRAY] = _in_parts(specs[TEXT_ARRAY])
     if "teacher" in manifest and manifest["teacher"].get("head", {}).get("kind") == "probe":
         width = manifest["teacher"]["num_features"] + 1  # the last input is 1
         heads = ("fold", manifest["teacher"]["head"]["folds"])
@@ -334,6 +338,14 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
         add(PROBE_ARRAYS[1], "uint8", ("sample", dataset["num_train"]))
     specs["complete"] = ArraySpec((num_blocks(manifest),), "bool", (1,), ("block",))
     return specs
+
+
+def _in_parts(spec: ArraySpec) -> ArraySpec:
+    """Split an array, which is one chunk, along its first axis if it is too large for one."""
+    if spec.nbytes <= MOST_CHUNK_BYTES:
+        return spec
+    rows = max(1, PART_BYTES * spec.shape[0] // spec.nbytes)
+    return replace(spec, chunks=(rows, *spec.chunks[1:]))
 
 
 def kept_logits(manifest: Manifest) -> set[str]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from richkd.core.cpus import usable_cpus
 from richkd.core.errors import RichKDError, first_line, machine_fault
 from richkd.core.interrupts import uninterrupted
-from richkd.core.ranks import Ranks
+from richkd.core.ranks import ALONE, Ranks
 from richkd.store import schema
 from richkd.store.checksums import (
     block_files,
@@ -42,7 +42,6 @@ from richkd.store.target import check_target
 
 BLOCKS_IN_FLIGHT = 5  # between the computation and the disk; bounds memory
 MAX_ENCODERS = 8  # threads; more than one device keeps busy
-ALONE = Ranks(0, 1)
 
 
 @contextmanager

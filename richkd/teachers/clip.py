@@ -26,6 +26,8 @@ from torchvision.transforms.v2 import functional
 from richkd.core import fusion
 from richkd.core.choices import CLIP_PRECISIONS
 from richkd.core.errors import RichKDError, first_line, nearest, unknown
+from richkd.core.progress import QUIET, Report
+from richkd.core.ranks import ALONE, Ranks
 from richkd.data.inputs import ArrayInputs, Inputs
 from richkd.data.prompts import fill
 from richkd.data.views import resize_bytes
@@ -135,24 +137,54 @@ class ClipTeacher:
         return F.normalize(features.float(), dim=-1)
 
     @torch.inference_mode()
-    def text_embeddings(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Return one embedding per class and prompt: [C,P,D], unit length, f32.
+    def text_embeddings(
+        self,
+        class_names: Sequence[str],
+        templates: Sequence[str],
+        ranks: Ranks = ALONE,
+        report: Report = QUIET,
+    ) -> Tensor:
+        """Return one embedding per class and prompt: [C,P,D] on the CPU, unit length, f32.
+
+        There may be hundreds of thousands of texts, so they are tokenised and embedded batch by
+        batch, and their embeddings are held once.
+
+        Args:
+            class_names: C names.
+            templates: P prompts with a place for the name.
+            ranks: the processes that share the work; each returns all embeddings.
+            report: receives progress.
 
         Raises:
             RichKDError: the tokenizer is not the one that the CLIP was trained with.
         """
-        texts = [fill(template, name) for name in class_names for template in templates]
+        count = len(class_names) * len(templates)
+        embeddings = torch.empty(count, self.text_width)
+        batches = torch.split(embeddings, TEXT_BATCH)
+        own = ranks.own(range(len(batches)))
+        total = sum(len(batches[number]) for number in own)
+        with report.track(f"embedding the prompts{ranks.task}", total, "texts") as tick:
+            for number in own:
+                start = number * TEXT_BATCH
+                pairs = (divmod(at, len(templates)) for at in range(start, count)[:TEXT_BATCH])
+                texts = [fill(templates[prompt], class_names[name]) for name, prompt in pairs]
+                batches[number].copy_(F.normalize(self._encode_texts(texts), dim=-1))
+                tick(len(texts))
+        ranks.share(batches)
+        return embeddings.reshape(len(class_names), len(templates), -1)
+
+    @cached_property
+    def text_width(self) -> int:
+        """The width D of its embeddings."""
+        with torch.inference_mode():
+            return self._encode_texts(["a"]).shape[-1]
+
+    def _encode_texts(self, texts: list[str]) -> Tensor:
+        """Return embeddings of texts [B,D] on the device, of any length, f32."""
         tokens = self.tokenizer(texts)
         check_tokens(self.name, self.model, self.tokenizer, tokens)
-        encoded = torch.cat(
-            [
-                self.model.encode_text(batch.to(self.device)).float()
-                for batch in torch.split(tokens, TEXT_BATCH)
-            ]
-        )
-        shape = len(class_names), len(templates), encoded.shape[-1]
-        embeddings: Tensor = F.normalize(encoded, dim=-1).reshape(shape)
-        return embeddings
+        encoded: Tensor = self.model.encode_text(tokens.to(self.device)).float()
+        return encoded
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

@@ -41,6 +41,7 @@ from richkd.teachers.cnn import (
 )
 from richkd.teachers.framing import resolve_input
 from richkd.teachers.heads import Probe, fit, kept
+from richkd.teachers.kept import kept_arrays, known_manifest
 from richkd.teachers.matching import num_outputs, other_classes, own_rows
 from richkd.teachers.pretrained import by_name, check_teacher_name
 from richkd.teachers.rows import Preview, Teachers, batch_size
@@ -109,10 +110,10 @@ class Finder:
                 it keeps.
             interrupted: the manifest of the cache to resume or repair, if there is one.
             given: names of the settings for the teacher's training that the user gave.
-            place: the location of that cache, whose probe is kept.
+            place: the location of that cache, whose text embeddings and probe are kept.
         """
         if self.settings.teacher == NO_TEACHER:
-            clip, text, features, error = self._find_clip()
+            clip, text, features, error = self._find_clip(place, interrupted)
             return Teachers(self.settings, None, clip, text), Preview((), features, error)
         weights = self.ranks.from_first(lambda: teacher_weights(self.settings, self.training))
         cnn: CNNTeacher | None = None
@@ -124,7 +125,7 @@ class Finder:
                 outputs = self._preview(cnn, weights, recorded)
         else:
             self._check_trainable()
-        clip, text, features, error = self._find_clip()
+        clip, text, features, error = self._find_clip(place, interrupted)
         if cnn is None:
             cnn = self._load(self._train(), recorded)
         elif cnn.head == "probe":
@@ -229,17 +230,43 @@ class Finder:
         return preview_teacher(cnn, weights, self.dataset, batch, self.report)
 
     def _find_clip(
-        self,
+        self, place: Location | None, interrupted: Mapping[str, Any] | None
     ) -> tuple[ClipTeacher | None, Tensor | None, Sequence[Tensor], PrecisionError | None]:
         """Return CLIP, its text embeddings, and its features of the first test images."""
         clip = open_clip_teacher(self.settings, self.device, self.ranks, self.report)
         if clip is None:
             return None, None, (), None
         templates = load_prompts(self.settings.prompts)
-        text = clip.text_embeddings(self.dataset.class_names, templates)
+        text = self._text(clip, templates, place, interrupted)
         if not self.ranks.first:
             return clip, text, (), None
         return clip, text, *preview_clip(clip, text, templates, self.dataset, self.report)
+
+    def _text(
+        self,
+        clip: ClipTeacher,
+        templates: tuple[str, ...],
+        place: Location | None,
+        interrupted: Mapping[str, Any] | None,
+    ) -> Tensor:
+        """Return the text embeddings of the cache to resume or repair, or compute them."""
+        names = self.dataset.class_names
+
+        def kept() -> Tensor | None:
+            return None if place is None else kept_text(place, interrupted, clip, names, templates)
+
+        found = kept() if self.ranks.first else None
+        if not self.ranks.from_first(lambda: found is not None):
+            return clip.text_embeddings(names, templates, self.ranks, self.report)
+        self.report.log(f"{len(names) * len(templates):,} texts are already embedded")
+        found = kept() if found is None else found
+        if found is None:
+            raise RichKDError(
+                f"rank {self.ranks.rank} cannot read the text embeddings at {place}, which rank 0 "
+                f"read; use a folder that all machines share, or object storage (s3://…)",
+                code="rank-cache-missing",
+            )
+        return found
 
     def _train(self) -> Path:
         """Train the CNN teacher and return its weights."""
@@ -350,6 +377,32 @@ def recorded_order(
     return entry if entry is not None and entry["sha256"] == teacher.sha256 else None
 
 
+def kept_text(
+    place: Location,
+    interrupted: Mapping[str, Any] | None,
+    clip: ClipTeacher,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+) -> Tensor | None:
+    """Return the text embeddings of a cache to resume or repair, or None if there are none.
+
+    Args:
+        place: the cache.
+        interrupted: its manifest, if there is one.
+        clip: that embeds texts.
+        class_names: that it embeds.
+        templates: the prompts for each of them.
+    """
+    manifest = known_manifest(interrupted)
+    entry = None if manifest is None else manifest["clip"]
+    if manifest is None or entry is None or entry["sha256"] != clip.sha256:
+        return None
+    if (manifest["class_names"], manifest["prompts"]) != ([*class_names], [*templates]):
+        return None
+    arrays = kept_arrays(place, manifest, [schema.TEXT_ARRAY])
+    return None if arrays is None else arrays[0]
+
+
 def open_clip_teacher(
     settings: Precompute, device: torch.device, ranks: Ranks, report: Report
 ) -> ClipTeacher | None:
@@ -389,7 +442,7 @@ def preview_clip(
     count = min(LOOKED_AT, len(dataset.test))
     inputs = make_inputs(dataset.test.first(count).images, clip.device)
     features = clip.image_features(inputs, 0, count, LOOKED_AT)
-    classes = fusion.class_embeddings(text)
+    classes = fusion.class_embeddings(text, device=clip.device)
     similarity = fusion.clip_similarity(features, classes)
     top1 = accuracy(similarity.cpu(), dataset.test.labels[:count], 1)
     report.log(

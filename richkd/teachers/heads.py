@@ -13,20 +13,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
-import zarr
 from numpy.typing import NDArray
 from torch import Tensor
 
 from richkd.core.errors import RichKDError
 from richkd.core.progress import Report, percent
 from richkd.data.datasets import Dataset
-from richkd.store import schema
-from richkd.store.checksums import chunk_files, is_intact
 from richkd.store.location import Location
 from richkd.store.reader import TeacherCache
 from richkd.store.schema import PROBE_ARRAYS, HeadEntry
+from richkd.teachers.kept import kept_arrays, known_manifest
 from richkd.training.probe import apply_head, fit_probe
 
 FOLDS = 5
@@ -149,17 +146,12 @@ def kept(location: Location, manifest: Mapping[str, Any] | None, sha256: str) ->
         manifest: its manifest, if there is one.
         sha256: of the teacher's weights.
     """
-    if manifest is None or schema.manifest_fault(manifest) is not None:
+    known = known_manifest(manifest)
+    teacher = None if known is None else known.get("teacher")
+    if known is None or teacher is None or teacher["sha256"] != sha256:
         return None
-    teacher = manifest.get("teacher", {})
     entry = teacher.get("head")
-    if entry is None or entry["kind"] != "probe" or teacher["sha256"] != sha256:
+    if entry is None or entry["kind"] != "probe":
         return None
-    specs = schema.array_specs(manifest)  # type: ignore[arg-type]
-    files = [file for name in PROBE_ARRAYS for file in chunk_files(name, specs[name])]
-    if not all(is_intact(location, file) for file in files):
-        return None
-    with location.explained("read"):
-        group = zarr.open_group(location.zarr(read_only=True), mode="r", use_consolidated=False)
-        weights, folds = (np.asarray(group[name][...]) for name in PROBE_ARRAYS)  # type: ignore[index]
-    return Probe.of(entry, torch.from_numpy(weights), torch.from_numpy(folds))
+    arrays = kept_arrays(location, known, PROBE_ARRAYS)
+    return None if arrays is None else Probe.of(entry, *arrays)

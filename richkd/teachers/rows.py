@@ -37,12 +37,14 @@ class Teachers:
     settings: Precompute
     cnn: CNNTeacher | None
     clip: ClipTeacher | None
-    text: Tensor | None  # one embedding per class and prompt [C,P,D]; None without CLIP
+    text: Tensor | None  # one embedding per class and prompt [C,P,D], on the CPU; None without CLIP
 
     @cached_property
     def classes(self) -> Tensor | None:
         """The class embeddings [C,D]; None without CLIP."""
-        return None if self.text is None else fusion.class_embeddings(self.text)
+        if self.text is None:
+            return None
+        return fusion.class_embeddings(self.text, device=self.device)
 
     @property
     def cnn_batch(self) -> int:

@@ -273,7 +273,7 @@ class Trial:
             self.about += f", CLIP {settings.clip}{random}, {prompts} prompts a class"
             width = self.clip.encode(self._pixels(self.clip)).shape[-1]
             shape = len(dataset.class_names), prompts, width
-            self.text = F.normalize(torch.randn(shape, device=device), dim=-1)
+            self.text = F.normalize(torch.randn(shape), dim=-1)
 
     def _pixels(self, clip: ClipTeacher) -> Tensor:
         blank = torch.zeros(1, 32, 32, 3, dtype=torch.uint8, device=self.device)
