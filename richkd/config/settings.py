@@ -216,7 +216,10 @@ class Images(Settings):
         None, "pixels per side of an imagefolder's images; default by their sizes"
     )
     class_names: str = setting(
-        "", "file with an imagefolder's class names, one per line", path=True
+        "",
+        "file with an imagefolder's class names, one per line; or curated (open_clip's, for "
+        "ImageNet)",
+        path=True,
     )
     broken: Literal["refuse", "skip"] = setting(
         "refuse", "damaged files of an imagefolder: refuse or skip"

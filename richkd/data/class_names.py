@@ -17,13 +17,16 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 from richkd.core.errors import RichKDError, nearest
 from richkd.core.text_files import read_text
 from richkd.data.walk import listed
 
+CURATED = "curated"  # in place of a file
 _SYNSET = re.compile(r"n\d{8}")
 _CAMEL_CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _NUMBER_PREFIX = re.compile(r"(\d+)[._-]+(?=\D)")  # e.g. 001.Black_footed_Albatross
@@ -52,6 +55,23 @@ def class_words(folder: str) -> str:
     return _folder_candidates(folder)[0]
 
 
+def choose_names(given: str, folders: Sequence[str]) -> ClassNames:
+    """Name classes as the setting `class_names` says: a file, `curated`, or nothing.
+
+    Args:
+        given: the setting.
+        folders: class folders in the order of their labels.
+
+    Raises:
+        RichKDError: as `read_class_names` and `curated_names`.
+    """
+    if not given:
+        return name_classes(folders)
+    if given == CURATED and not Path(given).exists():
+        return curated_names(folders)
+    return read_class_names(Path(given), folders)
+
+
 def name_classes(folders: Sequence[str]) -> ClassNames:
     """Name classes after their folders, with longer names where the short ones collide."""
     candidates = [_folder_candidates(folder) for folder in folders]
@@ -59,12 +79,46 @@ def name_classes(folders: Sequence[str]) -> ClassNames:
     notes = _same_text(names, folders)
     changes = _changes(folders, names, candidates)
     if changes:
+        curated = f", or {CURATED} (open_clip's)" if _in_imagenet(folders) else ""
         notes.insert(
             0,
             f"some classes would have had the same name and got longer names: {listed(changes)}; "
-            f"to choose other names, use --class-names FILE",
+            f"to choose other names, use --class-names FILE{curated}",
         )
     return ClassNames(names, tuple(notes))
+
+
+def curated_names(folders: Sequence[str]) -> ClassNames:
+    """Name classes as open_clip does for zero-shot ImageNet, by the WordNet IDs of their folders.
+
+    Its names were chosen so that CLIP knows what is meant: `kite (bird of prey)`, `metal nail`. A
+    folder beyond the 1,000 classes is named as by `name_classes`, and so are classes that would
+    have the same name: open_clip has two missiles and two sunglasses.
+
+    Raises:
+        RichKDError: no folder is one of the 1,000 classes, or open_clip has no such names.
+    """
+    if not _in_imagenet(folders):
+        raise RichKDError(
+            f"class_names = {CURATED!r}: none of {len(folders):,} class folders, e.g. "
+            f"{folders[0]!r}, is the WordNet ID of one of ImageNet's 1,000 classes; pass a file of "
+            f"names, or leave --class-names out",
+            code="class-names-wrong",
+        )
+    curated = _curated()
+    candidates = [
+        [*([curated[folder]] if folder in curated else []), *_folder_candidates(folder)]
+        for folder in folders
+    ]
+    names = _make_distinct(candidates)
+    found = sum(folder in curated for folder in folders)
+    notes = [f"{found:,} of {len(folders):,} classes have the names that open_clip gives them"]
+    if changes := _changes(folders, names, candidates):
+        notes.append(
+            f"some classes would have had the same name and got others: {listed(changes)}; to "
+            f"choose other names, use --class-names FILE"
+        )
+    return ClassNames(names, (*notes, *_same_text(names, folders)))
 
 
 def check_distinct(names: Sequence[str]) -> None:
@@ -102,6 +156,42 @@ def _imagenet() -> dict[str, tuple[list[str], str]]:
             gloss.removeprefix(f"{lemmas}: "),
         )
     return entries
+
+
+@cache
+def _synsets() -> tuple[str, ...]:
+    """Return the WordNet IDs of ImageNet's 1,000 classes in the order of their labels."""
+    from timm.data.imagenet_info import ImageNetInfo
+
+    return tuple(sorted(ImageNetInfo().label_names()))  # type: ignore[no-untyped-call]
+
+
+def _in_imagenet(folders: Iterable[str]) -> bool:
+    """Return whether a folder is one of ImageNet's 1,000 classes."""
+    return any(map(_SYNSET.fullmatch, folders)) and not {*folders}.isdisjoint(_synsets())
+
+
+@cache
+def _curated() -> dict[str, str]:
+    """Return open_clip's name of each of ImageNet's 1,000 classes by its WordNet ID.
+
+    Only the file with the names is run: stage two, which must not load open_clip, names classes as
+    well.
+
+    Raises:
+        RichKDError: the installed open_clip does not have them.
+    """
+    try:
+        spec = find_spec("open_clip")
+        assert spec is not None and spec.origin is not None
+        names = run_path(str(Path(spec.origin).with_name("zero_shot_metadata.py")))
+        return dict(zip(_synsets(), names["IMAGENET_CLASSNAMES"], strict=True))
+    except Exception as error:  # of whatever another version of it does
+        raise RichKDError(
+            f"class_names = {CURATED!r}: this open_clip does not have its names of ImageNet's "
+            f"classes ({error!r}); install open_clip_torch 2.24 or later, or pass a file of names",
+            code="class-names-unreadable",
+        ) from None
 
 
 def _wordnet(folder: str) -> tuple[list[str], str] | None:

@@ -267,7 +267,7 @@ def check_class_names(settings: Images) -> None:
     _, path = catalog.split_name(settings.dataset)
     if settings.class_names and path is not None and path.is_dir():
         train = path / layouts.find_layout(path).folders["train"]
-        class_names.read_class_names(Path(settings.class_names), Walk(train, ()).classes)
+        class_names.choose_names(settings.class_names, Walk(train, ()).classes)
 
 
 def hold_out(train: Split, share: float, class_names: Sequence[str]) -> tuple[Split, Split | None]:
@@ -434,10 +434,7 @@ def _image_folder(
             code="validation-and-folder",
         )
     classes = found["train"].classes
-    if settings.class_names:
-        named = class_names.read_class_names(Path(settings.class_names), classes)
-    else:
-        named = class_names.name_classes(classes)
+    named = class_names.choose_names(settings.class_names, classes)
     listings = {
         split: folders.list_images(each.folder, settings.broken, skipped, report, each)
         for split, each in found.items()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from richkd.config.recipes import load
 from richkd.core.errors import RichKDError
 from richkd.data.class_names import (
     check_distinct,
+    choose_names,
     class_words,
     name_classes,
     read_class_names,
@@ -120,6 +123,51 @@ def test_all_of_imagenet_has_texts_that_differ(subset: str) -> None:
         kept = dict(zip(sorted(synsets), names, strict=True))
         for synset, name in kept.items():
             assert (name == class_words(synset)) is (text_key(class_words(synset)) not in collide)
+
+
+def test_curated_names_are_open_clips_in_the_order_of_the_synsets() -> None:
+    synsets = sorted(ImageNetInfo().label_names())
+    named = choose_names("curated", synsets)
+    own = open_clip.IMAGENET_CLASSNAMES
+    differ = {n: (o, s) for n, o, s in zip(named.names, own, synsets, strict=True) if n != o}
+    assert differ == {  # open_clip has both names twice
+        "projectile": ("missile", "n04008634"),
+        "sunglass": ("sunglasses", "n04355933"),
+    }
+    assert len({*map(text_key, named.names)}) == 1000
+    assert "1,000 of 1,000" in named.notes[0] and "n04008634 → projectile" in named.notes[1]
+    texts = [ImageNetInfo().label_name_to_description(synset, detailed=True) for synset in synsets]
+    words = [{*re.findall("[a-z]+", text.lower())} for text in texts]
+    fits = [bool(a & {*re.findall("[a-z]+", b.lower())}) for a, b in zip(words, own, strict=True)]
+    assert sum(fits) >= 975  # a vespa is a motor scooter
+
+
+def test_curated_names_of_more_and_of_fewer_classes(tmp_path: Path) -> None:
+    few = choose_names("curated", ["n01440764", "n99999999", "n02124272", "zoo"])
+    known = dict(
+        zip(sorted(ImageNetInfo().label_names()), open_clip.IMAGENET_CLASSNAMES, strict=True)
+    )
+    assert few.names == ("tench", "n99999999", class_words("n02124272"), "zoo")
+    assert "n02124272" not in known and "1 of 4 classes" in few.notes[0]
+    synsets = sorted(ImageNetInfo("imagenet-22k").label_names())
+    names = choose_names("curated", synsets).names
+    assert len({*map(text_key, names)}) == len(synsets) == 21_841
+    kept = [known[s] == name for s, name in zip(synsets, names, strict=True) if s in known]
+    assert sum(kept) > 850
+    assert "curated" in name_classes(["n02012849", "n03126707"]).notes[0]
+    with refuses("class-names-wrong", "'curated'", "'cat'", "2 class folders"):
+        choose_names("curated", ["cat", "n99999999"])
+    with refuses("class-names-unreadable", "curate"):
+        choose_names("curate", synsets)
+
+
+def test_curated_names_load_no_open_clip() -> None:
+    code = (
+        "import sys; from richkd.data.class_names import choose_names; "
+        "print(choose_names('curated', ['n01440764']).names, 'open_clip' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "('tench',) False\n"
 
 
 def test_texts_are_one_where_clips_tokenizer_says_so() -> None:
