@@ -40,8 +40,9 @@ from richkd.data.boxes import CLEAN_SHARE
 from richkd.data.class_names import class_words, text_key
 from richkd.data.datasets import ImageFiles, Split, files_split
 from richkd.data.decoding import Decoding, describe_decoding
-from richkd.data.folders import Listing, find_images, list_images
+from richkd.data.folders import find_images, list_images
 from richkd.data.inputs import Batches, Normalize, make_inputs
+from richkd.data.scans import Listing
 from richkd.data.sources import FolderFiles
 from richkd.data.views import ResizedCropFlip, views_tensor
 from richkd.store.folder import Folder

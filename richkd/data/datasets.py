@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ from richkd.data.boxes import CLEAN_SHARE
 from richkd.data.decoding import CHANGED, Decoding, describe_decoding
 from richkd.data.entries import describe_splits
 from richkd.data.framing import NetworkInput
+from richkd.data.scans import Listing
 from richkd.data.sources import FolderFiles, Source, Which
 from richkd.data.views import (
     AugmentedViews,
@@ -71,6 +72,7 @@ class ImageFiles:
     traits: NDArray[np.uint8]  # [N], flags defined in data/decoding.py
     image_size: int  # side of the square views
     decoding: Decoding
+    prints: NDArray[np.uint64] | None = None  # [N], of `sources.print_of`; None for files
 
     def __len__(self) -> int:
         return len(self.source)
@@ -90,7 +92,16 @@ class ImageFiles:
             source=self.source.take(which),
             sizes=self.sizes[which],
             traits=self.traits[which],
+            prints=None if self.prints is None else self.prints[which],
         )
+
+    def marks(self) -> Iterator[bytes]:
+        """Yield what identifies the images in a fingerprint, without decoding them."""
+        if isinstance(self.source, FolderFiles):
+            yield from self.source.marks()
+        else:
+            assert self.prints is not None
+            yield self.prints.astype("<u8").tobytes()
 
 
 @dataclass(frozen=True)
@@ -191,7 +202,7 @@ class Dataset:
         for split in self.splits.values():
             images = split.images
             if isinstance(images, ImageFiles):
-                for mark in images.source.marks():
+                for mark in images.marks():
                     digest.update(mark)
                 if decoding is not None:
                     digest.update((images.traits & CHANGED).data)
@@ -462,8 +473,9 @@ def _image_folder(
     )
 
 
-def files_split(listing: folders.Listing, image_size: int, decoding: Decoding) -> Split:
+def files_split(listing: Listing, image_size: int, decoding: Decoding) -> Split:
     """Make a split of images that stay files."""
-    source = FolderFiles(listing.folder, listing.paths)
-    files = ImageFiles(source, listing.sizes, listing.traits, image_size, decoding)
+    files = ImageFiles(
+        listing.source, listing.sizes, listing.traits, image_size, decoding, listing.prints
+    )
     return Split(files, torch.from_numpy(listing.labels))

@@ -5,6 +5,8 @@ A source is passed to data-loader workers, so it consists of arrays and opens fi
 
 from __future__ import annotations
 
+import hashlib
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 
 Which = slice | NDArray[np.generic]  # a slice, indices or a mask
 Encoded = Path | BinaryIO  # a file to open, or an open one
+PRINTED = 4096  # bytes at either end of an encoded image that identify it
 
 
 class Source(Protocol):
@@ -23,8 +26,15 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def place(self) -> str:
+        """Where all of the images are."""
+
     def name(self, index: int) -> str:
         """Return the name of an image for messages: where to find it."""
+
+    def key(self, index: int) -> str:
+        """Return what identifies an image wherever the dataset is."""
 
     def file(self, index: int) -> Encoded:
         """Return an encoded image."""
@@ -32,8 +42,22 @@ class Source(Protocol):
     def take(self, which: Which) -> Self:
         """Select images."""
 
-    def marks(self) -> Iterator[bytes]:
-        """Yield what identifies each image in a fingerprint, without decoding it."""
+    def state(self) -> str:
+        """Return a digest that changes whenever the place may have other images."""
+
+
+def print_of(file: BinaryIO) -> int:
+    """Return 64 bits of a hash of an encoded image's length and its first and last bytes.
+
+    Encoded images end in checksums, or in bits that depend on all pixels before them.
+    """
+    length = file.seek(0, os.SEEK_END)
+    digest = hashlib.blake2b(str(length).encode(), digest_size=8)
+    file.seek(0)
+    digest.update(file.read(PRINTED))
+    file.seek(max(0, length - PRINTED))
+    digest.update(file.read(PRINTED))
+    return int.from_bytes(digest.digest(), "little")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +109,18 @@ class FolderFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def place(self) -> str:
+        """The folder."""
+        return str(self.root)
+
     def name(self, index: int) -> str:
         """Return the path of an image."""
         return str(self.file(index))
+
+    def key(self, index: int) -> str:
+        """Return the path relative to the parent of the folder."""
+        return f"{self.root.name}/{self.paths[index]}"
 
     def file(self, index: int) -> Path:
         """Return the path of an image."""
@@ -97,8 +130,21 @@ class FolderFiles:
         """Select files."""
         return replace(self, paths=self.paths.take(which))
 
+    def state(self) -> str:
+        """Return a digest of the paths, sizes and modification times of all files."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            try:
+                found = os.stat(f"{self.root}/{path}")  # noqa: PTH116
+            except OSError:  # a dangling link
+                continue
+            digest.update(
+                f"{path}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape")
+            )
+        return digest.hexdigest()
+
     def marks(self) -> Iterator[bytes]:
-        """Yield the path and the size of each file."""
+        """Yield the path and the size of each file, for a fingerprint."""
         for path in self.paths:
             size = (self.root / path).stat().st_size
             yield f"{path}\0{size}\0".encode(errors="surrogateescape")

@@ -18,7 +18,8 @@ import richkd
 from richkd.config.settings import Images
 from richkd.data import decoding
 from richkd.data.datasets import load_dataset
-from richkd.data.folders import Listing, list_images, suggest_image_size
+from richkd.data.folders import list_images, suggest_image_size
+from richkd.data.scans import Listing
 from richkd.data.sources import Paths
 
 Run = Callable[..., Any]
@@ -85,7 +86,7 @@ def test_every_prefix_of_a_listing_holds_the_classes_evenly(
             Image.new("RGB", (label + 1, 3)).save(tmp_path / file)
         wanted += [(place, label, file) for place, file in enumerate(files)]
     listing = list_images(tmp_path, "refuse")
-    assert [*zip(listing.labels, listing.paths, strict=True)] == [
+    assert [*zip(listing.labels, listing.source.paths, strict=True)] == [
         (label, file) for _, label, file in sorted(wanted)
     ]
     assert (listing.sizes == np.stack([np.full(len(wanted), 3), listing.labels + 1], 1)).all()
@@ -110,7 +111,7 @@ def test_what_is_known_to_be_broken_is_not_decoded_again(own: Path, kept: Path) 
         note.unlink()
     look = Look()
     again = list_images(own / "train", "refuse", found.skipped, look=look)
-    assert [*again.paths] == [*found.paths] and (again.sizes == found.sizes).all()
+    assert [*again.source.paths] == [*found.source.paths] and (again.sizes == found.sizes).all()
     assert look.decoded == [False] * 8
 
 
@@ -123,7 +124,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def same(one: Listing, other: Listing) -> bool:
     arrays = [(one.sizes, other.sizes), (one.labels, other.labels)]
-    texts = [([*one.paths], [*other.paths]), (one.skipped, other.skipped)]
+    texts = [([*one.source.paths], [*other.source.paths]), (one.skipped, other.skipped)]
     return all((a == b).all() for a, b in arrays) and all(a == b for a, b in texts)
 
 
@@ -144,7 +145,7 @@ def test_a_listing_is_remembered_until_a_file_changes(own: Path, kept: Path) -> 
         change()
         look = Look()
         listing = list_images(train, "skip", look=look)
-        assert len(look.names) == len(listing.paths) + len(listing.skipped)
+        assert len(look.names) == len(listing.source.paths) + len(listing.skipped)
         return listing
 
     before = (bear / "0.jpg").stat()
@@ -156,19 +157,19 @@ def test_a_listing_is_remembered_until_a_file_changes(own: Path, kept: Path) -> 
     changes((bear / "newer.jpg").unlink)
     whole = Image.new("RGB", (9, 7))
     listing = changes(lambda: whole.save(bear / "cut.jpg"))
-    assert listing.sizes[[*listing.paths].index("polar_bear/cut.jpg")].tolist() == [7, 9]
+    assert listing.sizes[[*listing.source.paths].index("polar_bear/cut.jpg")].tolist() == [7, 9]
 
 
 def test_what_was_not_decoded_is_not_taken_for_intact(own: Path, kept: Path) -> None:
     """Stage two reads headers only; stage one must not reuse them to say that files are intact."""
     train = own / "train"
     text = ["train/polar_bear/4.png"]
-    assert "polar_bear/cut.jpg" in list_images(train, "refuse", text).paths
+    assert "polar_bear/cut.jpg" in list_images(train, "refuse", text).source.paths
     listing = list_images(train, "skip")
     assert {*listing.skipped} == {"train/polar_bear/cut.jpg", *text}
     look = Look()
     # decoded files are as good as headers, even where a file was cut without being noticed
-    assert "polar_bear/cut.jpg" in list_images(train, "refuse", text, look=look).paths
+    assert "polar_bear/cut.jpg" in list_images(train, "refuse", text, look=look).source.paths
     with refuses("image-damaged", train / "polar_bear/4.png", "--broken skip"):
         list_images(train, "refuse", ["train/polar_bear/cut.jpg"], look=look)
     assert look.names == []
@@ -218,7 +219,7 @@ def test_a_home_that_cannot_be_written_is_no_fault(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("RICHKD_HOME", str(tmp_path / "file"))
-    assert len(list_images(own / "train", "skip").paths) == 6
+    assert len(list_images(own / "train", "skip").source.paths) == 6
 
 
 def test_the_image_size_that_most_images_have() -> None:

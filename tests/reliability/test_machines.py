@@ -100,7 +100,7 @@ def test_no_more_threads_look_at_a_folder_than_there_are_cpus(
     for number in range(40):
         Image.new("RGB", (8, 8)).save(tmp_path / "images" / "cat" / f"{number}.png")
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr("richkd.data.folders.usable_cpus", lambda: 2)
+    monkeypatch.setattr("richkd.data.scans.usable_cpus", lambda: 2)
     seen: set[int] = set()
     opened = Image.open
 
