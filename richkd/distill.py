@@ -55,8 +55,8 @@ def distill(
         report.log(run.opening())
         log_few_views([run.settings], source.cache, report)
         describe_precision(run, report)
-        with report.track("distill", run.images_to_go, "images") as tick:
+        with report.track("distill", run.images_to_go, "images", run.waits) as tick:
             for rows, waited in source.epochs(run.rows.values(), run.done + 1, run.settings.epochs):
                 record = run.train_epoch(rows, waited, tick)
-                report.log(epoch_line(record, run.settings.epochs))
+                report.log(epoch_line(record, run.settings.epochs, run.epoch_waits))
         return run.finish()

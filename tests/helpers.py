@@ -283,7 +283,7 @@ def changed(was: dict[str, bytes], now: dict[str, bytes]) -> list[str]:
 
 def exact(run: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], dict[str, Any]]:
     """Return what two runs of one command have in common: weights, metrics and summary."""
-    timed = {"seconds", "images_per_second", "slab_wait_s", "run"}
+    timed = {"seconds", "images_per_second", "slab_wait_s", "image_wait_s", "run"}
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     metrics = [{key: value for key, value in line.items() if key not in timed} for line in lines]
     summary = json.loads((run / "summary.json").read_text())

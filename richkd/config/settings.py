@@ -587,6 +587,12 @@ class Distill(Training):
         "share of the test images to make choices on instead of testing; default 0.2 for alpha "
         "auto and halving if the cache has no validation images, else 0",
     )
+    crops_per_decode: Count = setting(
+        1,
+        "views of an image that enter training from one decode of its file; an epoch then shows M "
+        "views of one image in M",
+        later=True,
+    )
     dataset: str = setting("", "imagefolder:PATH, if the folder has moved", path=True)
     data_root: str = setting("data", "folder of the datasets", path=True)
     out: str = setting("", "run folder; default runs/CACHE-STUDENT-METHOD-sSEED", path=True)

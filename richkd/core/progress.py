@@ -49,18 +49,27 @@ class Report:
             pass
 
     @contextmanager
-    def track(self, task: str, total: int, unit: str) -> Iterator[Advance]:
-        """Show the progress of a task; call the yielded function with the number of units done."""
+    def track(
+        self, task: str, total: int, unit: str, note: Callable[[], str] = str
+    ) -> Iterator[Advance]:
+        """Show the progress of a task; call the yielded function with the number of units done.
+
+        Args:
+            task: its name.
+            total: number of units.
+            unit: their name.
+            note: returns what the line of progress ends with, "" for nothing.
+        """
         if self.quiet:
             yield lambda _: None
         elif self.console.is_terminal:
-            with self._bar(task, total, unit) as advance:
+            with self._bar(task, total, unit, note) as advance:
                 yield advance
         else:
-            yield _Lines(task, total, unit, self.log)
+            yield _Lines(task, total, unit, note, self.log)
 
     @contextmanager
-    def _bar(self, task: str, total: int, unit: str) -> Iterator[Advance]:
+    def _bar(self, task: str, total: int, unit: str, note: Callable[[], str]) -> Iterator[Advance]:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
@@ -69,17 +78,18 @@ class Report:
             TextColumn("{task.percentage:>3.0f} %"),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(compact=True),
-            TextColumn("left"),
+            TextColumn("left{task.fields[note]}"),
         )
         with Progress(*columns, console=self.console, refresh_per_second=4, transient=True) as bar:
-            handle = bar.add_task(task, total=total, rate="")
+            handle = bar.add_task(task, total=total, rate="", note="")
             start, done = time.perf_counter(), 0
 
             def advance(count: int) -> None:
                 nonlocal done
                 done += count
                 rate = done / max(time.perf_counter() - start, 1e-9)
-                bar.update(handle, advance=count, rate=f"{_amount(rate, unit)}/s")
+                said = f"{_amount(rate, unit)}/s"
+                bar.update(handle, advance=count, rate=said, note=_noted(note))
 
             yield advance
         self.log(_finished(task, done, unit, time.perf_counter() - start))
@@ -164,8 +174,15 @@ QUIET = Report(quiet=True)
 
 
 class _Lines:
-    def __init__(self, task: str, total: int, unit: str, log: Callable[[str], None]) -> None:
-        self.task, self.total, self.unit, self.log = task, total, unit, log
+    def __init__(
+        self,
+        task: str,
+        total: int,
+        unit: str,
+        note: Callable[[], str],
+        log: Callable[[str], None],
+    ) -> None:
+        self.task, self.total, self.unit, self.note, self.log = task, total, unit, note, log
         self.done = 0
         self.start = self.last = time.perf_counter()
 
@@ -179,8 +196,13 @@ class _Lines:
             rate = self.done / (now - self.start)
             self.log(
                 f"{self.task}: {100 * self.done / self.total:.0f} %, {_amount(rate, self.unit)}/s, "
-                f"{duration((self.total - self.done) / rate)} left"
+                f"{duration((self.total - self.done) / rate)} left{_noted(self.note)}"
             )
+
+
+def _noted(note: Callable[[], str]) -> str:
+    said = note()
+    return f", {said}" if said else ""
 
 
 def _finished(task: str, done: int, unit: str, seconds: float) -> str:

@@ -20,6 +20,7 @@ from richkd.data.augment import Augment
 from richkd.data.datasets import ImageFiles
 from richkd.data.framing import Framing
 from richkd.data.replay import Crops, joined_rows, replay
+from richkd.data.reuse import Reuse
 from richkd.data.views import gather_views, pad_crop_flip
 from richkd.data.workers import MAX_WORKERS, Samples, load, num_workers
 
@@ -137,6 +138,10 @@ class FileInputs:
         samples: Tensor | None = None,
     ) -> Batches:
         """Yield batches of entries, as `ArrayInputs.batches`; the views are [E,5]."""
+        reuse = None if samples is None else Reuse.of(order, samples, batch_size)
+        if reuse is not None and views is not None:
+            yield from self._reusing(reuse, order, views, batch_size)
+            return
         batches = (index.tolist() for index in torch.split(order, batch_size))
         given = None if views is None else views[None]
         crops_of = _FileViews(
@@ -145,6 +150,34 @@ class FileInputs:
         image_bytes = self.framing.size**2 * 3
         for index, crops in self._load(batches, crops_of, len(order), batch_size, image_bytes):
             yield index, crops[:, 0]
+
+    def _reusing(self, reuse: Reuse, order: Tensor, views: Tensor, batch_size: int) -> Batches:
+        """Yield the same where images occur several times: each is decoded once."""
+        size, crop_bytes = self.framing.size, self.framing.size**2 * 3
+        crops_of = _FileViews(
+            self.files,
+            self.framing,
+            views[reuse.entries.T],
+            samples=reuse.samples,
+            augment=self.augment,
+        )
+        chunks = torch.split(torch.arange(len(reuse.samples)), reuse.chunk)
+        numbers = (chunk.tolist() for chunk in chunks)
+        loaded = self._load(numbers, crops_of, len(order), batch_size, crop_bytes)
+        buffer = torch.empty(reuse.buffer_rows, crop_bytes, dtype=torch.uint8, device=self.device)
+        length = reuse.chunk * reuse.entries.shape[1]
+        slots = iter(reuse.slots)
+        done = 0
+        places = torch.split(send(reuse.rows, self.device), batch_size)
+        for needed, place, index in zip(
+            reuse.loaded, places, torch.split(send(order, self.device), batch_size), strict=True
+        ):
+            for _ in range(needed - done):
+                _, crops = next(loaded)
+                first = next(slots) * length
+                buffer[first : first + crops[:, :, 0, 0, 0].numel()] = crops.view(-1, crop_bytes)
+            done = needed
+            yield index, buffer.index_select(0, place).view(-1, size, size, 3)
 
     def decode_once(
         self,

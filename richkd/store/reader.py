@@ -48,6 +48,7 @@ from richkd.store.topk import Rows, TopKRows
 if TYPE_CHECKING:
     import zarr
 
+Piece = tuple[int | None, Tensor | None]  # a view (None: of an array without) and samples (all)
 SLAB_ARRAYS = ("teacher_logits", "teacher_features", "fused_logits")
 
 
@@ -203,14 +204,24 @@ class TeacherCache:
         Raises:
             RichKDError: as `read`, or stored classes are out of range.
         """
+        return self.rows_of(name, [(view, samples)], on_disk)
+
+    def rows_of(self, name: str, pieces: Sequence[Piece], on_disk: bool | None = None) -> Rows:
+        """Return the rows of several pieces of an array, one after the other; as `rows`.
+
+        Args:
+            name: of the array.
+            pieces: of each, the view and the samples.
+            on_disk: as in `read`.
+        """
         group, name = self._at(name)
         if group is not self:
-            return group.rows(name, view, on_disk, samples)
+            return group.rows_of(name, pieces, on_disk)
         self.require(name)
         if name not in self.kept:
-            return views_tensor(self._values(name, view, on_disk, samples))
+            return views_tensor(self._values(name, pieces, on_disk))
         top, classes, rest = (
-            self._values(part, view, on_disk, samples) for part in schema.part_names(name)
+            self._values(part, pieces, on_disk) for part in schema.part_names(name)
         )
         if int(classes.max()) >= self.num_classes:
             raise RichKDError(
@@ -220,38 +231,46 @@ class TeacherCache:
             )
         return TopKRows.from_numpy(top, classes, rest, self.num_classes)
 
-    def _values(
-        self, name: str, view: int | None, on_disk: bool | None, samples: Tensor | None = None
-    ) -> NDArray[Any]:
-        """Return the checked values of an array, or of one view, or of some samples of it."""
-        if view is not None and not 0 <= view < self.num_views:
-            raise RichKDError(
-                f"{self.location} has no view {view}; choose one of 0..{self.num_views - 1}",
-                code="view-out-of-range",
-            )
+    def _values(self, name: str, pieces: Sequence[Piece], on_disk: bool | None) -> NDArray[Any]:
+        """Return the checked values of an array in one array, piece by piece."""
+        for view, _ in pieces:
+            if view is not None and not 0 <= view < self.num_views:
+                raise RichKDError(
+                    f"{self.location} has no view {view}; choose one of 0..{self.num_views - 1}",
+                    code="view-out-of-range",
+                )
+        spec = self.specs[name]
+        axes = 1 if pieces[0][0] is None else 2
+        count, *rest = spec.shape[axes - 1 :]
+        counts = [count if samples is None else len(samples) for _, samples in pieces]
+        if on_disk is None:
+            row = spec.nbytes // math.prod(spec.shape[:axes])
+            on_disk = pages.beyond_memory(sum(counts) * row, self._memory)
+        values = pages.empty((sum(counts), *rest), np.dtype(spec.dtype), on_disk)
+        parts = np.split(values, np.cumsum(counts)[:-1])
+        for part, (view, samples) in zip(parts, pieces, strict=True):
+            self._fill(part, name, view, samples)
+        return values
+
+    def _fill(
+        self, values: NDArray[Any], name: str, view: int | None, samples: Tensor | None
+    ) -> None:
+        """Read the checked values of one piece of an array into `values`."""
         files = [f"{name}/{METADATA}", *chunk_files(name, self.specs[name], view)]
         self._copy.fetch(files)
         try:
-            values = self._read_here(name, view, on_disk, samples)
+            self._read_here(values, name, view, samples)
         except RichKDError:
             if not self._copy.drop(files):
                 raise
             self._copy.fetch(files)  # once more: only the copy may be damaged
-            values = self._read_here(name, view, on_disk, samples)
-        return values
+            self._read_here(values, name, view, samples)
 
     def _read_here(
-        self, name: str, view: int | None, on_disk: bool | None, samples: Tensor | None
-    ) -> NDArray[Any]:
+        self, values: NDArray[Any], name: str, view: int | None, samples: Tensor | None
+    ) -> None:
         at = () if view is None else (view,)
-        spec = self.specs[name]
-        count, *rest = spec.shape[len(at) :]
-        wanted = count if samples is None else len(samples)
-        if on_disk is None:
-            row = spec.nbytes // math.prod(spec.shape[: len(at) + 1])
-            on_disk = pages.beyond_memory(wanted * row, self._memory)
-        values = pages.empty((wanted, *rest), np.dtype(spec.dtype), on_disk)
-        step = spec.chunks[len(at)]
+        count, step = self.specs[name].shape[len(at)], self.specs[name].chunks[len(at)]
         try:
             array = cast("zarr.Array[Any]", self._group[name])
             # chunk by chunk, so that temporary memory stays small beside the slab
@@ -268,7 +287,6 @@ class TeacherCache:
                 code="cache-damaged",
             ) from error
         self._check_chunks(name, view)
-        return values
 
     def _check_chunks(self, name: str, view: int | None) -> None:
         """Raise RichKDError if a chunk of an array (of a view) is not the one written there."""

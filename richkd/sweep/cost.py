@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from richkd.config.settings import Distill
+from richkd.data.reuse import buffer_bytes
 from richkd.losses.method import EVERY
 from richkd.models import forward
+from richkd.store.reader import TeacherCache
 from richkd.store.schema import split_sizes
 from richkd.sweep.entries import Entry, Estimate
 from richkd.training.device import half_precision, wait_for
@@ -31,7 +33,8 @@ def estimate(entries: Sequence[Entry], source: Source) -> None:
         if name not in students:
             students[name] = try_student(entry.settings, source)
         banks = method_memory(entry.settings, students[name], source)
-        entry.cost = replace(students[name], memory=students[name].memory + banks)
+        waiting = reuse_memory(entry.settings, source.cache)
+        entry.cost = replace(students[name], memory=students[name].memory + banks + waiting)
 
 
 def try_student(settings: Distill, source: Source) -> Estimate:
@@ -98,6 +101,12 @@ def method_memory(settings: Distill, student: Estimate, source: Source) -> int:
     with torch.device("meta"):
         method = kind(options, task)
     return sum(buffer.nbytes for buffer in method.buffers())
+
+
+def reuse_memory(settings: Distill, cache: TeacherCache) -> int:
+    """Return the bytes of the crops that wait in memory if an image is decoded for several."""
+    each, side = settings.crops_per_decode, cache.manifest["image_size"]
+    return buffer_bytes(cache.num_samples // each, each, settings.batch_size, 3 * side**2)
 
 
 def total_left(entries: Sequence[Entry]) -> float:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from richkd.core.seeds import derive_seed
 from richkd.data.augment import Augment
 from richkd.data.datasets import Split
 from richkd.data.inputs import Inputs, Normalize, make_inputs
@@ -16,6 +18,8 @@ from richkd.data.views import views_tensor
 from richkd.losses.method import PARTNER, SHARE
 from richkd.store.topk import Rows
 
+PARTS = 0x9A27  # of the seed of the parts: no run and no epoch has it
+T = TypeVar("T")
 StepBatch = tuple[Tensor, Tensor, dict[str, Tensor]]  # index, images, rows
 
 
@@ -30,6 +34,7 @@ class EpochRows:
     rows: Mapping[str, Rows]  # name -> [E,…]
     on_host: bool = False  # rows stay on the host, and each batch is copied to the device
     samples: Tensor | None = None  # [E], the sample of each entry, on the host
+    each: int = 1  # M, views of each sample: entry m·E/M + i is another view of entry i's sample
 
     def __len__(self) -> int:
         return len(self.views)
@@ -87,12 +92,23 @@ def with_partners(source: EpochRows, labels: Tensor, augment: Augment | None) ->
     return replace(source, rows={**source.rows, **added})
 
 
-def timed(slabs: Iterator[EpochRows]) -> Iterator[tuple[EpochRows, float]]:
-    """Yield each slab with the seconds spent waiting for it."""
+def timed(items: Iterator[T]) -> Iterator[tuple[T, float]]:
+    """Yield each item with the seconds spent waiting for it."""
     start = time.perf_counter()
-    for slab in slabs:
-        yield slab, time.perf_counter() - start
+    for item in items:
+        yield item, time.perf_counter() - start
         start = time.perf_counter()
+
+
+def part_of(group: int, part: int, parts: int, num_samples: int) -> Tensor:
+    """Return one of several equal parts of the samples, ascending, of its own in every group.
+
+    The parts do not depend on a run's seed, so that all runs of a sweep read the same rows.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(group, PARTS))
+    count = num_samples // parts
+    drawn = torch.randperm(num_samples, generator=generator)[part * count : (part + 1) * count]
+    return drawn.sort().values
 
 
 def all_rows(rows: Callable[[int], EpochRows], first: int, last: int) -> Iterator[EpochRows]:

@@ -25,9 +25,10 @@ from richkd.core.accuracy import accuracy
 from richkd.core.errors import RichKDError, first_line
 from richkd.core.seeds import derive_seed
 from richkd.data.inputs import Batches, Normalize
+from richkd.data.reuse import choose_lag, spread
 from richkd.losses.method import Batch, Method, mixing
 from richkd.models import forward
-from richkd.training.data import Data, EpochRows, EvalSet, StepBatch
+from richkd.training.data import Data, EpochRows, EvalSet, StepBatch, timed
 from richkd.training.device import cuda, default_generator, half_precision
 from richkd.training.initial import Initial
 from richkd.training.optimizers import check_optimizer, load_state, make_optimizer, state_of
@@ -116,6 +117,7 @@ class Trainer:
         self.sums: Tensor | None = None  # over an epoch: correct predictions, and each loss term
         self.terms: tuple[str, ...] = ()  # names of the loss terms
         self._begun: tuple[int, int, float] | None = None  # epoch, samples, start
+        self.waited = 0.0  # seconds for images
         self._warming = 0, 0.0, 0.0  # steps before this epoch and of the warm-up; the epoch's rate
 
     @property
@@ -157,8 +159,7 @@ class Trainer:
 
     def steps(self, epoch: int, source: EpochRows) -> Iterator[int]:
         """Run the steps of an epoch; yield the size of each batch once its step is launched."""
-        order = epoch_order(self.settings.seed, epoch, len(source))
-        order = drop_lone_last(order, self.settings.batch_size)
+        order = self.order(epoch, source)
         count = -(-len(order) // self.settings.batch_size)
         self._set_rate(learning_rate(self.settings, epoch))
         self.epoch.fill_(epoch)
@@ -176,6 +177,15 @@ class Trainer:
         self._begun = epoch, len(order), start
         self._warming = (epoch - 1) * count, self.settings.warmup * count, self.lr
         yield from self.runner.steps(order, source)
+
+    def order(self, epoch: int, source: EpochRows) -> Tensor:
+        """Return the entries of an epoch in the order of training, on the CPU."""
+        batch_size, (height, width, channels) = self.settings.batch_size, self.data.train.shape
+        order = epoch_order(self.settings.seed, epoch, len(source) // source.each)
+        if source.each > 1:
+            lag = choose_lag(len(order), source.each, batch_size, height * width * channels)
+            order = spread(order, source.each, lag)
+        return drop_lone_last(order, batch_size)
 
     def end_epoch(self) -> EpochRecord:
         """Wait for the steps of the epoch that was started, and evaluate."""
@@ -219,9 +229,10 @@ class Trainer:
             source: their views and rows.
         """
         size, samples = self.settings.batch_size, source.samples
-        batches = self.data.train.batches(order, source.views, size, samples)
+        batches = timed(self.data.train.batches(order, source.views, size, samples))
         on_device = None if samples is None else samples.to(self.device)
-        for (entries, images), ids in zip(batches, torch.split(order, size), strict=True):
+        for ((entries, images), waited), ids in zip(batches, torch.split(order, size), strict=True):
+            self.waited += waited
             index = entries if on_device is None else on_device[entries]
             yield index, images, source.batch(entries, ids)
 
@@ -460,7 +471,7 @@ def describe_training(settings: Training, num_samples: int) -> str:
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    """Return the order [E] of the entries of an epoch, the same for every student and method."""
+    """Return the order of the images of an epoch, the same for every student and method."""
     generator = torch.Generator().manual_seed(derive_seed(seed, epoch, 0))
     return torch.randperm(count, generator=generator)
 

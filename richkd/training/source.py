@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any
@@ -26,7 +26,15 @@ from richkd.store import pages
 from richkd.store.added import array_of
 from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
 from richkd.store.topk import Rows
-from richkd.training.data import Data, EpochRows, EvalSet, all_rows, timed, with_partners
+from richkd.training.data import (
+    Data,
+    EpochRows,
+    EvalSet,
+    all_rows,
+    part_of,
+    timed,
+    with_partners,
+)
 from richkd.training.device import choose_device, cuda, free_memory
 from richkd.training.images import load_images
 from richkd.training.initial import PRETRAINED, Initial
@@ -39,8 +47,8 @@ KINDS = {"cnn": "teacher"}  # the targets of teachers whose names differ from th
 class Source:
     """A cache and what all runs from it share: images, slabs and targets.
 
-    Runs whose settings differ in `cache`, `dataset`, `data_root` or `device` need different
-    sources.
+    Runs whose settings differ in `cache`, `dataset`, `data_root`, `device` or `crops_per_decode`
+    need different sources.
     """
 
     def __init__(
@@ -184,8 +192,9 @@ class Source:
     def own(self, shared: EpochRows, rows: Mapping[str, str], seed: int, epoch: int) -> EpochRows:
         """Select the rows of an epoch that a run's method reads.
 
-        A method that reads none is not limited to the cached views: it sees a fresh view of every
-        image, as in plain training.
+        A method that reads none is not limited to the cached views: it sees fresh views, as in
+        plain training. Over the M epochs of a group they are those that it would see without reuse
+        of decoded images.
 
         Args:
             shared: the rows of all runs.
@@ -193,14 +202,22 @@ class Source:
             seed: the run's.
             epoch: from 1.
         """
-        augment = self.cache.augment
+        augment, labels = self.cache.augment, self.data.train_labels
         if rows:
             chosen = {name: shared.rows[given] for name, given in rows.items()}
-            return with_partners(replace(shared, rows=chosen), self.data.train_labels, augment)
+            return with_partners(replace(shared, rows=chosen), labels, augment)
         space = self.splits["train"].views(CROP if augment is None else augment.text)
-        fresh = views_tensor(space.fresh(seed, epoch, self.cache.num_samples))
-        source = EpochRows(joined(augment, fresh), {})
-        return with_partners(source, self.data.train_labels, augment)
+
+        def fresh(epoch: int, samples: Tensor | None) -> Tensor:
+            views = views_tensor(space.fresh(seed, epoch, self.cache.num_samples))
+            return joined(augment, views, samples)
+
+        if shared.samples is None:
+            return with_partners(EpochRows(fresh(epoch, None), {}), labels, augment)
+        first = epoch - (epoch - 1) % shared.each
+        parts = shared.samples.chunk(shared.each)
+        views = torch.cat([fresh(first + number, part) for number, part in enumerate(parts)])
+        return with_partners(replace(shared, views=views, rows={}), labels, augment)
 
     def epochs(
         self, names: Collection[str], first: int, last: int
@@ -266,8 +283,27 @@ class Source:
         self._fixed[name] = self._fixed[name].to(device)
         return self._fixed[name]
 
+    @property
+    def entries(self) -> int:
+        """E, the entries of an epoch: the samples, or the largest multiple of M below."""
+        each = self.settings.crops_per_decode
+        return self.cache.num_samples // each * each
+
+    def pieces(self, epoch: int) -> list[tuple[int, Tensor | None]]:
+        """Return the views and samples (None: all) of an epoch, from 1: view (epoch − 1) mod V.
+
+        With M views of a decode, the samples are cut into M parts anew for every M epochs. Each of
+        these epochs has one part, in the views that all M epochs would have had.
+        """
+        each, views = self.settings.crops_per_decode, self.cache.num_views
+        if each == 1:
+            return [((epoch - 1) % views, None)]
+        group, part = divmod(epoch - 1, each)
+        samples = part_of(group, part, each, self.cache.num_samples)
+        return [((group * each + number) % views, samples) for number in range(each)]
+
     def _slab_rows(self, names: Collection[str], place: Placement) -> Callable[[int], EpochRows]:
-        """Return a function that reads the rows of an epoch, from 1: view (epoch − 1) mod V.
+        """Return a function that reads the rows of an epoch, from 1.
 
         Blended logits are rounded to the cache's dtype; logits of which the cache keeps the K
         largest are not filled up.
@@ -279,28 +315,40 @@ class Source:
         pin = self.device.type == "cuda" and not place.on_host
 
         @lru_cache(maxsize=1)  # with one view, every epoch has the same slab
-        def read(view: int, samples: Tensor | None = None) -> EpochRows:
-            """Read a slab; with `samples` [E], only the rows of these."""
+        def read(epoch: int) -> EpochRows:
+            """Read the rows of an epoch."""
+            pieces = self.pieces(epoch)
+            given = [samples for _, samples in pieces if samples is not None]
+            samples = torch.cat(given) if given else None
             stored = {
-                name: self.cache.rows(array_of("train", name), view, place.on_disk, samples)
+                name: self.cache.rows_of(array_of("train", name), pieces, place.on_disk)
                 for name in sorted(logits | features)
             }
-            views = self._views(view, place.on_disk, samples)
+            views = self._views(pieces, place.on_disk)
             rows: dict[str, Rows] = {name: stored[name] for name in sorted(features)}
             for name, target in targets.items():
                 rows[name] = target.logits("train", stored, empty, samples)
-            epoch_rows = EpochRows(views, rows, place.on_host, samples)
+            epoch_rows = EpochRows(views, rows, place.on_host, samples, len(pieces))
             return epoch_rows.pinned() if pin else epoch_rows
 
-        return lambda epoch: read((epoch - 1) % self.cache.num_views)
+        if self.settings.crops_per_decode > 1:
+            return read
+        return lambda epoch: read(1 + (epoch - 1) % self.cache.num_views)
 
-    def _views(self, view: int, on_disk: bool, samples: Tensor | None) -> Tensor:
-        """Return the views of one slab, of some samples or all; mixed ones with their partners'."""
+    def _views(self, pieces: Sequence[tuple[int, Tensor | None]], on_disk: bool) -> Tensor:
+        """Return the views of an epoch; mixed ones with their partners', who may be any samples."""
         augment, array = self.cache.augment, f"train/{self.cache.views_array}"
-        mixes = augment is not None and augment.mixes
-        views = self.cache.rows(array, view, on_disk, None if mixes else samples)
-        assert isinstance(views, Tensor)
-        return joined(augment, views, samples) if mixes else views
+        if augment is None or not augment.mixes:
+            views = self.cache.rows_of(array, pieces, on_disk)
+            assert isinstance(views, Tensor)
+            return views
+        every = (self.cache.read(array, view, on_disk) for view, _ in pieces)
+        return torch.cat(
+            [
+                joined(augment, views, samples)
+                for views, (_, samples) in zip(every, pieces, strict=True)
+            ]
+        )
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from richkd.config import catalog
 from richkd.config.settings import Distill, shown_weights, to_table, used_weights
 from richkd.core.errors import RichKDError
 from richkd.core.files import locked
-from richkd.core.progress import Advance, Report, percent
+from richkd.core.progress import Advance, Report, duration, percent, size
 from richkd.core.versions import versions
+from richkd.data.reuse import buffer_bytes
 from richkd.losses.method import EVERY, TARGET
 from richkd.store.added import array_of
 from richkd.store.reader import TeacherCache
@@ -76,6 +77,9 @@ class StudentRun:
         self._saving = Saving(threaded=cuda(source.device))
         self.record: EpochRecord | None = None  # of the last epoch that this process trained
         self._before = self.progress  # when this process started
+        self._decodes = not self.trainer.data.train.gathers
+        self._rows_waited = self._images_waited = 0.0  # seconds, up to the last epoch
+        self._last_waits = 0.0, 0.0  # of the last epoch, for rows and images
 
     def __enter__(self) -> StudentRun:
         return self
@@ -119,7 +123,16 @@ class StudentRun:
     @property
     def images_to_go(self) -> int:
         """Images that are left to train on."""
-        return (self.settings.epochs - self.done) * self.source.cache.num_samples
+        return (self.settings.epochs - self.done) * self.source.entries
+
+    def waits(self) -> str:
+        """Return how long this process has waited for rows and images; "" if none are decoded."""
+        return describe_waits(self._rows_waited, self.trainer.waited) if self._decodes else ""
+
+    @property
+    def epoch_waits(self) -> str:
+        """The same of the last epoch."""
+        return describe_waits(*self._last_waits) if self._decodes else ""
 
     def train_epoch(
         self, source: EpochRows, waited: float, tick: Advance = lambda _: None
@@ -168,13 +181,21 @@ class StudentRun:
             for name, tensor in state.items()
             if name.startswith(prefix)
         }
-        line = {**record.as_dict(), "slab_wait_s": waited}
+        line = {**record.as_dict(), **self._count_waits(waited)}
         self._saving.submit(partial(self.folder.save_epoch, progress, line, state, student))
         # with the time that saving took
         seconds = before + waited + (time.perf_counter() - start) / runs
         self.progress = Progress(epoch, best, seconds, step)
         self.record = record
         return record
+
+    def _count_waits(self, rows: float) -> dict[str, float]:
+        """Return an epoch's seconds of waiting for the line of metrics.jsonl, and add them up."""
+        images = self.trainer.waited - self._images_waited
+        self._rows_waited += rows
+        self._images_waited = self.trainer.waited
+        self._last_waits = rows, images
+        return {"slab_wait_s": rows, **({"image_wait_s": images} if self._decodes else {})}
 
     def finish(self) -> dict[str, Any]:
         """Write the weights and the summary after the last epoch; the run is then complete."""
@@ -187,7 +208,7 @@ class StudentRun:
             top1, top5 = self.record.test_accuracy, self.record.test_top5
         found = self.progress.best
         best = found.accuracy if data.choice is None else self.test_best(top1)
-        last = self.folder.metrics()[-1:]  # empty if somebody removed them
+        lines = self.folder.metrics()  # empty if somebody removed them
         tested = data.test.ids.cpu()
         summary = {
             **describe_run(self.settings, self.source.cache, self.trainer),
@@ -202,9 +223,14 @@ class StudentRun:
             "views": self.source.cache.num_views if self.rows else "fresh",
             "added": run_identity(self.source.cache, self.settings).added,
             "seconds": self.progress.seconds,
-            "images_per_second": last[0]["images_per_second"] if last else None,
+            "images_per_second": lines[-1]["images_per_second"] if lines else None,
             "run": str(self.folder.path),
         }
+        if self._decodes:
+            summary |= {
+                name: sum(line.get(name, 0.0) for line in lines)
+                for name in ("slab_wait_s", "image_wait_s")
+            }
         self.folder.finish(self.trainer.result.state_dict(), summary)
         return summary
 
@@ -222,16 +248,32 @@ class StudentRun:
 
     def opening(self) -> str:
         """Describe the run that is about to start."""
-        settings, cache = self.settings, self.source.cache
+        settings, cache, entries = self.settings, self.source.cache, self.source.entries
         count = sum(parameter.numel() for parameter in self.trainer.model.parameters())
         resuming = f"; resuming after epoch {self.done} of {settings.epochs}" if self.done else ""
         return (
             f"{settings.student} ({count / 1e6:.2f} M) by {settings.method} from "
             f"{f'{cache.num_views} views' if self.rows else 'fresh views'}, seed {settings.seed}, "
             f"on {self.source.device}\n"
-            f"{settings.epochs} epochs of {cache.num_samples:,} images, batch "
-            f"{settings.batch_size}, {describe_training(settings, cache.num_samples)}{resuming}"
-            f"{describe_mixing(cache)}"
+            f"{settings.epochs} epochs of {entries:,} images, batch "
+            f"{settings.batch_size}, {describe_training(settings, entries)}{resuming}"
+            f"{describe_mixing(cache)}{self._reuse()}"
+        )
+
+    def _reuse(self) -> str:
+        """Return a further line on several views of one decode; "" if there is one."""
+        each, count = self.settings.crops_per_decode, self.source.cache.num_samples
+        if each == 1:
+            return ""
+        height, width, channels = self.trainer.data.train.shape
+        waiting = buffer_bytes(
+            count // each, each, self.settings.batch_size, height * width * channels
+        )
+        rest = count % each
+        left = f"; {rest} of {count:,} are left out in turn" if rest else ""
+        return (
+            f"\neach image is decoded every {each} epochs, for {each} views; up to "
+            f"{size(waiting)} of them wait in memory{left}"
         )
 
 
@@ -324,6 +366,7 @@ def check_reads(cache: TeacherCache, settings: Distill) -> None:
     """
     method_type, options = method_of(settings)
     reads = method_type.reads(options)
+    check_reuse(cache, settings)
     check_blend_of(cache, settings)
     check_kept(settings, cache.manifest.get("rows"), str(cache.location))
     if cache.kept and method_type.needs_whole_rows(options):
@@ -345,6 +388,36 @@ def check_reads(cache: TeacherCache, settings: Distill) -> None:
             f"target = {settings.target!r}: method {settings.method} takes no target logits; "
             f"remove --target",
             code="target-not-taken",
+        )
+
+
+def check_reuse(cache: TeacherCache, settings: Distill) -> None:
+    """Check that a cache has images to decode, and enough views and images to reuse a decode.
+
+    Raises:
+        RichKDError: it has not.
+    """
+    each = settings.crops_per_decode
+    if each == 1:
+        return
+    method_type, options = method_of(settings)
+    if cache.manifest["dataset"]["embedded"]:
+        raise RichKDError(
+            f"crops_per_decode = {each}: {cache.location} contains its images, so that nothing is "
+            f"decoded; leave out --crops-per-decode",
+            code="crops-without-files",
+        )
+    if method_type.reads(options) and each > cache.num_views:
+        raise RichKDError(
+            f"crops_per_decode = {each}: {cache.location} has {cache.num_views} views of an image; "
+            f"use --crops-per-decode {cache.num_views} or less, or precompute with --views {each}",
+            code="crops-beyond-views",
+        )
+    if 2 * each > cache.num_samples:
+        raise RichKDError(
+            f"crops_per_decode = {each}: {cache.location} has only {cache.num_samples} training "
+            f"images, and an epoch shows one in {each}; use fewer",
+            code="crops-beyond-images",
         )
 
 
@@ -521,8 +594,13 @@ def describe_mixing(cache: TeacherCache) -> str:
     return f"\nimages are mixed: train accuracy counts the first label of each{clip}"
 
 
-def epoch_line(record: EpochRecord, epochs: int) -> str:
-    """Format one epoch as one line."""
+def describe_waits(rows: float, images: float) -> str:
+    """Describe the seconds that were spent waiting for rows and for decoded images."""
+    return f"waited {duration(rows)} for rows, {duration(images)} for images"
+
+
+def epoch_line(record: EpochRecord, epochs: int, waits: str = "") -> str:
+    """Format one epoch as one line; `waits` as `describe_waits` returns them."""
     accuracies = {
         "train": record.train_accuracy,
         "validation": record.validation_accuracy,
@@ -533,5 +611,5 @@ def epoch_line(record: EpochRecord, epochs: int) -> str:
     )
     return (
         f"epoch {record.epoch}/{epochs}: loss {record.loss:.3f}, {known} "
-        f"({record.images_per_second:,.0f} images/s)"
+        f"({record.images_per_second:,.0f} images/s{waits and '; '}{waits})"
     )
