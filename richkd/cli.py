@@ -214,13 +214,13 @@ def train_teacher(
     settings = resolve(TrainTeacher, _table(recipe, "train-teacher"), given)
     from pathlib import Path
 
-    from richkd.data.datasets import introduce, load_dataset
+    from richkd.data.datasets import introduce
     from richkd.teachers import cnn
 
     if settings.out:
         cnn.check_output(Path(settings.out), overwrite)
     report = _report(as_json)
-    images = load_dataset(settings, report=report)
+    images = cnn.load_images(settings, report, overwrite=overwrite)
     introduce(images, report)
     summary = cnn.train_teacher(settings, images, report, overwrite=overwrite)
     _print(summary, as_json)

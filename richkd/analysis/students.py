@@ -319,7 +319,8 @@ def shift_classes(
     names = store.manifest["class_names"]
     by_folder: dict[str, set[int]] = defaultdict(set)  # normalised: without a number, …
     by_name: dict[str, set[int]] = defaultdict(set)
-    own = class_folders(test)
+    recorded = store.manifest["dataset"].get("class_folders", ())
+    own = class_folders(test) or dict(enumerate(recorded))
     for number, name in enumerate(names):
         by_name[text_key(name)].add(number)
         by_name[normalised(name)].add(number)

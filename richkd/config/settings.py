@@ -47,11 +47,13 @@ from richkd.core.validation import (
 )
 
 NO_TEACHER = "none"  # the CNN teacher in the settings of a CLIP that is added to a cache
+LEAST_SIDE = 8  # pixels per side of an image
 AUTO_HOLDOUT = 0.2  # share of the test images, for alpha auto and halving
 
 Alpha = Share | Literal["auto"]
+ViewSpace = Literal["auto", "pad-crop-flip", "resized-crop-flip"]
 Seed = Annotated[int, Limit("in 0..2³²−1", lambda seed: 0 <= seed < 2**32)]
-Side = Annotated[int, at_least(8)]
+Side = Annotated[int, at_least(LEAST_SIDE)]
 BelowOne = Annotated[float, from_to_below(0, 1)]
 Ascending = Limit(
     "two ascending numbers, as in 0,4095", lambda ends: len(ends) == 2 and ends[0] < ends[1]
@@ -215,6 +217,12 @@ class Images(Settings):
     image_size: Side | None = setting(
         None, "pixels per side of an imagefolder's images; default by their sizes"
     )
+    view_space: ViewSpace = setting(
+        "auto",
+        "views of an imagefolder's images: resized-crop-flip, for photographs; pad-crop-flip, for "
+        "images of one size, which are taken whole; or auto (by their sizes)",
+        later=True,
+    )
     class_names: str = setting(
         "",
         "file with an imagefolder's class names, one per line; or curated (open_clip's, for "
@@ -257,6 +265,7 @@ class Images(Settings):
         """Check that no setting is given that applies to image folders only."""
         for name, default, known in (
             ("image_size", None, "have one size"),
+            ("view_space", "auto", "have one size"),
             ("class_names", "", "have classes with names"),
             ("background", "white", "are 8 bits deep and opaque"),
             ("pixel_range", None, "are 8 bits deep and opaque"),

@@ -27,7 +27,7 @@ from richkd.config.settings import Images
 from richkd.core.choices import CROP
 from richkd.core.errors import RichKDError
 from richkd.core.progress import Report
-from richkd.data import class_names, folders, layouts
+from richkd.data import class_names, folders, layouts, small
 from richkd.data.augment import Augment
 from richkd.data.boxes import CLEAN_SHARE
 from richkd.data.decoding import CHANGED, Decoding, describe_decoding
@@ -162,6 +162,9 @@ class Dataset:
     folders: Mapping[str, str] = field(default_factory=dict)  # by split
     class_folders: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # how the folder was read, line by line
+    # of images in files that are taken whole, as an array:
+    whole: bool = False
+    files: Dataset | None = None  # the same images before they were decoded
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -180,7 +183,7 @@ class Dataset:
     @property
     def decoding(self) -> Decoding | None:
         """How files become RGB; None if all of them are read as they are stored."""
-        every = [split.images for split in self.splits.values()]
+        every = [split.images for split in (self.files or self).splits.values()]
         files = [images for images in every if isinstance(images, ImageFiles)]
         changed = any((images.traits & CHANGED).any() for images in files)
         return files[0].decoding if changed else None
@@ -192,6 +195,12 @@ class Dataset:
         It includes how files are decoded, if that changes pixels.
         """
         return self._digest(self.decoding)
+
+    def is_of(self, fingerprint: str | None) -> bool:
+        """Return whether a fingerprint is that of these images, decoded or as files."""
+        return fingerprint == self.fingerprint or (
+            self.files is not None and fingerprint == self.files.fingerprint
+        )
 
     def read_differently_in(self, fingerprint: str) -> bool:
         """Return whether a fingerprint was computed before files were read with `Decoding`."""
@@ -226,6 +235,8 @@ def load_dataset(
     report: Report | None = None,
     layout: layouts.Layout | None = None,
     decoding: Decoding | None = None,
+    *,
+    decoded: bool = True,
 ) -> Dataset:
     """Load a dataset by name, with its first `limit` training samples.
 
@@ -238,14 +249,14 @@ def load_dataset(
         report: shows the progress.
         layout: the folders of the splits.
         decoding: how the files were decoded.
+        decoded: decode the files of images that are taken whole; if not, `decode` does it later.
 
     Raises:
         RichKDError: the name is unknown, files are missing or damaged, or a download failed.
     """
     kind, path = catalog.split_name(settings.dataset)
-    root = Path(settings.data_root)
+    root, report = Path(settings.data_root), report or Report(quiet=True)
     if path is not None:
-        report = report or Report(quiet=True)
         found = _image_folder(settings, path, skipped, layout, decoding, report)
     elif kind == "shapes":
         found = _shapes(settings.limit)
@@ -256,17 +267,41 @@ def load_dataset(
     train, validation = hold_out(
         found.train.first(settings.limit), settings.validation, found.class_names
     )
-    return replace(found, train=train, validation=found.validation or validation)
+    found = replace(found, train=train, validation=found.validation or validation)
+    return decode(found, report) if found.whole and decoded else found
+
+
+def decode(dataset: Dataset, report: Report) -> Dataset:
+    """Return a dataset whose images are taken whole with its files decoded to arrays.
+
+    Raises:
+        RichKDError: they do not fit into memory, or a file can no longer be read.
+    """
+    every = [split.images for split in dataset.splits.values()]
+    small.check_memory([images for images in every if isinstance(images, ImageFiles)])
+
+    def array(name: str, split: Split) -> Split:
+        if isinstance(split.images, Tensor):
+            return split
+        what = f"{name} images of {dataset.name}"
+        return replace(split, images=small.decode(split.images, report, what))
+
+    return replace(
+        dataset,
+        train=array("training", dataset.train),
+        test=array("test", dataset.test),
+        validation=None if dataset.validation is None else array("validation", dataset.validation),
+        files=dataset,
+    )
 
 
 def introduce(dataset: Dataset, report: Report) -> None:
     """Log what a dataset contains, how its files were read, and what was left out."""
     counts = describe_splits({name: len(split) for name, split in dataset.splits.items()})
     side, classes = dataset.image_size, len(dataset.class_names)
-    report.log(
-        f"{dataset.name}: {counts} images of {side}×{side} pixels, {classes} classes; "
-        f"fingerprint {dataset.fingerprint[:12]}"
-    )
+    undecoded = dataset.whole and dataset.files is None  # its fingerprint is of the pixels
+    known = "" if undecoded else f"; fingerprint {dataset.fingerprint[:12]}"
+    report.log(f"{dataset.name}: {counts} images of {side}×{side} pixels, {classes} classes{known}")
     for note in dataset.notes:
         report.log(note)
     for path in dataset.skipped:
@@ -450,13 +485,15 @@ def _image_folder(
         split: folders.list_images(each.folder, settings.broken, skipped, report, each)
         for split, each in found.items()
     }
-    image_size = settings.image_size or folders.suggest_image_size(listings["train"].sizes)
+    treated = small.treatment(settings, [*listings.values()])
     values = [each.values for each in listings.values()]
     decoding = decoding or Decoding.of(settings.background, settings.pixel_range, values)
     traits = np.concatenate([each.traits for each in listings.values()])
     origin = "set by --pixel-range" if settings.pixel_range else ""
     read = describe_decoding(decoding, values, traits, origin)
-    splits = {split: files_split(each, image_size, decoding) for split, each in listings.items()}
+    splits = {
+        split: files_split(each, treated.image_size, decoding) for split, each in listings.items()
+    }
     earlier = layout is not None and layout.earlier
     return Dataset(
         settings.dataset,
@@ -464,12 +501,13 @@ def _image_folder(
         splits["train"],
         splits["test"],
         *statistics(settings.dataset),
-        image_size,
+        treated.image_size,
         validation=splits.get("validation"),
         skipped=tuple(path for each in listings.values() for path in each.skipped),
         folders={} if earlier else {split: each.folder.name for split, each in found.items()},
         class_folders=classes,
-        notes=(*notes, *named.notes, *read),
+        notes=(*notes, *named.notes, *read, treated.note),
+        whole=treated.whole,
     )
 
 

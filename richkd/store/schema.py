@@ -49,6 +49,7 @@ class DatasetEntry(TypedDict):
     validation: NotRequired[float]  # share of the training images held out for choices
     num_validation: NotRequired[int]  # images held out for choices; not in num_train
     folders: NotRequired[dict[str, str]]  # the folder name of each split of an image folder
+    class_folders: NotRequired[list[str]]  # of embedded images of an image folder, by class
 
 
 class ViewsEntry(TypedDict):
@@ -466,6 +467,8 @@ def _out_of_order(manifest: Manifest) -> Iterator[str]:
         plain = all(name == Path(name).name not in ("", "..") for name in folders.values())
         if not {"train", "test"} <= folders.keys() <= SPLITS or not plain:
             yield f"dataset.folders is {folders!r}"
+    if len(dataset.get("class_folders", manifest["class_names"])) != len(manifest["class_names"]):
+        yield f"dataset.class_folders has {len(dataset['class_folders'])} names"
     if "decoding" in dataset:
         if re.fullmatch("#[0-9a-f]{6}", dataset["decoding"]["background"]) is None:
             yield f"dataset.decoding.background is {dataset['decoding']['background']!r}"

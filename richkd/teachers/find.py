@@ -58,6 +58,7 @@ def training_settings(settings: Precompute, recipe: Mapping[str, Any]) -> TrainT
             "limit": settings.limit,
             "data_root": settings.data_root,
             "image_size": settings.image_size,
+            "view_space": settings.view_space,
             "model": settings.teacher,
             "device": settings.device,
             "validation": settings.validation,
@@ -463,7 +464,7 @@ def check_trained_on(weights: Path, dataset: Dataset) -> None:
         RichKDError: its metadata records another fingerprint, or none.
     """
     trained_on = read_note(weights).get("fingerprint")
-    if trained_on != dataset.fingerprint:
+    if not dataset.is_of(trained_on):
         raise RichKDError(
             f"{weights} was trained on other data ({(trained_on or 'not recorded')[:12]}) than "
             f"{dataset.name} ({dataset.fingerprint[:12]}), or on the same data read differently "
@@ -491,7 +492,7 @@ def warn_of_validation(weights: Path, dataset: Dataset, report: Report) -> None:
     """Log that a teacher from elsewhere may have been trained on the validation images."""
     if dataset.validation is None:
         return
-    if read_note(weights).get("fingerprint") != dataset.fingerprint:
+    if not dataset.is_of(read_note(weights).get("fingerprint")):
         report.log(
             f"{weights} may also have been trained on the validation images; if so, alpha auto "
             f"trusts the CNN teacher too much: leave --teacher-weights out to train one without "
@@ -501,7 +502,7 @@ def warn_of_validation(weights: Path, dataset: Dataset, report: Report) -> None:
 
 def warn_of_training(weights: Path, dataset: Dataset, report: Report) -> None:
     """Log that a probe's features come from a network that was trained on the same images."""
-    if read_note(weights).get("fingerprint") == dataset.fingerprint:
+    if dataset.is_of(read_note(weights).get("fingerprint")):
         report.log(
             f"{weights} was trained on these very images, so its features, and a probe's logits, "
             f"are surer about them than about new ones; --teacher-head own uses its own head"

@@ -148,7 +148,7 @@ def _of_student(summary: Path) -> dict[str, str]:
             size=about["image_size"],
             mean=about["mean"],
             std=about["std"],
-            crop=CLEAN_SHARE if files else 1.0,
+            crop=about.get("crop", CLEAN_SHARE if files else 1.0),  # earlier runs lack it
         )
         return {**found.note, "class_names": json.dumps(about["class_names"])}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -133,6 +133,8 @@ def _dataset_entry(settings: Precompute, dataset: Dataset) -> DatasetEntry:
             entry["validation"] = settings.validation
     if dataset.folders:
         entry["folders"] = dict(dataset.folders)
+    if dataset.class_folders and entry["embedded"]:
+        entry["class_folders"] = list(dataset.class_folders)
     return entry
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from richkd.config import catalog
 from richkd.config.settings import Precompute, TrainTeacher, resolve, to_table
 from richkd.core.errors import RichKDError
 from richkd.core.progress import Report, size
@@ -42,6 +44,7 @@ NOT_IN_CACHE = {
     "teacher_weights",
     "dataset",
     "teachers",
+    "view_space",  # the manifest has the one that was chosen
 }
 
 
@@ -58,7 +61,7 @@ def check_request(
     check_teacher_name(settings)
     check_teacher_classes(settings)
     interrupted = check_settings(settings, out, overwrite)
-    dataset = load_images(settings, dataset, report)
+    dataset = load_images(settings, dataset, report, interrupted)
     if settings.clip != "none":
         check_distinct(dataset.class_names)
     if settings.teacher_classes:
@@ -92,9 +95,18 @@ def check_teachers(settings: Precompute) -> None:
     check_unsaid(settings, Path(settings.teacher_weights))
 
 
-def load_images(settings: Precompute, dataset: Dataset | None, report: Report) -> Dataset:
-    """Return the dataset, loaded unless it is given; check that it has enough views and classes."""
-    dataset = dataset or load_dataset(settings, report=report)
+def load_images(
+    settings: Precompute,
+    dataset: Dataset | None,
+    report: Report,
+    present: Mapping[str, Any] | None = None,
+) -> Dataset:
+    """Return the dataset, loaded unless it is given; check that it has enough views and classes.
+
+    By default, images are treated as in the cache that is present: earlier versions treated small
+    images as photographs.
+    """
+    dataset = dataset or load_dataset(treated_as(settings, present), report=report)
     space = dataset.train.views(settings.augment)
     check_num_views(settings.views, space.limit)
     if isinstance(space, AugmentedViews):
@@ -103,6 +115,16 @@ def load_images(settings: Precompute, dataset: Dataset | None, report: Report) -
         check_keep(settings.top_k, len(dataset.class_names))
     introduce(dataset, report)
     return dataset
+
+
+def treated_as(settings: Precompute, present: Mapping[str, Any] | None) -> Precompute:
+    """Return settings that treat files as a cache does whose images are files, unless they say."""
+    files = catalog.split_name(settings.dataset)[0] == catalog.IMAGE_FOLDER
+    if present is None or not files or settings.view_space != "auto":
+        return settings
+    if schema.manifest_fault(present) is not None or present["dataset"]["embedded"]:
+        return settings
+    return replace(settings, view_space="resized-crop-flip")
 
 
 def check_given(settings: Precompute) -> None:
@@ -135,6 +157,7 @@ def is_complete(
     remedy = "choose another --out, or replace it with --overwrite"
     check_same_settings(manifest, settings, out, remedy)
     pairs: list[tuple[str, object, object]] = [
+        ("view space", manifest["views"]["space"], dataset.train.view_space.name),
         ("fingerprint of the images", manifest["dataset"]["fingerprint"], dataset.fingerprint),
         ("image_size", manifest["image_size"], dataset.image_size),
         ("mean of the images", manifest["mean"], list(dataset.mean)),

@@ -33,7 +33,7 @@ from richkd.core.interrupts import mark_work_started
 from richkd.core.progress import Report, duration, size
 from richkd.core.validation import find_fault, hints
 from richkd.core.versions import versions
-from richkd.data.datasets import Dataset, ImageFiles, Split, introduce, load_dataset
+from richkd.data.datasets import Dataset, ImageFiles, Split, decode, introduce, load_dataset
 from richkd.data.decoding import Decoding
 from richkd.data.prompts import load_prompts
 from richkd.data.sources import FolderFiles, Paths
@@ -191,14 +191,17 @@ def sample_of(
     kind, path = catalog.split_name(settings.dataset)
     here = kind == "shapes" or catalog.found(settings.dataset, Path(settings.data_root))
     if here and not known:
-        dataset = load_dataset(settings, skipped=(), report=report)
+        dataset = load_dataset(settings, skipped=(), report=report, decoded=False)
         introduce(dataset, report)
-        validation = len(dataset.validation or ())
         # a validation image costs as much as a test image
-        return replace(dataset, validation=None), (
-            len(dataset.train),
-            len(dataset.test) + validation,
-        )
+        sizes = len(dataset.train), len(dataset.test) + len(dataset.validation or ())
+        dataset = replace(dataset, validation=None)
+        if dataset.whole:
+            images = replace(
+                dataset, train=dataset.train.first(most), test=dataset.test.first(most)
+            )
+            dataset = decode(images, report)
+        return dataset, sizes
     if not known and kind == catalog.IMAGE_FOLDER:
         raise RichKDError(
             f"imagefolder:{path}: the folder does not exist; use --dataset imagenet to plan for "

@@ -242,7 +242,7 @@ def compute_again(
     dataset = None
     if name is not None:
         dataset = load_dataset_of(open_cache(out), settings.dataset, settings.data_root, report)
-    elif not manifest["dataset"]["embedded"]:
+    elif "folders" in manifest["dataset"] or not manifest["dataset"]["embedded"]:
         dataset = replace(
             load_again(manifest, settings.dataset, settings.data_root, report),
             class_names=tuple(manifest["class_names"]),

@@ -70,6 +70,7 @@ def _embedded(cache: TeacherCache, labels_of: Mapping[str, Tensor]) -> Dataset:
         std=tuple(manifest["std"]),
         image_size=manifest["image_size"],
         validation=splits.get("validation"),
+        class_folders=tuple(manifest["dataset"].get("class_folders", ())),
     )
 
 
@@ -127,6 +128,9 @@ def load_again(
     _, path = catalog.split_name(settings.dataset)
     layout = None
     if path is not None:
+        settings = replace(
+            settings, view_space="pad-crop-flip" if entry["embedded"] else "resized-crop-flip"
+        )
         layout = (
             layouts.Layout(entry["folders"]) if "folders" in entry else layouts.earlier_layout(path)
         )

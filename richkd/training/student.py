@@ -22,7 +22,7 @@ from richkd.data.reuse import buffer_bytes
 from richkd.losses.method import EVERY, TARGET
 from richkd.store.added import array_of
 from richkd.store.reader import TeacherCache
-from richkd.store.schema import left_out, teacher_accuracies
+from richkd.store.schema import left_out, student_input, teacher_accuracies
 from richkd.training.checkpoint import Best, Progress, Saving
 from richkd.training.data import EpochRows
 from richkd.training.device import cuda, hardware
@@ -578,6 +578,7 @@ def describe_run(settings: Distill, cache: TeacherCache, trainer: Trainer) -> di
         "image_size": cache.manifest["image_size"],
         "mean": list(trainer.data.normalize.mean),
         "std": list(trainer.data.normalize.std),
+        "crop": student_input(cache.manifest)["crop"],
         "class_names": cache.manifest["class_names"],
         "teacher": teacher_accuracies(cache.manifest),
         "hardware": hardware(trainer.device),
