@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -269,6 +269,31 @@ def load_dataset(
     )
     found = replace(found, train=train, validation=found.validation or validation)
     return decode(found, report) if found.whole and decoded else found
+
+
+def load_as_before(
+    settings: Images, report: Report, made_of: Callable[[Dataset], str | None]
+) -> Dataset:
+    """Load a dataset, and treat small images as photographs if what they are for was made so.
+
+    Earlier versions treated all images in folders as photographs.
+
+    Args:
+        settings: which images.
+        report: shows the progress.
+        made_of: names what was made of these files as photographs, if anything.
+
+    Raises:
+        RichKDError: as `load_dataset`.
+    """
+    found = load_dataset(settings, report=report, decoded=False)
+    if found.whole and settings.view_space == "auto" and (made := made_of(found)) is not None:
+        report.log(
+            f"{made} was made of these images as photographs, so they are treated as such again; "
+            f"to take small images whole, replace it with --overwrite"
+        )
+        return load_dataset(replace(settings, view_space="resized-crop-flip"), report=report)
+    return decode(found, report) if found.whole else found
 
 
 def decode(dataset: Dataset, report: Report) -> Dataset:

@@ -83,10 +83,10 @@ def treatment(settings: Images, splits: Sequence[Listed]) -> Treatment:
                 f"--view-space {ResizedCropFlip.name}",
                 code="view-space-sizes",
             )
-        return _whole(side, "as --view-space says")
-    if asked == ResizedCropFlip.name:
-        return _photographs(settings, splits, "as --view-space says")
+        return _whole(side)
     change = f"--view-space {PadCropFlip.name} takes images of one square size whole"
+    if asked == ResizedCropFlip.name:
+        return _photographs(settings, splits, change)
     if side > SMALL:
         return _photographs(settings, splits, change)
     if fault:
@@ -94,15 +94,16 @@ def treatment(settings: Images, splits: Sequence[Listed]) -> Treatment:
     if most > MOST_BYTES:
         fault = f"an array of all images would take {size(most)}"
         return _photographs(settings, splits, f"{fault}; {change}")
-    return _whole(side, f"--view-space {ResizedCropFlip.name} treats them as photographs")
+    return _whole(side)
 
 
-def _whole(side: int, reason: str) -> Treatment:
+def _whole(side: int) -> Treatment:
     return Treatment(
         True,
         side,
         f"all images have {side}×{side} pixels: they are taken whole, views shift and flip them, "
-        f"and the cache contains them ({reason})",
+        f"and the cache contains them (--view-space {ResizedCropFlip.name} treats them as "
+        f"photographs)",
     )
 
 

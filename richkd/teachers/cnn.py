@@ -29,7 +29,7 @@ from richkd.core.files import (
 from richkd.core.ownership import has_keys
 from richkd.core.progress import Report, percent
 from richkd.core.seeds import derive_seed
-from richkd.data.datasets import Dataset, decode, load_dataset
+from richkd.data.datasets import Dataset, load_as_before
 from richkd.data.framing import NetworkInput
 from richkd.data.inputs import Normalize, make_inputs
 from richkd.data.views import views_tensor
@@ -205,30 +205,19 @@ def remove_trained(path: Path) -> None:
 
 
 def load_images(settings: TrainTeacher, report: Report, *, overwrite: bool = False) -> Dataset:
-    """Load the images of a training, treated as before if the teacher exists or is to be resumed.
+    """Load the images of a training; those of one that exists are treated as they were then."""
 
-    Earlier versions treated small images in folders as photographs.
-    """
-    images = load_dataset(settings, report=report, decoded=False)
-    if not images.whole:
-        return images
-    out = Path(settings.for_size(images.image_size).out)
-    if settings.view_space == "auto" and not overwrite and has_seen(out, images):
-        report.log(
-            f"{out} was trained on these images as photographs, and so they are treated again; "
-            f"--overwrite trains it anew"
-        )
-        return load_dataset(replace(settings, view_space="resized-crop-flip"), report=report)
-    return decode(images, report)
+    def trained(files: Dataset) -> str | None:
+        """Return the weights if they are of these files, or will be once they are complete."""
+        out = Path(settings.for_size(files.image_size).out)
+        if out.is_file():
+            found = read_note(out).get("fingerprint", "")
+        else:
+            _, identity = TeacherFolder(out).started() or ({}, None)
+            found = identity.dataset if isinstance(identity, TeacherIdentity) else ""
+        return str(out) if found and files.fingerprint.startswith(found) else None
 
-
-def has_seen(out: Path, files: Dataset) -> bool:
-    """Return whether a teacher, complete or not, is of files that were treated as photographs."""
-    if out.is_file():
-        return read_note(out).get("fingerprint") == files.fingerprint
-    _, identity = TeacherFolder(out).started() or ({}, None)
-    of = TeacherIdentity.of(files).dataset
-    return isinstance(identity, TeacherIdentity) and identity.dataset == of
+    return load_as_before(settings, report, lambda files: None if overwrite else trained(files))
 
 
 def train_teacher(

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from richkd.config import catalog
 from richkd.config.settings import Precompute, TrainTeacher, resolve, to_table
 from richkd.core.errors import RichKDError
 from richkd.core.progress import Report, size
 from richkd.data.augment import check_samples
 from richkd.data.class_names import check_distinct
-from richkd.data.datasets import Dataset, check_class_names, introduce, load_dataset
+from richkd.data.datasets import Dataset, check_class_names, introduce, load_as_before
 from richkd.data.prompts import load_prompts
 from richkd.data.views import AugmentedViews, check_num_views
 from richkd.models.weights import check_weights, file_sha256
@@ -103,10 +101,21 @@ def load_images(
 ) -> Dataset:
     """Return the dataset, loaded unless it is given; check that it has enough views and classes.
 
-    By default, images are treated as in the cache that is present: earlier versions treated small
-    images as photographs.
+    Args:
+        settings: of stage one.
+        dataset: the images, if they are already loaded.
+        report: receives progress.
+        present: the manifest of the cache at its location, if there is one, whose images are
+            treated as they were then.
     """
-    dataset = dataset or load_dataset(treated_as(settings, present), report=report)
+    of_files = (
+        present is not None
+        and schema.manifest_fault(present) is None
+        and not present["dataset"]["embedded"]
+    )
+    dataset = dataset or load_as_before(
+        settings, report, lambda _: settings.out if of_files else None
+    )
     space = dataset.train.views(settings.augment)
     check_num_views(settings.views, space.limit)
     if isinstance(space, AugmentedViews):
@@ -115,16 +124,6 @@ def load_images(
         check_keep(settings.top_k, len(dataset.class_names))
     introduce(dataset, report)
     return dataset
-
-
-def treated_as(settings: Precompute, present: Mapping[str, Any] | None) -> Precompute:
-    """Return settings that treat files as a cache does whose images are files, unless they say."""
-    files = catalog.split_name(settings.dataset)[0] == catalog.IMAGE_FOLDER
-    if present is None or not files or settings.view_space != "auto":
-        return settings
-    if schema.manifest_fault(present) is not None or present["dataset"]["embedded"]:
-        return settings
-    return replace(settings, view_space="resized-crop-flip")
 
 
 def check_given(settings: Precompute) -> None:

@@ -197,10 +197,8 @@ def sample_of(
         sizes = len(dataset.train), len(dataset.test) + len(dataset.validation or ())
         dataset = replace(dataset, validation=None)
         if dataset.whole:
-            images = replace(
-                dataset, train=dataset.train.first(most), test=dataset.test.first(most)
-            )
-            dataset = decode(images, report)
+            few = replace(dataset, train=dataset.train.first(most), test=dataset.test.first(most))
+            dataset = decode(few, report)
         return dataset, sizes
     if not known and kind == catalog.IMAGE_FOLDER:
         raise RichKDError(

@@ -471,7 +471,9 @@ SHIFTS = [
 def test_folders_are_matched_by_folder_then_by_name(
     names: tuple[str, ...], folders: tuple[str, ...] | None, found: str, wanted: int | str
 ) -> None:
-    store: Any = SimpleNamespace(manifest={"class_names": [*names]}, location="s.zarr")
+    store: Any = SimpleNamespace(
+        manifest={"class_names": [*names], "dataset": {}}, location="s.zarr"
+    )
     images: Any = torch.zeros(len(names), 3, 32, 32)
     if folders is not None:
         paths = Paths.of(f"{name}/0.png" for name in folders)

@@ -414,14 +414,17 @@ def test_an_earlier_cache_is_read_as_it_was_made(
     monkeypatch: pytest.MonkeyPatch,
     rng: np.random.Generator,
 ) -> None:
-    """Earlier, val was preferred to test, hidden folders were read, and fewer formats."""
+    """Earlier, val was preferred to test, hidden folders and fewer formats were read, and small
+    images were photographs.
+    """
     monkeypatch.chdir(tmp_path)
     photos = tmp_path / "photos"
     of(train=(*CD, "cat/a"), val=CD)(photos, rng)
-    done = run(*stage_one(photos, tmp_path, clip_dir))
+    done = run(*stage_one(photos, tmp_path, clip_dir), "--view-space", "resized-crop-flip")
     assert done.code == 0, done.err
     manifest = richkd.open_cache("p.zarr").manifest
     assert manifest["dataset"]["fingerprint"] == fingerprint_before(photos)
+    del manifest["recipe"]["view_space"]
     (photos / "train" / "cat" / "a").rename(photos / "train" / "cat" / ".a")
     (photos / "train" / "dog" / "x.jfif").write_bytes((photos / "train/dog/0.png").read_bytes())
     put(photos / "test", rng, *CD)

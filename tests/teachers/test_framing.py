@@ -266,7 +266,8 @@ def test_a_teacher_of_arrays_keeps_its_accuracy_on_the_same_images_in_a_folder(
     torch.save(tensors, elsewhere)
 
     on_arrays = stage_one(tmp_path / "arrays.zarr", "shapes", "resnet8", own, limit=48)
-    files: Any = photo_set(shapes_folder).test.images
+    found = load_dataset(Images(dataset=shapes_folder, image_size=SIDE), decoded=False)
+    files: Any = found.test.images
     true = on_arrays.read("test/teacher_logits")[
         [int(Path(files.name(i)).stem) for i in range(len(files))]
     ]
