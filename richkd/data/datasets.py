@@ -27,9 +27,10 @@ from richkd.config.settings import Images
 from richkd.core.choices import CROP
 from richkd.core.errors import RichKDError
 from richkd.core.progress import Report
-from richkd.data import class_names, folders, layouts, small
+from richkd.data import class_names, layouts, small
 from richkd.data.augment import Augment
 from richkd.data.boxes import CLEAN_SHARE
+from richkd.data.contents import Contents, of_folder
 from richkd.data.decoding import CHANGED, Decoding, describe_decoding
 from richkd.data.entries import describe_splits
 from richkd.data.framing import NetworkInput
@@ -257,7 +258,8 @@ def load_dataset(
     kind, path = catalog.split_name(settings.dataset)
     root, report = Path(settings.data_root), report or Report(quiet=True)
     if path is not None:
-        found = _image_folder(settings, path, skipped, layout, decoding, report)
+        contents = of_folder(settings, path, layout, skipped, report)
+        found = _of_files(settings, contents, decoding)
     elif kind == "shapes":
         found = _shapes(settings.limit)
     elif kind == "fashion-mnist":
@@ -485,31 +487,9 @@ def _torchvision_reader(name: str, root: Path, remedy: str) -> Any:
     return reader
 
 
-def _image_folder(
-    settings: Images,
-    path: Path,
-    skipped: Collection[str] | None,
-    layout: layouts.Layout | None,
-    decoding: Decoding | None,
-    report: Report,
-) -> Dataset:
-    if not path.is_dir():
-        raise RichKDError(
-            f"imagefolder:{path}: no such folder; check the path", code="dataset-folder-missing"
-        )
-    found, notes = layouts.find_splits(path, layout)
-    if settings.validation and "validation" in found:
-        raise RichKDError(
-            f"validation = {settings.validation:g}: {found['validation'].folder} already has "
-            f"validation images; omit --validation, or move that folder away",
-            code="validation-and-folder",
-        )
-    classes = found["train"].classes
-    named = class_names.choose_names(settings.class_names, classes)
-    listings = {
-        split: folders.list_images(each.folder, settings.broken, skipped, report, each)
-        for split, each in found.items()
-    }
+def _of_files(settings: Images, contents: Contents, decoding: Decoding | None) -> Dataset:
+    """Make a dataset of images that stay encoded."""
+    listings, named = contents.listings, contents.named
     treated = small.treatment(settings, [*listings.values()])
     values = [each.values for each in listings.values()]
     decoding = decoding or Decoding.of(settings.background, settings.pixel_range, values)
@@ -528,10 +508,10 @@ def _image_folder(
         *statistics(settings.dataset),
         treated.image_size,
         validation=splits.get("validation"),
-        skipped=tuple(path for each in listings.values() for path in each.skipped),
-        folders={} if earlier else {split: each.folder.name for split, each in found.items()},
-        class_folders=classes,
-        notes=(*notes, *named.notes, *read, treated.note),
+        skipped=tuple(key for each in listings.values() for key in each.skipped),
+        folders=contents.folders,
+        class_folders=contents.classes,
+        notes=(*contents.notes, *read, treated.note),
         whole=treated.whole,
     )
 
