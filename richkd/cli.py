@@ -300,7 +300,8 @@ def add_teacher(
         str | None, path_option(help="CLIP, instead of a CNN: NAME:TAG, hf-hub:OWNER/NAME, …")
     ] = None,
     dataset: Annotated[
-        str | None, path_option(help="imagefolder:PATH, if the folder has moved")
+        str | None,
+        path_option(help="where the images are now, if they moved: imagefolder:PATH, …"),
     ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -656,7 +657,8 @@ def evaluate(
     ] = None,
     cache: Annotated[str | None, path_option(help="location of the cache, if it has moved")] = None,
     dataset: Annotated[
-        str | None, path_option(help="imagefolder:PATH, if the folder has moved")
+        str | None,
+        path_option(help="where the images are now, if they moved: imagefolder:PATH, …"),
     ] = None,
     data_root: DataRoot = None,
     seed: Annotated[int, typer.Option(help="seed of the noise in corruptions")] = 0,

@@ -9,6 +9,10 @@ from pathlib import Path
 from richkd.core.errors import RichKDError, unknown
 
 IMAGE_FOLDER = "imagefolder"
+HUGGING_FACE = "hf"
+SHARDS = "wds"
+# Kinds of the user's own images, and what their names look like.
+OWN = {IMAGE_FOLDER: "imagefolder:PATH", HUGGING_FACE: "hf:NAME", SHARDS: "wds:PATH"}
 IMAGENET = "imagenet"  # for `plan`, which needs no images
 
 
@@ -28,8 +32,8 @@ DATASETS: dict[str, Defaults] = {
     "fashion-mnist": Defaults(teacher="resnet20", student="resnet8", clip=_OPENAI),
     "cifar10": Defaults(teacher="resnet32x4", student="resnet8x4", clip=_OPENAI),
     "cifar100": Defaults(teacher="resnet32x4", student="resnet8x4", clip=_OPENAI),
-    # its networks follow from the size of the images (`networks`)
-    IMAGE_FOLDER: Defaults(teacher="", student="", clip=_OPENAI),
+    # their networks follow from the size of the images (`networks`)
+    **dict.fromkeys(OWN, Defaults(teacher="", student="", clip=_OPENAI)),
 }
 
 
@@ -91,14 +95,14 @@ def learning_rate(network: str, optimizer: str = "sgd") -> float:
 
 
 def at_home(text: str) -> str:
-    """Expand `~` at the start of a path, or of the path in `imagefolder:PATH`.
+    """Expand `~` at the start of a path, or of the path in `imagefolder:PATH` and the like.
 
     The shell expands it only at the start of a word: not after a colon or an equals sign.
 
     Raises:
         RichKDError: the home folder is unknown.
     """
-    prefix = f"{IMAGE_FOLDER}:"
+    prefix = next((f"{kind}:" for kind in OWN if text.startswith(f"{kind}:")), "")
     path = text.removeprefix(prefix)
     if not path.startswith("~"):
         return text
@@ -114,29 +118,66 @@ def at_home(text: str) -> str:
 def split_name(dataset: str) -> tuple[str, Path | None]:
     """Split `imagefolder:PATH` into its kind and path; other names give None for the path.
 
+    Of `hf:NAME@CONFIG:SPLIT`, the path is NAME; `table_name` has the rest.
+
     Raises:
         RichKDError: an unknown dataset, a missing path, or a path where none belongs.
     """
     kind, colon, path = dataset.partition(":")
     if kind not in DATASETS:
-        raise unknown("dataset", dataset, [*(set(DATASETS) - {IMAGE_FOLDER}), "imagefolder:PATH"])
-    if kind == IMAGE_FOLDER and not path:
+        raise unknown("dataset", dataset, [*(DATASETS.keys() - OWN.keys()), *OWN.values()])
+    if kind in OWN and not path:
+        what = "the name of a dataset" if kind == HUGGING_FACE else "a folder"
         raise RichKDError(
-            "imagefolder needs a folder; use --dataset imagefolder:PATH",
-            code="dataset-path-missing",
+            f"{kind} needs {what}; use --dataset {OWN[kind]}", code="dataset-path-missing"
         )
-    if kind != IMAGE_FOLDER and colon:
+    if kind not in OWN and colon:
         raise RichKDError(
             f"dataset {dataset!r}: {kind} takes no path; use --dataset {kind}",
             code="dataset-takes-no-path",
         )
+    if kind == HUGGING_FACE:
+        path = table_name(dataset).name
     return kind, Path(path) if path else None
+
+
+def is_own(dataset: str) -> bool:
+    """Return whether a dataset consists of the user's own images, whose names are free."""
+    return split_name(dataset)[0] in OWN
+
+
+@dataclass(frozen=True)
+class TableName:
+    """The parts of `hf:NAME@CONFIG:SPLIT`."""
+
+    name: str  # on the Hugging Face Hub, or a folder
+    config: str = ""
+    train: str = ""  # the split to train on
+
+    @property
+    def local(self) -> bool:
+        """Whether it is a folder of this machine."""
+        return Path(self.name).is_dir()
+
+
+def table_name(dataset: str) -> TableName:
+    """Split `hf:NAME@CONFIG:SPLIT`; the name of a folder that exists may contain @ and colons."""
+    name, config, train = dataset.removeprefix(f"{HUGGING_FACE}:"), "", ""
+    if not Path(name).is_dir() and ":" in name:
+        name, _, train = name.rpartition(":")
+    if not Path(name).is_dir() and "@" in name:
+        name, _, config = name.rpartition("@")
+    return TableName(name, config, train)
 
 
 def found(dataset: str, root: Path) -> Path | None:
     """Return where a dataset is on this disk, or None if it would have to be downloaded."""
     kind, path = split_name(dataset)
     places = [path] if path else [root / place for place in PLACES[kind]]
+    if kind == HUGGING_FACE:  # the Hub's names, as the package datasets keeps them
+        home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")  # noqa: PTH111
+        kept = os.environ.get("HF_DATASETS_CACHE") or f"{home}/datasets"
+        places.append(Path(kept) / str(path).replace("/", "___"))
     return next((place for place in places if place.exists()), None)
 
 
@@ -148,4 +189,6 @@ def defaults(dataset: str) -> Defaults:
 def short_name(dataset: str) -> str:
     """Return a name for files: the dataset's, or the folder's for `imagefolder:PATH`."""
     kind, path = split_name(dataset)
-    return kind if path is None else path.resolve().name or IMAGE_FOLDER
+    config = table_name(dataset).config if kind == HUGGING_FACE else ""
+    name = kind if path is None else path.resolve().name or kind
+    return f"{name}-{config}" if config else name

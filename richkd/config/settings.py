@@ -208,14 +208,18 @@ class Images(Settings):
     """Settings of the images and where they are."""
 
     dataset: str = setting(
-        "", "shapes, fashion-mnist, cifar10, cifar100 or imagefolder:PATH", path=True
+        "",
+        "shapes, fashion-mnist, cifar10, cifar100, imagefolder:PATH, hf:NAME[@CONFIG][:SPLIT] (of "
+        "Hugging Face, or a folder of Parquet files; SPLIT to train on) or wds:PATH (WebDataset "
+        "shards with an index)",
+        path=True,
     )
     limit: Count | None = setting(None, "use only the first N training samples")
     data_root: str = setting(
         "data", "folder of the datasets; missing ones are downloaded to it", path=True
     )
     image_size: Side | None = setting(
-        None, "pixels per side of an imagefolder's images; default by their sizes"
+        None, "pixels per side of your own images; default by their sizes"
     )
     view_space: ViewSpace = setting(
         "auto",
@@ -225,19 +229,27 @@ class Images(Settings):
     )
     class_names: str = setting(
         "",
-        "file with an imagefolder's class names, one per line; or curated (open_clip's, for "
+        "file with the names of your own classes, one per line; or curated (open_clip's, for "
         "ImageNet)",
         path=True,
     )
+    image_column: str = setting(
+        "", "column of hf:NAME, or extension in wds:PATH, of the images; default the only one"
+    )
+    label_column: str = setting(
+        "",
+        "column of hf:NAME, or extension or JSON key in wds:PATH, of the labels; default the only "
+        "one, or label",
+    )
     broken: Literal["refuse", "skip"] = setting(
-        "refuse", "damaged files of an imagefolder: refuse or skip"
+        "refuse", "damaged files among your own images: refuse or skip"
     )
     background: str = setting(
-        "white", "colour behind an imagefolder's transparent pixels: a name, or #RRGGBB"
+        "white", "colour behind transparent pixels of your own images: a name, or #RRGGBB"
     )
     pixel_range: Annotated[tuple[float, ...], Ascending] | None = setting(
         None,
-        "LOW,HIGH: the values of black and white in an imagefolder's 16-bit, 32-bit and float "
+        "LOW,HIGH: the values of black and white in your own 16-bit, 32-bit and float "
         "images; default by their format or values",
     )
     validation: BelowOne = setting(
@@ -251,8 +263,12 @@ class Images(Settings):
                 "no dataset given; choose one, e.g. --dataset cifar100", code="dataset-not-given"
             )
         kind, _ = catalog.split_name(self.dataset)
-        if kind != catalog.IMAGE_FOLDER:
+        if kind not in catalog.OWN:
             self._check_plain(kind)
+        if kind == catalog.IMAGE_FOLDER or kind not in catalog.OWN:
+            for name in ("image_column", "label_column"):
+                value = getattr(self, name)
+                require(value == "", name, value, f"left out for {kind}, which has no columns")
         if self.background != "white":
             from richkd.core.colours import read_colour
 
@@ -262,7 +278,7 @@ class Images(Settings):
         local_path(self.data_root, "--data-root")
 
     def _check_plain(self, kind: str) -> None:
-        """Check that no setting is given that applies to image folders only."""
+        """Check that no setting is given that applies to the user's own images only."""
         for name, default, known in (
             ("image_size", None, "have one size"),
             ("view_space", "auto", "have one size"),
@@ -602,7 +618,9 @@ class Distill(Training):
         "views of one image in M",
         later=True,
     )
-    dataset: str = setting("", "imagefolder:PATH, if the folder has moved", path=True)
+    dataset: str = setting(
+        "", "where the images are now, e.g. imagefolder:PATH, if they have moved", path=True
+    )
     data_root: str = setting("data", "folder of the datasets", path=True)
     out: str = setting("", "run folder; default runs/CACHE-STUDENT-METHOD-sSEED", path=True)
 

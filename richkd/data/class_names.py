@@ -55,28 +55,36 @@ def class_words(folder: str) -> str:
     return _folder_candidates(folder)[0]
 
 
-def choose_names(given: str, folders: Sequence[str]) -> ClassNames:
+def choose_names(given: str, folders: Sequence[str], synonyms: bool = False) -> ClassNames:
     """Name classes as the setting `class_names` says: a file, `curated`, or nothing.
 
     Args:
         given: the setting.
         folders: class folders in the order of their labels.
+        synonyms: whether commas separate several names of a class, as in tables of ImageNet.
 
     Raises:
         RichKDError: as `read_class_names` and `curated_names`.
     """
     if not given:
-        return name_classes(folders)
+        return name_classes(folders, synonyms)
     if given == CURATED and not Path(given).exists():
         return curated_names(folders)
     return read_class_names(Path(given), folders)
 
 
-def name_classes(folders: Sequence[str]) -> ClassNames:
+def name_classes(folders: Sequence[str], synonyms: bool = False) -> ClassNames:
     """Name classes after their folders, with longer names where the short ones collide."""
-    candidates = [_folder_candidates(folder) for folder in folders]
+    several = [_COMMA.split(folder.strip()) if synonyms else [folder] for folder in folders]
+    candidates = [
+        _synonym_candidates(names, folder) if len(names) > 1 else _folder_candidates(folder)
+        for names, folder in zip(several, folders, strict=True)
+    ]
     names = _make_distinct(candidates)
     notes = _same_text(names, folders)
+    first = next((folder for folder in folders if synonyms and _COMMA.search(folder)), None)
+    if first is not None:
+        notes.append(f"only the first of several names separated by commas is used, e.g. {first!r}")
     changes = _changes(folders, names, candidates)
     if changes:
         curated = f", or {CURATED} (open_clip's)" if _in_imagenet(folders) else ""

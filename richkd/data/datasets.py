@@ -6,14 +6,12 @@ files), CIFAR-10 and CIFAR-100 (torchvision), and image folders (see `layouts`).
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from richkd.config import catalog
-from richkd.config.catalog import DEBIAN_FASHION_MNIST
 from richkd.config.settings import Images
 from richkd.core.choices import CROP
 from richkd.core.errors import RichKDError
 from richkd.core.progress import Report
-from richkd.data import class_names, layouts, small
+from richkd.data import class_names, hf_datasets, layouts, published, shards, small
 from richkd.data.augment import Augment
 from richkd.data.boxes import CLEAN_SHARE
 from richkd.data.contents import Contents, of_folder
@@ -56,12 +53,8 @@ _STATISTICS = {
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "fashion-mnist": ((0.2190,) * 3, (0.3318,) * 3),
     "shapes": ((0.2782, 0.2404, 0.2283), (0.2271, 0.193, 0.1997)),
-    catalog.IMAGE_FOLDER: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    **dict.fromkeys(catalog.OWN, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
 }
-_FASHION_CLASSES = (
-    *("t-shirt", "trouser", "pullover", "dress", "coat"),
-    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
-)
 
 
 @dataclass(frozen=True)
@@ -158,9 +151,10 @@ class Dataset:
     std: tuple[float, ...]
     image_size: int
     validation: Split | None = None
-    # of image folders only:
+    # of the user's own images only:
     skipped: tuple[str, ...] = ()  # files that cannot be used
-    folders: Mapping[str, str] = field(default_factory=dict)  # by split
+    folders: Mapping[str, str] = field(default_factory=dict)  # or splits of a table, by split
+    columns: Mapping[str, str] = field(default_factory=dict)  # of a table: image and label
     class_folders: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # how the folder was read, line by line
     # of images in files that are taken whole, as an array:
@@ -258,14 +252,13 @@ def load_dataset(
     kind, path = catalog.split_name(settings.dataset)
     root, report = Path(settings.data_root), report or Report(quiet=True)
     if path is not None:
-        contents = of_folder(settings, path, layout, skipped, report)
+        read = {catalog.HUGGING_FACE: hf_datasets.contents, catalog.SHARDS: shards.contents}
+        contents = read.get(kind, of_folder)(settings, path, layout, skipped, report)
         found = _of_files(settings, contents, decoding)
     elif kind == "shapes":
         found = _shapes(settings.limit)
-    elif kind == "fashion-mnist":
-        found = _fashion_mnist(root)
     else:
-        found = _cifar(kind, root)
+        found = _small_images(kind, *published.read(kind, root))
     train, validation = hold_out(
         found.train.first(settings.limit), settings.validation, found.class_names
     )
@@ -337,8 +330,8 @@ def introduce(dataset: Dataset, report: Report) -> None:
 
 def check_class_names(settings: Images) -> None:
     """Raise RichKDError if a file of class names does not fit the folders; read no images."""
-    _, path = catalog.split_name(settings.dataset)
-    if settings.class_names and path is not None and path.is_dir():
+    kind, path = catalog.split_name(settings.dataset)
+    if kind == catalog.IMAGE_FOLDER and settings.class_names and path is not None and path.is_dir():
         train = path / layouts.find_layout(path).folders["train"]
         class_names.choose_names(settings.class_names, Walk(train, ()).classes)
 
@@ -401,92 +394,6 @@ def _shapes(limit: int | None) -> Dataset:
     )
 
 
-def _fashion_mnist(root: Path) -> Dataset:
-    folder = root / "FashionMNIST" / "raw"
-    names = [
-        f"{part}-{what}"
-        for part in ("train", "t10k")
-        for what in ("images-idx3-ubyte", "labels-idx1-ubyte")
-    ]
-    if not all((folder / name).is_file() or (folder / f"{name}.gz").is_file() for name in names):
-        if DEBIAN_FASHION_MNIST.is_dir():
-            folder = DEBIAN_FASHION_MNIST
-        else:
-            remedy = (
-                f"install Debian's package dataset-fashion-mnist, or copy the four *-ubyte.gz "
-                f"files to {folder}"
-            )
-            _torchvision_reader("FashionMNIST", root, remedy)
-    train_images, train_labels, test_images, test_labels = (
-        _read_idx(folder / name) for name in names
-    )
-    return _small_images(
-        "fashion-mnist",
-        _FASHION_CLASSES,
-        (_pad_to_32_rgb(train_images), train_labels),
-        (_pad_to_32_rgb(test_images), test_labels),
-    )
-
-
-def _read_idx(path: Path) -> NDArray[np.uint8]:
-    """Read an IDX file of bytes: magic (0, 0, 8, number of axes), big-endian u32 sizes, values."""
-    compressed = path.with_name(path.name + ".gz")
-    try:
-        if path.is_file():
-            content = path.read_bytes()
-        else:
-            content = gzip.decompress(compressed.read_bytes())
-    except (OSError, EOFError) as error:
-        raise RichKDError(
-            f"cannot read {path}[.gz]: {error}; download it again", code="dataset-file-unreadable"
-        ) from None
-    if content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
-        raise RichKDError(
-            f"{path} is not an IDX file of bytes; download it again", code="dataset-file-damaged"
-        )
-    shape = np.frombuffer(content, ">u4", count=content[3], offset=4).astype(int)
-    values = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
-    if values.size != shape.prod():
-        raise RichKDError(
-            f"{path} is truncated or damaged; download it again", code="dataset-file-damaged"
-        )
-    return values.reshape(shape)
-
-
-def _pad_to_32_rgb(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Pad images with zeros and repeat their channel: [N,28,28] -> [N,32,32,3]."""
-    padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))
-    return np.repeat(padded[..., None], 3, axis=-1)
-
-
-def _cifar(kind: str, root: Path) -> Dataset:
-    archive = "cifar-100-python.tar.gz" if kind == "cifar100" else "cifar-10-python.tar.gz"
-    reader = _torchvision_reader(kind.upper(), root, f"copy {archive} to {root}")
-    train, test = reader(root, train=True), reader(root, train=False)
-    class_names = tuple(name.replace("_", " ") for name in train.classes)
-    return _small_images(kind, class_names, (train.data, train.targets), (test.data, test.targets))
-
-
-def _torchvision_reader(name: str, root: Path, remedy: str) -> Any:
-    """Return torchvision's reader of a dataset, after unpacking or downloading its files."""
-    import torchvision
-
-    reader = getattr(torchvision.datasets, name)
-    try:
-        reader(root, train=True)
-        reader(root, train=False)
-    except RuntimeError:  # missing or damaged
-        try:
-            reader(root, train=True, download=True)
-        except (OSError, RuntimeError, EOFError) as error:
-            raise RichKDError(
-                f"cannot download {name} to {root} ({error}); without a network, {remedy} and run "
-                f"the same command again",
-                code="dataset-download-failed",
-            ) from None
-    return reader
-
-
 def _of_files(settings: Images, contents: Contents, decoding: Decoding | None) -> Dataset:
     """Make a dataset of images that stay encoded."""
     listings, named = contents.listings, contents.named
@@ -499,7 +406,6 @@ def _of_files(settings: Images, contents: Contents, decoding: Decoding | None) -
     splits = {
         split: files_split(each, treated.image_size, decoding) for split, each in listings.items()
     }
-    earlier = layout is not None and layout.earlier
     return Dataset(
         settings.dataset,
         named.names,
@@ -510,6 +416,7 @@ def _of_files(settings: Images, contents: Contents, decoding: Decoding | None) -
         validation=splits.get("validation"),
         skipped=tuple(key for each in listings.values() for key in each.skipped),
         folders=contents.folders,
+        columns=contents.columns,
         class_folders=contents.classes,
         notes=(*contents.notes, *read, treated.note),
         whole=treated.whole,

@@ -7,7 +7,7 @@ split.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
@@ -31,6 +31,7 @@ class Layout:
     folders: Mapping[str, str]
     earlier: bool = False  # read as earlier versions did, whose caches do not name these folders
     notes: tuple[str, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)  # of a table, which has no folders
 
 
 def earlier_layout(path: Path) -> Layout:

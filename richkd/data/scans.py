@@ -198,7 +198,7 @@ def _look_at_all(source: Source, decode: bool, report: Report, look: Look) -> Sc
 
     with (
         threads(usable_cpus()) as pool,
-        report.track(f"checking the images in {source.place}", count, "files") as tick,
+        report.track(f"checking the images in {source.place}", count, "images") as tick,
     ):
         for start in range(0, count, _QUEUED):
             span = range(start, min(start + _QUEUED, count))

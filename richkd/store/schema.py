@@ -44,12 +44,13 @@ class DatasetEntry(TypedDict):
     num_train: int
     num_test: int
     embedded: bool
-    skipped: NotRequired[list[str]]  # damaged files of an image folder
+    skipped: NotRequired[list[str]]  # keys of damaged images
     decoding: NotRequired[DecodingEntry]  # of files, if it changes pixels
     validation: NotRequired[float]  # share of the training images held out for choices
     num_validation: NotRequired[int]  # images held out for choices; not in num_train
-    folders: NotRequired[dict[str, str]]  # the folder name of each split of an image folder
     class_folders: NotRequired[list[str]]  # of embedded images of an image folder, by class
+    folders: NotRequired[dict[str, str]]  # folder names of the splits, or their names in a table
+    columns: NotRequired[dict[str, str]]  # of a table or of shards: `image` and `label`
 
 
 class ViewsEntry(TypedDict):

@@ -143,7 +143,7 @@ def _of_student(summary: Path) -> dict[str, str]:
     """Return the metadata of a student, from the summary in its run folder."""
     try:
         about = json.loads(summary.read_text(encoding="utf-8"))
-        files = catalog.split_name(about["dataset"])[0] == catalog.IMAGE_FOLDER
+        files = catalog.is_own(about["dataset"])
         found = NetworkInput(
             size=about["image_size"],
             mean=about["mean"],
@@ -173,7 +173,7 @@ def _trained_here(note: Mapping[str, str], weights: Path | None, dataset: Datase
     if name == dataset.name:
         return here
     mean, std = statistics(name)
-    if catalog.split_name(name)[0] == catalog.IMAGE_FOLDER:
+    if catalog.is_own(name):
         return replace(here, mean=mean, std=std, crop=CLEAN_SHARE)
     return replace(here, mean=mean, std=std, crop=1.0, size=SMALL_SIDE)
 

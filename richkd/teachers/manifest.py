@@ -135,6 +135,8 @@ def _dataset_entry(settings: Precompute, dataset: Dataset) -> DatasetEntry:
         entry["folders"] = dict(dataset.folders)
     if dataset.class_folders and entry["embedded"]:
         entry["class_folders"] = list(dataset.class_folders)
+    if dataset.columns:
+        entry["columns"] = dict(dataset.columns)
     return entry
 
 

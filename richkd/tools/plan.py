@@ -200,10 +200,12 @@ def sample_of(
             few = replace(dataset, train=dataset.train.first(most), test=dataset.test.first(most))
             dataset = decode(few, report)
         return dataset, sizes
-    if not known and kind == catalog.IMAGE_FOLDER:
+    if not known and kind in catalog.OWN:
+        fault = "the dataset is not on this machine"
+        if kind != catalog.HUGGING_FACE:
+            fault = "the folder does not exist"
         raise RichKDError(
-            f"imagefolder:{path}: the folder does not exist; use --dataset imagenet to plan for "
-            f"ImageNet without it",
+            f"{kind}:{path}: {fault}; use --dataset imagenet to plan for ImageNet without it",
             code="dataset-folder-missing",
         )
     counts = catalog.COUNTS[catalog.IMAGENET if known else kind]

@@ -76,9 +76,8 @@ def _embedded(cache: TeacherCache, labels_of: Mapping[str, Tensor]) -> Dataset:
 
 def _check_same(cache: TeacherCache, found: Dataset, labels_of: Mapping[str, Tensor]) -> None:
     """Raise RichKDError if a dataset is not the one that a cache was made from."""
-    photographs = catalog.split_name(found.name)[0] == catalog.IMAGE_FOLDER  # names are free
     if len(found.class_names) != cache.num_classes or (
-        not photographs and list(found.class_names) != cache.manifest["class_names"]
+        not catalog.is_own(found.name) and list(found.class_names) != cache.manifest["class_names"]
     ):
         raise RichKDError(
             f"{cache.location} has other classes than {found.name}: "
@@ -132,7 +131,9 @@ def load_again(
             settings, view_space="pad-crop-flip" if entry["embedded"] else "resized-crop-flip"
         )
         layout = (
-            layouts.Layout(entry["folders"]) if "folders" in entry else layouts.earlier_layout(path)
+            layouts.Layout(entry["folders"], columns=entry.get("columns", {}))
+            if "folders" in entry
+            else layouts.earlier_layout(path)
         )
     skipped = entry.get("skipped", [])
     decoding = Decoding.from_entry(entry["decoding"]) if "decoding" in entry else None

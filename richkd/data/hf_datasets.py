@@ -1,0 +1,293 @@
+"""Read tables of Hugging Face's `datasets`: `hf:NAME@CONFIG:SPLIT`.
+
+NAME is a dataset of the Hub, a folder with Parquet files, or one that `save_to_disk` wrote. The
+package keeps tables as Arrow files, which are mapped into memory: an image is a slice of a file.
+Only data is read: versions from 4.0 on run no code of a dataset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from richkd.config.catalog import TableName, table_name
+from richkd.config.settings import Images
+from richkd.core.errors import RichKDError, nearest
+from richkd.core.progress import Report
+from richkd.data.class_names import choose_names
+from richkd.data.contents import Contents, check_validation, list_splits
+from richkd.data.labels import (
+    Raw,
+    choose_splits,
+    describe_roles,
+    drop_unlabelled,
+    kept_splits,
+    number_classes,
+)
+from richkd.data.layouts import Layout
+from richkd.data.sources import Which
+from richkd.data.walk import listed
+
+PACKAGE = "datasets"
+_LABELS = ("label", "labels", "fine_label", "cls", "class")  # in order of preference
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """Images in one column of a table."""
+
+    table: Any  # a datasets.Dataset of that column, as Arrow
+    column: str
+    place: str
+    split: str
+    rows: NDArray[np.int64]  # [N]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        """Return the row's number and where it is."""
+        return f"row {self.rows[index]} of {self.place}"
+
+    def key(self, index: int) -> str:
+        """Return the split and the row's number."""
+        return f"{self.split}/{self.rows[index]}"
+
+    def file(self, index: int) -> BinaryIO:
+        """Return the bytes of an image, or the file that the table names."""
+        cell = self.table[int(self.rows[index])][self.column][0].as_py()
+        if isinstance(cell, dict):
+            if cell.get("bytes") is None and cell.get("path"):
+                return Path(cell["path"]).open("rb")
+            cell = cell.get("bytes")
+        return io.BytesIO(cell or b"")
+
+    def take(self, which: Which) -> TableRows:
+        """Select rows."""
+        return replace(self, rows=self.rows[which])
+
+    def state(self) -> str:
+        """Return a digest of the Arrow files and of the rows."""
+        digest = hashlib.sha256(f"{self.column} {len(self.table)}".encode())
+        for each in self.table.cache_files:
+            found = Path(each["filename"]).stat()
+            digest.update(f"{each['filename']} {found.st_size} {found.st_mtime_ns} ".encode())
+        digest.update(self.rows.data)
+        return digest.hexdigest()
+
+
+def contents(
+    settings: Images,
+    _: Path,
+    layout: Layout | None,
+    skipped: Collection[str] | None,
+    report: Report,
+) -> Contents:
+    """Return the contents of a table.
+
+    Args:
+        settings: which images.
+        layout: the splits and columns that a cache was made from; None to choose them.
+        skipped: the rows that stage one left out; None to decode every image once.
+        report: shows the progress.
+
+    Raises:
+        RichKDError: `datasets` is missing or cannot read it, it has no split or column that fits,
+            or an image or a label is invalid.
+    """
+    where = table_name(settings.dataset)
+    place = f"hf:{where.name}{where.config and '@'}{where.config}"
+    tables = _load(where, place, report)
+    if layout is None:
+        remedy = "split it once, by train_test_split and save_to_disk, and use hf:FOLDER"
+        splits, notes = choose_splits(tables, where.train, place, remedy)
+        asked: Mapping[str, str] = {"image": settings.image_column, "label": settings.label_column}
+    else:
+        splits, notes, asked = kept_splits(tables, layout, place), [], layout.columns
+    features = tables[splits["train"]].features
+    image = _image_column(features, asked["image"], place)
+    label = _label_column(features, asked["label"], place)
+    raw = {name: _labels(tables[name], label) for name in splits.values()}
+    if layout is None:
+        splits, dropped = drop_unlabelled(splits, raw)
+        columns = f"images are read from the column {image}, labels from {label}"
+        notes = [describe_roles(splits, place), columns, *notes, *dropped]
+    check_validation(settings, splits, place)
+    sources = {
+        split: TableRows(
+            tables[name].select_columns([image]).with_format("arrow"),
+            image,
+            f"{place}, split {name}",
+            name,
+            np.arange(len(tables[name])),
+        )
+        for split, name in splits.items()
+    }
+    labels, classes, more = number_classes(
+        {split: raw[name] for split, name in splits.items()},
+        getattr(features[label], "names", None) or (),
+        f"the column {label} of {place}",
+        lambda split, row: sources[split].name(row),
+    )
+    named = choose_names(settings.class_names, classes, synonyms=True)
+    return Contents(
+        listings=list_splits(settings, sources, labels, classes, skipped, report),
+        classes=classes,
+        named=named,
+        folders=splits,
+        columns={"image": image, "label": label},
+        notes=(*notes, *more, *named.notes),
+    )
+
+
+def _load(where: TableName, place: str, report: Report) -> Mapping[str, Any]:
+    """Return the splits of a dataset by name."""
+    if find_spec(PACKAGE) is None:
+        raise RichKDError(
+            f"{place}: reading it takes the package datasets; pip install 'richkd[hf]'",
+            code="package-missing",
+        )
+    if not where.local and where.name.startswith(("/", ".")):
+        raise RichKDError(f"{place}: no such folder; check the path", code="dataset-folder-missing")
+    import datasets
+
+    folder = Path(where.name)
+    saved = [name for name in ("dataset_dict.json", "state.json") if (folder / name).is_file()]
+    if not saved:
+        report.log(f"reading {place} with datasets, which keeps it as Arrow files in its own cache")
+    try:
+        with _quiet():
+            found = (
+                datasets.load_from_disk(where.name)
+                if saved
+                else datasets.load_dataset(where.name, where.config or None)
+            )
+    except Exception as error:  # of many kinds, also of its own dependencies
+        text = " ".join(str(error).split()).rstrip(". ")[:300] or type(error).__name__
+        hint = (
+            "check the folder, which needs Parquet files such as data/train-00000-of-00001.parquet"
+            if where.local
+            else "check the name and the network, or give a folder: hf:FOLDER"
+        )
+        raise RichKDError(
+            f"cannot read {place} ({text}); {hint}", code="table-unreadable"
+        ) from None
+    if not isinstance(found, datasets.DatasetDict):
+        return {"train": found}
+    return {str(name): table for name, table in found.items()}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Show no progress bars of `datasets`, which would write over richkd's own."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    level = datasets.utils.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        datasets.utils.logging.set_verbosity(level)
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _types(features: Mapping[str, Any]) -> str:
+    def kind(feature: Any) -> str:
+        name = type(feature).__name__
+        return str(feature.dtype) if name == "Value" else name
+
+    return listed([f"{name} ({kind(feature)})" for name, feature in features.items()], most=8)
+
+
+def _image_column(features: Mapping[str, Any], asked: str, place: str) -> str:
+    """Return the column of the images."""
+    found = [name for name, each in features.items() if type(each).__name__ == "Image"]
+    if asked:
+        if asked not in features:
+            raise _no_column("image_column", asked, features, place)
+        if asked not in found and not _may_hold_images(features[asked]):
+            raise RichKDError(
+                f"image_column = {asked!r}: it holds no images; {place} has {_types(features)}",
+                code="column-no-images",
+            )
+        return asked
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise RichKDError(
+            f"{place} has several columns of images, {listed(found)}; choose one with "
+            f"--image-column",
+            code="column-ambiguous",
+        )
+    raise RichKDError(
+        f"{place} has no column of images, only {_types(features)}; if one holds encoded images as "
+        f"bytes, name it with --image-column",
+        code="column-no-images",
+    )
+
+
+def _may_hold_images(feature: Any) -> bool:
+    """Return whether a column has bytes, or pairs of bytes and a path, without being images."""
+    if isinstance(feature, dict):
+        return "bytes" in feature and _may_hold_images(feature["bytes"])
+    return getattr(feature, "dtype", "") in ("binary", "large_binary")
+
+
+def _label_column(features: Mapping[str, Any], asked: str, place: str) -> str:
+    """Return the column of the labels."""
+    if asked:
+        if asked not in features:
+            raise _no_column("label_column", asked, features, place)
+        if not _may_hold_labels(features[asked]):
+            raise RichKDError(
+                f"label_column = {asked!r}: it holds neither integers nor texts; {place} has "
+                f"{_types(features)}",
+                code="column-no-labels",
+            )
+        return asked
+    named = [name for name, each in features.items() if type(each).__name__ == "ClassLabel"]
+    if len(named) == 1:
+        return named[0]
+    usable = named or [name for name, each in features.items() if _may_hold_labels(each)]
+    usual = next((name for name in _LABELS if name in usable), None)
+    if usual is None:
+        what = f"several columns of labels, {listed(named)}" if named else "no column of labels"
+        raise RichKDError(
+            f"{place} has {what} among {_types(features)}; choose one with --label-column",
+            code="column-ambiguous" if named else "column-no-labels",
+        )
+    return usual
+
+
+def _may_hold_labels(feature: Any) -> bool:
+    dtype = getattr(feature, "dtype", "")
+    return isinstance(dtype, str) and dtype.startswith(("int", "uint", "string", "large_string"))
+
+
+def _no_column(setting: str, asked: str, features: Mapping[str, Any], place: str) -> RichKDError:
+    return RichKDError(
+        f"{setting} = {asked!r}: {place} has no such column, {nearest(asked, [*features])}",
+        code="column-missing",
+    )
+
+
+def _labels(table: Any, column: str) -> Raw:
+    """Return the labels of a split; none if it lacks the column."""
+    if column not in table.features:
+        return Raw((), np.full(len(table), -1, np.int64))
+    cells = table.select_columns([column]).with_format("arrow")[:][column]
+    cells = cells.combine_chunks().dictionary_encode()
+    codes = cells.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    return Raw.of(cells.dictionary.to_pylist(), codes)

@@ -1,0 +1,184 @@
+"""Splits and classes of datasets that name both: tables, and shards of samples.
+
+Class folders need none of this: they are the classes, in the order of their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from richkd.core.errors import RichKDError, nearest
+from richkd.data.layouts import NAMES, Layout
+from richkd.data.walk import listed
+
+Value = int | str
+NameOf = Callable[[str, int], str]  # the name of an image, by its split and number
+
+
+@dataclass(frozen=True)
+class Raw:
+    """The labels of a split as the dataset has them."""
+
+    values: tuple[Value, ...]  # different ones
+    codes: NDArray[np.int64]  # [N], positions in values; -1 for no label
+
+    @classmethod
+    def of(cls, values: Sequence[Value | None], codes: NDArray[np.int64]) -> Raw:
+        """Make labels of values and positions; None, and -1 as a value, mean no label."""
+        kept = [number for number, value in enumerate(values) if value not in (None, -1)]
+        place = np.full(len(values) + 1, -1, np.int64)  # its last one is that of no label
+        place[kept] = np.arange(len(kept))
+        return cls(tuple(values[number] for number in kept), place[codes])  # type: ignore[misc]
+
+
+def choose_splits(
+    known: Iterable[str], train: str, place: str, remedy: str
+) -> tuple[dict[str, str], list[str]]:
+    """Choose the splits to train, validate and test on, and return them with notes for the user.
+
+    As with folders, validation images are tested on if there are no test images.
+
+    Args:
+        known: names of the splits.
+        train: the name of the training split, if the user gives it.
+        place: the dataset, for messages.
+        remedy: what to do if there is no split to test on.
+
+    Raises:
+        RichKDError: there is no split to train on, or none to test on.
+    """
+    names = [*known]
+    if train and train not in names:
+        raise RichKDError(
+            f"{place} has no split {train!r}, {nearest(train, names)}", code="split-missing"
+        )
+    found = {"train": train} if train else {}
+    for split, words in NAMES.items():
+        free = [name for name in names if name not in found.values()]
+        matches = [name for word in words for name in free if name.lower() == word]
+        if matches and split not in found:
+            found[split] = matches[0]
+    if "train" not in found:
+        raise RichKDError(
+            f"{place} has no split called train, only {listed(names)}; name the training split: "
+            f"{place}:SPLIT",
+            code="split-missing",
+        )
+    if len(found) == 1:
+        raise RichKDError(
+            f"{place} has only the split {found['train']} to train on, and none to test on "
+            f"(validation or test); {remedy}",
+            code="split-missing",
+        )
+    found.setdefault("test", found.get("validation", ""))
+    if found["test"] == found.get("validation"):
+        del found["validation"]
+    return found, [
+        f"the split{'s' * (len(rest) > 1)} {listed(rest)} of {place} are not used"
+        for rest in [[name for name in names if name not in found.values()]]
+        if rest
+    ]
+
+
+def kept_splits(known: Collection[str], layout: Layout, place: str) -> dict[str, str]:
+    """Return the splits that a cache was made from.
+
+    Raises:
+        RichKDError: one is missing.
+    """
+    for name in layout.folders.values():
+        if name not in known:
+            raise RichKDError(
+                f"{place} no longer has the split {name}, from which the cache was made; restore "
+                f"it, or run richkd precompute again",
+                code="dataset-folder-gone",
+            )
+    return dict(layout.folders)
+
+
+def describe_roles(found: Mapping[str, str], place: str) -> str:
+    """Describe what each split is used for."""
+    purposes = {"train": "training", "validation": "validation", "test": "testing"}
+    uses = ", ".join(f"{found[one]} for {what}" for one, what in purposes.items() if one in found)
+    no_test = found["test"].lower() in NAMES["validation"]
+    return f"using of {place} {uses}{' (there are no separate test images)' if no_test else ''}"
+
+
+def drop_unlabelled(
+    splits: Mapping[str, str], labels: Mapping[str, Raw]
+) -> tuple[dict[str, str], list[str]]:
+    """Drop a split without any label, e.g. of a challenge, if another is left to test on.
+
+    Args:
+        splits: the dataset's own names, by split.
+        labels: by the dataset's own name.
+    """
+    kept, notes = dict(splits), []
+    for split in ("validation", "test"):
+        if "validation" in kept and not labels[kept[split]].values:
+            notes.append(f"the split {kept[split]} is not used: its images have no labels")
+            dropped = kept.pop(split)
+            if split == "test":
+                kept["test"] = kept.pop("validation")
+            assert dropped not in kept.values()
+    return kept, notes
+
+
+def number_classes(
+    labels: Mapping[str, Raw], names: Sequence[str], place: str, name_of: NameOf
+) -> tuple[dict[str, NDArray[np.int64]], tuple[str, ...], list[str]]:
+    """Return class numbers [N] by split, the classes, and notes for the user.
+
+    Args:
+        labels: by split.
+        names: of the classes in the order of their numbers; empty if the dataset has none. Then the
+            classes are what the training images have, in ascending order.
+        place: where the labels are, for messages.
+        name_of: names an image.
+
+    Raises:
+        RichKDError: an image has no label or one that is no class, or there is only one class.
+    """
+    notes = []
+    if names:
+        numbers: dict[Value, int] = {number: number for number in range(len(names))}
+        classes, known = tuple(names), f"0..{len(names) - 1}"
+    else:
+        ordered = sorted(labels["train"].values, key=lambda value: (isinstance(value, str), value))
+        numbers = {value: number for number, value in enumerate(ordered)}
+        classes, known = tuple(map(str, ordered)), "a label of the training images"
+        order = "alphabetical" if any(isinstance(value, str) for value in ordered) else "numerical"
+        notes.append(
+            f"{place} does not name its classes: they are its {len(classes):,} different labels in "
+            f"{order} order, {listed(classes)}"
+        )
+    found = {}
+    for split, raw in labels.items():
+        own = np.array([numbers.get(value, -1) for value in raw.values] + [-1], np.int64)
+        found[split] = own[raw.codes]
+        wrong = np.flatnonzero(found[split] < 0)
+        if len(wrong):
+            code = int(raw.codes[wrong[0]])
+            what = (
+                "no label" if code < 0 else f"the label {raw.values[code]!r}, which is not {known}"
+            )
+            more = f" (nor have {len(wrong) - 1:,} more a valid one)" if len(wrong) > 1 else ""
+            raise RichKDError(
+                f"{name_of(split, int(wrong[0]))} has {what}{more}; correct {place}, or remove "
+                f"such images",
+                code="labels-invalid",
+            )
+    present = np.unique(found["train"])
+    if len(classes) < 2:
+        raise RichKDError(
+            f"{place} has only one class, {listed(classes)}; at least two are needed",
+            code="folder-one-class",
+        )
+    if len(present) < len(classes):
+        empty = [name for number, name in enumerate(classes) if number not in {*present.tolist()}]
+        notes.append(f"there are no training images of {listed(empty)}")
+    return found, classes, notes
