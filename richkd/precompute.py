@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -246,11 +246,11 @@ def recompute(
 
 
 def check_same_files(dataset: Dataset, ranks: Ranks) -> None:
-    """Check, once per machine, that an image folder has the files that the first process read."""
+    """Check, once per machine, that the images are those that the first process read."""
     if ranks.first or not ranks.first_here or isinstance(dataset.train.images, Tensor):
         return
     try:
-        same = replace(dataset).fingerprint == dataset.fingerprint  # of the files on this machine
+        same = dataset.read_again().fingerprint == dataset.fingerprint
     except OSError:
         same = False
     if not same:

@@ -32,7 +32,7 @@ from richkd.data.decoding import CHANGED, Decoding, describe_decoding
 from richkd.data.entries import describe_splits
 from richkd.data.framing import NetworkInput
 from richkd.data.scans import Listing
-from richkd.data.sources import FolderFiles, Source, Which
+from richkd.data.sources import FolderFiles, Source, Which, print_of
 from richkd.data.views import (
     AugmentedViews,
     DrawnSpace,
@@ -88,6 +88,14 @@ class ImageFiles:
             traits=self.traits[which],
             prints=None if self.prints is None else self.prints[which],
         )
+
+    def read_again(self) -> ImageFiles:
+        """Return these images with marks that are of the encoded images as they are now."""
+        if self.prints is None or isinstance(self.source, FolderFiles):
+            return self
+        files = (self.source.file(index) for index in range(len(self)))
+        prints = (print_of(file) for file in files if not isinstance(file, Path))
+        return replace(self, prints=np.fromiter(prints, np.uint64))
 
     def marks(self) -> Iterator[bytes]:
         """Yield what identifies the images in a fingerprint, without decoding them."""
@@ -185,11 +193,24 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the pixels (for files, the names and sizes) and labels of all splits.
+        """SHA-256 over the pixels and labels of all splits.
 
-        It includes how files are decoded, if that changes pixels.
+        Of files in folders, it takes names and sizes instead of pixels; of encoded images in tables
+        and shards, their `sources.print_of`. It includes how they are decoded, if that changes
+        pixels.
         """
         return self._digest(self.decoding)
+
+    def read_again(self) -> Dataset:
+        """Return a dataset whose fingerprint is that of the encoded images as they are now."""
+        return replace(
+            self,
+            **{
+                name: Split(split.images.read_again(), split.labels)
+                for name, split in self.splits.items()
+                if isinstance(split.images, ImageFiles)
+            },
+        )
 
     def is_of(self, fingerprint: str | None) -> bool:
         """Return whether a fingerprint is that of these images, decoded or as files."""

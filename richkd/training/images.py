@@ -124,12 +124,13 @@ def load_again(
         data_root=data_root,
         image_size=manifest["image_size"],
     )
-    _, path = catalog.split_name(settings.dataset)
+    kind, path = catalog.split_name(settings.dataset)
     layout = None
     if path is not None:
         settings = replace(
             settings, view_space="pad-crop-flip" if entry["embedded"] else "resized-crop-flip"
         )
+    if path is not None and kind == catalog.split_name(entry["name"])[0]:
         layout = (
             layouts.Layout(entry["folders"], columns=entry.get("columns", {}))
             if "folders" in entry
