@@ -203,14 +203,12 @@ class Dataset:
 
     def read_again(self) -> Dataset:
         """Return a dataset whose fingerprint is that of the encoded images as they are now."""
-        return replace(
-            self,
-            **{
-                name: Split(split.images.read_again(), split.labels)
-                for name, split in self.splits.items()
-                if isinstance(split.images, ImageFiles)
-            },
-        )
+        again: dict[str, Any] = {
+            name: Split(split.images.read_again(), split.labels)
+            for name, split in self.splits.items()
+            if isinstance(split.images, ImageFiles)
+        }
+        return replace(self, **again)
 
     def is_of(self, fingerprint: str | None) -> bool:
         """Return whether a fingerprint is that of these images, decoded or as files."""
