@@ -53,11 +53,8 @@ def test_its_networks_and_methods(name: str) -> None:
 def test_the_student_is_the_published_mobilenet() -> None:
     """timm's network against the layers of MobileNetV1's table 1, with ReLU as in mdistiller."""
 
-    def layer(
-        width: int, out: int, stride: int, groups: int = 1, kernel: int = 3
-    ) -> list[nn.Module]:
-        padding = kernel // 2
-        conv = nn.Conv2d(width, out, kernel, stride, padding, groups=groups, bias=False)
+    def layer(width: int, out: int, stride: int, *, groups: int = 1, side: int = 3) -> list[Any]:
+        conv = nn.Conv2d(width, out, side, stride, side // 2, groups=groups, bias=False)
         return [conv, nn.BatchNorm2d(out), nn.ReLU()]
 
     layers, width = layer(3, 32, 2), 32
