@@ -73,7 +73,7 @@ def treatment(settings: Images, splits: Sequence[Listed]) -> Treatment:
     Raises:
         RichKDError: pad-crop-flip is asked for, but the images do not have one square size.
     """
-    asked, most = settings.view_space, 3 * sum(int(each.sizes.prod(1).sum()) for each in splits)
+    asked, wanted = settings.view_space, _bytes(splits)
     fault = _fault(settings, splits)
     side = int(splits[0].sizes[0, 0])
     if asked == PadCropFlip.name:
@@ -91,8 +91,8 @@ def treatment(settings: Images, splits: Sequence[Listed]) -> Treatment:
         return _photographs(settings, splits, change)
     if fault:
         return _photographs(settings, splits, f"{fault}; {change}")
-    if most > MOST_BYTES:
-        fault = f"an array of all images would take {size(most)}"
+    if wanted > MOST_BYTES:
+        fault = f"an array of all images would take {size(wanted)}"
         return _photographs(settings, splits, f"{fault}; {change}")
     return _whole(side)
 
@@ -152,10 +152,14 @@ def _describe_sizes(splits: Sequence[Listed]) -> str:
     )
 
 
-def check_memory(splits: Sequence[Files]) -> None:
-    """Raise RichKDError if the decoded images of all splits do not fit into memory."""
-    wanted = 3 * sum(int(each.sizes.prod(1).sum()) for each in splits)
-    free = available_memory()
+def _bytes(splits: Sequence[Listed]) -> int:
+    """Return the bytes of the decoded images of all splits."""
+    return 3 * sum(int(each.sizes.prod(1).sum()) for each in splits)
+
+
+def check_memory(splits: Sequence[Listed], free: int | None = None) -> None:
+    """Raise RichKDError if the decoded images of all splits take more than the free memory."""
+    wanted, free = _bytes(splits), available_memory() if free is None else free
     if wanted > free:
         raise RichKDError(
             f"the decoded images take {size(wanted)}, and {size(free)} of memory are available; "
