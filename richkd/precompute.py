@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -30,6 +31,7 @@ from richkd.core.interrupts import deferred
 from richkd.core.progress import QUIET, Report, duration, percent, size
 from richkd.core.ranks import ALONE, Ranks, joined
 from richkd.data.datasets import Dataset
+from richkd.data.kept import reduced_sizes
 from richkd.data.views import views_tensor
 from richkd.store import schema
 from richkd.store.added import added_names, place_of
@@ -355,7 +357,7 @@ class StageOne:
     ) -> AbstractContextManager[StoreWriter]:
         """Open the cache for writing; arguments as in `open_writer`."""
         views = {schema.view_array(self.manifest)[0]: self.views}
-        known = {} if self.is_addition else views
+        known = {} if self.is_addition else views | self._kept_sizes()
         if self.teachers.text is not None:
             known[schema.TEXT_ARRAY] = self.teachers.text.numpy()
         if self.teachers.cnn is not None and self.teachers.cnn.probe is not None:
@@ -363,6 +365,16 @@ class StageOne:
         return open_writer(
             location, self.manifest, known, overwrite=overwrite, damaged=damaged, ranks=ranks
         )
+
+    def _kept_sizes(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays of the sizes of photographs, whole and as they are kept."""
+        arrays: dict[str, NDArray[Any]] = {}
+        if "pixels" in self.manifest:
+            side = self.manifest["pixels"]["side"]
+            for split, sizes in self.dataset.file_sizes.items():
+                arrays[f"{split}/{schema.SIZES}"] = sizes.astype(np.int32)
+                arrays[f"{split}/{schema.PIXEL_SIZES}"] = reduced_sizes(sizes, side)
+        return arrays
 
     def write(self, writer: StoreWriter, ranks: Ranks = ALONE, report: Report = QUIET) -> None:
         """Compute and write this process's share of the missing blocks.
@@ -378,6 +390,7 @@ class StageOne:
             self.preview,
             schema.augment_of(self.manifest),
             with_images=not self.is_addition,
+            pixels=self.manifest.get("pixels"),
         )
         todo = [block for block, done in zip(writer.blocks, writer.done, strict=True) if not done]
         count, written = len(writer.blocks), 0

@@ -217,7 +217,7 @@ class _Corrupted(TorchDataset[tuple[int, Tensor]]):
         if not isinstance(self.images, ImageFiles):
             return self.images[sample].numpy()
         framing = Framing(size=self.images.image_size)
-        return framing.clean(self.images.open(sample))[0].numpy()
+        return framing.clean(self.images.photograph(sample))[0].numpy()
 
 
 def corrupt(

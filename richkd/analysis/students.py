@@ -50,7 +50,7 @@ from richkd.store.locations import open_location
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.training.device import choose_device
 from richkd.training.identity import RunIdentity
-from richkd.training.images import load_images
+from richkd.training.images import student_images
 from richkd.training.loop import EVAL_BATCH, predict
 from richkd.training.run_folder import Run, complete_run, load_student
 from richkd.training.targets import held_out
@@ -137,7 +137,7 @@ def evaluate(
     settings = [resolve(Distill, dict(run.settings), {}) for run in runs]
     store = open_store_of(runs, cache)
     root = data_root or settings[0].data_root
-    test = load_images(store, dataset or settings[0].dataset, root)["test"]
+    test = student_images(store, dataset or settings[0].dataset, root, settings[0].decode)["test"]
     share = max(recorded_holdout(run.settings) for run in runs)
     tested = held_out(len(test), share)[1][:limit]  # the sets of several shares are nested
     chosen = choose_device(device)

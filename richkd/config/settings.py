@@ -24,6 +24,7 @@ from richkd.core.choices import (
     ROWS,
     ClipHead,
     ClipPrecision,
+    Decode,
     Interpolation,
     Precision,
     Row,
@@ -487,6 +488,12 @@ class Precompute(Images):
         "rows to keep, e.g. teacher_logits,fused_logits; others: teacher_features, clip_features; "
         "default all",
     )
+    keep_pixels: Side | None = setting(
+        None,
+        "keep decoded photographs too, with shorter sides of SIDE pixels, so that students train "
+        "without decoding; twice the students' side is plenty",
+        later=True,
+    )
     seed: Seed = setting(0, "seed of the views")
     batch_size: Count | None = setting(
         None,
@@ -616,6 +623,13 @@ class Distill(Training):
         1,
         "views of an image that enter training from one decode of its file; an epoch then shows M "
         "views of one image in M",
+        later=True,
+    )
+    decode: Decode = setting(
+        "auto",
+        "pixels of photographs: exact (files, decoded in full), draft (JPEGs of the training split "
+        "decoded at 1/2, 1/4 or 1/8 where their views allow it), or auto (the pixels that the "
+        "cache keeps, else exact)",
         later=True,
     )
     dataset: str = setting(

@@ -29,7 +29,7 @@ from richkd.data import class_names, hf_datasets, layouts, published, shards, sm
 from richkd.data.augment import Augment
 from richkd.data.boxes import CLEAN_SHARE
 from richkd.data.contents import Contents, of_folder
-from richkd.data.decoding import CHANGED, Decoding, describe_decoding
+from richkd.data.decoding import CHANGED, Decoding, Photograph, describe_decoding
 from richkd.data.entries import describe_splits
 from richkd.data.framing import NetworkInput
 from richkd.data.scans import Listing
@@ -68,6 +68,7 @@ class ImageFiles:
     image_size: int  # side of the square views
     decoding: Decoding
     prints: NDArray[np.uint64] | None = None  # [N], of `sources.print_of`; None for files
+    drafts: bool = False  # JPEGs may be decoded at a fraction of their size
 
     def __len__(self) -> int:
         return len(self.source)
@@ -78,7 +79,12 @@ class ImageFiles:
 
     def open(self, index: int) -> Image.Image:
         """Read an image as RGB; raise as `Decoding.read`."""
-        return self.decoding.read(self.source.file(index), self.source.name(index))
+        return self.photograph(index).image
+
+    def photograph(self, index: int, most: float = 1.0) -> Photograph:
+        """Read an image as RGB; with `drafts`, reduced by up to `most`; raise as `open`."""
+        most = most if self.drafts else 1.0
+        return self.decoding.photograph(self.source.file(index), self.source.name(index), most)
 
     def take(self, which: Which) -> ImageFiles:
         """Select images by a slice, indices or a mask."""
@@ -175,6 +181,12 @@ class Dataset:
         """The existing splits by name."""
         validation = {} if self.validation is None else {"validation": self.validation}
         return {"train": self.train, "test": self.test, **validation}
+
+    @property
+    def file_sizes(self) -> dict[str, NDArray[np.int64]]:
+        """Height and width [N,2] of the image files of each split that has them."""
+        every = {name: split.images for name, split in self.splits.items()}
+        return {name: each.sizes for name, each in every.items() if isinstance(each, ImageFiles)}
 
     @property
     def network_input(self) -> NetworkInput:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from richkd.data.decoding import Photograph
+
 BOX = "box"  # crop mode of networks that richkd trains
 CROP_MODES = (BOX, "center", "squash")
 
@@ -76,31 +78,40 @@ class Framing:
     interpolation: str = "bilinear"
     crop_mode: str = BOX
 
-    def views(self, image: Image.Image, views: Tensor, *, exact: bool = False) -> Tensor:
+    def views(
+        self, image: Image.Image | Photograph, views: Tensor, *, exact: bool = False
+    ) -> Tensor:
         """Return views [V,5] of a photograph: [V,S,S,3] uint8.
 
-        With `exact`, PIL resizes in every crop mode: in integers, the same on every machine.
+        With `exact`, PIL resizes in every crop mode: in integers, the same on every machine. So it
+        does if the photograph is reduced, as boxes then end between pixels.
         """
         import torch
 
+        from richkd.data.decoding import Photograph
         from richkd.data.views import photo_pixels, resized_crop
 
-        photo = photo_pixels(image) if self.crop_mode == BOX and not exact else image
+        whole = Photograph.of(image)
+        photo: Any = whole if whole.reduced else whole.image
+        if self.crop_mode == BOX and not exact and not whole.reduced:
+            photo = photo_pixels(whole.image)
         crops = torch.empty(len(views), self.size, self.size, 3, dtype=torch.uint8)
         for crop, view in zip(crops, views.tolist(), strict=True):
             crop.copy_(resized_crop(photo, view, self.size, self.interpolation))
         return crops
 
-    def clean(self, image: Image.Image) -> Tensor:
+    def clean(self, image: Image.Image | Photograph) -> Tensor:
         """Return the evaluation view of a photograph: [1,S,S,3] uint8."""
         import torch
 
         from richkd.data.boxes import central_box
+        from richkd.data.decoding import Photograph
 
+        photo = Photograph.of(image)
         if self.crop_mode == BOX:
-            box = map(int, central_box(image.height, image.width, self.crop))
-            return self.views(image, torch.tensor([[*box, 0]]))
-        pixels: Tensor = self._evaluation(image)
+            box = map(int, central_box(*photo.size, self.crop))
+            return self.views(photo, torch.tensor([[*box, 0]]))
+        pixels: Tensor = self._evaluation(photo.image)
         return pixels.permute(1, 2, 0)[None]
 
     @cached_property

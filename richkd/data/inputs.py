@@ -18,7 +18,9 @@ from torch import Tensor
 
 from richkd.data.augment import Augment
 from richkd.data.datasets import ImageFiles
+from richkd.data.decoding import Photograph
 from richkd.data.framing import Framing
+from richkd.data.kept import Packer, Reducer
 from richkd.data.replay import Crops, joined_rows, replay
 from richkd.data.reuse import Reuse
 from richkd.data.views import gather_views, pad_crop_flip
@@ -186,6 +188,7 @@ class FileInputs:
         batch: int,
         transform: Transform | None,
         in_flight_bytes: int = IN_FLIGHT_BYTES,
+        packer: Packer | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Decode each sample once, and yield all its views and the image as CLIP sees it.
 
@@ -200,7 +203,8 @@ class FileInputs:
             views: [V,N,5]; None for one view, the network's evaluation view.
             batch: maximum number of images in a batch.
             transform: from the whole image to CLIP's pixels, on the CPU; None for no pixels.
-            in_flight_bytes: limit of the memory of batches.
+            in_flight_bytes: limit of the memory of batches, without reduced images.
+            packer: receives the reduced images of each batch before the batch is yielded.
 
         Yields:
             index [b], crops [b,V,S,S,3] uint8 and pixels [b,3,s,s] (or None), on the device.
@@ -216,10 +220,16 @@ class FileInputs:
             for span in spans
             for start in range(span.start, span.stop, batch)
         )
-        samples = _FileViews(self.files, self.framing, views, transform, augment=self.augment)
+        reduce = None if packer is None else packer.reduce
+        samples = _FileViews(
+            self.files, self.framing, views, transform, augment=self.augment, reduce=reduce
+        )
         count = sum(map(len, spans))
-        for index, crops, *pixels in self._load(batches, samples, count, batch, image_bytes):
-            yield index, crops, pixels[0] if pixels else None
+        image_bytes += 0 if reduce is None else reduce.image_bytes
+        for index, crops, *rest in self._load(batches, samples, count, batch, image_bytes):
+            if packer is not None:
+                packer.add(index, rest.pop())
+            yield index, crops, rest[0] if rest else None
 
     def _load(
         self,
@@ -246,11 +256,17 @@ def _load(
     workers = num_workers(count, batch_size) if workers is None else workers
     pin = device.type == "cuda"
     for parts in load(samples, batches, workers, batch_size * image_bytes, pin_memory=pin):
-        yield tuple(part.to(device, non_blocking=True) for part in parts)
+        yield tuple(
+            # bytes end to end go to a cache, not to a network
+            part
+            if part.dtype == torch.uint8 and part.dim() == 1
+            else part.to(device, non_blocking=True)
+            for part in parts
+        )
 
 
 class _FileViews(Samples):
-    """Entry i is (i, its views [V,S,S,3] uint8, and with a transform its result)."""
+    """Entry i is (i, its views [V,S,S,3] uint8, and the results of the transforms given)."""
 
     def __init__(
         self,
@@ -260,6 +276,7 @@ class _FileViews(Samples):
         transform: Transform | None = None,
         samples: Tensor | None = None,
         augment: Augment | None = None,
+        reduce: Reducer | None = None,
     ) -> None:
         self.files = files
         self.framing = framing
@@ -267,20 +284,24 @@ class _FileViews(Samples):
         self.transform = transform
         self.samples = samples  # [E]; None if entry i is of sample i
         self.augment = augment
+        self.reduce = reduce
 
     def __getitem__(self, index: int) -> tuple[int | Tensor, ...]:
         with one_thread():
             sample = index if self.samples is None else int(self.samples[index])
-            image = self.files.open(sample)
-            if self.views is None:
-                crops = self.framing.clean(image)
-            elif self.augment is None or not len(self.views):
-                crops = self.framing.views(image, self.views[:, index])
+            views = None if self.views is None else self.views[:, index]
+            photo = self.files.photograph(sample, reducible(self.framing, views))
+            if views is None or self.views is None:
+                crops = self.framing.clean(photo)
+            elif self.augment is None or not len(views):
+                crops = self.framing.views(photo, views)
             else:
                 rows = joined_rows(self.augment, self.views, index)
-                of = file_crops(self.files, self.framing, {sample: image})
+                of = file_crops(self.files, self.framing, {sample: photo})
                 crops = replay(self.augment, rows, sample, of)
-            return index, crops, *([self.transform(image)] if self.transform else [])
+            parts = [self.transform(photo.image)] if self.transform else []
+            reduced = [self.reduce(sample, photo.image)] if self.reduce else []
+            return index, crops, *parts, *reduced
 
 
 class _ArrayViews(Samples):
@@ -301,12 +322,19 @@ class _ArrayViews(Samples):
             return index, replay(self.augment, rows, sample, self.crops)
 
 
-def file_crops(files: ImageFiles, framing: Framing, opened: Mapping[int, Image.Image]) -> Crops:
+def reducible(framing: Framing, views: Tensor | None) -> float:
+    """Return by how much a photograph may be reduced before one of its views is enlarged."""
+    if views is None or not len(views):
+        return 1.0
+    return float(views[:, 2:4].min()) / framing.size
+
+
+def file_crops(files: ImageFiles, framing: Framing, opened: Mapping[int, Photograph]) -> Crops:
     """Return a function that crops an image file, or an image that is already open."""
 
     def crops(number: int, views: Tensor) -> Tensor:
-        image = opened[number] if number in opened else files.open(number)
-        return framing.views(image, views, exact=True)
+        photo = opened.get(number) or files.photograph(number, reducible(framing, views))
+        return framing.views(photo, views, exact=True)
 
     return crops
 
@@ -357,8 +385,8 @@ def image_views(
     if isinstance(images, ImageFiles):
         framing = framing or Framing(size=images.image_size)
         if augment is None:
-            every = [framing.views(images.open(number), view[None]) for number, view in pairs]
-            return torch.cat(every)
+            opened = ((images.photograph(number), view) for number, view in pairs)
+            return torch.cat([framing.views(photo, view[None]) for photo, view in opened])
         crops = file_crops(images, framing, {})
     elif augment is None:
         gathered = gather_views(images, index, views)

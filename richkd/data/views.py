@@ -23,6 +23,7 @@ from richkd.core.errors import RichKDError
 from richkd.core.memory import spans
 from richkd.data.augment import Augment, Samples, uniform
 from richkd.data.boxes import CLEAN_SHARE, central_box
+from richkd.data.decoding import Photograph
 
 PAD = 4
 OFFSETS = 2 * PAD + 1
@@ -258,12 +259,15 @@ def photo_pixels(image: Image.Image) -> Tensor:
 
 
 def resized_crop(
-    photo: Tensor | Image.Image, view: Any, image_size: int, interpolation: str = "bilinear"
+    photo: Tensor | Image.Image | Photograph,
+    view: Any,
+    image_size: int,
+    interpolation: str = "bilinear",
 ) -> Tensor:
-    """Return one view of one photograph, resized by torchvision or, for a PIL image, by PIL.
+    """Return one view of one photograph, resized by torchvision or, unless it is a tensor, by PIL.
 
     Args:
-        photo: [3,h,w] uint8, or a PIL image in RGB.
+        photo: [3,h,w] uint8, a PIL image in RGB, or a reduced photograph.
         view: (top, left, height, width, flip).
         image_size: S.
         interpolation: its name, e.g. bilinear.
@@ -274,18 +278,35 @@ def resized_crop(
     from torchvision.transforms.v2 import functional
 
     top, left, height, width, flip = (int(number) for number in view)
-    crop = functional.resized_crop(
-        photo,
-        top,
-        left,
-        height,
-        width,
-        [image_size, image_size],
-        _mode(interpolation),
-        antialias=True,
-    )
+    if isinstance(photo, Photograph):
+        crop: Any = _fractional_crop(photo, (top, left, height, width), image_size, interpolation)
+    else:
+        crop = functional.resized_crop(
+            photo,
+            top,
+            left,
+            height,
+            width,
+            [image_size, image_size],
+            _mode(interpolation),
+            antialias=True,
+        )
     pixels: Tensor = photo_pixels(crop) if isinstance(crop, Image.Image) else crop
     return (pixels.flip(-1) if flip else pixels).permute(1, 2, 0).contiguous()
+
+
+def _fractional_crop(
+    photo: Photograph, box: tuple[int, int, int, int], image_size: int, interpolation: str
+) -> Image.Image:
+    """Return a box of a photograph, given in its own pixels, from a reduced image of it."""
+    (top, left, height, width), (down, across) = box, photo.scale
+    right = min((left + width) * across, photo.image.width)
+    bottom = min((top + height) * down, photo.image.height)
+    return photo.image.resize(
+        (image_size, image_size),
+        Image.Resampling[interpolation.upper()],
+        box=(left * across, top * down, right, bottom),
+    )
 
 
 def resize_bytes(images: Tensor, size: list[int], interpolation: str) -> Tensor:

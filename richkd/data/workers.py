@@ -150,16 +150,20 @@ class _Collate:
     def __call__(self, samples: list[Sample] | Exception) -> Any:
         if isinstance(samples, Exception):
             return samples
-        parts = [
-            torch.tensor(part) if isinstance(part[0], int) else torch.stack(part)
-            for part in zip(*samples, strict=True)
-        ]
+        parts = [_together(part) for part in zip(*samples, strict=True)]
         if torch.utils.data.get_worker_info() is None:
             return parts
         if self.shared:
             with suppress(RuntimeError):  # none left: other processes use it too
                 return [part.share_memory_() for part in parts]  # type: ignore[no-untyped-call]
         return [part.numpy() for part in parts]
+
+
+def _together(part: tuple[Any, ...]) -> Tensor:
+    """Return one part of all samples: numbers [B], or tensors, stacked, or end to end if 1-D."""
+    if isinstance(part[0], int):
+        return torch.tensor(part)
+    return torch.cat(part) if part[0].dim() == 1 else torch.stack(part)
 
 
 def _start(

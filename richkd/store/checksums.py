@@ -49,6 +49,9 @@ def chunk_files(name: str, spec: ArraySpec, view: int | None = None) -> Iterator
 
 def block_files(manifest: Manifest, block: Block) -> list[str]:
     """Return the chunk of each array that a block is written to."""
+    if block.pixels:
+        number = block.start // manifest["pixels"]["images"]
+        return [f"{name}/c/{number}/0" for name in block_arrays(manifest, block)]
     specs = array_specs(manifest)
     view = [] if block.view is None else [block.view]
     return [

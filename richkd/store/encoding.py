@@ -76,6 +76,8 @@ def round_bits(values: np.ndarray[Any, Any], bits: int | None) -> np.ndarray[Any
 
 
 def _codecs(spec: ArraySpec) -> list[Any]:
+    if not spec.compressed:
+        return [Crc32cCodec()]
     width = spec.nbytes // max(1, int(np.prod(spec.shape)))
     shuffle: Any = "bitshuffle" if spec.dtype.startswith("float") else "shuffle"
     return [BloscCodec(typesize=width, cname="zstd", clevel=3, shuffle=shuffle), Crc32cCodec()]

@@ -307,6 +307,19 @@ class TeacherCache:
                     code="cache-damaged",
                 )
 
+    def chunk_folder(self, name: str) -> Path:
+        """Return the folder on this disk of all chunks of an array, to read them in place.
+
+        Their bytes are not read: only the CRCs that they end with are compared.
+
+        Raises:
+            RichKDError: there is no such array, or a chunk is missing or is another one.
+        """
+        self.require(name)
+        self._copy.fetch(chunk_files(name, self.specs[name]))
+        self._check_chunks(name, None)
+        return self.path / name / "c"
+
     def has(self, name: str) -> bool:
         """Return whether the cache has an array of this name, dense or by its K largest."""
         group, name = self._at(name)

@@ -19,7 +19,7 @@ from richkd.core.progress import percent
 from richkd.core.validation import find_fault
 from richkd.data.augment import GEOMETRY, Augment
 from richkd.data.boxes import CLEAN_SHARE
-from richkd.data.entries import DecodingEntry
+from richkd.data.entries import DecodingEntry, PixelsEntry
 from richkd.data.framing import InputEntry, NetworkInput, input_fault
 
 SCHEMA = 2
@@ -30,6 +30,8 @@ PART_BYTES = 64 * 2**20  # per chunk of the text embeddings, if they are larger 
 MAX_BLOCK = 8192
 MOST = 2**40  # bound on every number in a manifest
 LOGITS = ("teacher_logits", "fused_logits")
+SIZES, PIXEL_SIZES = "sizes", "pixel_sizes"  # height and width of photographs, before and after
+KNOWN = {"view_ids", "view_params", SIZES, PIXEL_SIZES}  # written before the first block
 PROBE_ARRAYS = ("probe/weights", "probe/folds")
 TEXT_ARRAY = "text/embeddings"
 ADDED = "teachers"  # the folder of a cache that holds a group for each added teacher
@@ -130,6 +132,7 @@ class Manifest(TypedDict):
     image_size: int
     mean: list[float]
     std: list[float]
+    pixels: NotRequired[PixelsEntry]  # if decoded photographs are kept
     views: ViewsEntry
     teacher: NotRequired[TeacherEntry]  # absent if the group is an added CLIP
     clip: ClipEntry | None
@@ -165,12 +168,13 @@ class ArraySpec:
     dtype: str
     chunks: tuple[int, ...]
     dimensions: tuple[str, ...]
+    compressed: bool = True
 
     @property
     def nbytes(self) -> int:
         """Uncompressed size."""
         width = {"bool": 1, "uint8": 1, "uint16": 2, "float16": 2, "float32": 4, "int64": 8}
-        return math.prod(self.shape) * width[self.dtype]
+        return math.prod(self.shape) * {**width, "int32": 4}[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -179,17 +183,19 @@ class Block:
 
     `view` is None for what depends on the clean image only (test and validation rows; training
     images, labels and CLIP features) and the view index for the CNN teacher's training rows.
+    The kept pixels of a block of samples are several blocks, one for each of their chunks.
     """
 
     split: str
     view: int | None
     start: int
     stop: int
+    pixels: bool = False  # nothing but kept pixels
 
     @property
     def name(self) -> str:
         """The block as messages name it."""
-        view = "" if self.view is None else f" view {self.view}"
+        view = " pixels" * self.pixels if self.view is None else f" view {self.view}"
         return f"{self.split}{view} samples {self.start}..{self.stop - 1}"
 
 
@@ -225,24 +231,25 @@ def describe_precision(precision: str, error: PrecisionError | None) -> str:
 
 
 def blocks(manifest: Manifest) -> list[Block]:
-    """Return all blocks in the order of their flags: test, validation, then training."""
-    size = manifest["block"]
+    """Return all blocks in the order of their flags: test, validation, then training.
 
-    def spans(count: int) -> Iterator[tuple[int, int]]:
-        return ((start, min(start + size, count)) for start in range(0, count, size))
-
+    The blocks of kept pixels follow those of the rows of the same samples.
+    """
     counts = split_sizes(manifest)
-    clean = [
-        Block(split, None, *span)
-        for split in ("test", "validation")
-        for span in spans(counts.get(split, 0))
-    ]
-    train = [
-        Block("train", view, *span)
-        for span in spans(counts["train"])
-        for view in (*[None] * has_clean_rows(manifest), *range(num_teacher_views(manifest)))
-    ]
-    return clean + train
+
+    def of(split: str, views: Collection[int | None]) -> Iterator[Block]:
+        for start, stop in _spans(0, counts.get(split, 0), manifest["block"]):
+            yield from (Block(split, view, start, stop) for view in views)
+            if "pixels" in manifest:
+                for span in _spans(start, stop, manifest["pixels"]["images"]):
+                    yield Block(split, None, *span, pixels=True)
+
+    views = (*[None] * has_clean_rows(manifest), *range(num_teacher_views(manifest)))
+    return [*of("test", [None]), *of("validation", [None]), *of("train", views)]
+
+
+def _spans(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    return ((first, min(first + size, stop)) for first in range(start, stop, size))
 
 
 def has_clean_rows(manifest: Manifest) -> bool:
@@ -260,7 +267,13 @@ def num_blocks(manifest: Manifest) -> int:
     counts, size = split_sizes(manifest), manifest["block"]
     per_split = {split: -(-count // size) for split, count in counts.items()}
     each = has_clean_rows(manifest) + num_teacher_views(manifest)
-    return sum(per_split.values()) + per_split["train"] * (each - 1)
+    kept = sum(num_pixel_chunks(manifest, count) for count in counts.values())
+    return sum(per_split.values()) + per_split["train"] * (each - 1) + kept
+
+
+def num_pixel_chunks(manifest: Manifest, count: int) -> int:
+    """Return the number of chunks that the kept pixels of `count` images take."""
+    return -(-count // manifest["pixels"]["images"]) if "pixels" in manifest else 0
 
 
 def view_array(manifest: Manifest) -> tuple[Any, ...]:
@@ -323,6 +336,7 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
             add(f"{split}/clip_similarity", "float32", sample, ("class", num_classes))
     if own_images:
         add(*view_array(manifest))
+    specs |= _pixel_specs(manifest)
     if clip is not None:
         prompts, width = len(manifest["prompts"]), clip["num_features"]
         add(
@@ -348,6 +362,21 @@ def _in_parts(spec: ArraySpec) -> ArraySpec:
         return spec
     rows = max(1, PART_BYTES * spec.shape[0] // spec.nbytes)
     return replace(spec, chunks=(rows, *spec.chunks[1:]))
+
+
+def _pixel_specs(manifest: Manifest) -> dict[str, ArraySpec]:
+    """Return the specs of the kept pixels: one chunk a row, and uncompressed, to read images."""
+    specs: dict[str, ArraySpec] = {}
+    for split, count in split_sizes(manifest).items() if "pixels" in manifest else ():
+        chunk = manifest["pixels"]["bytes"][split]
+        shape = num_pixel_chunks(manifest, count), chunk
+        specs[f"{split}/pixels"] = ArraySpec(
+            shape, "uint8", (1, chunk), ("chunk", "byte"), compressed=False
+        )
+        for name in (SIZES, PIXEL_SIZES):
+            rows = min(manifest["block"], count)
+            specs[f"{split}/{name}"] = ArraySpec((count, 2), "int32", (rows, 2), ("sample", "side"))
+    return specs
 
 
 def kept_logits(manifest: Manifest) -> set[str]:
@@ -380,12 +409,15 @@ def part_names(name: str) -> tuple[str, str, str]:
 
 def block_arrays(manifest: Manifest, block: Block) -> list[str]:
     """Return the arrays that a block is written to."""
-    views = {"train/view_ids", "train/view_params"}  # written before the first block
+    pixels = f"{block.split}/pixels"
+    if block.pixels:
+        return [pixels]
     return [
         name
         for name, spec in array_specs(manifest).items()
         if name.startswith(f"{block.split}/")
-        and name not in views
+        and name != pixels
+        and name.partition("/")[2] not in KNOWN
         and (spec.dimensions[0] == "view") == (block.view is not None)
     ]
 
@@ -424,6 +456,7 @@ def _out_of_range(manifest: Manifest) -> Iterator[str]:
     if clip is not None and clip.get("precision", "float32") not in CLIP_PRECISIONS:
         yield f"clip.precision is {clip['precision']!r}"
     yield from _out_of_place(manifest)
+    yield from _wrong_pixels(manifest)
     yield from _out_of_order(manifest)
     mean, std = manifest["mean"], manifest["std"]
     if not len(mean) == len(std) == 3 or min(std) <= 0:
@@ -482,6 +515,22 @@ def _out_of_order(manifest: Manifest) -> Iterator[str]:
         yield from _wrong_head(teacher["head"], outputs, count)
     elif outputs is not None and sorted(outputs) != [*range(count)]:
         yield f"teacher.outputs is not a permutation of {count} classes"
+
+
+def _wrong_pixels(manifest: Manifest) -> Iterator[str]:
+    """Yield what is wrong with the entry on kept pixels."""
+    pixels = manifest.get("pixels")
+    if pixels is None:
+        return
+    if min(pixels["side"], pixels["images"], *pixels["bytes"].values()) < 1:
+        yield f"pixels is {shown(pixels)}"
+    elif manifest["block"] % pixels["images"]:
+        yield f"pixels.images is {pixels['images']} for blocks of {manifest['block']}"
+    if pixels["bytes"].keys() != split_sizes(manifest).keys():
+        yield f"pixels.bytes is {shown(pixels['bytes'])}"
+    photographs = manifest["views"]["space"] == "resized-crop-flip"
+    if manifest["dataset"]["embedded"] or not photographs or "addition" in manifest:
+        yield "pixels are kept of images that are no photographs"
 
 
 def _wrong_head(head: HeadEntry, outputs: list[int] | None, count: int) -> Iterator[str]:

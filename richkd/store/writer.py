@@ -340,7 +340,9 @@ class StoreWriter:
     def _write(self, pending: PendingBlock, name: str) -> None:
         """Encode and write one array of a block; after the last one, write the block's flag."""
         block = pending.block
-        span = slice(block.start, block.stop)
+        span: Any = slice(block.start, block.stop)
+        if block.pixels:
+            span = block.start // self.manifest["pixels"]["images"]
         with self._errors_kept(pending):
             if self._error is None:  # after an error nothing more is written
                 self._location.check_still_locked()

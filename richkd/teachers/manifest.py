@@ -11,6 +11,7 @@ from torch import Tensor
 from richkd.config.settings import Precompute, to_table
 from richkd.core.versions import versions
 from richkd.data.datasets import Dataset
+from richkd.data.kept import pixels_entry
 from richkd.data.prompts import load_prompts
 from richkd.data.views import AugmentedViews
 from richkd.store import schema
@@ -74,6 +75,9 @@ def make_manifest(
         manifest |= {"keep": settings.top_k, "keep_temperature": settings.keep_temperature}
     if settings.rows is not None:
         manifest["rows"] = sorted(settings.rows)
+    if settings.keep_pixels is not None:
+        sizes = dataset.file_sizes
+        manifest["pixels"] = pixels_entry(sizes, settings.keep_pixels, manifest["block"])
     return manifest
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from richkd.config.settings import Precompute, TrainTeacher, resolve, to_table
 from richkd.core.errors import RichKDError
 from richkd.core.progress import Report, size
 from richkd.data.augment import check_samples
+from richkd.data.boxes import CLEAN_SHARE
 from richkd.data.class_names import check_distinct
 from richkd.data.datasets import Dataset, check_class_names, introduce, load_as_before
 from richkd.data.prompts import load_prompts
@@ -123,7 +125,33 @@ def load_images(
     if settings.top_k is not None:
         check_keep(settings.top_k, len(dataset.class_names))
     introduce(dataset, report)
+    check_kept(settings, dataset, report)
     return dataset
+
+
+def check_kept(settings: Precompute, dataset: Dataset, report: Report) -> None:
+    """Raise RichKDError if there are no pixels to keep, or too few of them for students."""
+    side = settings.keep_pixels
+    if side is None:
+        return
+    if isinstance(dataset.train.images, Tensor):
+        raise RichKDError(
+            f"keep_pixels = {side}: the cache holds the images of {dataset.name} anyway, as they "
+            f"are small; leave --keep-pixels out",
+            code="pixels-of-small-images",
+        )
+    size = dataset.image_size
+    if side < size:
+        raise RichKDError(
+            f"keep_pixels = {side}: students see images of {size}×{size} pixels; choose at least "
+            f"--keep-pixels {size}, or a smaller --image-size",
+            code="pixels-too-few",
+        )
+    if CLEAN_SHARE * side < size:
+        report.log(
+            f"a shorter side of {side} pixels leaves fewer than {size} to the crop that students "
+            f"are tested on; --keep-pixels {2 * size} would be sharper"
+        )
 
 
 def check_given(settings: Precompute) -> None:
@@ -212,6 +240,9 @@ def check_room(out: Location, manifest: Manifest, report: Report) -> None:
     wanted = schema.raw_bytes(manifest)
     expected = f"{out}: {size(wanted)} of arrays before compression"
     expected += f", {manifest['views']['count']} views"
+    pixels = [s for name, s in schema.array_specs(manifest).items() if name.endswith("/pixels")]
+    if pixels:
+        expected += f", {size(sum(spec.nbytes for spec in pixels))} of them kept pixels"
     if not isinstance(out, Folder):
         report.log(expected)
         return

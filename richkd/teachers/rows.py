@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -16,7 +16,9 @@ from richkd.core.accuracy import accuracy
 from richkd.core.progress import Advance, Report, percent
 from richkd.data.augment import Augment
 from richkd.data.datasets import Dataset, Split
+from richkd.data.entries import PixelsEntry
 from richkd.data.inputs import ArrayInputs, FileInputs, make_inputs, send
+from richkd.data.kept import Packer
 from richkd.store.schema import Block, PrecisionError, left_out
 from richkd.store.topk import compact
 from richkd.teachers.clip import ClipTeacher
@@ -128,6 +130,7 @@ class BlockRows:
         preview: outputs that are already known.
         augment: what views are besides a crop and flip.
         with_images: whether the rows include labels, and images that are in an array.
+        pixels: how decoded image files are kept; None if they are not.
     """
 
     def __init__(
@@ -141,8 +144,10 @@ class BlockRows:
         augment: Augment | None = None,
         *,
         with_images: bool = True,
+        pixels: PixelsEntry | None = None,
     ) -> None:
         self.splits: dict[str, Split] = dataset.splits
+        self.pixels = pixels
         self.with_images = with_images
         framing = teachers.cnn.input if teachers.cnn else None
         self.inputs = {
@@ -163,10 +168,7 @@ class BlockRows:
             for split in ("test", "validation", "train")
         )
         if isinstance(self.inputs["train"], FileInputs):
-            return [
-                [tuple(blocks) for _, blocks in groupby(part, lambda block: block.start)]
-                for part in (test, validation, train)
-            ]
+            return [overlapping(part) for part in (test, validation, train)]
         clean = [block for block in train if block.view is None]
         views = [block for block in train if block.view is not None]
         return [[(block,) for block in part] for part in (test, validation, clean, views)]
@@ -194,7 +196,7 @@ class BlockRows:
         self, units: Sequence[Unit], tick: Advance, check: Callable[[], None]
     ) -> Iterator[tuple[Block, dict[str, Tensor]]]:
         """Yield the same with all logits."""
-        for _, alike in groupby(units, lambda unit: [block.view for block in unit]):
+        for _, alike in groupby(units, kinds):
             some = list(alike)
             inputs = self.inputs[some[0][0].split]
             if isinstance(inputs, FileInputs):
@@ -236,8 +238,8 @@ class BlockRows:
         self, inputs: FileInputs, units: Sequence[Unit], tick: Advance, check: Callable[[], None]
     ) -> Iterator[tuple[Block, dict[str, Tensor]]]:
         """Yield the rows of spans of image files, of the same views each, in one pass over them."""
-        first = units[0]
-        teachers, split = self.teachers, first[0].split
+        first = rows_of(units[0])
+        teachers, split = self.teachers, units[0][0].split
         cnn_teacher = teachers.cnn
         wanted = [view for block in first if cnn_teacher and (view := cnn_view(block)) is not None]
         clip = teachers.clip if any(block.view is None for block in first) else None
@@ -245,12 +247,10 @@ class BlockRows:
         if wanted:
             views = self.views[wanted] if split == "train" else None
         spans = [range(unit[0].start, unit[0].stop) for unit in units]
-        decoded = inputs.decode_once(
-            spans,
-            views,
-            DECODED,
-            clip.transform if clip else None,
-        )
+        chunks = {block.start: block for unit in units for block in unit if block.pixels}
+        packer = self._packer(inputs, split, chunks) if chunks else None
+        transform = clip.transform if clip else None
+        decoded = inputs.decode_once(spans, views, DECODED, transform, packer=packer)
         for unit, span in zip(units, spans, strict=True):
             features: list[Tensor] = []
             cnn: list[list[tuple[Tensor, Tensor]]] = [[] for _ in wanted]
@@ -261,15 +261,24 @@ class BlockRows:
                     images = torch.cat([part[:, number] for part in crops])
                     assert cnn_teacher is not None
                     parts.append(cnn_teacher.rows(images, numbers if split == "train" else None))
-                tick(sum(map(len, crops)) * len(unit))
+                tick(sum(map(len, crops)) * len(rows_of(unit)))
                 check()
+                for start, pixels_of_chunk in packer.finished() if packer else ():
+                    block = chunks[start]
+                    tick(block.stop - block.start)
+                    yield block, {"pixels": pixels_of_chunk}
             shared = teachers.clip_rows(torch.cat(features)) if features else {}
-            for block in unit:
+            for block in rows_of(unit):
                 rows = {**self._given(block), **shared} if block.view is None else {}
                 if cnn_teacher and (view := cnn_view(block)) is not None:
                     similarity = self._similarity_of(block, shared)
                     rows |= teachers.cnn_rows(cnn[wanted.index(view)], similarity)
                 yield block, rows
+
+    def _packer(self, inputs: FileInputs, split: str, starts: Collection[int]) -> Packer:
+        """Return what packs the kept pixels of chunks, given by their first images."""
+        assert self.pixels is not None
+        return Packer(self.pixels, split, inputs.files.sizes, inputs.files.name, starts)
 
     def _given(self, block: Block) -> dict[str, Tensor]:
         """Return what needs no teacher: labels, and images that are in an array."""
@@ -301,6 +310,28 @@ class BlockRows:
             similarity = self.read("test/clip_similarity", 0, count)
             top1 = accuracy(similarity, self.splits["test"].labels, 1)
             report.log(f"CLIP zero-shot: {percent(top1)} % of the test images")
+
+
+def overlapping(todo: Sequence[Block]) -> list[Unit]:
+    """Group the blocks of a split by the samples that they share, the largest blocks first."""
+    units: list[list[Block]] = []
+    for block in todo:
+        if units and block.start < units[-1][0].stop:
+            units[-1].append(block)
+        else:
+            units.append([block])
+    return [tuple(unit) for unit in units]
+
+
+def rows_of(unit: Unit) -> Unit:
+    """Return the blocks of a unit but those of kept pixels."""
+    return tuple(block for block in unit if not block.pixels)
+
+
+def kinds(unit: Unit) -> tuple[list[int | None], bool]:
+    """Return what a unit computes: which views, and whether it keeps pixels."""
+    rows = rows_of(unit)
+    return [block.view for block in rows], len(rows) < len(unit)
 
 
 def batch_size(settings: Precompute, device: torch.device, side: int) -> int:

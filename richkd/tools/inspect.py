@@ -64,6 +64,8 @@ def show(summary: dict[str, Any], report: Report) -> None:
     command = "add-teacher" if "addition" in manifest else "precompute"
     state = "complete" if summary["complete"] else f"INCOMPLETE: run the same {command} again"
     images = "embedded" if dataset["embedded"] else "not embedded, read from the dataset"
+    if "pixels" in manifest:
+        images = f"kept with {manifest['pixels']['side']} pixels on the shorter side"
     rows = [
         ("state", state),
         ("data", f"{dataset['name']}: {describe_splits(schema.split_sizes(manifest))} images"),

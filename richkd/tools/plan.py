@@ -35,6 +35,7 @@ from richkd.core.validation import find_fault, hints
 from richkd.core.versions import versions
 from richkd.data.datasets import Dataset, ImageFiles, Split, decode, introduce, load_dataset
 from richkd.data.decoding import Decoding
+from richkd.data.kept import pixels_entry
 from richkd.data.prompts import load_prompts
 from richkd.data.sources import FolderFiles, Paths
 from richkd.models.hub_access import planning
@@ -62,7 +63,7 @@ from richkd.teachers.framing import check_unsaid, resolve_input
 from richkd.teachers.heads import blank_probe
 from richkd.teachers.matching import check_head, num_outputs, own_rows
 from richkd.teachers.pretrained import by_name, check_teacher_name, named_input
-from richkd.teachers.request import check_given
+from richkd.teachers.request import check_given, check_kept
 from richkd.teachers.rows import Teachers
 from richkd.training.device import choose_device, hardware, wait_for
 
@@ -134,19 +135,21 @@ def plan(
     with tempfile.TemporaryDirectory(prefix="richkd-plan-") as folder:
         dataset, counts = sample_of(settings, known, Path(folder), most, report)
         settings = settings.for_size(dataset.image_size)
+        check_kept(settings, dataset, report)
         tried = Trial(settings, dataset, device, Path(folder), report)
         report.log(f"{tried.about}; trying stage one on ever more images, for a few seconds each")
         pace = tried.pace(report, enough, most)
         if measured is not None:
             pace = read_pace(Path(measured), pace)
         blank = blank_manifest(tried, counts)
+        sizes = dataset.file_sizes
         ratios = Ratios(tried.cache())
         options = [
-            weigh(asked, blank, ratios, pace, price, chosen=asked == settings)
+            weigh(asked, variant(blank, asked, sizes), ratios, pace, price, asked == settings)
             for asked in alternatives(settings, dataset)
         ]
         chosen = next(each for each in options if each.chosen)
-        arrays = ratios.of(variant(blank, settings))
+        arrays = ratios.of(variant(blank, settings, sizes))
     train, test = counts
     texts = len(dataset.class_names) * len(blank["prompts"])
     return {
@@ -457,7 +460,7 @@ class Ratios:
         return {
             name: num_chunks(spec) * encoded_bytes(np.ones(1, bool))
             if name == "complete"
-            else spec.nbytes * self._ratio(name, spec, manifest)
+            else spec.nbytes * (self._ratio(name, spec, manifest) if spec.compressed else 1)
             for name, spec in schema.array_specs(manifest).items()
         }
 
@@ -494,8 +497,16 @@ def blank_manifest(trial: Trial, counts: tuple[int, int]) -> Manifest:
     return manifest
 
 
-def variant(blank: Manifest, settings: Precompute) -> Manifest:
-    """Return the manifest that the cache would have with some settings."""
+def variant(
+    blank: Manifest, settings: Precompute, sizes: Mapping[str, NDArray[np.int64]]
+) -> Manifest:
+    """Return the manifest that the cache would have with some settings.
+
+    Args:
+        blank: that of the trial, with the real counts.
+        settings: of stage one.
+        sizes: of the photographs of each split, from whose first ones chunks of pixels are sized.
+    """
     manifest = deepcopy(blank)
     widest = max(len(manifest["class_names"]), manifest["teacher"]["num_features"])
     manifest |= {
@@ -508,6 +519,8 @@ def variant(blank: Manifest, settings: Precompute) -> Manifest:
         manifest |= {"keep": settings.top_k, "keep_temperature": settings.keep_temperature}
     if settings.rows is not None:
         manifest["rows"] = sorted(settings.rows)
+    if settings.keep_pixels is not None:
+        manifest["pixels"] = pixels_entry(sizes, settings.keep_pixels, manifest["block"])
     return manifest
 
 
@@ -529,10 +542,9 @@ def alternatives(settings: Precompute, dataset: Dataset) -> list[Precompute]:
 
 
 def weigh(
-    asked: Precompute, blank: Manifest, ratios: Ratios, pace: Pace, price: float, chosen: bool
+    asked: Precompute, manifest: Manifest, ratios: Ratios, pace: Pace, price: float, chosen: bool
 ) -> Option:
     """Return what one way to write the cache takes."""
-    manifest = variant(blank, asked)
     dataset, texts = manifest["dataset"], len(manifest["class_names"]) * len(manifest["prompts"])
     files = sum(map(len, blank_files(manifest).values()))
     stored = files + sum(ratios.of(manifest).values())
@@ -587,4 +599,7 @@ def show(result: Mapping[str, Any], report: Report) -> None:
         decoded = result["num_train"] * (result["views"] + 1)
         report.log(f"{decoded:,} decodes of training images: each, and the partner of each view")
     report.log(f"time on one device ({pace['hardware']}); {result['about']}")
+    pixels = sum(n for name, n in result["arrays"].items() if name.endswith("/pixels"))
+    if pixels:
+        report.log(f"of each of these stores, {size(pixels)} are the kept pixels")
     report.log(f"kept at {result['usd_a_gb_month']:g} USD a GB and month")

@@ -22,7 +22,7 @@ from richkd.data.views import views_tensor
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.store.schema import teacher_input
 from richkd.store.topk import Rows
-from richkd.training.images import load_images
+from richkd.training.images import student_images
 
 ROWS = ("teacher_logits", "teacher_features", "fused_logits", "clip_features", "clip_similarity")
 
@@ -75,7 +75,7 @@ def torch_dataset(
         if name not in ROWS:
             raise unknown("array", name, ROWS)
         cache.require(f"{split}/{name}")
-    images = load_images(cache, dataset, data_root)[split]
+    images = student_images(cache, dataset, data_root)[split]
     return Samples(cache, split, view, tuple(names), images)
 
 

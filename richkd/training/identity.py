@@ -93,6 +93,7 @@ class RunIdentity(Identity):
     keep: int | None = None  # logits of a row
     keep_temperature: float | None = None
     augment: str | None = None  # what views are besides a crop and flip
+    pixels: int | None = None  # the shorter side of the photographs that the cache keeps
     blend: str | None = None  # "computed" where the cache does not keep its fused logits
     added: dict[str, str] | None = None  # of the added teachers that the run reads, like `teacher`
 
@@ -128,6 +129,7 @@ class RunIdentity(Identity):
             else describe_input(NetworkInput.of(seen)),
             keep=manifest.get("keep"),
             keep_temperature=None if temperature is None else float(f"{temperature:g}"),
+            pixels=manifest["pixels"]["side"] if "pixels" in manifest else None,
             blend="computed" if computed else None,
             added={name: _sha256(cache.addition(name))[:DIGITS] for name in added} or None,
         )

@@ -5,18 +5,97 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from richkd.config import catalog
 from richkd.config.settings import Images
 from richkd.core.errors import RichKDError
-from richkd.core.progress import Report
+from richkd.core.progress import Report, size
 from richkd.data import layouts
-from richkd.data.datasets import Dataset, Split, load_dataset
+from richkd.data.datasets import Dataset, ImageFiles, Split, load_dataset
 from richkd.data.decoding import Decoding
+from richkd.data.kept import KeptImages, KeptPixels, reduced_sizes, starts
+from richkd.store.added import write_again
 from richkd.store.reader import TeacherCache
-from richkd.store.schema import Manifest
+from richkd.store.schema import PIXEL_SIZES, SIZES, Manifest
+
+
+def student_images(
+    cache: TeacherCache,
+    dataset: str = "",
+    data_root: str = "data",
+    decode: str = "auto",
+    report: Report | None = None,
+) -> dict[str, Split]:
+    """Load the images and labels of all splits as students see them.
+
+    Args:
+        cache: the cache.
+        dataset: as in `load_dataset_of`, like the other arguments and the errors.
+        data_root: the folder of the datasets.
+        decode: where the pixels of photographs come from: a setting of `Distill`.
+        report: receives progress.
+    """
+    embedded = cache.manifest["dataset"]["embedded"]
+    if decode == "auto" and "pixels" in cache.manifest:
+        return kept_images(cache, report or Report(quiet=True))
+    if embedded and decode not in ("auto", "exact"):
+        raise RichKDError(
+            f"decode = {decode!r}: the images of {cache.location} are in it, decoded; leave "
+            f"--decode out",
+            code="decode-of-arrays",
+        )
+    splits = load_images(cache, dataset, data_root, report)
+    if decode == "draft":
+        train = splits["train"]
+        assert isinstance(train.images, ImageFiles)
+        splits["train"] = replace(train, images=replace(train.images, drafts=True))
+    return splits
+
+
+def kept_images(cache: TeacherCache, report: Report) -> dict[str, Split]:
+    """Return the splits of a cache with kept pixels, which need no image files.
+
+    Raises:
+        RichKDError: the cache is damaged.
+    """
+    entry, manifest = cache.manifest["pixels"], cache.manifest
+    splits: dict[str, Split] = {}
+    for split, labels in labels_of(cache).items():
+        sizes, pixel_sizes = (
+            cache.read(f"{split}/{name}").numpy() for name in (SIZES, PIXEL_SIZES)
+        )
+        if int(sizes.min()) < 1 or not np.array_equal(
+            pixel_sizes, reduced_sizes(sizes, entry["side"])
+        ):
+            raise RichKDError(
+                f"{cache.location}: {split}/{PIXEL_SIZES} are not {split}/{SIZES} reduced to "
+                f"{entry['side']} pixels; {write_again(cache.location)}",
+                code="cache-damaged",
+            )
+        name = f"{split}/pixels"
+        source = KeptPixels(
+            folder=cache.chunk_folder(name),
+            where=f"{cache.location} {name}",
+            images=entry["images"],
+            starts=starts(pixel_sizes, entry["images"]),
+            pixel_sizes=pixel_sizes,
+            sizes=sizes,
+            numbers=np.arange(len(sizes)),
+        )
+        traits = np.zeros(len(sizes), np.uint8)
+        images = KeptImages(
+            source, sizes.astype(np.int64), traits, manifest["image_size"], Decoding()
+        )
+        splits[split] = Split(images, labels)
+    total = sum(cache.specs[f"{split}/pixels"].nbytes for split in splits)
+    report.log(
+        f"images are the pixels that {cache.location} keeps ({entry['side']} pixels on the shorter "
+        f"side, {size(total)}); no image file is read (--decode exact reads them)"
+    )
+    return splits
 
 
 def load_images(
@@ -40,19 +119,25 @@ def load_dataset_of(
     Raises:
         RichKDError: the dataset is missing, has other classes, or changed since stage one.
     """
-    labels_of = {split: cache.read(f"{split}/labels") for split in cache.splits}
-    for split, labels in labels_of.items():
+    labels = labels_of(cache)
+    if cache.manifest["dataset"]["embedded"]:
+        return _embedded(cache, labels)
+    found = load_again(cache.manifest, dataset, data_root, report)
+    _check_same(cache, found, labels)
+    return replace(found, class_names=tuple(cache.manifest["class_names"]))
+
+
+def labels_of(cache: TeacherCache) -> dict[str, Tensor]:
+    """Return the labels of all splits; raise RichKDError if they are no classes."""
+    found = {split: cache.read(f"{split}/labels") for split in cache.splits}
+    for split, labels in found.items():
         if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < cache.num_classes:
             raise RichKDError(
                 f"{cache.location}: {split}/labels are not in 0..{cache.num_classes - 1}; write "
                 f"the cache again with richkd precompute --overwrite",
                 code="cache-damaged",
             )
-    if cache.manifest["dataset"]["embedded"]:
-        return _embedded(cache, labels_of)
-    found = load_again(cache.manifest, dataset, data_root, report)
-    _check_same(cache, found, labels_of)
-    return replace(found, class_names=tuple(cache.manifest["class_names"]))
+    return found
 
 
 def _embedded(cache: TeacherCache, labels_of: Mapping[str, Tensor]) -> Dataset:

@@ -36,7 +36,7 @@ from richkd.training.data import (
     with_partners,
 )
 from richkd.training.device import choose_device, cuda, free_memory
-from richkd.training.images import load_images
+from richkd.training.images import student_images
 from richkd.training.initial import PRETRAINED, Initial
 from richkd.training.loop import Trainer
 from richkd.training.targets import Target, choice_samples, choose_target, held_out
@@ -47,8 +47,8 @@ KINDS = {"cnn": "teacher"}  # the targets of teachers whose names differ from th
 class Source:
     """A cache and what all runs from it share: images, slabs and targets.
 
-    Runs whose settings differ in `cache`, `dataset`, `data_root`, `device` or `crops_per_decode`
-    need different sources.
+    Runs whose settings differ in `cache`, `dataset`, `data_root`, `decode`, `device` or
+    `crops_per_decode` need different sources.
     """
 
     def __init__(
@@ -82,8 +82,9 @@ class Source:
 
     @cached_property
     def splits(self) -> dict[str, Split]:
-        """Images and labels of all splits, on the host; raise as `load_images`."""
-        return load_images(self.cache, self.settings.dataset, self.settings.data_root, self.report)
+        """Images and labels of all splits, on the host; raise as `student_images`."""
+        given = self.settings
+        return student_images(self.cache, given.dataset, given.data_root, given.decode, self.report)
 
     def data_for(self, settings: Distill) -> Data:
         """Return `data` for a run, which may hold out test images, or normalise in its own way."""
