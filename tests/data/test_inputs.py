@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from richkd.data.datasets import ImageFiles, files_split
-from richkd.data.decoding import Decoding
+from richkd.data.decoding import Decoding, Photograph
 from richkd.data.folders import list_images
 from richkd.data.inputs import FileInputs
 from richkd.data.views import ResizedCropFlip, views_tensor
@@ -96,9 +96,9 @@ def test_every_image_is_decoded_once(files: ImageFiles, views: Tensor) -> None:
     opened: list[int] = []
 
     class Recorded(ImageFiles):
-        def open(self, index: int) -> Image.Image:
+        def photograph(self, index: int, most: float = 1.0) -> Photograph:
             opened.append(index)
-            return super().open(index)
+            return super().photograph(index, most)
 
     loader = FileInputs(Recorded(**vars(files)), CPU, workers=0)
     spans = [range(9), range(20, 37)]
