@@ -171,13 +171,13 @@ def test_fresh_views_of_a_group_are_those_without_reuse(photos: Path) -> None:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """Count how often each image is opened in this process."""
     opened: Counter[int] = Counter()
-    before = ImageFiles.open
+    before = ImageFiles.photograph
 
-    def count(self: ImageFiles, index: int) -> Any:
+    def count(self: ImageFiles, index: int, most: float = 1.0) -> Any:
         opened[index] += 1
-        return before(self, index)
+        return before(self, index, most)
 
-    monkeypatch.setattr(ImageFiles, "open", count)
+    monkeypatch.setattr(ImageFiles, "photograph", count)
     return opened
 
 
