@@ -77,6 +77,12 @@ def analyze(
     metrics.check_threshold(threshold)
     if split not in cache.splits:
         raise unknown("split", split, cache.splits)
+    if split == "train" and cache.augment is not None and cache.augment.mixes:
+        raise RichKDError(
+            f"split = 'train': {cache.location} has mixed training images (augment "
+            f"{cache.augment.text}), each of two classes; choose test",
+            code="split-mixed",
+        )
     report = report or Report(quiet=True)
     rows, every = read_rows(cache, split), every_logits(cache, split)
     logits = {**every, **teacher_logits(cache, rows)}

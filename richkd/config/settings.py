@@ -21,6 +21,7 @@ from richkd.config import catalog
 from richkd.core.choices import (
     CNN_ROWS,
     CROP,
+    MIXING,
     ROWS,
     ClipHead,
     ClipPrecision,
@@ -534,12 +535,16 @@ class Precompute(Images):
         """Merge `features` into `rows`: None if all are kept, else names in the order of ROWS."""
         known = {*(ROWS if self.clip != "none" else CNN_ROWS)}
         features = {name for name in known if name.endswith("features")}
+        mixed = {"fused_logits"} & known if self.augment.endswith(MIXING) else set()
         rows: set[str] = known - features if self.features == "none" else known
+        rows = rows - mixed  # computed from CLIP's rows of both images, which come later
         if self.rows is not None:
             rows, given = {*self.rows}, list(self.rows)
             require("teacher_logits" in rows, "rows", given, "names that include teacher_logits")
             must = f"among {', '.join(sorted(known))}, as there is no CLIP"
             require(rows <= known, "rows", given, must)
+            must = f"names other than fused_logits, which mixed views ({self.augment}) have none of"
+            require(not rows & mixed, "rows", given, must)
             same = {"none": not rows & features, "all": features <= rows, "": True}
             must = f"left out, or agree with rows = {given}"
             require(same[self.features], "features", self.features, must)

@@ -21,7 +21,8 @@ from richkd.data.datasets import ImageFiles
 from richkd.data.decoding import Photograph
 from richkd.data.framing import Framing
 from richkd.data.kept import Packer, Reducer
-from richkd.data.replay import Crops, joined_rows, replay
+from richkd.data.mixing import joined_rows
+from richkd.data.replay import Crops, replay
 from richkd.data.reuse import Reuse
 from richkd.data.views import gather_views, pad_crop_flip
 from richkd.data.workers import MAX_WORKERS, Samples, load, num_workers

@@ -24,33 +24,6 @@ SHARES = 2**16  # mixup's share of an image is a whole number of these parts
 NEAREST = InterpolationMode.NEAREST  # torchvision's default in both policies
 
 
-def joined(augment: Augment | None, views: Tensor, samples: Tensor | None = None) -> Tensor:
-    """Return the rows [E,k] of one view, each with the row of its partner.
-
-    Such rows [E,k+…] can be replayed one by one, in any order and selection.
-
-    Args:
-        augment: what the rows consist of; None for crops, which have no partners.
-        views: the rows of all samples, [N,k], or [N] for crops.
-        samples: which to return, [E]; None for all.
-    """
-    own = views if samples is None else views[samples]
-    if augment is None or not augment.mixes:
-        return own
-    partners = own[:, augment.at["partner"]].long()
-    return torch.cat([own, views[partners, : augment.unmixed]], dim=1)
-
-
-def joined_rows(augment: Augment, views: Tensor, entry: int) -> Tensor:
-    """Return the rows [V,k+…] of one entry, given those [V,N,k] of all samples, or joined ones."""
-    own = views[:, entry]
-    if not augment.mixes or own.shape[1] > augment.width:
-        return own
-    partners = own[:, augment.at["partner"]].long()
-    theirs = views[torch.arange(len(views)), partners, : augment.unmixed]
-    return torch.cat([own, theirs], dim=1)
-
-
 def replay(augment: Augment, rows: Tensor, sample: int, crops: Crops) -> Tensor:
     """Return views of a sample.
 

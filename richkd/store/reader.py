@@ -20,6 +20,7 @@ from richkd.core.choices import Scale, check_blend
 from richkd.core.errors import RichKDError
 from richkd.core.memory import spans
 from richkd.data.augment import Augment
+from richkd.data.mixing import Mix
 from richkd.data.views import views_tensor
 from richkd.store import pages, schema
 from richkd.store.added import (
@@ -379,12 +380,18 @@ class TeacherCache:
     ) -> Tensor:
         """Return the fused logits [N,C] f32 of another blend; None means the cache's own setting.
 
+        Of mixed images, CLIP's part is the mean of both by their shares.
+
         Raises:
             RichKDError: the cache has no CLIP, or a setting is out of range.
         """
+        similarity = self.similarity("train", prompts)
+        mix = None
+        if self.augment is not None:
+            mix = Mix.of(self.augment, self.slab(view, ()).views)
         return self.blend(
             self.read("train/teacher_logits", view),
-            self.similarity("train", prompts),
+            similarity if mix is None else mix.rows(similarity),
             alpha=alpha,
             scale=scale,
         )

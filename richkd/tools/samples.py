@@ -17,7 +17,7 @@ from richkd.data.augment import Augment
 from richkd.data.datasets import Split
 from richkd.data.framing import NetworkInput
 from richkd.data.inputs import Normalize, image_views
-from richkd.data.replay import joined
+from richkd.data.mixing import Mix, joined
 from richkd.data.views import views_tensor
 from richkd.store.reader import TeacherCache, open_cache
 from richkd.store.schema import teacher_input
@@ -150,11 +150,10 @@ class Samples(Dataset[dict[str, Tensor]]):
 
     def _mixing(self, index: Tensor) -> dict[str, Tensor]:
         """Return the labels of the partners and the shares of mixed images."""
-        augment = self.augment
-        if augment is None or not augment.mixes:
+        mix = Mix.of(self.augment, self.views[index])
+        if mix is None:
             return {}
-        partner, share = (self.views[index, augment.at[name]] for name in ("partner", "share"))
-        return {"partner_label": self.images.labels[partner.long()], "share": share}
+        return {"partner_label": self.images.labels[mix.partner], "share": mix.share}
 
     @cached_property
     def _normalize(self) -> Normalize:

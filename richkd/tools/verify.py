@@ -457,7 +457,7 @@ def check_teacher(
 ) -> Iterator[str]:
     """Check that a random sample of training rows is what the CNN teacher gives on their views."""
     from richkd.data.inputs import make_inputs
-    from richkd.data.replay import joined
+    from richkd.data.mixing import joined
     from richkd.teachers.find import load_again
     from richkd.training.device import choose_device
     from richkd.training.images import load_images

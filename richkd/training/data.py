@@ -14,6 +14,7 @@ from richkd.core.seeds import derive_seed
 from richkd.data.augment import Augment
 from richkd.data.datasets import Split
 from richkd.data.inputs import Inputs, Normalize, make_inputs
+from richkd.data.mixing import Mix
 from richkd.data.views import views_tensor
 from richkd.losses.method import PARTNER, SHARE
 from richkd.store.topk import Rows
@@ -84,11 +85,12 @@ def with_partners(source: EpochRows, labels: Tensor, augment: Augment | None) ->
         labels: of all samples, [N].
         augment: what the views consist of.
     """
-    if augment is None or not augment.mixes:
+    mix = Mix.of(augment, source.views)
+    if mix is None:
         return source
     where = torch.device("cpu") if source.on_host else labels.device
-    partner, share = (source.views[:, augment.at[name]].to(where) for name in ("partner", "share"))
-    added = {PARTNER: labels.to(where)[partner.long()].float(), SHARE: share.contiguous()}
+    mix = mix.to(where)
+    added = {PARTNER: labels.to(where)[mix.partner].float(), SHARE: mix.share}
     return replace(source, rows={**source.rows, **added})
 
 

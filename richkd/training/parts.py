@@ -18,6 +18,7 @@ from richkd.core.choices import Scale
 from richkd.core.errors import RichKDError
 from richkd.core.memory import spans
 from richkd.core.progress import Report
+from richkd.data.mixing import Mix
 from richkd.store.added import array_of
 from richkd.store.reader import TeacherCache
 from richkd.store.topk import Rows, TopKRows
@@ -46,8 +47,11 @@ class Part:
         rows: Mapping[str, Rows],
         span: slice | Tensor,
         samples: Tensor | None = None,
+        mix: Mix | None = None,
     ) -> Tensor:
-        """Return factor · z + shift of some entries: [n,C] f32; `samples` as in `blended`."""
+        """Return factor · z + shift of some entries: [n,C] f32; arguments as in `blended`."""
+        if not self.row and mix is not None:
+            return fusion.clip_logits(mix.rows(self.fixed[split], span), self.factor, self.shift)
         given = rows[self.row] if self.row else self.fixed[split]
         some = given[span if self.row or samples is None else samples[span]]
         dense = some.dense() if isinstance(some, TopKRows) else some
@@ -60,6 +64,7 @@ def blended(
     rows: Mapping[str, Rows],
     empty: Callable[..., Tensor] = torch.empty,
     samples: Tensor | None = None,
+    mix: Mix | None = None,
 ) -> Tensor:
     """Return the sum of parts [E,C], computed a span of entries at a time.
 
@@ -69,12 +74,14 @@ def blended(
         rows: those that the parts name, of one view.
         empty: creates the tensor that is returned, of a shape; sums are rounded to its dtype.
         samples: [E], the sample of each entry of the rows; None if entry i is of sample i.
+        mix: of the same entries, if they are of two samples each. Rows of one view are of both;
+            logits that are the same in all views are mixed.
     """
     first = rows[parts[0].row] if parts[0].row else parts[0].fixed[split]
     count = len(first) if samples is None else len(samples)
     logits = empty((count, first.shape[-1]))
     for span in spans(count):
-        whole = reduce(add, (part.logits(split, rows, span, samples) for part in parts))
+        whole = reduce(add, (part.logits(split, rows, span, samples, mix) for part in parts))
         logits[span] = whole.to(logits.dtype)
     return logits
 

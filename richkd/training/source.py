@@ -17,7 +17,7 @@ from richkd.core.progress import Report
 from richkd.core.seeds import derive_seed
 from richkd.data.datasets import Split
 from richkd.data.inputs import Normalize, make_inputs
-from richkd.data.replay import joined
+from richkd.data.mixing import Mix, joined
 from richkd.data.views import views_tensor
 from richkd.losses import Task, method_class, method_options
 from richkd.losses.method import EVERY, TARGET, Method
@@ -25,7 +25,7 @@ from richkd.models import check_fit, check_trainable, create_model
 from richkd.store import pages
 from richkd.store.added import array_of
 from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
-from richkd.store.topk import Rows
+from richkd.store.topk import Rows, TopKRows
 from richkd.training.data import (
     Data,
     EpochRows,
@@ -238,10 +238,18 @@ class Source:
             yield replace(source, rows={**source.rows, **self._of_entries(fixed, source)}), waited
 
     def _of_entries(self, fixed: Mapping[str, Rows], source: EpochRows) -> Mapping[str, Rows]:
-        """Return rows that are the same in every view, by sample, as those of its entries."""
+        """Return rows that are the same in every view, by sample, as those of its entries.
+
+        Those of mixed images are mixed likewise: CLIP saw each of them alone.
+        """
+        device = torch.device("cpu") if source.on_host else self.device
+        mix = Mix.of(self.cache.augment, source.views, source.samples)
+        if mix is not None:
+            mix = mix.to(device)
+            return {name: mix.all_rows(_dense(row)) for name, row in fixed.items()}
         if source.samples is None:
             return fixed
-        samples = source.samples if source.on_host else source.samples.to(self.device)
+        samples = source.samples.to(device)
         return {name: row[samples] for name, row in fixed.items()}
 
     def _is_fixed(self, name: str) -> bool:
@@ -328,7 +336,8 @@ class Source:
             views = self._views(pieces, place.on_disk)
             rows: dict[str, Rows] = {name: stored[name] for name in sorted(features)}
             for name, target in targets.items():
-                rows[name] = target.logits("train", stored, empty, samples)
+                mix = Mix.of(self.cache.augment, views, samples)
+                rows[name] = target.logits("train", stored, empty, samples, mix)
             epoch_rows = EpochRows(views, rows, place.on_host, samples, len(pieces))
             return epoch_rows.pinned() if pin else epoch_rows
 
@@ -350,6 +359,10 @@ class Source:
                 for views, (_, samples) in zip(every, pieces, strict=True)
             ]
         )
+
+
+def _dense(rows: Rows) -> Tensor:
+    return rows.dense() if isinstance(rows, TopKRows) else rows
 
 
 @dataclass(frozen=True)

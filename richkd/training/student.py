@@ -591,8 +591,7 @@ def describe_mixing(cache: TeacherCache) -> str:
     """Return a further line on what mixed images mean for a run; "" if the cache has none."""
     if cache.augment is None or not cache.augment.mixes:
         return ""
-    clip = "; CLIP saw that image alone" if cache.manifest["clip"] else ""
-    return f"\nimages are mixed: train accuracy counts the first label of each{clip}"
+    return "\nimages are mixed: train accuracy counts the first label of each"
 
 
 def describe_waits(rows: float, images: float) -> str:

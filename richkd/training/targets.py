@@ -20,6 +20,7 @@ from richkd.core.accuracy import accuracy
 from richkd.core.errors import RichKDError, require, unknown
 from richkd.core.progress import Report
 from richkd.core.seeds import derive_seed
+from richkd.data.mixing import Mix
 from richkd.losses import method_class, method_options
 from richkd.losses.method import EVERY
 from richkd.store import schema
@@ -61,16 +62,16 @@ class Target:
         rows: Mapping[str, Rows],
         empty: Callable[..., Tensor] = torch.empty,
         samples: Tensor | None = None,
+        mix: Mix | None = None,
     ) -> Rows:
         """Return target logits [E,C] of a split, from the rows that `reads` names.
 
         If they are not such rows themselves, they are computed into the tensor that `empty`
-        creates of their shape, and rounded to its dtype. `samples` [E] are those of the rows; None
-        if row i is of sample i.
+        creates of their shape, and rounded to its dtype. `samples` and `mix` as in `blended`.
         """
         if self.is_stored:
             return rows[self.parts[0].row]
-        return blended(self.parts, split, rows, empty, samples)
+        return blended(self.parts, split, rows, empty, samples, mix)
 
 
 def choose_target(cache: TeacherCache, settings: Distill, kind: str, report: Report) -> Target:
