@@ -480,7 +480,8 @@ class Ratios:
                 kept = keep_top(rows, manifest["keep"], manifest["keep_temperature"])
                 which = (kept.top, kept.class_index(), kept.rest)[parts.index(name)]
                 return self._rounded(name, which.numpy().astype(spec.dtype), manifest)
-        name = name.replace("test/", "train/")  # which has more rows of the same kind
+        train = name.replace("test/", "train/")  # which has more rows of the same kind
+        name = train if train in self.cache.specs else name
         view = 0 if self.cache.specs[name].dimensions[0] == "view" else None
         values = self.cache.read(name, view).numpy().astype(spec.dtype)
         return self._rounded(name, values, manifest)
