@@ -334,6 +334,8 @@ class StageOne:
             if ranks.first:
                 self.complete(writer)
             ranks.wait()
+        if not ranks.first:  # whose manifest lacks what the first has counted
+            return
         stored = sum(out.sizes().values())
         report.log(closing(writer.manifest, out, stored, time.perf_counter() - start))
 
