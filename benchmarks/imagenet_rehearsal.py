@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ CLIP = {
 }
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Run every step, write the seconds of each as JSON, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="a new folder, for everything")
@@ -46,8 +47,9 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--per-class", type=int, default=20, help="training images of a class")
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--ranks", type=int, default=2, help="processes of each stage")
-    options = parser.parse_args()
+    parser.add_argument("--ranks", type=int, default=2, help="processes of stage one")
+    parser.add_argument("--student-ranks", type=int, default=1, help="processes of stage two")
+    options = parser.parse_args(words)
     options.out.mkdir(parents=True)
     runs = [*steps(options)]
     checks = check(options)
@@ -81,7 +83,7 @@ def steps(options: argparse.Namespace) -> list[dict[str, Any]]:
         (1, f"verify {cache} --teacher {teacher}"),
         (1, f"inspect {cache}"),
         (
-            options.ranks,
+            options.student_ranks,
             f"distill --recipe {RECIPE} --cache {cache} --student {NETWORK} --method richkd-l "
             f"{training} --milestones 1 --out {run}",
         ),

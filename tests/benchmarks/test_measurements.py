@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forks
 from test_distill import train
 
 ROOT = Path(__file__).parents[2]
@@ -105,3 +108,38 @@ def test_steps_are_compared_by_seed(store: Path, tmp_path: Path) -> None:
     }
     assert len([line for line in out.splitlines() if line.startswith("| eager/")]) == 2
     assert script("precision.py", *words).splitlines()[-4:] == out.splitlines()[-4:]
+
+
+@pytest.mark.slow
+def test_the_rehearsal_of_imagenet(
+    forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    rehearsal = import_module("imagenet_rehearsal")
+    ran = {}
+
+    def timed(ranks: int, words: str) -> dict[str, Any]:
+        """Run a command as torchrun would, in forks."""
+        job = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        started = [
+            forks.start(*words.split(), env={**job, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(ranks)
+        ]
+        ends = [process.outcome() for process in started]
+        assert [end.code for end in ends] == [0] * ranks, ends
+        ran[words.split(maxsplit=1)[0]] = ranks
+        return {"step": words, "seconds": 0.1, "peak_bytes": 1}
+
+    monkeypatch.setattr(rehearsal, "timed", timed)
+    rehearsal.main(f"{tmp_path / 'r'} --classes 24 --per-class 6 --ranks 2".split())
+    found = json.loads((tmp_path / "r/imagenet-rehearsal.json").read_text())
+    steps = ["train-teacher", "precompute", "verify", "inspect", "distill", "evaluate"]
+    assert [*ran] == steps and ran["precompute"] == 2
+    assert found["checks"]["class_names"][:3] == ["tench", "goldfish", "great white shark"]
+    assert found["checks"]["texts"] == 24 * 12 and found["checks"]["num_test"] == 48
+    assert len(found["runs"]) == 1 + len(steps)
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
