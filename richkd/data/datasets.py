@@ -84,7 +84,14 @@ class ImageFiles:
     def photograph(self, index: int, most: float = 1.0) -> Photograph:
         """Read an image as RGB; with `drafts`, reduced by up to `most`; raise as `open`."""
         most = most if self.drafts else 1.0
-        return self.decoding.photograph(self.source.file(index), self.source.name(index), most)
+        name = self.source.name(index)
+        try:
+            file = self.source.file(index)
+        except OSError as error:
+            raise RichKDError(
+                f"{name} can no longer be read ({error.strerror}); restore it", code="image-changed"
+            ) from None
+        return self.decoding.photograph(file, name, most)
 
     def take(self, which: Which) -> ImageFiles:
         """Select images by a slice, indices or a mask."""

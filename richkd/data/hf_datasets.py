@@ -67,7 +67,7 @@ class TableRows:
         cell = self.table[int(self.rows[index])][self.column][0].as_py()
         if isinstance(cell, dict):
             if cell.get("bytes") is None and cell.get("path"):
-                return Path(cell["path"]).open("rb")
+                return io.BytesIO(Path(cell["path"]).read_bytes())
             cell = cell.get("bytes")
         return io.BytesIO(cell or b"")
 
@@ -117,6 +117,11 @@ def contents(
     image = _image_column(features, asked["image"], place)
     label = _label_column(features, asked["label"], place)
     raw = {name: _labels(tables[name], label) for name in splits.values()}
+    for name in splits.values():
+        if image not in tables[name].features:
+            raise _no_column(
+                "image_column", image, tables[name].features, f"{place}, split {name},"
+            )
     if layout is None:
         splits, dropped = drop_unlabelled(splits, raw)
         columns = f"images are read from the column {image}, labels from {label}"

@@ -190,7 +190,10 @@ def _look_at_all(source: Source, decode: bool, report: Report, look: Look) -> Sc
     faults: dict[int, str] = {}
 
     def look_at(number: int) -> decoding.Found:
-        file = source.file(number)
+        try:
+            file = source.file(number)
+        except OSError as error:
+            return decoding.Found(fault=error.strerror or str(error))
         found = look(file, decode)
         if not isinstance(file, Path):
             prints[number] = print_of(file)

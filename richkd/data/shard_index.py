@@ -63,13 +63,6 @@ def find_shards(folder: Path) -> dict[str, list[Shard]]:
             f"{hint or '; check the path'}",
             code="shards-missing",
         )
-    missing = next((path for path in counts if path not in paths), None)
-    if missing is not None:
-        raise RichKDError(
-            f"{folder / counts[missing].index} lists the shard {missing}, which is not in "
-            f"{folder}; fetch it, or write the index again",
-            code="shards-missing",
-        )
     found: dict[str, list[Shard]] = {}
     for path in paths:
         shard = counts.get(path) or Shard(path, *_dali(folder, path), "")
@@ -87,6 +80,13 @@ def find_shards(folder: Path) -> dict[str, list[Shard]]:
                 code="shards-without-index",
             )
         found.setdefault(split, []).append(shard)
+    for path, shard in counts.items():
+        if path not in paths and (shard.split or _split_of(path)) in found:
+            raise RichKDError(
+                f"{folder / shard.index} lists the shard {path}, which is not in {folder}; fetch "
+                f"it, or write the index again",
+                code="shards-missing",
+            )
     return found
 
 

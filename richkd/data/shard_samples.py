@@ -253,7 +253,7 @@ def _image(members: Sequence[Member], asked: str, path: Path) -> Member:
     found = [
         member
         for member in members
-        if (member.extension == asked if asked else f".{member.extension}" in SUFFIXES)
+        if (member.extension == asked if asked else Path(member.name).suffix.lower() in SUFFIXES)
     ]
     if len(found) == 1:
         return found[0]

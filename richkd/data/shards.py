@@ -37,10 +37,21 @@ from richkd.data.sources import Paths, Which
 _NAMES = ("classes.txt", "classes.json")  # files of class names
 
 
+class _OpenShard:
+    """An open file that is closed when nobody needs it any more."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
 class Section(io.RawIOBase):
     """A part of a file. Reads do not move its position, so processes may share the file."""
 
-    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+    def __init__(self, file: _OpenShard, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0
 
     def readable(self) -> bool:
@@ -63,16 +74,16 @@ class Section(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Read up to the length of a buffer; return the number of bytes."""
         count = min(len(buffer), max(0, self._length - self._at))
-        found = os.pread(self._file.fileno(), count, self._start + self._at)
+        found = os.pread(self._file.descriptor, count, self._start + self._at)
         buffer[: len(found)] = found
         self._at += len(found)
         return len(found)
 
 
 @lru_cache(maxsize=256)
-def _opened(path: str, _: tuple[int, int, int]) -> BinaryIO:
-    """Open a shard, once in every process for each version of the file."""
-    return open(path, "rb", buffering=0)  # noqa: PTH123  # closed when it is forgotten
+def _opened(path: str, _: tuple[int, int, int]) -> _OpenShard:
+    """Open a shard once in each process, and again if it is another file."""
+    return _OpenShard(path)
 
 
 def part_of(path: str, start: int, length: int) -> BinaryIO:
