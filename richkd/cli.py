@@ -496,10 +496,13 @@ def distill(
     check_resume(resume, overwrite)
     settings = resolve(Distill, _table(recipe, "distill"), given)
     from richkd.analysis.results import results_table
+    from richkd.core.ranks import is_first
     from richkd.distill import distill as stage_two
 
     report = _report(as_json)
     summary = stage_two(settings, resume=resume, overwrite=overwrite, report=report)
+    if not is_first():
+        return
     if as_json:
         _print(summary, as_json)
     else:

@@ -1,5 +1,8 @@
 """Stage two: train a student from a cache, one slab per epoch. No teacher is loaded here.
 
+Under torchrun the processes share every batch (training/parallel.py); the first of them owns the
+run folder.
+
 `Source` holds what runs can share: cache, images, slabs and targets. `StudentRun` holds what one
 run owns: student, method, optimizer and run folder. `distill` has one run, a sweep has many.
 """
@@ -10,6 +13,7 @@ from typing import Any
 
 from richkd.config.settings import Distill, check_resume
 from richkd.core.progress import Report
+from richkd.core.ranks import joined
 from richkd.training.source import Source
 from richkd.training.student import (
     StudentRun,
@@ -46,11 +50,23 @@ def distill(
             student diverges.
     """
     check_resume(resume, overwrite)
-    report = report or Report(quiet=True)
-    source = Source(settings, report)
+    with joined(on_gpus=settings.device != "cpu") as ranks:
+        report = report if report and ranks.first else Report(quiet=True)
+        source = ranks.after_first(lambda: Source(settings, report, ranks=ranks))
+        summary = ranks.from_first(lambda: check_run(source, settings, report, overwrite))
+        return summary or train(source, settings, report, overwrite)
+
+
+def check_run(
+    source: Source, settings: Distill, report: Report, overwrite: bool
+) -> dict[str, Any] | None:
+    """Return the summary of the run if it is complete; raise as `distill`."""
     check_every_teacher(source.cache, settings)
-    if not overwrite and (summary := completed(settings, source.cache, report)):
-        return summary
+    return None if overwrite else completed(settings, source.cache, report)
+
+
+def train(source: Source, settings: Distill, report: Report, overwrite: bool) -> dict[str, Any]:
+    """Train the student of a run that is not complete; raise as `distill`."""
     with StudentRun(source, settings, overwrite=overwrite) as run:
         report.log(run.opening())
         log_few_views([run.settings], source.cache, report)

@@ -624,6 +624,12 @@ class Distill(Training):
         "share of the test images to make choices on instead of testing; default 0.2 for alpha "
         "auto and halving if the cache has no validation images, else 0",
     )
+    batch_norm: Literal["sync", "local"] = setting(
+        "sync",
+        "under torchrun, the samples that batch norm spans: sync (those of all processes) or local "
+        "(faster)",
+        later=True,
+    )
     crops_per_decode: Count = setting(
         1,
         "views of an image that enter training from one decode of its file; an epoch then shows M "

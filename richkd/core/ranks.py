@@ -1,14 +1,15 @@
 """The processes of one job, as torchrun starts them.
 
-They communicate through gloo, which every machine has, and never send tensors of networks. A
-process started without a launcher is rank 0 of 1, at no cost.
+Objects go through gloo, which every machine has; tensors on GPUs through NCCL, for those who train
+a network together. A process started without a launcher is rank 0 of 1, at no cost.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,9 @@ from richkd.core.errors import RichKDError, first_line
 
 PATIENCE = timedelta(days=7)  # rank 0 may train a teacher while the others wait
 WAKE_S = 0.02  # between polls, so that signals are handled; gloo would block them
+# besides TORCHELASTIC_*
+LAUNCHER = re.compile("((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)")
+_met: list[bool] = []  # not empty once this process has joined its job
 T = TypeVar("T")
 
 
@@ -30,10 +34,47 @@ def is_first() -> bool:
     return _world() == 1 or os.environ.get("RANK") == "0"
 
 
+def reports(code: str) -> bool:
+    """Return whether this process prints an error of this code, or an interruption (code "").
+
+    What all processes find before they meet, or stop for together, is said once on each machine.
+    """
+    together = not _met or code in ("", "rank-zero-failed")
+    return _number("LOCAL_RANK", 0) == 0 or not (together and _world() > 1)
+
+
+def processes_here() -> int:
+    """Return the number of processes of the job on this machine, which share its CPUs."""
+    return _number("LOCAL_WORLD_SIZE", 1) if _world() > 1 else 1
+
+
+def check_alone(command: str) -> None:
+    """Raise RichKDError if a command that runs in one process was started by a launcher."""
+    if _world() > 1:
+        raise RichKDError(
+            f"{command} runs in one process, but was started in {_world()}; start it without "
+            f"torchrun, which is for precompute, add-teacher and distill",
+            code="command-of-one-process",
+        )
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return environment variables without those that torchrun sets."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not LAUNCHER.fullmatch(name) and not name.startswith("TORCHELASTIC_")
+    }
+
+
 def _world() -> int:
     """Return the number of processes of the job, from the launcher's environment variables."""
-    size = os.environ.get("WORLD_SIZE", "")
-    return int(size) if size.isdecimal() and "RANK" in os.environ else 1
+    return _number("WORLD_SIZE", 1) if "RANK" in os.environ else 1
+
+
+def _number(name: str, otherwise: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else otherwise
 
 
 @dataclass(frozen=True)
@@ -42,7 +83,13 @@ class Ranks:
 
     rank: int
     world: int
-    first_here: bool = True  # the first one on this machine
+    local: int = 0  # its rank among those on this machine
+    here: int = 1  # how many are on this machine
+
+    @property
+    def first_here(self) -> bool:
+        """Whether this process is the first one on its machine."""
+        return self.local == 0
 
     @property
     def first(self) -> bool:
@@ -94,6 +141,16 @@ class Ranks:
                 for number, part in enumerate(parts):
                     dist.broadcast(part, src=number % self.world)
 
+    def after_first(self, compute: Callable[[], T]) -> T:
+        """Compute a value in rank 0, then in the other processes; return each its own.
+
+        A mistake that all of them would find is thus raised by rank 0 alone; raises as
+        `from_first`.
+        """
+        values: list[T] = []
+        self.from_first(lambda: values.append(compute()))
+        return values[0] if values else compute()
+
     def wait(self) -> None:
         """Wait until all processes have called this."""
         if self.world > 1:
@@ -108,32 +165,46 @@ ALONE = Ranks(0, 1)
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def joined(*, on_gpus: bool = False) -> Iterator[Ranks]:
     """Join the job that the environment describes.
 
+    Args:
+        on_gpus: whether the processes exchange tensors on GPUs, each on its own.
+
     Raises:
-        RichKDError: the other processes cannot be reached.
+        RichKDError: the other processes cannot be reached, or one of them ended.
     """
     if _world() == 1:
-        yield Ranks(0, 1)
+        yield ALONE
         return
+    local = _number("LOCAL_RANK", 0)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(local % torch.cuda.device_count())
     try:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if on_gpus and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RichKDError(
             f"cannot reach the other processes of this job ({first_line(error)}); start "
             f"it with torchrun --nproc-per-node N -m richkd …",
             code="ranks-cannot-meet",
         ) from None
-    here = os.environ.get("LOCAL_RANK", "0") == "0"
+    _met.append(True)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), here)
-    except Exception:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), local, processes_here())
+    except Exception as error:
         dist.destroy_process_group()
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise _lost() from None
         raise
     dist.destroy_process_group()  # not after a signal: it would wait for the others
+
+
+def _lost() -> RichKDError:
+    return RichKDError(
+        "another process of this job ended; see its message, and start the job again to resume",
+        code="rank-lost",
+    )
 
 
 @contextmanager
@@ -141,7 +212,4 @@ def _others_gone() -> Iterator[None]:
     try:
         yield
     except RuntimeError:
-        raise RichKDError(
-            "another process of this job ended; see its message, and start the job again to resume",
-            code="rank-lost",
-        ) from None
+        raise _lost() from None

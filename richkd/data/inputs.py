@@ -67,7 +67,7 @@ class ArrayInputs:
         self,
         order: Tensor,
         views: Tensor | None,
-        batch_size: int,
+        batch_size: int | list[int],
         samples: Tensor | None = None,
     ) -> Batches:
         """Yield batches of entries, on the device: index [B] and images [B,S,S,3] uint8.
@@ -75,7 +75,7 @@ class ArrayInputs:
         Args:
             order: the entries, in this order.
             views: of all entries, [E]; None for the evaluation view of the network.
-            batch_size: B.
+            batch_size: B, or that of each batch.
             samples: of all entries, [E]; None if entry i is of sample i.
         """
         device = self.images.device
@@ -137,7 +137,7 @@ class FileInputs:
         self,
         order: Tensor,
         views: Tensor | None,
-        batch_size: int,
+        batch_size: int | list[int],
         samples: Tensor | None = None,
     ) -> Batches:
         """Yield batches of entries, as `ArrayInputs.batches`; the views are [E,5]."""
@@ -151,7 +151,8 @@ class FileInputs:
             self.files, self.framing, given, samples=samples, augment=self.augment
         )
         image_bytes = self.framing.size**2 * 3
-        for index, crops in self._load(batches, crops_of, len(order), batch_size, image_bytes):
+        most = batch_size if isinstance(batch_size, int) else max(batch_size)
+        for index, crops in self._load(batches, crops_of, len(order), most, image_bytes):
             yield index, crops[:, 0]
 
     def _reusing(self, reuse: Reuse, order: Tensor, views: Tensor, batch_size: int) -> Batches:

@@ -33,6 +33,7 @@ from richkd.core.cpus import usable_cpus
 from richkd.core.errors import RichKDError
 from richkd.core.interrupts import STOPPING, mark_work_started, signals_blocked, uninterrupted
 from richkd.core.progress import Report, size
+from richkd.core.ranks import processes_here
 
 MAX_WORKERS = 8
 PREFETCH = 2  # batches that each worker prepares ahead
@@ -51,7 +52,8 @@ _open: set[Any] = set()  # iterators with workers
 def num_workers(count: int, batch_size: int) -> int:
     """Return the number of workers for `count` images; 0 if starting them would take longer.
 
-    It is the number of usable CPUs, up to `MAX_WORKERS`, unless RICHKD_WORKERS is set.
+    It is this process's share of the usable CPUs, up to `MAX_WORKERS`, unless RICHKD_WORKERS is
+    set.
 
     Raises:
         RichKDError: RICHKD_WORKERS is not an integer of at least 0.
@@ -64,7 +66,7 @@ def num_workers(count: int, batch_size: int) -> int:
         )
     if count <= 4 * batch_size:
         return 0
-    return int(given) if given else min(usable_cpus(), MAX_WORKERS)
+    return int(given) if given else min(max(1, usable_cpus() // processes_here()), MAX_WORKERS)
 
 
 def load(

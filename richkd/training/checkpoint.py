@@ -35,6 +35,7 @@ class Progress:
     best: Best = Best()
     seconds: float = 0.0  # of training, summed over interruptions
     step: str = ""  # the device and the runner of its steps, as Trainer.ran_by
+    ranks: tuple[int, ...] = ()  # numbers of processes that trained epochs, ascending
 
     @classmethod
     def of_note(cls, path: Path, note: Mapping[str, str]) -> Progress:
@@ -42,7 +43,8 @@ class Progress:
         try:
             best = Best(int(note["best_epoch"]), float(note["best"]))
             seconds = float(note.get("seconds", 0.0))
-            return cls(int(note["epoch"]), best, seconds, note.get("step", ""))
+            ranks = tuple(map(int, note.get("ranks", "1").split(",")))
+            return cls(int(note["epoch"]), best, seconds, note.get("step", ""), ranks)
         except (KeyError, ValueError):
             raise RichKDError(
                 f"{path} is not a checkpoint; start over with --overwrite",
@@ -53,6 +55,8 @@ class Progress:
     def note(self) -> dict[str, str]:
         """The metadata of a checkpoint."""
         step = {"step": self.step} if self.step else {}
+        if max(self.ranks, default=1) > 1:
+            step["ranks"] = ",".join(map(str, self.ranks))
         return {
             "epoch": str(self.epoch),
             "best_epoch": str(self.best.epoch),

@@ -36,6 +36,9 @@ class EpochRows:
     on_host: bool = False  # rows stay on the host, and each batch is copied to the device
     samples: Tensor | None = None  # [E], the sample of each entry, on the host
     each: int = 1  # M, views of each sample: entry m·E/M + i is another view of entry i's sample
+    # Of several processes, this one's entries in the order of training, and how many all have.
+    order: Tensor | None = None
+    whole: int | None = None
 
     def __len__(self) -> int:
         return len(self.views)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.backends import cudnn
 
 from richkd.config.settings import Training
-from richkd.core.accuracy import accuracy
+from richkd.core.accuracy import correct
 from richkd.core.errors import RichKDError, first_line
 from richkd.core.seeds import derive_seed
 from richkd.data.inputs import Batches, Normalize
@@ -32,6 +32,7 @@ from richkd.training.data import Data, EpochRows, EvalSet, StepBatch, timed
 from richkd.training.device import cuda, default_generator, half_precision
 from richkd.training.initial import Initial
 from richkd.training.optimizers import check_optimizer, load_state, make_optimizer, state_of
+from richkd.training.parallel import Parallel, batch_sizes
 from richkd.training.runners import Objective, Runner, check_step, make_runner
 
 EVAL_BATCH = 256
@@ -81,6 +82,7 @@ class Trainer:
         settings: Training,
         device: torch.device,
         log: Callable[[str], None] = lambda _: None,
+        parallel: Parallel | None = None,
     ) -> None:
         """Create the optimizer; the runner of the steps is chosen when the first epoch starts.
 
@@ -91,12 +93,15 @@ class Trainer:
             settings: how to train.
             device: where to train.
             log: called with a message about how the steps run.
+            parallel: the other processes that train this student; None if there are none.
 
         Raises:
             RichKDError: the device cannot run the steps that the settings ask for.
         """
         check_step(settings.step, device)
         check_optimizer(settings)
+        self.parallel = parallel
+        model = model if parallel is None else parallel.network(model)
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.method = method.to(device)
         self.data = data
@@ -107,8 +112,12 @@ class Trainer:
         self.parameters = [*model.parameters(), *method.parameters()]
         self.optimizer, self.rate = make_optimizer(self.model, self.method, settings, device)
         self.average = Average(self.model, settings.ema) if settings.ema else None
-        self.objective = make_objective(self.model, self.method, data.normalize, self.half)
-        self.wanted: str = settings.step
+        self.objective: Objective = make_objective(
+            self.model, self.method, data.normalize, self.half, parallel
+        )
+        if parallel is not None:
+            self.objective = parallel.wrap(self.model, self.method, self.objective)
+        self.wanted: str = settings.step if parallel is None else "eager"
         self.runner: Runner | None = None
         self.ran = "eager"  # the runner of the steps so far, here or before an interruption
         # of a GPU: trainers whose steps take turns draw what each would draw alone
@@ -160,7 +169,8 @@ class Trainer:
     def steps(self, epoch: int, source: EpochRows) -> Iterator[int]:
         """Run the steps of an epoch; yield the size of each batch once its step is launched."""
         order = self.order(epoch, source)
-        count = -(-len(order) // self.settings.batch_size)
+        total = source.whole or len(order)
+        count = -(-total // self.settings.batch_size)
         self._set_rate(learning_rate(self.settings, epoch))
         self.epoch.fill_(epoch)
         self.model.train()
@@ -172,26 +182,30 @@ class Trainer:
             self.ran = self.runner.name
         start = time.perf_counter()
         self._seed(derive_seed(self.settings.seed, epoch, 1))
+        if self.parallel is not None:
+            self.parallel.seed(self.settings.seed, epoch)
         if self.sums is not None:
             self.sums.zero_()
-        self._begun = epoch, len(order), start
+        self._begun = epoch, total, start
         self._warming = (epoch - 1) * count, self.settings.warmup * count, self.lr
-        yield from self.runner.steps(order, source)
+        sizes = batch_sizes(total, self.settings.batch_size)
+        for _, size in zip(self.runner.steps(order, source), sizes, strict=True):
+            yield size  # of the whole batch
 
     def order(self, epoch: int, source: EpochRows) -> Tensor:
         """Return the entries of an epoch in the order of training, on the CPU."""
-        batch_size, (height, width, channels) = self.settings.batch_size, self.data.train.shape
-        order = epoch_order(self.settings.seed, epoch, len(source) // source.each)
-        if source.each > 1:
-            lag = choose_lag(len(order), source.each, batch_size, height * width * channels)
-            order = spread(order, source.each, lag)
-        return drop_lone_last(order, batch_size)
+        if source.order is not None:  # of this process
+            return source.order
+        shape = self.data.train.shape
+        return training_order(self.settings, epoch, len(source), source.each, shape)
 
     def end_epoch(self) -> EpochRecord:
         """Wait for the steps of the epoch that was started, and evaluate."""
         assert self._begun is not None and self.runner is not None and self.sums is not None
         epoch, count, start = self._begun
         self.runner.join()
+        if self.parallel is not None:
+            self.parallel.average_statistics({self.model, self.result})
         correct_count, *sums = (self.sums / count).tolist()
         seconds = time.perf_counter() - start
         choice, last = self.data.choice, epoch == self.settings.epochs
@@ -228,7 +242,17 @@ class Trainer:
             order: its entries, on the CPU.
             source: their views and rows.
         """
-        size, samples = self.settings.batch_size, source.samples
+        if self.parallel is None or source.whole is None:
+            yield from self._batches(order, source, self.settings.batch_size)
+        else:
+            sizes = self.parallel.slices.own_sizes(source.whole)
+            batches = self._batches(order, source, sizes)
+            yield from self.parallel.steps(batches, source.whole)
+
+    def _batches(
+        self, order: Tensor, source: EpochRows, size: int | list[int]
+    ) -> Iterator[StepBatch]:
+        samples = source.samples
         batches = timed(self.data.train.batches(order, source.views, size, samples))
         on_device = None if samples is None else samples.to(self.device)
         for ((entries, images), waited), ids in zip(batches, torch.split(order, size), strict=True):
@@ -253,7 +277,7 @@ class Trainer:
             rows: the cached rows of these samples.
         """
         labels = self.data.train_labels[index]
-        logits, terms = self.objective(images, labels, index, rows, self.epoch)
+        logits, labels, terms = self.objective(images, labels, index, rows, self.epoch)
         loss = torch.stack(list(terms.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -262,8 +286,8 @@ class Trainer:
         if self.average is not None:
             self.average.update()
         with torch.no_grad():
-            correct = (logits.argmax(1) == labels).sum()
-            counted = torch.stack([correct, *(term * len(index) for term in terms.values())])
+            right = correct(logits, labels, 1)
+            counted = torch.stack([right, *(term * len(labels) for term in terms.values())])
             if self.sums is None:
                 self.sums, self.terms = torch.zeros_like(counted), tuple(terms)
             self.sums += counted
@@ -305,11 +329,17 @@ class Trainer:
         model = self.result.eval()
         height, width, _ = on.images.shape
         size = max(EVAL_BATCH, EVAL_PIXELS // (height * width)) if cuda(self.device) else EVAL_BATCH
-        batches = on.images.batches(on.ids, on.views, size)
-        with cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
-            logits = predict(model, batches, self.data.normalize)
-        labels = on.labels[on.ids]
-        return accuracy(logits, labels, 1), accuracy(logits, labels, 5)
+        ids = on.ids if self.parallel is None else self.parallel.share(on.ids)
+        counts = torch.zeros(2, dtype=torch.int64, device=self.device)
+        if len(ids):
+            batches = on.images.batches(ids, on.views, size)
+            with cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+                logits = predict(model, batches, self.data.normalize)
+            counts = torch.stack([correct(logits, on.labels[ids], k) for k in (1, 5)])
+        if self.parallel is not None:
+            counts = self.parallel.total(counts)
+        top1, top5 = (counts / len(on.ids)).tolist()
+        return top1, top5
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copy everything that steps change."""
@@ -340,7 +370,7 @@ class Trainer:
     @property
     def ran_by(self) -> str:
         """The kind of device and the runner of the steps; "" for the reference in f32."""
-        reference = self.ran == "eager" and not self.half
+        reference = self.ran == "eager" and (not self.half or self.parallel is not None)
         return "" if reference else f"{self.device.type}:{self.ran}"
 
     def release(self) -> None:
@@ -371,6 +401,13 @@ class Trainer:
                 f"--overwrite",
                 code="checkpoint-unreadable",
             ) from None
+
+    def share(self) -> None:
+        """Replace the state of the other processes by that of rank 0, if there are any."""
+        if self.parallel is not None:
+            tensors = self.parallel.of_first(self.state())
+            if not self.parallel.ranks.first:
+                self.load_state(tensors)
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Load what `state` returned; raise RuntimeError or KeyError if it does not fit."""
@@ -417,20 +454,29 @@ def predict(model: nn.Module, batches: Batches, normalize: Normalize) -> Tensor:
     return torch.cat([model(normalize(images)) for _, images in batches])
 
 
-def make_objective(model: nn.Module, method: Method, normalize: Normalize, half: bool) -> Objective:
+def make_objective(
+    model: nn.Module,
+    method: Method,
+    normalize: Normalize,
+    half: bool,
+    parallel: Parallel | None = None,
+) -> Objective:
     """Return forward pass and losses as one function, which may be compiled.
 
     It takes images [B,H,W,3] uint8, labels [B], index [B], rows and the epoch, and returns logits
-    [B,C] and the loss terms, f32.
+    [B,C] f32 and labels [B], of the whole batch if it is shared, and the loss terms, f32.
     """
+    run = forward if parallel is None else parallel.forward
 
     def objective(
         images: Tensor, labels: Tensor, index: Tensor, rows: Mapping[str, Tensor], epoch: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
-            logits, features = forward(model, normalize(images))
-        logits, features = logits.float(), features.float()
-        return logits, method(Batch(logits, features, labels, index, rows, epoch, *mixing(rows)))
+            logits, features = run(model, normalize(images))
+        batch = Batch(logits.float(), features.float(), labels, index, rows, epoch, *mixing(rows))
+        if parallel is not None:
+            batch = parallel.gather(batch)
+        return batch.logits, batch.labels, method(batch)
 
     return objective
 
@@ -474,6 +520,25 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     """Return the order of the images of an epoch, the same for every student and method."""
     generator = torch.Generator().manual_seed(derive_seed(seed, epoch, 0))
     return torch.randperm(count, generator=generator)
+
+
+def training_order(
+    settings: Training, epoch: int, count: int, each: int, shape: tuple[int, int, int]
+) -> Tensor:
+    """Return the entries of an epoch in the order of training.
+
+    Args:
+        settings: of the run.
+        epoch: from 1.
+        count: E, the entries of the epoch.
+        each: M, the views of each sample among them.
+        shape: of a crop.
+    """
+    order = epoch_order(settings.seed, epoch, count // each)
+    if each > 1:
+        lag = choose_lag(len(order), each, settings.batch_size, math.prod(shape))
+        order = spread(order, each, lag)
+    return drop_lone_last(order, settings.batch_size)
 
 
 def drop_lone_last(order: Tensor, batch_size: int) -> Tensor:

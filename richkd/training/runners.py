@@ -34,7 +34,7 @@ WARM_UP = 3  # steps before a capture, in which libraries allocate and choose th
 COMPILING_PAYS_S = 300.0
 MANY = 1000  # programs that the compiler keeps for students and methods, instead of eight
 
-Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+Objective = Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
 class Trainer(Protocol):

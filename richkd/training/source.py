@@ -14,6 +14,7 @@ from torch import Tensor
 from richkd.config.settings import Distill, shown_weights
 from richkd.core.choices import CROP
 from richkd.core.progress import Report
+from richkd.core.ranks import ALONE, Ranks
 from richkd.core.seeds import derive_seed
 from richkd.data.datasets import Split
 from richkd.data.inputs import Normalize, make_inputs
@@ -38,7 +39,8 @@ from richkd.training.data import (
 from richkd.training.device import choose_device, cuda, free_memory
 from richkd.training.images import student_images
 from richkd.training.initial import PRETRAINED, Initial
-from richkd.training.loop import Trainer
+from richkd.training.loop import Trainer, training_order
+from richkd.training.parallel import Parallel, device_of, slices_of
 from richkd.training.targets import Target, choice_samples, choose_target, held_out
 
 KINDS = {"cnn": "teacher"}  # the targets of teachers whose names differ from them
@@ -48,16 +50,22 @@ class Source:
     """A cache and what all runs from it share: images, slabs and targets.
 
     Runs whose settings differ in `cache`, `dataset`, `data_root`, `decode`, `device` or
-    `crops_per_decode` need different sources.
+    `crops_per_decode` need different sources. A run that several processes share has one in each of
+    them, which reads the rows of that process's samples only.
     """
 
     def __init__(
-        self, settings: Distill, report: Report, cache: TeacherCache | None = None
+        self,
+        settings: Distill,
+        report: Report,
+        cache: TeacherCache | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Open the cache that the settings name, unless it is given."""
         self.settings = settings
         self.report = report
-        self.device = choose_device(settings.device)
+        self.ranks = ranks
+        self.device = choose_device(device_of(ranks, settings.device))
         self.cache = cache or open_cache(settings.cache)
         self._targets: dict[str, Target] = {}  # by the name of their rows
         self._on_gpu: dict[str, Rows] = {}  # rows of the current epoch, at the same address in each
@@ -177,7 +185,12 @@ class Source:
             name: own if name == TARGET else self.row_of(name, settings)
             for name in method_type.row_names(options, task)
         }
-        return Trainer(model, method, data, settings, self.device, log), rows, target
+        parallel = (
+            Parallel(self.ranks, settings, self.device, self.cache.num_samples)
+            if self.ranks.world > 1
+            else None
+        )
+        return Trainer(model, method, data, settings, self.device, log, parallel), rows, target
 
     def row_of(self, name: str, settings: Distill) -> str:
         """Return the name for `epochs` of the rows that a method calls `name`."""
@@ -216,8 +229,8 @@ class Source:
         if shared.samples is None:
             return with_partners(EpochRows(fresh(epoch, None), {}), labels, augment)
         first = epoch - (epoch - 1) % shared.each
-        parts = shared.samples.chunk(shared.each)
-        views = torch.cat([fresh(first + number, part) for number, part in enumerate(parts)])
+        parts = enumerate(self.own_pieces(epoch)[0])
+        views = torch.cat([fresh(first + number, part) for number, (_, part) in parts])
         return with_partners(replace(shared, views=views, rows={}), labels, augment)
 
     def epochs(
@@ -229,7 +242,9 @@ class Source:
         overwrite those of the epoch before. Names are arrays of the cache (`teacher_features`) and
         those that `target` returned.
         """
-        fixed_names = {name for name in names if self._is_fixed(name)}
+        augment = self.cache.augment
+        alone = self.ranks.world == 1 or (augment is not None and augment.mixes)
+        fixed_names = {name for name in names if alone and self._is_fixed(name)}
         place = self._place(sorted({*names} - fixed_names), sorted(fixed_names))
         fixed = {name: self._fixed_rows(name, place) for name in sorted(fixed_names)}
         slab_rows = self._slab_rows(sorted({*names} - fixed_names), place)
@@ -264,10 +279,11 @@ class Source:
         Rows go to a GPU as a whole, unless they are on the disk or an epoch's rows would take
         more than half of its free memory.
         """
-        on_disk = pages.beyond_memory(self._nbytes(slab))
+        share = self.ranks.world
+        on_disk = pages.beyond_memory(self._nbytes(slab) * self.ranks.here // share)
         if self.device.type != "cuda":
             return Placement(on_disk, on_host=False)
-        too_much = 2 * self._nbytes([*slab, *fixed]) > free_memory(self.device)
+        too_much = 2 * self._nbytes([*slab, *fixed]) // share > free_memory(self.device)
         return Placement(on_disk, on_host=on_disk or too_much)
 
     def _nbytes(self, names: Collection[str]) -> int:
@@ -311,6 +327,27 @@ class Source:
         samples = part_of(group, part, each, self.cache.num_samples)
         return [((group * each + number) % views, samples) for number in range(each)]
 
+    def own_pieces(
+        self, epoch: int
+    ) -> tuple[list[tuple[int, Tensor | None]], Tensor | None, int | None]:
+        """Return this process's part of `pieces`.
+
+        Returns:
+            The views and samples, and of several processes the order of training of their entries,
+            and how many entries all processes train on.
+        """
+        pieces, settings = self.pieces(epoch), self.settings
+        if self.ranks.world == 1:
+            return pieces, None, None
+        each, shape = len(pieces), self.data.train.shape
+        order = training_order(settings, epoch, self.entries, each, shape)
+        own = slices_of(self.ranks, settings).of(order)
+        mine, count, parts = own.sort().values, self.entries // each, []
+        for number, (view, samples) in enumerate(pieces):
+            which = mine[mine // count == number] - number * count
+            parts.append((view, which if samples is None else samples[which]))
+        return parts, own.argsort().argsort(), len(order)
+
     def _slab_rows(self, names: Collection[str], place: Placement) -> Callable[[int], EpochRows]:
         """Return a function that reads the rows of an epoch, from 1.
 
@@ -319,6 +356,7 @@ class Source:
         """
         targets = {name: self._targets[name] for name in names if name in self._targets}
         features = {name for name in names if name not in targets}
+        fixed = {name for name in features if self._is_fixed(name)}
         logits = {array for target in targets.values() for array in target.reads}
         empty = partial(place.empty, dtype=self.cache.manifest["dtype"])
         pin = self.device.type == "cuda" and not place.on_host
@@ -326,22 +364,30 @@ class Source:
         @lru_cache(maxsize=1)  # with one view, every epoch has the same slab
         def read(epoch: int) -> EpochRows:
             """Read the rows of an epoch."""
-            pieces = self.pieces(epoch)
+            pieces, order, whole = self.own_pieces(epoch)
+            clean: list[tuple[int | None, Tensor | None]] = [(None, part) for _, part in pieces]
             given = [samples for _, samples in pieces if samples is not None]
             samples = torch.cat(given) if given else None
             stored = {
-                name: self.cache.rows_of(array_of("train", name), pieces, place.on_disk)
+                name: self.cache.rows_of(
+                    array_of("train", name),
+                    clean if name in fixed else pieces,
+                    place.on_disk,
+                )
                 for name in sorted(logits | features)
             }
             views = self._views(pieces, place.on_disk)
             rows: dict[str, Rows] = {name: stored[name] for name in sorted(features)}
             for name, target in targets.items():
                 mix = Mix.of(self.cache.augment, views, samples)
-                rows[name] = target.logits("train", stored, empty, samples, mix)
-            epoch_rows = EpochRows(views, rows, place.on_host, samples, len(pieces))
+                into = place.empty if self._is_fixed(name) else empty
+                rows[name] = target.logits("train", stored, into, samples, mix)
+            epoch_rows = EpochRows(
+                views, rows, place.on_host, samples, len(pieces), order, whole
+            )
             return epoch_rows.pinned() if pin else epoch_rows
 
-        if self.settings.crops_per_decode > 1:
+        if self.settings.crops_per_decode > 1 or self.ranks.world > 1:
             return read
         return lambda epoch: read(1 + (epoch - 1) % self.cache.num_views)
 

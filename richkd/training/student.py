@@ -17,6 +17,7 @@ from richkd.config.settings import Distill, shown_weights, to_table, used_weight
 from richkd.core.errors import RichKDError
 from richkd.core.files import locked
 from richkd.core.progress import Advance, Report, duration, percent, size
+from richkd.core.ranks import Ranks
 from richkd.core.versions import versions
 from richkd.data.reuse import buffer_bytes
 from richkd.losses.method import EVERY, TARGET
@@ -56,24 +57,21 @@ class StudentRun:
         Raises:
             RichKDError: anything the user can fix.
         """
-        cache = source.cache
         self.source = source
-        self.settings = settings = with_defaults(settings, cache)
-        check_reads(cache, settings)
+        ranks = source.ranks
+        self.settings = settings = ranks.after_first(lambda: checked(settings, source.cache))
         self.folder = RunFolder(Path(settings.out))
-        if not overwrite:
-            check_version(self.folder, settings)
-        initial = initial_of(settings, cache)
-        recorded = record(settings, cache, None if overwrite else self.folder, initial)
-        self.folder.check(*recorded, overwrite=overwrite)
-        self.trainer, self.rows, self.target = source.trainer(settings, self._log)
+        initial = initial_of(settings, source.cache)
+        recorded = ranks.from_first(lambda: self._check(initial, overwrite))
+        self.trainer, self.rows, self.target = ranks.after_first(
+            lambda: source.trainer(settings, self._log)
+        )
         with ExitStack() as stack:
-            stack.enter_context(locked(self.folder.path))
-            resumed = self.folder.begin(*recorded, overwrite=overwrite)
-            self.progress = self._resume() if resumed else Progress()
-            if initial is not None and not resumed:
-                self.trainer.start_from(initial)
+            self.progress = ranks.from_first(
+                lambda: self._begin(stack, recorded, initial, overwrite)
+            )
             self._lock = stack.pop_all()
+        self.trainer.share()
         self._saving = Saving(threaded=cuda(source.device))
         self.record: EpochRecord | None = None  # of the last epoch that this process trained
         self._before = self.progress  # when this process started
@@ -100,6 +98,32 @@ class StudentRun:
         self._saving.close()
         self._lock.close()
         self.trainer.release()
+
+    def _check(
+        self, initial: Initial | None, overwrite: bool
+    ) -> tuple[dict[str, Any], RunIdentity]:
+        """Check the run folder, and return what its recipe.toml records."""
+        if not overwrite:
+            check_version(self.folder, self.settings)
+        folder = None if overwrite else self.folder
+        recorded = record(self.settings, self.source.cache, folder, initial)
+        self.folder.check(*recorded, overwrite=overwrite)
+        return recorded
+
+    def _begin(
+        self,
+        stack: ExitStack,
+        recorded: tuple[dict[str, Any], RunIdentity],
+        initial: Initial | None,
+        overwrite: bool,
+    ) -> Progress:
+        """Lock the run folder, and start or resume the run in it."""
+        stack.enter_context(locked(self.folder.path))
+        if self.folder.begin(*recorded, overwrite=overwrite):
+            return self._resume()
+        if initial is not None:
+            self.trainer.start_from(initial)
+        return Progress()
 
     def _resume(self) -> Progress:
         """Load the run's checkpoint."""
@@ -165,15 +189,27 @@ class StudentRun:
             RichKDError: the student diverged.
         """
         epoch = self.done + 1
+        ranks = self.source.ranks
         record = self.trainer.end_epoch()
-        check_finite(record, self.settings)
+        ranks.from_first(lambda: check_finite(record, self.settings))
         best, before = self.progress.best, self.progress.seconds
         step = self.trainer.ran_by
+        shared = tuple(sorted({*self.progress.ranks, ranks.world}))
         if record.score is not None and record.score > best.accuracy:
             best = Best(epoch, record.score)
         progress = Progress(
-            epoch, best, before + waited + (time.perf_counter() - start) / runs, step
+            epoch, best, before + waited + (time.perf_counter() - start) / runs, step, shared
         )
+        if ranks.first:
+            self._save(progress, record, waited)
+        # with the time that saving took
+        seconds = before + waited + (time.perf_counter() - start) / runs
+        self.progress = Progress(epoch, best, seconds, step, shared)
+        self.record = record
+        return record
+
+    def _save(self, progress: Progress, record: EpochRecord, waited: float) -> None:
+        """Save a checkpoint and the metrics of an epoch."""
         state = self._saving.tensors(self.trainer.state())
         prefix = self.trainer.prefix
         student = {
@@ -183,11 +219,6 @@ class StudentRun:
         }
         line = {**record.as_dict(), **self._count_waits(waited)}
         self._saving.submit(partial(self.folder.save_epoch, progress, line, state, student))
-        # with the time that saving took
-        seconds = before + waited + (time.perf_counter() - start) / runs
-        self.progress = Progress(epoch, best, seconds, step)
-        self.record = record
-        return record
 
     def _count_waits(self, rows: float) -> dict[str, float]:
         """Return an epoch's seconds of waiting for the line of metrics.jsonl, and add them up."""
@@ -208,6 +239,11 @@ class StudentRun:
             top1, top5 = self.record.test_accuracy, self.record.test_top5
         found = self.progress.best
         best = found.accuracy if data.choice is None else self.test_best(top1)
+        return self.source.ranks.from_first(lambda: self._write_summary(top1, top5, best))
+
+    def _write_summary(self, top1: float, top5: float, best: float) -> dict[str, Any]:
+        """Write the weights and the summary, given accuracies on the test images."""
+        data, found = self.trainer.data, self.progress.best
         lines = self.folder.metrics()  # empty if somebody removed them
         tested = data.test.ids.cpu()
         summary = {
@@ -231,6 +267,8 @@ class StudentRun:
                 name: sum(line.get(name, 0.0) for line in lines)
                 for name in ("slab_wait_s", "image_wait_s")
             }
+        if max(self.progress.ranks) > 1:
+            summary["ranks"] = list(self.progress.ranks)
         self.folder.finish(self.trainer.result.state_dict(), summary)
         return summary
 
@@ -241,7 +279,10 @@ class StudentRun:
         model = self.trainer.result
         state = model.state_dict()
         kept = {name: value.clone() for name, value in state.items()}
-        model.load_state_dict(self.folder.best_weights())
+        self.source.ranks.from_first(
+            lambda: model.load_state_dict(self.folder.best_weights()) and None
+        )
+        self.trainer.share()
         top1, _ = self.trainer.evaluate(self.trainer.data.test)
         model.load_state_dict(kept)
         return top1
@@ -254,7 +295,7 @@ class StudentRun:
         return (
             f"{settings.student} ({count / 1e6:.2f} M) by {settings.method} from "
             f"{f'{cache.num_views} views' if self.rows else 'fresh views'}, seed {settings.seed}, "
-            f"on {self.source.device}\n"
+            f"on {self.source.device}{describe_ranks(self.source.ranks, settings)}\n"
             f"{settings.epochs} epochs of {entries:,} images, batch "
             f"{settings.batch_size}, {describe_training(settings, entries)}{resuming}"
             f"{describe_mixing(cache)}{self._reuse()}"
@@ -275,6 +316,13 @@ class StudentRun:
             f"\neach image is decoded every {each} epochs, for {each} views; up to "
             f"{size(waiting)} of them wait in memory{left}"
         )
+
+
+def checked(settings: Distill, cache: TeacherCache) -> Distill:
+    """Fill in the defaults, and check that the cache has what the run reads; raise as these."""
+    settings = with_defaults(settings, cache)
+    check_reads(cache, settings)
+    return settings
 
 
 def completed(settings: Distill, cache: TeacherCache, report: Report) -> dict[str, Any] | None:
@@ -547,12 +595,24 @@ def log_few_views(runs: Collection[Distill], cache: TeacherCache, report: Report
 def describe_precision(run: StudentRun, report: Report) -> None:
     """Log what bfloat16 would save, if a CPU has it and the training is long."""
     trainer, settings = run.trainer, run.settings
-    if is_open(settings, trainer.device, run.images_to_go // settings.batch_size):
+    alone = run.source.ranks.world == 1
+    if alone and is_open(settings, trainer.device, run.images_to_go // settings.batch_size):
         batch = min(settings.batch_size, run.source.cache.num_samples)
         side = run.source.cache.manifest["image_size"]
         times = time_precisions(trainer.model, torch.randn(batch, 3, side, side))
         if line := advice({settings.student: times}):
             report.log(line)
+
+
+def describe_ranks(ranks: Ranks, settings: Distill) -> str:
+    """Describe how several processes train a student; "" for one."""
+    if ranks.world == 1:
+        return ""
+    norms = {"sync": "spans all of them", "local": "is of each one's samples"}
+    return (
+        f", in {ranks.world} processes, whose steps are eager and whose batch norm "
+        f"{norms[settings.batch_norm]}"
+    )
 
 
 def check_finite(record: EpochRecord, settings: Distill) -> None:
