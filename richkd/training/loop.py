@@ -115,8 +115,6 @@ class Trainer:
         self.objective: Objective = make_objective(
             self.model, self.method, data.normalize, self.half, parallel
         )
-        if parallel is not None:
-            self.objective = parallel.wrap(self.model, self.method, self.objective)
         self.wanted: str = settings.step if parallel is None else "eager"
         self.runner: Runner | None = None
         self.ran = "eager"  # the runner of the steps so far, here or before an interruption
@@ -177,6 +175,8 @@ class Trainer:
         self.method.train()
         source = source.to(self.device)
         if self.runner is None:
+            if self.parallel is not None:
+                self.objective = self.parallel.wrap(self.model, self.method, self.objective)
             epochs_to_go = self.settings.epochs + 1 - epoch
             self.runner = make_runner(self, self.wanted, order, source, epochs_to_go * count)
             self.ran = self.runner.name

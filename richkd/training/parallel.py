@@ -10,6 +10,7 @@ the number of processes, and the average is their sum.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -95,17 +96,19 @@ class Parallel:
         return model if self.local_norms else synchronized(model, self.device)
 
     def wrap(self, model: nn.Module, method: nn.Module, objective: Callable[..., Any]) -> nn.Module:
-        """Return the objective as a module whose gradients are averaged.
+        """Return the objective as a module that averages gradients; all processes must call it.
 
         Parameters without a gradient are found in the first step, and buffers are not sent: all
         processes change them in the same way, or `average_statistics` does.
         """
-        return DistributedDataParallel(
-            _Objective(model, method, objective),
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            static_graph=True,
-        )
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # new names
+            return DistributedDataParallel(
+                _Objective(model, method, objective),
+                broadcast_buffers=False,
+                init_sync=False,
+                gradient_as_bucket_view=True,
+                static_graph=True,
+            )
 
     def seed(self, seed: int, epoch: int) -> None:
         """Seed the student's own random numbers of an epoch: each process has other ones."""
