@@ -883,12 +883,14 @@ def execute(arguments: Sequence[str]) -> int:
     try:
         check_repeated(arguments)
         with interruptible():
+            check_processes(arguments)
             code = app([*arguments] or ["--help"], standalone_mode=False)
     except RichKDError as error:
-        code = fail(f"{error} [{error.code}]", 2)
+        code = fail(f"{error} [{error.code}]", 2) if reports(error.code) else 2
     except Interrupted as interrupted:
         warnings.simplefilter("ignore")  # about coroutines that are no longer awaited
-        code = fail(str(interrupted), interrupted.exit_code)
+        code = interrupted.exit_code
+        code = fail(str(interrupted), code) if reports("") else code
     except (typer.Abort, KeyboardInterrupt):
         code = fail("interrupted", 130)
     except BrokenPipeError:  # the reader of the output closed the pipe
