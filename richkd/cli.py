@@ -28,6 +28,7 @@ from richkd.config.settings import (
 )
 from richkd.core.errors import RichKDError, local_path, machine_fault
 from richkd.core.interrupts import Interrupted, interruptible
+from richkd.core.launcher import check_processes, is_first, reports
 from richkd.core.streams import fail
 
 app = typer.Typer(
@@ -261,7 +262,6 @@ def precompute(
     check_resume(resume, overwrite)
     settings = resolve(Precompute, _table(recipe, "precompute"), given)
     from richkd import precompute as stage_one
-    from richkd.core.ranks import is_first
     from richkd.tools.inspect import summarize
 
     cache = stage_one.precompute(
@@ -315,7 +315,6 @@ def add_teacher(
     """
     check_resume(resume, overwrite)
     from richkd import precompute as stage_one
-    from richkd.core.ranks import is_first
     from richkd.store.reader import open_cache
     from richkd.tools.inspect import summarize
 
@@ -496,7 +495,6 @@ def distill(
     check_resume(resume, overwrite)
     settings = resolve(Distill, _table(recipe, "distill"), given)
     from richkd.analysis.results import results_table
-    from richkd.core.ranks import is_first
     from richkd.distill import distill as stage_two
 
     report = _report(as_json)
@@ -878,12 +876,17 @@ def check_repeated(arguments: Sequence[str]) -> None:
             )
 
 
+def named(arguments: Sequence[str]) -> str:
+    """Return the command among the words of a command line, "" if there is none."""
+    return next((word for word in arguments if not word.startswith("-")), "")
+
+
 def execute(arguments: Sequence[str]) -> int:
     """Run a command and return its exit code; the only place that turns errors into codes."""
     try:
         check_repeated(arguments)
         with interruptible():
-            check_processes(arguments)
+            check_processes(named(arguments))
             code = app([*arguments] or ["--help"], standalone_mode=False)
     except RichKDError as error:
         code = fail(f"{error} [{error.code}]", 2) if reports(error.code) else 2

@@ -6,10 +6,8 @@ a network together. A process started without a launcher is rank 0 of 1, at no c
 
 from __future__ import annotations
 
-import os
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,61 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from richkd.core.errors import RichKDError, first_line
+from richkd.core.launcher import meet, number, processes, processes_here
 
 PATIENCE = timedelta(days=7)  # rank 0 may train a teacher while the others wait
 WAKE_S = 0.02  # between polls, so that signals are handled; gloo would block them
-# besides TORCHELASTIC_*
-LAUNCHER = re.compile("((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)")
-_met: list[bool] = []  # not empty once this process has joined its job
 T = TypeVar("T")
-
-
-def is_first() -> bool:
-    """Return whether this is the process of its job that prints and decides."""
-    return _world() == 1 or os.environ.get("RANK") == "0"
-
-
-def reports(code: str) -> bool:
-    """Return whether this process prints an error of this code, or an interruption (code "").
-
-    What all processes find before they meet, or stop for together, is said once on each machine.
-    """
-    together = not _met or code in ("", "rank-zero-failed")
-    return _number("LOCAL_RANK", 0) == 0 or not (together and _world() > 1)
-
-
-def processes_here() -> int:
-    """Return the number of processes of the job on this machine, which share its CPUs."""
-    return _number("LOCAL_WORLD_SIZE", 1) if _world() > 1 else 1
-
-
-def check_alone(command: str) -> None:
-    """Raise RichKDError if a command that runs in one process was started by a launcher."""
-    if _world() > 1:
-        raise RichKDError(
-            f"{command} runs in one process, but was started in {_world()}; start it without "
-            f"torchrun, which is for precompute, add-teacher and distill",
-            code="command-of-one-process",
-        )
-
-
-def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return environment variables without those that torchrun sets."""
-    return {
-        name: value
-        for name, value in environment.items()
-        if not LAUNCHER.fullmatch(name) and not name.startswith("TORCHELASTIC_")
-    }
-
-
-def _world() -> int:
-    """Return the number of processes of the job, from the launcher's environment variables."""
-    return _number("WORLD_SIZE", 1) if "RANK" in os.environ else 1
-
-
-def _number(name: str, otherwise: int) -> int:
-    text = os.environ.get(name, "")
-    return int(text) if text.isdecimal() else otherwise
 
 
 @dataclass(frozen=True)
@@ -174,10 +122,10 @@ def joined(*, on_gpus: bool = False) -> Iterator[Ranks]:
     Raises:
         RichKDError: the other processes cannot be reached, or one of them ended.
     """
-    if _world() == 1:
+    if processes() == 1:
         yield ALONE
         return
-    local = _number("LOCAL_RANK", 0)
+    local = number("LOCAL_RANK", 0)
     if torch.cuda.is_available():
         torch.cuda.set_device(local % torch.cuda.device_count())
     try:
@@ -189,7 +137,7 @@ def joined(*, on_gpus: bool = False) -> Iterator[Ranks]:
             f"it with torchrun --nproc-per-node N -m richkd …",
             code="ranks-cannot-meet",
         ) from None
-    _met.append(True)
+    meet()
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), local, processes_here())
     except Exception as error:

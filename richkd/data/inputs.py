@@ -23,7 +23,7 @@ from richkd.data.framing import Framing
 from richkd.data.kept import Packer, Reducer
 from richkd.data.mixing import joined_rows
 from richkd.data.replay import Crops, replay
-from richkd.data.reuse import Reuse
+from richkd.data.reuse import Reuse, largest
 from richkd.data.views import gather_views, pad_crop_flip
 from richkd.data.workers import MAX_WORKERS, Samples, load, num_workers
 
@@ -83,8 +83,8 @@ class ArrayInputs:
             crops = array_crops(self._on_host, self.framing)
             crops_of = _ArrayViews(self.augment, views.cpu()[None], crops, samples)
             batches = (index.tolist() for index in torch.split(order, batch_size))
-            size = math.prod(self.shape)
-            for index, images in _load(batches, crops_of, len(order), batch_size, size, device):
+            size, most = math.prod(self.shape), largest(batch_size)
+            for index, images in _load(batches, crops_of, len(order), most, size, device):
                 yield index, images[:, 0]
             return
         views = None if views is None else views.to(device)
@@ -151,11 +151,13 @@ class FileInputs:
             self.files, self.framing, given, samples=samples, augment=self.augment
         )
         image_bytes = self.framing.size**2 * 3
-        most = batch_size if isinstance(batch_size, int) else max(batch_size)
+        most = largest(batch_size)
         for index, crops in self._load(batches, crops_of, len(order), most, image_bytes):
             yield index, crops[:, 0]
 
-    def _reusing(self, reuse: Reuse, order: Tensor, views: Tensor, batch_size: int) -> Batches:
+    def _reusing(
+        self, reuse: Reuse, order: Tensor, views: Tensor, batch_size: int | list[int]
+    ) -> Batches:
         """Yield the same where images occur several times: each is decoded once."""
         size, crop_bytes = self.framing.size, self.framing.size**2 * 3
         crops_of = _FileViews(
@@ -167,7 +169,7 @@ class FileInputs:
         )
         chunks = torch.split(torch.arange(len(reuse.samples)), reuse.chunk)
         numbers = (chunk.tolist() for chunk in chunks)
-        loaded = self._load(numbers, crops_of, len(order), batch_size, crop_bytes)
+        loaded = self._load(numbers, crops_of, len(order), largest(batch_size), crop_bytes)
         buffer = torch.empty(reuse.buffer_rows, crop_bytes, dtype=torch.uint8, device=self.device)
         length = reuse.chunk * reuse.entries.shape[1]
         slots = iter(reuse.slots)

@@ -31,13 +31,13 @@ class Reuse:
     rows: Tensor  # [E], for each place in the order, the crop in the buffer
 
     @classmethod
-    def of(cls, order: Tensor, samples: Tensor, batch_size: int) -> Reuse | None:
+    def of(cls, order: Tensor, samples: Tensor, batch_size: int | list[int]) -> Reuse | None:
         """Make a plan; None if no image occurs twice.
 
         Args:
             order: the entries [E] in the order of training.
             samples: the sample of every entry.
-            batch_size: of the batches that the order is split into.
+            batch_size: of the batches that the order is split into, or of each of them.
         """
         shown, by_sample = samples[order].sort(stable=True)
         start = torch.ones(len(order), dtype=torch.bool)
@@ -55,7 +55,7 @@ class Reuse:
         most = int(turns.max()) + 1
         entries = order[place.sort().values][:, None].repeat(1, most)
         entries[images, turns] = order
-        chunk = -(-batch_size // most)
+        chunk = -(-largest(batch_size) // most)
         loaded, slots = _slots(images // chunk, batch_size)
         rows = (torch.tensor(slots)[images // chunk] * chunk + images % chunk) * most + turns
         return cls(samples[entries[:, 0]], entries, chunk, loaded, slots, rows)
@@ -66,14 +66,20 @@ class Reuse:
         return (max(self.slots) + 1) * self.chunk * self.entries.shape[1]
 
 
-def _slots(chunks: Tensor, batch_size: int) -> tuple[list[int], list[int]]:
+def largest(batch_size: int | list[int]) -> int:
+    """Return the size of the largest batch: of all, or of each of them."""
+    return batch_size if isinstance(batch_size, int) else max(batch_size)
+
+
+def _slots(chunks: Tensor, batch_size: int | list[int]) -> tuple[list[int], list[int]]:
     """Return how many chunks each batch needs loaded, and the slot of each chunk.
 
     Args:
         chunks: the chunk [E] of each place in the order, numbered as they first occur.
-        batch_size: of the batches that the order is split into.
+        batch_size: of the batches that the order is split into, or of each of them.
     """
-    batch = torch.arange(len(chunks)) // batch_size
+    lengths = torch.tensor([len(part) for part in torch.split(chunks, batch_size)])
+    batch = torch.arange(len(lengths)).repeat_interleave(lengths)
     ends = torch.zeros(int(chunks.max()) + 1, dtype=torch.int64)
     ends.scatter_reduce_(0, chunks, batch, "amax")
     last = chunks.cummax(0).values

@@ -32,8 +32,8 @@ from torch.utils.data._utils import signal_handling as _signal_handling
 from richkd.core.cpus import usable_cpus
 from richkd.core.errors import RichKDError
 from richkd.core.interrupts import STOPPING, mark_work_started, signals_blocked, uninterrupted
+from richkd.core.launcher import processes_here
 from richkd.core.progress import Report, size
-from richkd.core.ranks import processes_here
 
 MAX_WORKERS = 8
 PREFETCH = 2  # batches that each worker prepares ahead

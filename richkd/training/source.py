@@ -342,7 +342,8 @@ class Source:
         each, shape = len(pieces), self.data.train.shape
         order = training_order(settings, epoch, self.entries, each, shape)
         own = slices_of(self.ranks, settings).of(order)
-        mine, count, parts = own.sort().values, self.entries // each, []
+        mine, count = own.sort().values, self.entries // each
+        parts: list[tuple[int, Tensor | None]] = []
         for number, (view, samples) in enumerate(pieces):
             which = mine[mine // count == number] - number * count
             parts.append((view, which if samples is None else samples[which]))
@@ -382,9 +383,7 @@ class Source:
                 mix = Mix.of(self.cache.augment, views, samples)
                 into = place.empty if self._is_fixed(name) else empty
                 rows[name] = target.logits("train", stored, into, samples, mix)
-            epoch_rows = EpochRows(
-                views, rows, place.on_host, samples, len(pieces), order, whole
-            )
+            epoch_rows = EpochRows(views, rows, place.on_host, samples, len(pieces), order, whole)
             return epoch_rows.pinned() if pin else epoch_rows
 
         if self.settings.crops_per_decode > 1 or self.ranks.world > 1:
