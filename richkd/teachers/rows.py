@@ -224,7 +224,7 @@ class BlockRows:
             parts = [*self.preview.of(block, teachers.cnn_batch).cnn]
             start = block.start + sum(len(logits) for logits, _ in parts)
             if start < block.stop:
-                order = torch.arange(start, block.stop)
+                order = torch.arange(start, block.stop, device=self.views.device)
                 views = self.views[view] if block.split == "train" else None
                 batches = inputs.batches(order, views, teachers.cnn_batch)
                 parts += [
