@@ -71,6 +71,13 @@ class Section(io.RawIOBase):
         """Return the position in the part."""
         return self._at
 
+    def readall(self) -> bytes:
+        """Read the rest of the part."""
+        count = max(0, self._length - self._at)
+        found = os.pread(self._file.descriptor, count, self._start + self._at)
+        self._at += len(found)
+        return found
+
     def readinto(self, buffer: Any) -> int:
         """Read up to the length of a buffer; return the number of bytes."""
         count = min(len(buffer), max(0, self._length - self._at))
