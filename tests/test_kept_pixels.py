@@ -26,7 +26,9 @@ from richkd.data.decoding import Decoding
 from richkd.data.framing import Framing
 from richkd.data.inputs import FileInputs
 from richkd.data.kept import KeptImages
+from richkd.data.on_device import check_device, decode_jpegs, plain_jpeg
 from richkd.data.sources import FolderFiles, Paths
+from richkd.data.views import ResizedCropFlip
 from richkd.store.schema import Block
 from richkd.store.writer import StoreWriter
 from richkd.teachers.cnn import CNNTeacher
@@ -332,8 +334,59 @@ def test_drafts_leave_every_view_the_students_pixels(
     asked: list[float] = []
     photograph = Decoding.photograph
     monkeypatch.setattr(Decoding, "photograph", lambda *a: asked.append(a[3]) or photograph(*a))
-    for drafts, height, most in ((False, 300, 1), (True, 100, 100 / 32), (True, 20, 20 / 32)):
+    for decode, height, most in (
+        ("exact", 300, 1),
+        ("draft", 100, 100 / 32),
+        ("draft", 20, 20 / 32),
+    ):
         views = torch.tensor([[0.0, 0, height, 300, 0]])
-        inputs = FileInputs(replace(files, drafts=drafts), CPU, workers=0)
+        inputs = FileInputs(replace(files, decode=decode), CPU, workers=0)
         list(inputs.batches(torch.arange(1), views, 1))
         assert asked.pop() == most
+
+
+# --- decoding on the device ----------------------------------------------------------------------
+
+
+def test_the_device_decodes_plain_jpegs_and_pillow_the_others(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """On a CPU, which has the same decoder, the pixels are Pillow's."""
+    names = [f"{number}.jpg" for number in range(6)] + ["a.png"]
+    sizes = rng.integers(40, 90, (7, 2))
+    exif = Image.Exif()
+    exif[274] = 6
+    for number, (name, size) in enumerate(zip(names, sizes, strict=True)):
+        pixels = Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))
+        pixels = pixels.convert({1: "L", 2: "CMYK"}.get(number, "RGB"))
+        pixels.save(tmp_path / name, **({"exif": exif} if number == 3 else {}))
+    sizes[3] = sizes[3, ::-1]
+    source = FolderFiles(tmp_path, Paths.of(names))
+    files = ImageFiles(source, sizes, np.zeros(7, np.uint8), 24, Decoding())
+    views = torch.from_numpy(ResizedCropFlip(sizes, 24).draw(0, 7, 1)[0])
+    order = torch.tensor([3, 1, 0, 6, 2, 5, 4])
+    plain = [plain_jpeg(files, number) is not None for number in range(7)]
+    assert plain == [True, False, False, False, True, True, False]
+    exact, device = (
+        [*FileInputs(replace(files, decode=decode), CPU, workers=0).batches(order, views, 3)]
+        for decode in ("exact", "gpu")
+    )
+    for (index, images), (number, others) in zip(exact, device, strict=True):
+        assert torch.equal(index, number) and torch.equal(images, others)
+
+
+def test_what_the_device_cannot_decode_is_left_to_pillow(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = jpeg(tmp_path, rng, (40, 50), 1).read_bytes()
+    parts = [torch.frombuffer(bytearray(each), dtype=torch.uint8) for each in (good, good[:99])]
+    whole, broken = decode_jpegs(parts, CPU)
+    assert whole is not None and whole.shape == (3, 40, 50) and broken is None
+    for device, augmented, code in (
+        (CPU, False, "decode-gpu-unavailable"),
+        (CPU, True, "decode-gpu-augmented"),
+        (torch.device("cuda"), False, "decode-gpu-unavailable"),  # without one
+    ):
+        if device.type == "cpu" or not torch.cuda.is_available():
+            with refuses(code, "gpu"):
+                check_device(device, augmented)

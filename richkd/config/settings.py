@@ -639,8 +639,8 @@ class Distill(Training):
     decode: Decode = setting(
         "auto",
         "pixels of photographs: exact (files, decoded in full), draft (JPEGs of the training split "
-        "decoded at 1/2, 1/4 or 1/8 where their views allow it), or auto (the pixels that the "
-        "cache keeps, else exact)",
+        "decoded at 1/2, 1/4 or 1/8 where their views allow it), gpu (likewise JPEGs, whole, by "
+        "nvJPEG), or auto (the pixels that the cache keeps, else exact)",
         later=True,
     )
     dataset: str = setting(

@@ -19,7 +19,7 @@ Step = Literal["auto", "eager", "captured", "compiled"]
 Precision = Literal["auto", "float32", "bfloat16"]
 ClipPrecision = Literal["float32", "bfloat16", "float16"]
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
-Decode = Literal["auto", "exact", "draft"]
+Decode = Literal["auto", "exact", "draft", "gpu"]
 Row = Literal["teacher_logits", "teacher_features", "fused_logits", "clip_features"]
 
 CLIP_PRECISIONS = get_args(ClipPrecision)

@@ -68,7 +68,7 @@ class ImageFiles:
     image_size: int  # side of the square views
     decoding: Decoding
     prints: NDArray[np.uint64] | None = None  # [N], of `sources.print_of`; None for files
-    drafts: bool = False  # JPEGs may be decoded at a fraction of their size
+    decode: str = "exact"  # or draft (JPEGs at a fraction of their size), or gpu
 
     def __len__(self) -> int:
         return len(self.source)
@@ -82,8 +82,8 @@ class ImageFiles:
         return self.photograph(index).image
 
     def photograph(self, index: int, most: float = 1.0) -> Photograph:
-        """Read an image as RGB; with `drafts`, reduced by up to `most`; raise as `open`."""
-        most = most if self.drafts else 1.0
+        """Read an image as RGB; as a draft, reduced by up to `most`; raise as `open`."""
+        most = most if self.decode == "draft" else 1.0
         name = self.source.name(index)
         try:
             file = self.source.file(index)

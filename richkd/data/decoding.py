@@ -251,14 +251,19 @@ def _draft(image: Image.Image, most: float) -> int:
     """
     if most < 2 or image.format != "JPEG":
         return 1
-    upright = image.getexif().get(_ORIENTATION, 1) == 1
+    still = upright(image)
     width, height = image.size
     factors = [each for each in (8, 4, 2) if each <= most]
-    factor = next((e for e in factors if upright or not (width % e or height % e)), 1)
+    factor = next((e for e in factors if still or not (width % e or height % e)), 1)
     if factor == 1:
         return 1
     drafted = image.draft(image.mode, (max(1, width // factor), max(1, height // factor)))
     return 1 if drafted is None else round(width / drafted[1][2])
+
+
+def upright(image: Image.Image) -> bool:
+    """Return whether an opened image is stored as it is shown."""
+    return bool(image.getexif().get(_ORIENTATION, 1) == 1)
 
 
 def _rgba(image: Image.Image) -> Image.Image:

@@ -22,6 +22,7 @@ from richkd.data.decoding import Photograph
 from richkd.data.framing import Framing
 from richkd.data.kept import Packer, Reducer
 from richkd.data.mixing import joined_rows
+from richkd.data.on_device import TYPICAL_BYTES, EncodedViews, fill
 from richkd.data.replay import Crops, replay
 from richkd.data.reuse import Reuse, largest
 from richkd.data.views import gather_views, pad_crop_flip
@@ -152,7 +153,7 @@ class FileInputs:
         )
         image_bytes = self.framing.size**2 * 3
         most = largest(batch_size)
-        for index, crops in self._load(batches, crops_of, len(order), most, image_bytes):
+        for index, crops in self._crops(batches, crops_of, len(order), most, image_bytes):
             yield index, crops[:, 0]
 
     def _reusing(
@@ -169,7 +170,7 @@ class FileInputs:
         )
         chunks = torch.split(torch.arange(len(reuse.samples)), reuse.chunk)
         numbers = (chunk.tolist() for chunk in chunks)
-        loaded = self._load(numbers, crops_of, len(order), largest(batch_size), crop_bytes)
+        loaded = self._crops(numbers, crops_of, len(order), largest(batch_size), crop_bytes)
         buffer = torch.empty(reuse.buffer_rows, crop_bytes, dtype=torch.uint8, device=self.device)
         length = reuse.chunk * reuse.entries.shape[1]
         slots = iter(reuse.slots)
@@ -234,6 +235,25 @@ class FileInputs:
             if packer is not None:
                 packer.add(index, rest.pop())
             yield index, crops, rest[0] if rest else None
+
+    def _crops(
+        self,
+        batches: Iterable[list[int]],
+        samples: _FileViews,
+        count: int,
+        batch_size: int,
+        image_bytes: int,
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Yield index [B] and views [B,V,S,S,3] of each batch, decoded by workers or the device."""
+        views = samples.views
+        if self.files.decode != "gpu" or views is None or samples.augment is not None:
+            return self._load(batches, samples, count, batch_size, image_bytes)
+        encoded = EncodedViews(
+            self.files, self.framing.size, views, samples.samples, samples.__getitem__
+        )
+        image_bytes += TYPICAL_BYTES
+        loaded = self._load(batches, encoded, count, batch_size, image_bytes)
+        return fill(loaded, encoded, self.framing)
 
     def _load(
         self,

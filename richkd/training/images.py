@@ -48,10 +48,10 @@ def student_images(
             code="decode-of-arrays",
         )
     splits = load_images(cache, dataset, data_root, report)
-    if decode == "draft":
+    if decode in ("draft", "gpu"):
         train = splits["train"]
         assert isinstance(train.images, ImageFiles)
-        splits["train"] = replace(train, images=replace(train.images, drafts=True))
+        splits["train"] = replace(train, images=replace(train.images, decode=decode))
     return splits
 
 

@@ -19,6 +19,7 @@ from richkd.core.seeds import derive_seed
 from richkd.data.datasets import Split
 from richkd.data.inputs import Normalize, make_inputs
 from richkd.data.mixing import Mix, joined
+from richkd.data.on_device import check_device
 from richkd.data.views import views_tensor
 from richkd.losses import Task, method_class, method_options
 from richkd.losses.method import EVERY, TARGET, Method
@@ -26,6 +27,7 @@ from richkd.models import check_fit, check_trainable, create_model
 from richkd.store import pages
 from richkd.store.added import array_of
 from richkd.store.reader import SLAB_ARRAYS, TeacherCache, open_cache
+from richkd.store.schema import augment_of
 from richkd.store.topk import Rows, TopKRows
 from richkd.training.data import (
     Data,
@@ -92,6 +94,8 @@ class Source:
     def splits(self) -> dict[str, Split]:
         """Images and labels of all splits, on the host; raise as `student_images`."""
         given = self.settings
+        if given.decode == "gpu":
+            check_device(self.device, augment_of(self.cache.manifest) is not None)
         return student_images(self.cache, given.dataset, given.data_root, given.decode, self.report)
 
     def data_for(self, settings: Distill) -> Data:

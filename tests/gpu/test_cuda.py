@@ -136,3 +136,37 @@ def test_one_student_at_a_time_or_several_together(
         a, b = (weights(tmp_path / out / f"shapes-resnet8-{method}-s0") for out in ("one", "three"))
         close = all(torch.allclose(a[n].float(), b[n].float(), rtol=1e-2, atol=1e-3) for n in a)
         assert same(a, b) or close
+
+
+def test_nvjpeg_decodes_what_pillow_does(tmp_path: Path) -> None:
+    """Its inverse transform rounds in another way."""
+    from dataclasses import replace
+
+    from PIL import Image
+
+    from richkd.data.datasets import ImageFiles
+    from richkd.data.decoding import Decoding
+    from richkd.data.inputs import FileInputs
+    from richkd.data.on_device import check_device
+    from richkd.data.sources import FolderFiles, Paths
+
+    device = torch.device("cuda")
+    check_device(device, augmented=False)
+    rng = np.random.default_rng(0)
+    for number in range(9):
+        coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8))
+        photo = coarse.resize((400, 300), Image.Resampling.BICUBIC)
+        photo.convert("L" if number == 4 else "RGB").save(tmp_path / f"{number}.jpg")
+    source = FolderFiles(tmp_path, Paths.of(f"{number}.jpg" for number in range(9)))
+    files = ImageFiles(source, np.tile([300, 400], (9, 1)), np.zeros(9, np.uint8), 64, Decoding())
+    views = torch.tensor([[10.0, 20, 200, 250, number % 2] for number in range(9)])
+    exact, decoded = (
+        [
+            *FileInputs(replace(files, decode=decode), device, workers=0).batches(
+                torch.arange(9), views, 5
+            )
+        ]
+        for decode in ("exact", "gpu")
+    )
+    for (_, images), (_, others) in zip(exact, decoded, strict=True):
+        assert (images.float() - others.float()).abs().mean() < 2
