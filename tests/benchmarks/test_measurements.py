@@ -77,6 +77,31 @@ def test_the_table_of_methods(make_store: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_epochs_of_photographs(tmp_path: Path) -> None:
+    """Every way of training, for a round after one that warms up."""
+    size = ("--images", 48, "--long-side", 120, "--side", 32, "--batch-size", 8)
+    out = script("photographs.py", tmp_path, *size, "--rounds", 1, "--workers", 0)
+    runs = json.loads((tmp_path / "photographs.json").read_text())["runs"]
+    names = [run["training"] for run in runs]
+    assert names[0] == "plain training" and "4 views" in names and "kept pixels" in names
+    assert all(run["seconds"] > run["image_wait_s"] > 0 for run in runs)
+    assert all(f"| {name} | 1 |" in out for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_the_cost_of_several_views_of_a_decode(tmp_path: Path) -> None:
+    """The order without reuse is that of `distill`; every case is trained."""
+    size = ("--images", 32, "--tested", 20, "--batch-size", 8, "--views", 4, "--epochs", 1)
+    few = ("--teacher-images", 20, "--teacher-epochs", 1, "--seeds", 1)
+    out = script("crops_per_decode.py", tmp_path, *size, *few)
+    cases = ("1", "2 spread", "4 spread", "4 together")
+    assert all(f"| kd, {case} | 1 |" in out for case in cases)
+    runs = json.loads((tmp_path / "crops-per-decode.json").read_text())["runs"]
+    assert [run["case"] for run in runs] == [*cases]
+
+
+@pytest.mark.slow
 def test_start_up_times_every_command(tmp_path: Path) -> None:
     out = script("start_up.py", "--rounds", 1, "--json", tmp_path / "s.json")
     commands = json.loads((tmp_path / "s.json").read_text())["commands"]

@@ -182,23 +182,24 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
 
 
 def batches(cache: Path, each: int, workers: int) -> tuple[list[Tensor], Source, list[Tensor]]:
-    """Images, and the same computed one by one, of an epoch."""
+    """Images, and the same computed entry by entry, of an epoch."""
     source = source_of(cache, each)
     trainer, names, _ = source.trainer(
         settings_of(cache, Path("run"), crops_per_decode=each, lr=0.1)
     )
-    rows, _ = next(source.epochs(names.values(), 1, 1))
+    shared, _ = next(source.epochs(names.values(), 1, 1))
+    rows = source.own(shared, names, 0, 1)
     inputs = source.data.train
-    assert isinstance(inputs, FileInputs)
+    assert isinstance(inputs, FileInputs) and rows.samples is not None
     inputs.workers = workers
     order = trainer.order(1, rows)
     found = [images for _, images, _ in trainer.batches(order, rows)]
-    assert rows.samples is not None
     plain = [
         torch.cat(
             [
-                inputs.framing.views(inputs.files.open(int(sample)), view[None])
-                for sample, view in zip(rows.samples[ids], rows.views[ids], strict=True)
+                images
+                for entry in ids
+                for _, images in inputs.batches(entry[None], rows.views, 1, rows.samples)
             ]
         )
         for ids in order.split(4)
@@ -223,6 +224,21 @@ def test_each_image_is_decoded_once(
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(photos: Path, workers: int) -> None:
     found, _, plain = batches(photos, 2, workers)
+    assert len(found) == len(plain) and all(map(torch.equal, found, plain))
+
+
+@pytest.mark.slow
+def test_augmented_and_mixed_views(photos: Path, tmp_path: Path) -> None:
+    """They are replayed as they are without reuse; the partners are decoded besides."""
+    cache = stage_one_of(
+        tmp_path / "c.zarr",
+        open_cache(photos).manifest["dataset"]["name"],
+        "resnet8",
+        teacher_weights=str(photos.parent / "t.safetensors"),
+        views=2,
+        augment="trivial+mix",
+    )
+    found, _, plain = batches(cache.path, 2, workers=0)
     assert len(found) == len(plain) and all(map(torch.equal, found, plain))
 
 
