@@ -1,8 +1,8 @@
 """Time epochs of photographs: plain torchvision training and richkd's, alternating in one process.
 
     python benchmarks/photographs.py runs/photographs
-    python benchmarks/photographs.py runs/photographs-gpu --student resnet50 --side 224 \\
-        --batch-size 256 --device cuda
+    python benchmarks/photographs.py runs/photographs-gpu --student timm/resnet50 --side 224 \\
+        --batch-size 128 --device cuda
 
 Plain training is torchvision's ImageFolder, random resized crop and flip in a DataLoader, with
 cross-entropy on labels. richkd's students learn by KD from a cache. All have the same files, number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,20 @@ SCRIPTS = {
 }
 
 
+MEASURED_AGAIN = {"photographs": "photographs*", "crops_per_decode": "crops-per-decode*"}
+
+
 def runs_of(script: str) -> Any:
     return json.loads((RESULTS / f"{SCRIPTS[script]}.json").read_text())["runs"]
+
+
+def all_runs() -> Iterator[tuple[str, Any]]:
+    """Yield the published results by script, some of them from several sizes or machines."""
+    for script in SCRIPTS:
+        yield script, runs_of(script)
+    for script, pattern in MEASURED_AGAIN.items():
+        for path in RESULTS.glob(f"{pattern}.json"):
+            yield script, json.loads(path.read_text())["runs"]
 
 
 def cells(line: str) -> list[str]:
@@ -32,9 +45,9 @@ def cells(line: str) -> list[str]:
 def measured() -> dict[tuple[str, str], set[str]]:
     """The cells of every row that a script makes of its published results."""
     found: dict[tuple[str, str], set[str]] = {}
-    for script in SCRIPTS:
+    for script, runs in all_runs():
         table = runpy.run_path(str(ROOT / "benchmarks" / f"{script}.py"))["table"]
-        for line in table(runs_of(script)).splitlines():
+        for line in table(runs).splitlines():
             name, *rest = cells(line)
             found.setdefault((script, name), set()).update(rest)
     return found
