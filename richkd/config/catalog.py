@@ -174,11 +174,20 @@ def found(dataset: str, root: Path) -> Path | None:
     """Return where a dataset is on this disk, or None if it would have to be downloaded."""
     kind, path = split_name(dataset)
     places = [path] if path else [root / place for place in PLACES[kind]]
-    if kind == HUGGING_FACE:  # the Hub's names, as the package datasets keeps them
-        home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")  # noqa: PTH111
-        kept = os.environ.get("HF_DATASETS_CACHE") or f"{home}/datasets"
-        places.append(Path(kept) / str(path).replace("/", "___"))
+    if kind == HUGGING_FACE:
+        places += _kept_tables(str(path))
     return next((place for place in places if place.exists()), None)
+
+
+def _kept_tables(name: str) -> list[Path]:
+    """Return where the package `datasets` keeps a dataset of the Hub, if it does."""
+    home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")  # noqa: PTH111
+    kept = Path(os.environ.get("HF_DATASETS_CACHE") or f"{home}/datasets")
+    wanted = name.replace("/", "").replace("_", "").lower()  # its folders are in snake case
+    try:
+        return [each for each in kept.iterdir() if each.name.replace("_", "").lower() == wanted]
+    except OSError:
+        return []
 
 
 def defaults(dataset: str) -> Defaults:

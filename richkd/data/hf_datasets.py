@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from packaging.version import Version
 
 from richkd.config.catalog import TableName, table_name
 from richkd.config.settings import Images
@@ -37,7 +38,7 @@ from richkd.data.layouts import Layout
 from richkd.data.sources import Which
 from richkd.data.walk import listed
 
-PACKAGE = "datasets"
+PACKAGE, LEAST = "datasets", "4.0"  # earlier versions may run code of a dataset
 _LABELS = ("label", "labels", "fine_label", "cls", "class")  # in order of preference
 
 
@@ -159,12 +160,18 @@ def _load(where: TableName, place: str, report: Report) -> Mapping[str, Any]:
     if find_spec(PACKAGE) is None:
         raise RichKDError(
             f"{place}: reading it takes the package datasets; pip install 'richkd[hf]'",
-            code="package-missing",
+            code="extra-missing",
         )
     if not where.local and where.name.startswith(("/", ".")):
         raise RichKDError(f"{place}: no such folder; check the path", code="dataset-folder-missing")
     import datasets
 
+    if Version(datasets.__version__) < Version(LEAST):
+        raise RichKDError(
+            f"{place}: datasets {datasets.__version__} may run code of a dataset, and at least "
+            f"{LEAST} is needed; pip install -U 'richkd[hf]'",
+            code="extra-missing",
+        )
     folder = Path(where.name)
     saved = [name for name in ("dataset_dict.json", "state.json") if (folder / name).is_file()]
     if not saved:

@@ -203,7 +203,7 @@ def contents(
     own = next((folder / name for name in _NAMES if (folder / name).is_file()), None)
     if own is not None and not settings.class_names:
         named = read_class_names(own, classes)
-        more = [f"the classes are named by {own}"]
+        more.append(f"the classes are named by {own}")
     else:
         named = choose_names(settings.class_names, classes, synonyms=True)
     return Contents(

@@ -27,6 +27,7 @@ EXTRAS = {
     "corruptions": ("richkd evaluate --corruptions", "imagecorruptions"),
     "ray": ("richkd sweep --engine ray", "ray"),
     "cloud": ("caches at s3://, gs://, az://", "obstore"),
+    "hf": ("--dataset hf:NAME", "datasets"),
 }
 LITTLE_SHARED_MEMORY = 2**30  # bytes, twice what data-loader workers may use
 

@@ -112,6 +112,21 @@ def test_a_fingerprint_is_of_the_content_wherever_it_lies(
         assert read(place).fingerprint != known
 
 
+def test_images_are_compared_between_machines(
+    data: dict[str, Samples], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = read(own_data.write_shards(tmp_path / "s", data))
+    assert dataset.read_again().fingerprint == dataset.fingerprint
+    shard = tmp_path / "s" / "train" / "00000.tar"
+    shard.write_bytes(shard.read_bytes().replace(data["train"][0][0][-50:], bytes(50)))
+    assert dataset.read_again().fingerprint != dataset.fingerprint
+    shard.unlink()
+    with pytest.raises(OSError):
+        dataset.read_again()
+    with refuses("image-changed", "000000.jpg", shard):
+        files_of(dataset).open(0)
+
+
 @pytest.mark.parametrize("form", ["parquet", "shards"])
 def test_workers_read_what_this_process_reads(forms: dict[str, str], form: str) -> None:
     files = files_of(read(forms[form], image_size=32))
@@ -270,17 +285,42 @@ def test_what_a_table_lacks_is_named(
     assert fails("precompute", "--dataset", f"hf:{tmp_path}/no").code == "dataset-folder-missing"
 
 
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_dataset_of_the_hub_is_read_from_its_cache_without_a_network(
+    data: dict[str, Samples], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = read(own_data.write_parquet(tmp_path / "things", data))
+    cache = tmp_path / "hf-cache"
+    (cache / "things").rename(cache / "nobody___things")  # as if it had come from the Hub
+    again = read("hf:nobody/things")
+    assert again.fingerprint == known.fingerprint and again.folders == known.folders
+    assert read("hf:nobody/things@default").fingerprint == known.fingerprint
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
+    assert catalog.found("hf:nobody/Things", Path("data")) == cache / "nobody___things"
+    with refuses("table-unreadable", "hf:nobody/things@other"):
+        read("hf:nobody/things@other")
+
+
+@pytest.mark.usefixtures("offline")
 def test_a_name_that_is_not_here_and_a_missing_package(
     monkeypatch: pytest.MonkeyPatch, fails: Fails
 ) -> None:
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     error = fails("precompute", "--dataset", "hf:nobody/nothing")
     assert error.code == "table-unreadable" and "nobody/nothing" in error and "network" in error
     assert fails("plan", "--dataset", "hf:nobody/nothing").code == "dataset-folder-missing"
+    with monkeypatch.context() as patch:
+        patch.setattr("datasets.__version__", "3.6.0")
+        error = fails("precompute", "--dataset", "hf:nobody/nothing")
+        assert error.code == "extra-missing" and "3.6.0" in error and "4.0" in error
     monkeypatch.setattr("richkd.data.hf_datasets.PACKAGE", "no_such_package")
     error = fails("precompute", "--dataset", "hf:nobody/nothing")
-    assert error.code == "package-missing" and "pip install 'richkd[hf]'" in error
+    assert error.code == "extra-missing" and "pip install 'richkd[hf]'" in error
 
 
 # --- shards --------------------------------------------------------------------------------------
@@ -472,9 +512,6 @@ def test_names_of_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("HOME", "/somewhere")
     assert catalog.at_home("hf:~/a") == "hf:/somewhere/a"
     assert catalog.at_home("wds:~/a") == "wds:/somewhere/a"
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    (tmp_path / "a___b").mkdir()
-    assert catalog.found("hf:a/b", Path("data")) == tmp_path / "a___b"
     with refuses("dataset-path-missing", "hf:NAME"):
         catalog.split_name("hf:")
     with refuses("value-out-of-range", "image_column", "imagefolder"):
