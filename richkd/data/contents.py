@@ -13,10 +13,11 @@ from richkd.config.settings import Images
 from richkd.core.errors import RichKDError
 from richkd.core.progress import Report
 from richkd.data import folders, layouts
-from richkd.data.class_names import ClassNames, choose_names
+from richkd.data.class_names import ClassNames, choose_names, read_class_names
+from richkd.data.labels import Raw, describe_roles, drop_unlabelled, number_classes
 from richkd.data.layouts import Layout
 from richkd.data.scans import Listing, check_images, even_order
-from richkd.data.sources import Source
+from richkd.data.sources import UncheckedSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,40 +42,87 @@ def check_validation(settings: Images, found: Mapping[str, object], place: objec
         )
 
 
-def list_splits(
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """What a dataset that names its splits and labels is made of: a table, or shards."""
+
+    place: str  # for messages
+    splits: Mapping[str, str]  # the dataset's own names, by split
+    labels: Mapping[str, Raw]  # by the dataset's own name, as are the sources
+    sources: Mapping[str, UncheckedSource]
+    classes: Sequence[str] = ()  # in the order of their numbers, if it names them
+    columns: Mapping[str, str]
+    notes: Sequence[str]
+    class_file: Path | None = None  # of names
+
+
+def of_labelled(
     settings: Images,
-    sources: Mapping[str, Source],
-    labels: Mapping[str, NDArray[np.int64]],
-    classes: Sequence[str],
+    own: Labelled,
+    layout: Layout | None,
     skipped: Collection[str] | None,
     report: Report,
-) -> dict[str, Listing]:
-    """Return the usable images of each split, the classes evenly mixed.
+) -> Contents:
+    """Return the contents of a dataset that names its splits and labels.
 
     Args:
-        settings: what to do with broken images.
-        sources: the images by split.
-        labels: [N] by split.
-        classes: all of them.
+        settings: which images.
+        own: the dataset.
+        layout: the splits that a cache was made from, which are taken as they are.
         skipped: the keys of images that stage one left out; None to decode every image once.
         report: shows the progress.
 
     Raises:
-        RichKDError: an image is broken, or all training images of a class are.
+        RichKDError: an image or a label is invalid.
     """
-    found = {}
-    for split, source in sources.items():
-        order = even_order(labels[split])
-        mixed = labels[split][order]
-        found[split] = check_images(source.take(order), mixed, settings.broken, skipped, report)
-        lacking = np.setdiff1d(mixed, found[split].labels)
-        if len(lacking):
-            raise RichKDError(
-                f"{source.place}: no image of the class {classes[lacking[0]]} can be read; restore "
-                f"them, or remove the class from every split",
-                code="class-without-images",
-            )
-    return found
+    splits, notes = dict(own.splits), [*own.notes]
+    if layout is None:
+        splits, dropped = drop_unlabelled(splits, own.labels)
+        notes = [describe_roles(splits, own.place), *notes, *dropped]
+    check_validation(settings, splits, own.place)
+    labels, classes, more = number_classes(
+        {split: own.labels[name] for split, name in splits.items()},
+        own.classes,
+        own.place,
+        lambda split, number: own.sources[splits[split]].name(number),
+    )
+    if own.class_file is not None and not settings.class_names:
+        named = read_class_names(own.class_file, classes)
+        more.append(f"the classes are named by {own.class_file}")
+    else:
+        named = choose_names(settings.class_names, classes, synonyms=True)
+    return Contents(
+        listings={
+            split: _list_split(settings, own.sources[name], labels[split], classes, skipped, report)
+            for split, name in splits.items()
+        },
+        classes=classes,
+        named=named,
+        folders=splits,
+        columns=own.columns,
+        notes=(*notes, *more, *named.notes),
+    )
+
+
+def _list_split(
+    settings: Images,
+    source: UncheckedSource,
+    labels: NDArray[np.int64],
+    classes: Sequence[str],
+    skipped: Collection[str] | None,
+    report: Report,
+) -> Listing:
+    """Return the usable images of a split, the classes evenly mixed."""
+    order = even_order(labels)
+    listing = check_images(source.take(order), labels[order], settings.broken, skipped, report)
+    lacking = np.setdiff1d(labels, listing.labels)
+    if len(lacking):
+        raise RichKDError(
+            f"{source.place}: no image of the class {classes[lacking[0]]} can be read; restore "
+            f"them, or remove the class from every split",
+            code="class-without-images",
+        )
+    return listing
 
 
 def of_folder(

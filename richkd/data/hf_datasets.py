@@ -24,16 +24,8 @@ from richkd.config.catalog import TableName, table_name
 from richkd.config.settings import Images
 from richkd.core.errors import RichKDError, nearest
 from richkd.core.progress import Report
-from richkd.data.class_names import choose_names
-from richkd.data.contents import Contents, check_validation, list_splits
-from richkd.data.labels import (
-    Raw,
-    choose_splits,
-    describe_roles,
-    drop_unlabelled,
-    kept_splits,
-    number_classes,
-)
+from richkd.data.contents import Contents, Labelled, of_labelled
+from richkd.data.labels import Raw, choose_splits, kept_splits
 from richkd.data.layouts import Layout
 from richkd.data.sources import Which
 from richkd.data.walk import listed
@@ -52,8 +44,19 @@ class TableRows:
     split: str
     rows: NDArray[np.int64]  # [N]
 
+    @classmethod
+    def of(cls, table: Any, column: str, place: str, split: str) -> TableRows:
+        """Make a source of all rows of a split."""
+        images = table.select_columns([column]).with_format("arrow")
+        return cls(images, column, f"{place}, split {split}", split, np.arange(len(table)))
+
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def origin(self) -> str:
+        """The dataset and the split."""
+        return self.place
 
     def name(self, index: int) -> str:
         """Return the row's number and where it is."""
@@ -109,50 +112,29 @@ def contents(
     place = f"hf:{where.name}{where.config and '@'}{where.config}"
     tables = _load(where, place, report)
     if layout is None:
-        remedy = "split it once, by train_test_split and save_to_disk, and use hf:FOLDER"
-        splits, notes = choose_splits(tables, where.train, place, remedy)
+        no_train = f"name the split to train on: {place}:SPLIT"
+        no_test = "split it once, by train_test_split and save_to_disk, and use hf:FOLDER"
+        splits, notes = choose_splits(tables, where.train, place, no_train, no_test)
         asked: Mapping[str, str] = {"image": settings.image_column, "label": settings.label_column}
     else:
         splits, notes, asked = kept_splits(tables, layout, place), [], layout.columns
     features = tables[splits["train"]].features
     image = _image_column(features, asked["image"], place)
     label = _label_column(features, asked["label"], place)
-    raw = {name: _labels(tables[name], label) for name in splits.values()}
     for name in splits.values():
         if image not in tables[name].features:
-            raise _no_column(
-                "image_column", image, tables[name].features, f"{place}, split {name},"
-            )
-    if layout is None:
-        splits, dropped = drop_unlabelled(splits, raw)
-        columns = f"images are read from the column {image}, labels from {label}"
-        notes = [describe_roles(splits, place), columns, *notes, *dropped]
-    check_validation(settings, splits, place)
-    sources = {
-        split: TableRows(
-            tables[name].select_columns([image]).with_format("arrow"),
-            image,
-            f"{place}, split {name}",
-            name,
-            np.arange(len(tables[name])),
-        )
-        for split, name in splits.items()
-    }
-    labels, classes, more = number_classes(
-        {split: raw[name] for split, name in splits.items()},
-        getattr(features[label], "names", None) or (),
-        f"the column {label} of {place}",
-        lambda split, row: sources[split].name(row),
-    )
-    named = choose_names(settings.class_names, classes, synonyms=True)
-    return Contents(
-        listings=list_splits(settings, sources, labels, classes, skipped, report),
-        classes=classes,
-        named=named,
-        folders=splits,
+            where_not = f"{place}, split {name},"
+            raise _no_column("image_column", image, tables[name].features, where_not)
+    own = Labelled(
+        place=f"the column {label} of {place}",
+        splits=splits,
+        labels={name: _labels(tables[name], label) for name in splits.values()},
+        sources={name: TableRows.of(tables[name], image, place, name) for name in splits.values()},
+        classes=getattr(features[label], "names", None) or (),
         columns={"image": image, "label": label},
-        notes=(*notes, *more, *named.notes),
+        notes=[f"images are read from the column {image}, labels from {label}", *notes],
     )
+    return of_labelled(settings, own, layout, skipped, report)
 
 
 def _load(where: TableName, place: str, report: Report) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ Class folders need none of this: they are the classes, in the order of their nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +36,7 @@ class Raw:
 
 
 def choose_splits(
-    known: Iterable[str], train: str, place: str, remedy: str
+    known: Collection[str], train: str, place: str, no_train: str, no_test: str
 ) -> tuple[dict[str, str], list[str]]:
     """Choose the splits to train, validate and test on, and return them with notes for the user.
 
@@ -46,42 +46,37 @@ def choose_splits(
         known: names of the splits.
         train: the name of the training split, if the user gives it.
         place: the dataset, for messages.
-        remedy: what to do if there is no split to test on.
+        no_train: what to do if there is no split to train on.
+        no_test: what to do if there is no split to test on.
 
     Raises:
         RichKDError: there is no split to train on, or none to test on.
     """
-    names = [*known]
-    if train and train not in names:
+    if train and train not in known:
         raise RichKDError(
-            f"{place} has no split {train!r}, {nearest(train, names)}", code="split-missing"
+            f"{place} has no split {train!r}, {nearest(train, known)}", code="split-missing"
         )
     found = {"train": train} if train else {}
     for split, words in NAMES.items():
-        free = [name for name in names if name not in found.values()]
+        free = [name for name in known if name not in found.values()]
         matches = [name for word in words for name in free if name.lower() == word]
-        if matches and split not in found:
-            found[split] = matches[0]
+        if matches:
+            found.setdefault(split, matches[0])
     if "train" not in found:
         raise RichKDError(
-            f"{place} has no split called train, only {listed(names)}; name the training split: "
-            f"{place}:SPLIT",
+            f"{place} has no split called train, only {listed([*known])}; {no_train}",
             code="split-missing",
         )
     if len(found) == 1:
         raise RichKDError(
             f"{place} has only the split {found['train']} to train on, and none to test on "
-            f"(validation or test); {remedy}",
+            f"(validation or test); {no_test}",
             code="split-missing",
         )
-    found.setdefault("test", found.get("validation", ""))
-    if found["test"] == found.get("validation"):
-        del found["validation"]
-    return found, [
-        f"the split{'s' * (len(rest) > 1)} {listed(rest)} of {place} are not used"
-        for rest in [[name for name in names if name not in found.values()]]
-        if rest
-    ]
+    if "test" not in found:
+        found["test"] = found.pop("validation")
+    rest = [name for name in known if name not in found.values()]
+    return found, [f"of {place}, {listed(rest)} is not used"] if rest else []
 
 
 def kept_splits(known: Collection[str], layout: Layout, place: str) -> dict[str, str]:
@@ -105,7 +100,8 @@ def describe_roles(found: Mapping[str, str], place: str) -> str:
     purposes = {"train": "training", "validation": "validation", "test": "testing"}
     uses = ", ".join(f"{found[one]} for {what}" for one, what in purposes.items() if one in found)
     no_test = found["test"].lower() in NAMES["validation"]
-    return f"using of {place} {uses}{' (there are no separate test images)' if no_test else ''}"
+    note = " (there are no separate test images)" if no_test else ""
+    return f"using the splits of {place}: {uses}{note}"
 
 
 def drop_unlabelled(
@@ -121,10 +117,9 @@ def drop_unlabelled(
     for split in ("validation", "test"):
         if "validation" in kept and not labels[kept[split]].values:
             notes.append(f"the split {kept[split]} is not used: its images have no labels")
-            dropped = kept.pop(split)
+            del kept[split]
             if split == "test":
                 kept["test"] = kept.pop("validation")
-            assert dropped not in kept.values()
     return kept, notes
 
 
@@ -156,20 +151,18 @@ def number_classes(
             f"{place} does not name its classes: they are its {len(classes):,} different labels in "
             f"{order} order, {listed(classes)}"
         )
-    found = {}
-    for split, raw in labels.items():
-        own = np.array([numbers.get(value, -1) for value in raw.values] + [-1], np.int64)
-        found[split] = own[raw.codes]
-        wrong = np.flatnonzero(found[split] < 0)
+    found = {split: _numbered(raw, numbers) for split, raw in labels.items()}
+    for split, own in found.items():
+        wrong = np.flatnonzero(own < 0)
         if len(wrong):
-            code = int(raw.codes[wrong[0]])
-            what = (
-                "no label" if code < 0 else f"the label {raw.values[code]!r}, which is not {known}"
-            )
+            raw, first = labels[split], int(wrong[0])
+            fault = "no label"
+            if raw.codes[first] >= 0:
+                label = raw.values[raw.codes[first]]
+                fault = f"the label {label!r}, which is not {known}"
             more = f" (nor have {len(wrong) - 1:,} more a valid one)" if len(wrong) > 1 else ""
             raise RichKDError(
-                f"{name_of(split, int(wrong[0]))} has {what}{more}; correct {place}, or remove "
-                f"such images",
+                f"{name_of(split, first)} has {fault}{more}; correct it, or remove such images",
                 code="labels-invalid",
             )
     present = np.unique(found["train"])
@@ -182,3 +175,9 @@ def number_classes(
         empty = [name for number, name in enumerate(classes) if number not in {*present.tolist()}]
         notes.append(f"there are no training images of {listed(empty)}")
     return found, classes, notes
+
+
+def _numbered(raw: Raw, numbers: Mapping[Value, int]) -> NDArray[np.int64]:
+    """Return the class numbers [N] of labels; -1 for those that are missing or no class."""
+    own = np.array([numbers.get(value, -1) for value in raw.values] + [-1], np.int64)
+    return own[raw.codes]

@@ -20,7 +20,7 @@ from richkd.core.files import atomic_write, home
 from richkd.core.progress import Report
 from richkd.data import decoding
 from richkd.data.decoding import Values
-from richkd.data.sources import Encoded, Source, print_of
+from richkd.data.sources import Encoded, Source, UncheckedSource, print_of
 
 Look = Callable[[Encoded, bool], decoding.Found]  # as `decoding.look`
 _SCAN_VERSION = 2  # increase it whenever a scan finds something else in the same file
@@ -70,7 +70,7 @@ def even_order(labels: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def check_images(
-    source: Source,
+    source: UncheckedSource,
     labels: NDArray[np.int64],
     broken: str,
     known: Collection[str] | None = None,
@@ -122,10 +122,10 @@ def check_images(
     )
 
 
-def scan_images(source: Source, decode: bool, report: Report, look: Look) -> Scan:
+def scan_images(source: UncheckedSource, decode: bool, report: Report, look: Look) -> Scan:
     """Look at all images, or return what was found earlier if none has changed."""
-    place = hashlib.sha256(source.place.encode(errors="surrogateescape")).hexdigest()
-    note = home() / "listings" / f"{place[:32]}.npz"
+    origin = hashlib.sha256(source.origin.encode(errors="surrogateescape")).hexdigest()
+    note = home() / "listings" / f"{origin[:32]}.npz"
     state = f"{_SCAN_VERSION} {' '.join(decoding.readable())} {source.state()}"
     scan = _load(note, state, len(source))
     if scan is None or decode > scan.decoded:
@@ -181,7 +181,7 @@ def _load(note: Path, state: str, count: int) -> Scan | None:
     )
 
 
-def _look_at_all(source: Source, decode: bool, report: Report, look: Look) -> Scan:
+def _look_at_all(source: UncheckedSource, decode: bool, report: Report, look: Look) -> Scan:
     count = len(source)
     sizes, traits = np.zeros((count, 2), np.int64), np.zeros(count, np.uint8)
     kind, low, high = np.zeros(count, np.uint8), np.full(count, np.nan), np.full(count, np.nan)

@@ -20,15 +20,8 @@ from numpy.typing import NDArray
 from richkd.config.settings import Images
 from richkd.core.errors import RichKDError
 from richkd.core.progress import Report
-from richkd.data.class_names import choose_names, read_class_names
-from richkd.data.contents import Contents, check_validation, list_splits
-from richkd.data.labels import (
-    choose_splits,
-    describe_roles,
-    drop_unlabelled,
-    kept_splits,
-    number_classes,
-)
+from richkd.data.contents import Contents, Labelled, of_labelled
+from richkd.data.labels import choose_splits, kept_splits
 from richkd.data.layouts import Layout
 from richkd.data.shard_index import describe_index, find_shards
 from richkd.data.shard_samples import choose_members, list_samples, version_of
@@ -115,8 +108,13 @@ class ShardMembers:
         return len(self.shard)
 
     @property
-    def place(self) -> str:
+    def origin(self) -> str:
         """The folder and the split."""
+        return f"wds:{self.folder.resolve()}, split {self.split}"
+
+    @property
+    def place(self) -> str:
+        """The folder and the split, as the user names it."""
         return f"wds:{self.folder}, split {self.split}"
 
     def name(self, index: int) -> str:
@@ -176,8 +174,9 @@ def contents(
     place = f"wds:{folder}"
     shards = find_shards(folder)
     if layout is None:
-        remedy = "put some shards aside for that: move them to the folder val, with an index"
-        splits, notes = choose_splits(shards, "", place, remedy)
+        no_train = f"move the shards to train on to {folder}/train"
+        no_test = f"move some shards to {folder}/val, with an index of their own"
+        splits, notes = choose_splits(shards, "", place, no_train, no_test)
         first = folder / shards[splits["train"]][0].path
         columns = choose_members(first, settings.image_column, settings.label_column)
     else:
@@ -185,32 +184,16 @@ def contents(
     found = {
         name: list_samples(folder, name, shards[name], columns, report) for name in splits.values()
     }
-    if layout is None:
-        splits, dropped = drop_unlabelled(splits, {name: each.raw for name, each in found.items()})
-        notes = [describe_roles(splits, place), describe_index(shards), *notes, *dropped]
-    check_validation(settings, splits, place)
-    sources = {
-        split: ShardMembers(folder, name, each.shards, each.shard, each.spans, each.members)
-        for split, name in splits.items()
-        for each in [found[name]]
-    }
-    labels, classes, more = number_classes(
-        {split: found[name].raw for split, name in splits.items()},
-        (),
-        place,
-        lambda split, number: sources[split].name(number),
-    )
-    own = next((folder / name for name in _NAMES if (folder / name).is_file()), None)
-    if own is not None and not settings.class_names:
-        named = read_class_names(own, classes)
-        more.append(f"the classes are named by {own}")
-    else:
-        named = choose_names(settings.class_names, classes, synonyms=True)
-    return Contents(
-        listings=list_splits(settings, sources, labels, classes, skipped, report),
-        classes=classes,
-        named=named,
-        folders=splits,
+    own = Labelled(
+        place=place,
+        splits=splits,
+        labels={name: each.raw for name, each in found.items()},
+        sources={
+            name: ShardMembers(folder, name, each.shards, each.shard, each.spans, each.members)
+            for name, each in found.items()
+        },
         columns=columns,
-        notes=(*notes, *more, *named.notes),
+        notes=[describe_index(shards), *notes],
+        class_file=next((folder / name for name in _NAMES if (folder / name).is_file()), None),
     )
+    return of_labelled(settings, own, layout, skipped, report)

@@ -26,21 +26,29 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    @property
-    def place(self) -> str:
-        """Where all of the images are."""
-
     def name(self, index: int) -> str:
         """Return the name of an image for messages: where to find it."""
-
-    def key(self, index: int) -> str:
-        """Return what identifies an image wherever the dataset is."""
 
     def file(self, index: int) -> Encoded:
         """Return an encoded image."""
 
     def take(self, which: Which) -> Self:
         """Select images."""
+
+
+class UncheckedSource(Source, Protocol):
+    """Images of which some may be broken, and any may change."""
+
+    @property
+    def place(self) -> str:
+        """Where all of them are, for messages."""
+
+    @property
+    def origin(self) -> str:
+        """Where all of them are, whatever the current folder is."""
+
+    def key(self, index: int) -> str:
+        """Return what identifies an image wherever the dataset is."""
 
     def state(self) -> str:
         """Return a digest that changes whenever the place may have other images."""
@@ -111,8 +119,13 @@ class FolderFiles:
 
     @property
     def place(self) -> str:
-        """The folder."""
+        """The folder, as the user names it."""
         return str(self.root)
+
+    @property
+    def origin(self) -> str:
+        """The folder."""
+        return str(self.root.resolve())
 
     def name(self, index: int) -> str:
         """Return the path of an image."""
