@@ -129,7 +129,8 @@ def joined(*, on_gpus: bool = False) -> Iterator[Ranks]:
     if torch.cuda.is_available():
         torch.cuda.set_device(local % torch.cuda.device_count())
     try:
-        backend = "cpu:gloo,cuda:nccl" if on_gpus and dist.is_nccl_available() else "gloo"
+        nccl = on_gpus and torch.cuda.is_available() and dist.is_nccl_available()
+        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RichKDError(
