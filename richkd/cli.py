@@ -483,6 +483,10 @@ def repair(
 def distill(
     recipe: Recipe = None,
     validation: NoValidation = None,
+    stop_after: Annotated[
+        int | None,
+        typer.Option(min=1, help="stop once this epoch is done; the same command goes on later"),
+    ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -498,11 +502,15 @@ def distill(
     from richkd.distill import distill as stage_two
 
     report = _report(as_json)
-    summary = stage_two(settings, resume=resume, overwrite=overwrite, report=report)
+    summary = stage_two(
+        settings, resume=resume, overwrite=overwrite, stop_after=stop_after, report=report
+    )
     if not is_first():
         return
     if as_json:
         _print(summary, as_json)
+    elif "stopped_after" in summary:
+        report.log(f"stopped after epoch {summary['stopped_after']} of {settings.epochs}")
     else:
         results_table(report, f"{summary['run']}", [summary])
 

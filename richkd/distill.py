@@ -30,6 +30,7 @@ def distill(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    stop_after: int | None = None,
     report: Report | None = None,
 ) -> dict[str, Any]:
     """Train one student to the end and write its run folder.
@@ -40,10 +41,12 @@ def distill(
         settings: cache, student, method and training.
         resume: has no effect, since resuming is the default; contradicts `overwrite`.
         overwrite: start over if there is a run; other files in its folder are kept.
+        stop_after: stop once this epoch is done; a later call goes on.
         report: receives progress.
 
     Returns:
-        The content of the run's summary.json. Accuracies are in 0..1.
+        The content of the run's summary.json. Accuracies are in 0..1. If it stopped before, the
+        run folder and the number of the last epoch (`run`, `stopped_after`).
 
     Raises:
         RichKDError: anything the user can fix; raised before training starts, unless the
@@ -54,7 +57,7 @@ def distill(
         report = report if report and ranks.first else Report(quiet=True)
         source = ranks.after_first(lambda: Source(settings, report, ranks=ranks))
         summary = ranks.from_first(lambda: check_run(source, settings, report, overwrite))
-        return summary or train(source, settings, report, overwrite)
+        return summary or train(source, settings, report, overwrite, stop_after)
 
 
 def check_run(
@@ -65,14 +68,21 @@ def check_run(
     return None if overwrite else completed(settings, source.cache, report)
 
 
-def train(source: Source, settings: Distill, report: Report, overwrite: bool) -> dict[str, Any]:
-    """Train the student of a run that is not complete; raise as `distill`."""
+def train(
+    source: Source, settings: Distill, report: Report, overwrite: bool, stop_after: int | None
+) -> dict[str, Any]:
+    """Train the student of a run that is not complete; arguments and errors as of `distill`."""
     with StudentRun(source, settings, overwrite=overwrite) as run:
         report.log(run.opening())
         log_few_views([run.settings], source.cache, report)
         describe_precision(run, report)
-        with report.track("distill", run.images_to_go, "images", run.waits) as tick:
-            for rows, waited in source.epochs(run.rows.values(), run.done + 1, run.settings.epochs):
+        epochs = run.settings.epochs
+        last = min(stop_after or epochs, epochs)
+        images = (last - run.done) * source.entries
+        with report.track("distill", images, "images", run.waits) as tick:
+            for rows, waited in source.epochs(run.rows.values(), run.done + 1, last):
                 record = run.train_epoch(rows, waited, tick)
-                report.log(epoch_line(record, run.settings.epochs, run.epoch_waits))
+                report.log(epoch_line(record, epochs, run.epoch_waits))
+        if run.done < epochs:
+            return {"run": str(run.folder.path), "stopped_after": run.done}
         return run.finish()

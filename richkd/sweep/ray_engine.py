@@ -14,27 +14,32 @@ import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ray
+import tomli_w
 import torch
 from ray.exceptions import RayError, RaySystemError, RayTaskError
 
-from richkd.config.settings import Distill, Sweep
+from richkd.config.settings import Distill, Sweep, to_table
 from richkd.core.cpus import usable_cpus
 from richkd.core.errors import RichKDError, first_line
 from richkd.core.files import check_unlocked, locked
 from richkd.core.interrupts import RESUMES, Interrupted, deferred, preserved_handlers
+from richkd.core.launcher import without_launcher
 from richkd.core.progress import Report
-from richkd.store.reader import TeacherCache
+from richkd.store.reader import TeacherCache, open_cache
 from richkd.sweep.board import Board
 from richkd.sweep.entries import FAILURES, Entry, describe_failure
 from richkd.sweep.grid import scores_until
@@ -75,6 +80,11 @@ class Share:
     cpus: int
     gpus: float
     device: str  # of the settings; the CPU without GPUs
+
+    @property
+    def processes(self) -> int:
+        """How many processes train a run: one for each GPU of several."""
+        return max(1, int(self.gpus))
 
     def __str__(self) -> str:
         return f"{_count(self.cpus, 'CPU')} and {_count(self.gpus, 'GPU')}"
@@ -364,14 +374,15 @@ def train(
     run = RunFolder(Path(settings.out))
     try:
         work_in(folder)
-        torch.set_num_threads(share.cpus)
+        torch.set_num_threads(max(1, share.cpus // share.processes))
         if again:
             wait_until_free(run.path)
-        source = shared_source(settings.cache, settings.dataset, settings.data_root, share.device)
         if run.complete:  # and the driver does not know
-            run.check_same(*record(settings, source.cache, run))
+            run.check_same(*record(settings, open_cache(settings.cache), run))
+        elif share.processes > 1:
+            yield from train_in_processes(settings, last, share)
         else:
-            yield from train_run(source, settings, last)
+            yield from train_run(shared_source(settings, share.device), settings, last)
         summary = run.summary()
     except (*FAILURES, OSError) as error:
         yield Ended(reason=describe_failure(error, settings, "raise --gpus-per-run"))
@@ -414,11 +425,76 @@ class Lines(Report):
 LINES = Lines()
 
 
+def train_in_processes(settings: Distill, last: int, share: Share) -> Iterator[Progress]:
+    """Train the epochs of a run by torchrun, with a process for each GPU; yield as `train_run`.
+
+    Raises:
+        RichKDError: what the processes say.
+    """
+    run = RunFolder(Path(settings.out))
+    done = run.epochs_done()
+    yield Progress(done=done, scores=scores_until(done, run), epoch_s=None, lines=[])
+    with tempfile.TemporaryDirectory() as folder:
+        recipe, log = Path(folder) / "run.toml", Path(folder) / "log.txt"
+        table = to_table(replace(settings, device=share.device))
+        recipe.write_text(tomli_w.dumps({"distill": table}), encoding="utf-8")
+        began = time.perf_counter()
+        with log.open("wb") as output, ended(shared_command(recipe, last, share), output) as going:
+            while going():
+                time.sleep(CHECK_EVERY_S)
+                now = min(run.epochs_done(), last)
+                if now > done:
+                    epoch_s, began, done = time.perf_counter() - began, time.perf_counter(), now
+                    scores = scores_until(done, run)
+                    yield Progress(done=done, scores=scores, epoch_s=epoch_s, lines=[])
+        said = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    if not run.complete and run.epochs_done() < last:
+        own = [line for line in said if line.startswith("richkd: ")]
+        reason = own[0].removeprefix("richkd: ") if own else "".join(said[-1:])
+        raise RichKDError(
+            f"{share.processes} processes could not train it: {reason}", code="ray-processes-failed"
+        )
+
+
+def shared_command(recipe: Path, last: int, share: Share) -> list[str]:
+    """Return the command that trains a run up to an epoch in several processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone"]
+    count = ["--nproc-per-node", str(share.processes)]
+    words = ["-m", "richkd", "distill", "--recipe", str(recipe), "--stop-after", str(last)]
+    return [sys.executable, *launcher, *count, *words]
+
+
+@contextmanager
+def ended(command: Sequence[str], output: IO[bytes]) -> Iterator[Callable[[], bool]]:
+    """Start a command, yield a function that tells whether it runs, and end it with the block."""
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        env={**without_launcher(os.environ), **threads},
+    )
+    try:
+        yield lambda: process.poll() is None
+    finally:
+        process.terminate()  # torchrun passes it on, and the run can be resumed
+        try:
+            process.wait(LOCK_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def shared_source(settings: Distill, device: str) -> Source:
+    """Return the cache, images and slabs of a run, which this worker keeps for its next run."""
+    names = ("cache", "dataset", "data_root", "decode", "crops_per_decode")
+    return _source(device, **{name: getattr(settings, name) for name in names})
+
+
 @lru_cache(maxsize=1)
-def shared_source(cache: str, dataset: str, data_root: str, device: str) -> Source:
-    """Open cache, images and slabs, and keep them for this worker's next run; see `Source`."""
-    settings = Distill(cache=cache, dataset=dataset, data_root=data_root, device=device)
-    return Source(settings, LINES)
+def _source(device: str, **settings: Any) -> Source:
+    return Source(Distill(device=device, **settings), LINES)
 
 
 def work_in(folder: str) -> None:
