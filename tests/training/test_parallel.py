@@ -73,7 +73,8 @@ def steps(forks: Forks, folder: Path, world: int, jobs: list[dict[str, Any]]) ->
 
 def gap(one: list[float], other: list[float]) -> float:
     assert len(one) == len(other)
-    return max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(one, other, strict=True))
+    gaps = (abs(a - b) / max(1.0, abs(a)) for a, b in zip(one, other, strict=True))
+    return max(gaps, default=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,7 @@ def test_three_processes_train_as_one_to_the_last_bits_of_f64(
     arrays = {**given, "cache": str(store)}
     photos = {**given, "cache": str(photographs)}
     jobs: list[dict[str, Any]] = [
-        *({**arrays, "method": method} for method in ("richkd", "dkd", "sp", "dist", "ce")),
+        *({**arrays, "method": method} for method in ("richkd", "dkd", "sp", "ce")),
         {**photos, "method": "richkd", "ema": 0.9, "warmup": 1.0},
         {**photos, "method": "kd", "crops_per_decode": 3, "epochs": 4},
         {**arrays, "method": "kd", "student": "timm/test_efficientnet"},
