@@ -47,8 +47,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--per-class", type=int, default=20, help="training images of a class")
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--ranks", type=int, default=2, help="processes of stage one")
-    parser.add_argument("--student-ranks", type=int, default=1, help="processes of stage two")
+    parser.add_argument("--ranks", type=int, default=2, help="processes of each stage")
     options = parser.parse_args(words)
     options.out.mkdir(parents=True)
     runs = [*steps(options)]
@@ -83,7 +82,7 @@ def steps(options: argparse.Namespace) -> list[dict[str, Any]]:
         (1, f"verify {cache} --teacher {teacher}"),
         (1, f"inspect {cache}"),
         (
-            options.student_ranks,
+            options.ranks,
             f"distill --recipe {RECIPE} --cache {cache} --student {NETWORK} --method richkd-l "
             f"{training} --milestones 1 --out {run}",
         ),
