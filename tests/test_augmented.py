@@ -387,6 +387,28 @@ def test_the_label_loss_of_a_step_is_that_of_the_replayed_images(mixed: Path) ->
 # --- bad input -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+def test_a_plan_counts_the_decodes_of_partners(photos: Path) -> None:
+    from richkd.config.settings import Precompute
+    from richkd.tools import plan
+
+    logged: list[str] = []
+
+    class Logged(Report):
+        def log(self, message: str) -> None:
+            logged.append(message)
+
+    folder = richkd.open_cache(photos / "p.zarr").manifest["dataset"]["name"]
+    settings = Precompute(
+        dataset=folder, image_size=32, teacher="resnet8", clip="none", views=2, augment="mix"
+    )
+    result = plan.plan(settings, QUIET, enough=0.01, most=16)
+    plan.show(result, Logged(quiet=True))
+    assert result["pace"]["augment"] == "mix"
+    assert any(line.startswith("36 decodes") for line in logged)
+    assert result["raw_bytes"] > 2 * 12 * 4 * (5 + 7)
+
+
 def test_what_mixed_images_do_not_fit_is_refused(
     mixed: Path, make_store: Make, fails: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -401,6 +423,8 @@ def test_what_mixed_images_do_not_fit_is_refused(
         make_store(augment="mixup", limit=1, out=str(out))
     with refuses("value-out-of-range", "fused_logits", "mixup"):
         make_store(augment="mixup", rows=("teacher_logits", "fused_logits"), out=str(out))
+    with refuses("value-out-of-range", "probe", "rand+mixup"):
+        make_store(augment="mixup+rand", teacher_head="probe", out=str(out))
     with refuses("cache-settings-differ", "augment", EVERY):
         make_store(augment="rand", limit=24, views=2, teacher_size=40, out=str(mixed))
     assert not out.exists() and not (tmp_path / "r").exists()

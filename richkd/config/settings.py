@@ -516,6 +516,9 @@ class Precompute(Images):
         self._set("teacher", self.teacher or suggested.teacher)
         self._set("clip", self.clip or suggested.clip)
         self._set("augment", read_augment(self.augment))
+        must = f"own or rows with {self.augment}: each head of a probe knows some of the partners"
+        unseen = self.teacher_head != "probe" or not self.augment.endswith(MIXING)
+        require(unseen, "teacher_head", self.teacher_head, must)
         self._set("out", self.out or f"cache/{catalog.short_name(self.dataset)}.zarr")
         for name in ("teacher_mean", "teacher_std"):
             if getattr(self, name) is not None:
