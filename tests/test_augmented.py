@@ -15,12 +15,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import refuses, stage_one_of, tree, write_photos, write_teacher
-from PIL import Image
 
 import richkd
 from richkd.config.settings import Distill
 from richkd.core.progress import Report
 from richkd.data.datasets import ImageFiles
+from richkd.data.decoding import Photograph
 from richkd.data.inputs import ArrayInputs, FileInputs, Normalize
 from richkd.data.mixing import Mix, joined
 from richkd.distill import distill
@@ -197,9 +197,9 @@ def test_partners_are_decoded_once_more_a_view(photos: Path) -> None:
     opened: list[int] = []
 
     class Recorded(ImageFiles):
-        def open(self, index: int) -> Image.Image:
+        def photograph(self, index: int, most: float = 1.0) -> Photograph:
             opened.append(index)
-            return super().open(index)
+            return super().photograph(index, most)
 
     inputs = FileInputs(Recorded(**vars(files)), CPU, workers=0, augment=cache.augment)
     views = torch.stack([cache.slab(view).views for view in range(2)])
@@ -370,7 +370,7 @@ def test_the_label_loss_of_a_step_is_that_of_the_replayed_images(mixed: Path) ->
     labels = cache.read("train/labels")
     trainer.model.train()
     trained = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    _, terms = trainer.objective(images, labels[index], index, batch, trainer.epoch)
+    *_, terms = trainer.objective(images, labels[index], index, batch, trainer.epoch)
     trainer.model.load_state_dict(trained)
     normalize = Normalize(cache.manifest["mean"], cache.manifest["std"], CPU)  # type: ignore[arg-type]
     log_p = F.log_softmax(trainer.model(normalize(images)).double(), dim=1)
