@@ -126,7 +126,7 @@ def contents(
             where_not = f"{place}, split {name},"
             raise _no_column("image_column", image, tables[name].features, where_not)
     own = Labelled(
-        place=f"the column {label} of {place}",
+        place=place,
         splits=splits,
         labels={name: _labels(tables[name], label) for name in splits.values()},
         sources={name: TableRows.of(tables[name], image, place, name) for name in splits.values()},

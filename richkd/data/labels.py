@@ -165,15 +165,16 @@ def number_classes(
                 f"{name_of(split, first)} has {fault}{more}; correct it, or remove such images",
                 code="labels-invalid",
             )
-    present = np.unique(found["train"])
     if len(classes) < 2:
         raise RichKDError(
-            f"{place} has only one class, {listed(classes)}; at least two are needed",
+            f"the training images of {place} have only the label {listed(classes) or '–'}; at "
+            f"least two classes are needed",
             code="folder-one-class",
         )
-    if len(present) < len(classes):
-        empty = [name for number, name in enumerate(classes) if number not in {*present.tolist()}]
-        notes.append(f"there are no training images of {listed(empty)}")
+    empty = np.setdiff1d(np.arange(len(classes)), found["train"])
+    if len(empty):
+        some = [classes[number] for number in empty[:4]]
+        notes.append(f"there are no training images of {listed(some, len(empty))}")
     return found, classes, notes
 
 

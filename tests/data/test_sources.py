@@ -218,7 +218,10 @@ def test_columns_are_chosen_by_their_kinds(tmp_path: Path, rng: np.random.Genera
     made = made.remove_columns("label")
     both = own_data.write_saved(tmp_path / "both", {"train": made, "test": made})
     assert read(both).columns["label"] == "fine_label"
-    with refuses("folder-one-class", "a"):
+    more = datasets.ClassLabel(names=["cat", "dog", "owl"])
+    dataset = read(make({"label": more}, "more"))
+    assert any("no training images of owl" in note for note in dataset.notes)
+    with refuses("folder-one-class", "only the label 5"):
         read(make({"label": number}, "one", label=[5] * 12))
     made = made.rename_column("fine_label", "kind")
     with refuses("column-ambiguous", "kind, coarse_label", "--label-column"):
