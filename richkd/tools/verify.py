@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from richkd.config import catalog
 from richkd.config.settings import Precompute, resolve
 from richkd.core import fusion
 from richkd.core.accuracy import accuracy
@@ -242,7 +243,7 @@ def compute_again(
     dataset = None
     if name is not None:
         dataset = load_dataset_of(open_cache(out), settings.dataset, settings.data_root, report)
-    elif "folders" in manifest["dataset"] or not manifest["dataset"]["embedded"]:
+    elif catalog.is_own(settings.dataset) or not manifest["dataset"]["embedded"]:
         dataset = replace(
             load_again(manifest, settings.dataset, settings.data_root, report),
             class_names=tuple(manifest["class_names"]),
