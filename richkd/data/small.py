@@ -73,11 +73,9 @@ def treatment(settings: Images, splits: Sequence[Listed]) -> Treatment:
     Raises:
         RichKDError: pad-crop-flip is asked for, but the images do not have one square size.
     """
-    asked, wanted = settings.view_space, _bytes(splits)
-    fault = _fault(settings, splits)
-    side = int(splits[0].sizes[0, 0])
+    asked, side = settings.view_space, int(splits[0].sizes[0, 0])
     if asked == PadCropFlip.name:
-        if fault:
+        if fault := _fault(settings, splits):
             raise RichKDError(
                 f"view_space = {asked!r}: {fault}; resize the images to one square size, or use "
                 f"--view-space {ResizedCropFlip.name}",
@@ -85,13 +83,11 @@ def treatment(settings: Images, splits: Sequence[Listed]) -> Treatment:
             )
         return _whole(side)
     change = f"--view-space {PadCropFlip.name} takes images of one square size whole"
-    if asked == ResizedCropFlip.name:
+    if asked == ResizedCropFlip.name or np.median(splits[0].sizes) > SMALL:
         return _photographs(settings, splits, change)
-    if side > SMALL:
-        return _photographs(settings, splits, change)
-    if fault:
+    if fault := _fault(settings, splits):
         return _photographs(settings, splits, f"{fault}; {change}")
-    if wanted > MOST_BYTES:
+    if (wanted := _bytes(splits)) > MOST_BYTES:
         fault = f"an array of all images would take {size(wanted)}"
         return _photographs(settings, splits, f"{fault}; {change}")
     return _whole(side)

@@ -87,6 +87,8 @@ def test_images_that_keep_a_folder_from_being_small_are_named() -> None:
     strayed = treated(many, [*many, (28, 31), (28, 31)])
     assert not strayed.whole and strayed.image_size == 32
     assert "test/30.png (and 1 more) has 31×28 pixels, all others 32×32" in strayed.note
+    strayed = treated([(300, 400), *many], many)  # also if it is the first
+    assert "train/0.png has 400×300 pixels, all others 32×32" in strayed.note
     assert "have 2 sizes" in treated([(32, 32), (28, 28)]).note
     assert "64×48" in treated([(48, 64)]).note
     assert "image_size = 32" in treated([(64, 64)], image_size=32).note
