@@ -24,6 +24,22 @@ T = TypeVar("T")
 StepBatch = tuple[Tensor, Tensor, dict[str, Tensor]]  # index, images, rows
 
 
+@dataclass(frozen=True, eq=False)
+class OfSamples:
+    """Rows by sample that are indexed by entry, so that they need not be copied for each epoch."""
+
+    rows: Rows  # [N,…]
+    samples: Tensor  # [E], on the same device
+
+    def __getitem__(self, index: Tensor) -> Rows:
+        return self.rows[self.samples[index]]
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> OfSamples:
+        """Return the rows on a device."""
+        samples = self.samples.to(device, non_blocking=non_blocking)
+        return OfSamples(self.rows.to(device, non_blocking=non_blocking), samples)
+
+
 @dataclass(frozen=True)
 class EpochRows:
     """The data of one epoch: entries, each a view of a sample and the cached rows of that view.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from richkd.training.data import (
     Data,
     EpochRows,
     EvalSet,
+    OfSamples,
     all_rows,
     part_of,
     timed,
@@ -269,7 +270,7 @@ class Source:
         if source.samples is None:
             return fixed
         samples = source.samples.to(device)
-        return {name: row[samples] for name, row in fixed.items()}
+        return {name: cast(Rows, OfSamples(row, samples)) for name, row in fixed.items()}
 
     def _is_fixed(self, name: str) -> bool:
         """Return whether rows are the same in every epoch: CLIP's, which saw the clean images."""

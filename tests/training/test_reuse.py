@@ -41,7 +41,7 @@ VIEWS, IMAGES = 5, 26
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def photos(tmp_path_factory: pytest.TempPathFactory, clip_dir: Path) -> Path:
     """A cache of a folder of 26 photographs, with 5 views of each."""
     root = tmp_path_factory.mktemp("reuse")
     folder = write_photos(root / "f", ["cat", "dog"], np.random.default_rng(5), train=13, test=3)
@@ -51,6 +51,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"imagefolder:{folder}",
         "resnet8",
         teacher_weights=str(weights),
+        clip=str(clip_dir),
         views=VIEWS,
         block=8,
     )
@@ -129,12 +130,10 @@ def test_a_group_of_epochs_shows_the_views_that_it_would_have_shown(
 
 def test_pieces_and_rows(photos: Path) -> None:
     """Rows and views of every entry are those of the cache; a group has each pair once."""
-    cache = open_cache(photos)
+    cache, names = open_cache(photos), ("teacher_logits", "clip_features")
+    clip = cache.read("train/clip_features")
     for each in (2, 3):
         source = source_of(photos, each)
-        names = (
-            ("teacher_logits", "clip_features") if cache.manifest["clip"] else ("teacher_logits",)
-        )
         seen: Counter[tuple[int, int]] = Counter()
         for epoch, (rows, _) in enumerate(source.epochs(names, 1, 2 * each), 1):
             assert rows.samples is not None and len(rows) == source.entries == IMAGES // each * each
@@ -145,6 +144,9 @@ def test_pieces_and_rows(photos: Path) -> None:
                 assert torch.equal(rows.views[at], cache.slab(view).views[samples])
                 logits = cache.read("train/teacher_logits", view)
                 assert torch.equal(rows.rows["teacher_logits"][at], logits[samples])
+                entries = torch.arange(at.start, at.stop)
+                batch = rows.batch(entries, entries)
+                assert torch.equal(batch["clip_features"], clip[samples].float())
                 seen.update((group, view, sample) for sample in samples.tolist())  # type: ignore[misc]
         assert set(seen.values()) == {1}
         assert len(seen) == 2 * each * (IMAGES // each * each)
@@ -242,7 +244,7 @@ def test_augmented_and_mixed_views(photos: Path, tmp_path: Path) -> None:
     assert len(found) == len(plain) and all(map(torch.equal, found, plain))
 
 
-@pytest.mark.parametrize("method", ["kd", *slow("ce")])
+@pytest.mark.parametrize("method", ["richkd", *slow("ce")])
 def test_resumed_is_uninterrupted(photos: Path, tmp_path: Path, method: str) -> None:
     """After the first of three epochs, in the middle of a group."""
     whole, halves = (
