@@ -47,19 +47,28 @@ def write_folder(folder: Path, images: Any, labels: Any, names: tuple[str, ...])
         photo.save(place / f"{number}.jpg", quality=90)
 
 
+def balanced(labels: Any) -> Any:
+    """Return a random order of images of which every part has about as many of each class."""
+    order = np.random.default_rng(1).permutation(len(labels))
+    turn = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        turn[labels[order] == label] = np.arange(np.count_nonzero(labels == label))
+    return order[turn.argsort(kind="stable")]
+
+
 def prepare(options: argparse.Namespace) -> Path:
     """Write the folders, train the teacher and write the cache, unless they are there."""
     out, report = options.out, Report()
     if not (out / "written").is_file():
         found = load_dataset(Images(dataset="fashion-mnist"))
-        order = np.random.default_rng(1).permutation(len(found.train))
         train, test = found.train, found.test
-        shares = {"student": order[: options.images], "teacher": order[-options.teacher_images :]}
-        for name, which in shares.items():
-            data = train.images[which], train.labels[which]
-            write_folder(out / name / "train", *data, found.class_names)
-            data = test.images[: options.tested], test.labels[: options.tested]
-            write_folder(out / name / "test", *data, found.class_names)
+        order = balanced(train.labels.numpy())
+        tested = balanced(test.labels.numpy())[: options.tested]
+        for name, count in (("student", options.images), ("teacher", options.teacher_images)):
+            which, order = order[:count], order[count:]
+            for split, of, some in (("train", train, which), ("test", test, tested)):
+                data = of.images[some], of.labels[some]
+                write_folder(out / name / split, *data, found.class_names)
         write(out / "written", "")
     weights = out / "teacher.safetensors"
     common: dict[str, Any] = {"image_size": SIDE, "device": "cpu"}
