@@ -225,7 +225,7 @@ class Images(Settings):
     )
     view_space: ViewSpace = setting(
         "auto",
-        "views of an imagefolder's images: resized-crop-flip, for photographs; pad-crop-flip, for "
+        "views of your own images: resized-crop-flip, for photographs; pad-crop-flip, for "
         "images of one size, which are taken whole; or auto (by their sizes)",
         later=True,
     )
