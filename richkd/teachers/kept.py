@@ -10,6 +10,7 @@ import torch
 import zarr
 from torch import Tensor
 
+from richkd.core.errors import RichKDError
 from richkd.store import schema
 from richkd.store.checksums import chunk_files, chunks_digest, is_intact
 from richkd.store.location import Location
@@ -36,6 +37,15 @@ def kept_arrays(
             return None
         if checksums and checksums["chunks"][name] != [chunks_digest(location, name, specs[name])]:
             return None
-    with location.explained("read"):
-        group = zarr.open_group(location.zarr(read_only=True), mode="r", use_consolidated=False)
-        return [torch.from_numpy(np.asarray(group[name][...])) for name in names]  # type: ignore[index]
+    try:
+        with location.explained("read"):
+            group = zarr.open_group(location.zarr(read_only=True), mode="r", use_consolidated=False)
+            found = [np.asarray(group[name][...]) for name in names]  # type: ignore[index]
+    except RichKDError:
+        raise
+    except Exception:  # metadata may be damaged in any way
+        return None
+    expected = [(specs[name].shape, specs[name].dtype) for name in names]
+    if [(each.shape, str(each.dtype)) for each in found] != expected:
+        return None
+    return [torch.from_numpy(each) for each in found]
