@@ -42,15 +42,15 @@ CLIP = {
 def main(words: Sequence[str] | None = None) -> None:
     """Run every step, write the seconds of each as JSON, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="a new folder, for everything")
+    parser.add_argument("out", type=Path, help="folder for everything; complete steps are skipped")
     parser.add_argument("--json", type=Path, help="file for the results; by default in the folder")
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--per-class", type=int, default=20, help="training images of a class")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=2, help="processes of each stage")
     options = parser.parse_args(words)
-    options.out.mkdir(parents=True)
-    runs = [*steps(options)]
+    options.out.mkdir(parents=True, exist_ok=True)
+    runs = steps(options)
     checks = check(options)
     result = {
         "hardware": hardware(choose_device("cpu")),
@@ -66,11 +66,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def steps(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run the steps one after the other; return what each took."""
-    out, classes = options.out, options.classes
-    start = time.perf_counter()
-    images = draw(out / "imagenet", classes, options.per_class)
-    clip = write_clip(out / "clip")
-    drawn = {"step": f"draw {images:,} photographs", "seconds": time.perf_counter() - start}
+    out, classes, clip = options.out, options.classes, options.out / "clip"
     data = f"--recipe {RECIPE} --dataset imagefolder:{out / 'imagenet'} --image-size {SIDE}"
     teacher, cache, run = out / "teacher.safetensors", out / "imagenet.zarr", out / "run"
     networks = f"--teacher {NETWORK} --teacher-weights {teacher} --clip {clip}"
@@ -88,7 +84,21 @@ def steps(options: argparse.Namespace) -> list[dict[str, Any]]:
         ),
         (1, f"evaluate {run} --device cpu"),
     ]
-    return [drawn, *(timed(ranks, words) for ranks, words in commands)]
+    record = out / "steps.json"
+    runs = json.loads(record.read_text(encoding="utf-8")) if record.exists() else []
+    actions = [partial(prepare, options), *(partial(timed, *command) for command in commands)]
+    for action in actions[len(runs) :]:
+        runs.append(action())
+        write(record, json.dumps(runs))
+    return runs
+
+
+def prepare(options: argparse.Namespace) -> dict[str, Any]:
+    """Write the photographs and the CLIP; return what it took."""
+    start = time.perf_counter()
+    images = draw(options.out / "imagenet", options.classes, options.per_class)
+    write_clip(options.out / "clip")
+    return {"step": f"draw {images:,} photographs", "seconds": time.perf_counter() - start}
 
 
 def timed(ranks: int, words: str) -> dict[str, Any]:
@@ -161,7 +171,7 @@ def draw_class(folder: Path, per_class: int, number: int, synset: str) -> int:
     """Write the images of one class, each with its colours and its own arrangement of them."""
     palette = np.random.default_rng(number).integers(0, 256, (4, 3), np.uint8)
     for split, count in (("train", per_class), ("val", TEST_PER_CLASS)):
-        (folder / split / synset).mkdir(parents=True)
+        (folder / split / synset).mkdir(parents=True, exist_ok=True)
         for index in range(count):
             rng = np.random.default_rng([number, index, split == "val"])
             name = folder / split / synset / f"{synset}_{index}.JPEG"
@@ -192,7 +202,7 @@ def write_clip(folder: Path) -> Path:
 
     from richkd.models.weights import save_tensors
 
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
     preprocess = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}
     config = {"model_cfg": CLIP, "preprocess_cfg": preprocess}
