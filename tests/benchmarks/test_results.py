@@ -83,3 +83,13 @@ def test_what_few_views_cost_is_what_was_measured() -> None:
             if difference.high < 0:
                 behind[count] = round(-100 * difference.mean, 2)
         assert few.points == behind and few.enough == 16
+
+
+def test_the_table_of_the_rehearsal_is_the_result() -> None:
+    page, file = (ROOT / "docs/scale-out.md").read_text(), RESULTS / "imagenet-rehearsal.json"
+    table = runpy.run_path(str(ROOT / "benchmarks/imagenet_rehearsal.py"))["table"]
+    header, *rows = table(
+        json.loads(file.read_text())["runs"] if file.exists() else []
+    ).splitlines()
+    assert (header in page) is file.exists()
+    assert not file.exists() or all(row in page for row in rows)
