@@ -66,6 +66,7 @@ class StudentRun:
         self.trainer, self.rows, self.target = ranks.after_first(
             lambda: source.trainer(settings, self._log)
         )
+        ranks.wait()  # nothing is written unless all of them can train
         with ExitStack() as stack:
             self.progress = ranks.from_first(
                 lambda: self._begin(stack, recorded, initial, overwrite)
