@@ -13,14 +13,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import optional
 import pytest
 import torch
-from helpers import Refusal, assert_same_run, refusal, tree
+from helpers import Refusal, assert_same_run, refusal, refuses, tree
 
 from richkd.config.settings import Sweep
 
@@ -469,3 +469,29 @@ def test_how_many_runs_a_node_holds(
 
     share = choose_share(Sweep(students=("resnet8",), engine="ray", **asked), device, [node])
     assert room(node, share) == at_once
+
+
+@pytest.mark.slow
+def test_a_run_that_has_two_gpus_is_trained_in_two_processes(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here on CPUs, in a worker that was itself started in some job of torchrun."""
+    optional.require("ray")
+    from richkd.config.settings import Distill
+    from richkd.store.reader import open_cache
+    from richkd.sweep.ray_engine import Share, train_in_processes
+    from richkd.training.student import with_defaults
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "7")
+    out, options = tmp_path / "run", {"kd": {"temperature": 2.0}}
+    given = Distill(cache=str(store), method="kd", student="resnet8", out=str(out), epochs=3)
+    given = with_defaults(replace(given, options=options, batch_size=16), open_cache(store))
+    share = Share(cpus=2, gpus=2.0, device="cpu")
+    reports = list(train_in_processes(given, 2, share))
+    assert [report.done for report in reports][-1] <= 2 and not (out / "summary.json").exists()
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+    (out / "checkpoint.safetensors").write_bytes(b"")
+    (out / "previous.safetensors").write_bytes(b"")
+    with refuses("checkpoint-unreadable"):
+        list(train_in_processes(given, 3, share))
