@@ -13,15 +13,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
 from richkd.data.augment import CUTMIX, MIX_COLUMNS, OPS, ORDERS, RAND_OPS, Augment
 
 Pixels = NDArray[np.uint8]
 Crops = Callable[[int, Tensor], Tensor]  # a sample and its crops [V,…] -> [V,S,S,3] uint8
 SHARES = 2**16  # mixup's share of an image is a whole number of these parts
-NEAREST = InterpolationMode.NEAREST  # torchvision's default in both policies
 
 
 def replay(augment: Augment, rows: Tensor, sample: int, crops: Crops) -> Tensor:
@@ -71,6 +68,8 @@ def altered(augment: Augment, crop: Pixels, row: Sequence[float]) -> Pixels:
 
 def jittered(image: Image.Image, order: Sequence[int], factors: Sequence[float]) -> Image.Image:
     """Change brightness, contrast, saturation and hue, in the given order of these four."""
+    from torchvision.transforms.v2 import functional
+
     changes = (
         functional.adjust_brightness,
         functional.adjust_contrast,
@@ -85,8 +84,11 @@ def jittered(image: Image.Image, order: Sequence[int], factors: Sequence[float])
 def apply_op(image: Image.Image, op: int, magnitude: float) -> Image.Image:
     """Apply an op of TrivialAugment and RandAugment, as torchvision's v2 transforms do.
 
-    The magnitude of a translation is a share of the side.
+    The magnitude of a translation is a share of the side. Pixels are not interpolated, which is the
+    default of both policies and of these functions.
     """
+    from torchvision.transforms.v2 import functional
+
     name = OPS[op]
     if name in ("ShearX", "ShearY"):
         shear = float(np.degrees(np.arctan(magnitude)))
@@ -98,7 +100,7 @@ def apply_op(image: Image.Image, op: int, magnitude: float) -> Image.Image:
         return _affine(image, translate=[pixels, 0] if name == "TranslateX" else [0, pixels])
     by_name: dict[str, Callable[[], Image.Image]] = {
         "Identity": lambda: image,
-        "Rotate": lambda: functional.rotate(image, magnitude, NEAREST),
+        "Rotate": lambda: functional.rotate(image, magnitude),
         "Brightness": lambda: functional.adjust_brightness(image, 1 + magnitude),
         "Color": lambda: functional.adjust_saturation(image, 1 + magnitude),
         "Contrast": lambda: functional.adjust_contrast(image, 1 + magnitude),
@@ -117,14 +119,10 @@ def _affine(
     shear: Sequence[float] = (0.0, 0.0),
     center: list[int] | None = None,
 ) -> Image.Image:
+    from torchvision.transforms.v2 import functional
+
     moved: Image.Image = functional.affine(
-        image,
-        angle=0.0,
-        translate=[*translate],
-        scale=1.0,
-        shear=[*shear],
-        interpolation=NEAREST,
-        center=center,
+        image, angle=0.0, translate=[*translate], scale=1.0, shear=[*shear], center=center
     )
     return moved
 
