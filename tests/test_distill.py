@@ -312,10 +312,10 @@ def test_students_see_the_cached_views_in_an_order_that_methods_share(
     seen: dict[str, list[Any]] = {}
     batches = ArrayInputs.batches
 
-    def spy(self: ArrayInputs, order: torch.Tensor, views: torch.Tensor, size: int) -> Any:
+    def spy(self: ArrayInputs, order: torch.Tensor, views: torch.Tensor, *rest: Any) -> Any:
         if len(order) == 48:
             seen[current].append((order.tolist(), views.tolist()))
-        return batches(self, order, views, size)
+        return batches(self, order, views, *rest)
 
     monkeypatch.setattr(ArrayInputs, "batches", spy)
     for current in ("ce", "kd", "richkd"):
@@ -359,13 +359,13 @@ def test_half_precision_is_of_the_network_alone(
 def test_the_wait_for_slabs_is_recorded(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = richkd.TeacherCache.slab
+    read = richkd.TeacherCache.rows_of
 
     def slow(self: Any, *arguments: Any) -> Any:
         time.sleep(0.5)
         return read(self, *arguments)
 
-    monkeypatch.setattr(richkd.TeacherCache, "slab", slow)
+    monkeypatch.setattr(richkd.TeacherCache, "rows_of", slow)
     train(store, tmp_path / "a", method="kd", epochs=3)
     waits = [line["slab_wait_s"] for line in metrics(tmp_path / "a")]
     assert waits[0] > 0.4 and all(0 <= wait < 30 for wait in waits)

@@ -176,7 +176,7 @@ def test_image_files_are_computed_without_waiting(monkeypatch: pytest.MonkeyPatc
     rows = make_rows()
     inputs = FileInputs.__new__(FileInputs)
 
-    def decoded(spans: list[range], views: Any, *_: Any) -> Iterator[tuple[Tensor, ...]]:
+    def decoded(spans: list[range], views: Any, *_: Any, **__: Any) -> Iterator[tuple[Tensor, ...]]:
         for span in spans:
             for start in range(span.start, span.stop, 16):
                 count = min(16, span.stop - start)
