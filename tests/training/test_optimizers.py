@@ -145,7 +145,7 @@ def test_resumed_runs_end_in_the_same_bits(
     source = Source(Distill(cache=str(store), device="cpu"), Report(quiet=True))
     model = create_model("resnet8", source.cache.num_classes)
     model.load_state_dict(weights(tmp_path / "whole"))
-    stub: Any = SimpleNamespace(result=model, data=source.data, device=CPU)
+    stub: Any = SimpleNamespace(result=model, data=source.data, device=CPU, parallel=None)
     assert Trainer.evaluate(stub, source.data.test)[0] == whole["top1_last"]
 
 
