@@ -256,13 +256,15 @@ def _label_column(features: Mapping[str, Any], asked: str, place: str) -> str:
         return named[0]
     usable = named or [name for name, each in features.items() if _may_hold_labels(each)]
     usual = next((name for name in _LABELS if name in usable), None)
-    if usual is None:
-        what = f"several columns of labels, {listed(named)}" if named else "no column of labels"
+    if usual is not None:
+        return usual
+    remedy = f"among {_types(features)}; choose one with --label-column"
+    if named:
         raise RichKDError(
-            f"{place} has {what} among {_types(features)}; choose one with --label-column",
-            code="column-ambiguous" if named else "column-no-labels",
+            f"{place} has several columns of labels, {listed(named)}, {remedy}",
+            code="column-ambiguous",
         )
-    return usual
+    raise RichKDError(f"{place} has no column of labels {remedy}", code="column-no-labels")
 
 
 def _may_hold_labels(feature: Any) -> bool:

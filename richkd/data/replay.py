@@ -138,7 +138,7 @@ def window(box: Sequence[float], side: int) -> tuple[slice, slice]:
 def mixed(own: Pixels, other: Pixels, mix: Sequence[float]) -> Pixels:
     """Mix two views: `mix` is the mode, the share of the first, and the box of the second.
 
-    Mixup rounds to the nearest byte, with a share that is rounded to a 2¹⁶-th before.
+    Mixup rounds to the nearest byte, with a share that is rounded to a 65,536th before.
     """
     mode, share, *box = mix
     if int(mode) == CUTMIX:

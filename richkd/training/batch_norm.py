@@ -64,7 +64,10 @@ def _same(x: Tensor) -> Tensor:
 
 
 class _Normalize(torch.autograd.Function):
-    """y = γ·(x − μ)/√(σ² + ε) + β; as in SyncBatchNorm, γ and β get the gradient of own samples."""
+    """Normalises by mean and variance over all processes, then scales and shifts.
+
+    As in SyncBatchNorm, scale and shift get the gradient of a process's own samples.
+    """
 
     @staticmethod
     def forward(
@@ -90,7 +93,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        """Return the gradients with respect to x, γ and β; that of x reaches all processes."""
+        """Return the gradients of x, scale and shift; that of x reaches all processes."""
         x, weight, mean, inverse, count = ctx.saved_tensors
         axes = [0, *range(2, x.ndim)]
         wide = x if x.dtype == torch.float64 else x.float()
