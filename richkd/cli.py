@@ -739,7 +739,7 @@ def push(
 ) -> None:
     """Upload a cache (as a dataset) or a student (as a model) to the Hugging Face hub, with a card.
 
-    This includes the images embedded in a cache and the paths named in its recipe.
+    This includes the images or kept pixels in a cache, and the paths named in its recipe.
     """
     from richkd.tools.hub import push
 

@@ -32,6 +32,7 @@ from richkd.data.views import ResizedCropFlip
 from richkd.store.schema import Block
 from richkd.store.writer import StoreWriter
 from richkd.teachers.cnn import CNNTeacher
+from richkd.tools.hub_cards import store_card
 from richkd.tools.plan import plan
 from richkd.training.images import kept_images, student_images
 
@@ -390,3 +391,19 @@ def test_what_the_device_cannot_decode_is_left_to_pillow(
         if device.type == "cpu" or not torch.cuda.is_available():
             with refuses(code, "gpu"):
                 check_device(device, augmented)
+
+
+def test_the_card_says_that_images_are_inside(kept: Path) -> None:
+    card = store_card(kept, "me/kept")
+    assert f"reduced to {SIDE} pixels" in card and "images_inside: true" in card
+    assert "not inside" not in card
+
+
+def test_the_teachers_view_is_of_whole_files(kept: Path, tmp_path: Path) -> None:
+    """Though the student's is of kept pixels, and those of a cache without them."""
+    plain = tmp_path / "plain.zarr"
+    cache_of(Path(richkd.open_cache(kept).manifest["dataset"]["name"].partition(":")[2]), plain)
+    for_teacher = [richkd.view_images(each, 1, network="teacher") for each in (kept, plain)]
+    assert torch.equal(*for_teacher)
+    for_student = [richkd.view_images(each, 1) for each in (kept, plain)]
+    assert not torch.equal(*for_student)

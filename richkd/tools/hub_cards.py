@@ -58,7 +58,7 @@ def store_card(folder: Path, repo_id: str) -> str:
             "seed": views["seed"],
             "alpha": manifest["alpha"],
             "scale": manifest["scale"],
-            "images_inside": dataset["embedded"],
+            "images_inside": dataset["embedded"] or "pixels" in manifest,
             "accuracy": accuracy,
         },
     )

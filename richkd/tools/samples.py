@@ -35,6 +35,7 @@ def torch_dataset(
     arrays: Sequence[str] | None = None,
     dataset: str = "",
     data_root: str = "data",
+    decode: str = "auto",
 ) -> Samples:
     """Return the samples of a cache with their teacher rows, for `torch.utils.data.DataLoader`.
 
@@ -52,6 +53,8 @@ def torch_dataset(
         arrays: the names of the rows; by default all that the cache has.
         dataset: the new location of the images, if they moved (image folders only).
         data_root: the folder of the datasets.
+        decode: where the pixels of photographs come from: `auto` takes those that the cache keeps,
+            if any, and `exact` the files.
 
     Raises:
         RichKDError: there is no such cache, split, view or array, or the images are missing or
@@ -75,7 +78,7 @@ def torch_dataset(
         if name not in ROWS:
             raise unknown("array", name, ROWS)
         cache.require(f"{split}/{name}")
-    images = student_images(cache, dataset, data_root)[split]
+    images = student_images(cache, dataset, data_root, decode)[split]
     return Samples(cache, split, view, tuple(names), images)
 
 
@@ -94,7 +97,8 @@ def view_images(
         cache: a complete cache, or its path.
         view: the number of the view.
         samples: their ids, [B]; all by default.
-        network: whose input size and interpolation the images have.
+        network: whose input size and interpolation the images have. The teacher's are cut out of
+            whole image files, also if the cache keeps pixels, which only students see.
         dataset: the new location of the images, if they moved (image folders only).
         data_root: the folder of the datasets.
 
@@ -104,7 +108,10 @@ def view_images(
     Raises:
         RichKDError: as `torch_dataset`.
     """
-    found = torch_dataset(cache, view, arrays=(), dataset=dataset, data_root=data_root)
+    decode = "exact" if network == "teacher" else "auto"
+    found = torch_dataset(
+        cache, view, arrays=(), dataset=dataset, data_root=data_root, decode=decode
+    )
     index = torch.arange(len(found)) if samples is None else torch.as_tensor(samples).long()
     seen = None
     if network == "teacher":

@@ -313,6 +313,8 @@ class StudentRun:
         )
         rest = count % each
         left = f"; {rest} of {count:,} are left out in turn" if rest else ""
+        if short := self.settings.epochs % each:
+            left += f"; the last {short} of {self.settings.epochs} epochs show only some images"
         return (
             f"\neach image is decoded every {each} epochs, for {each} views; up to "
             f"{size(waiting)} of them wait in memory{left}"
@@ -461,6 +463,13 @@ def check_reuse(cache: TeacherCache, settings: Distill) -> None:
             f"crops_per_decode = {each}: {cache.location} has {cache.num_views} views of an image; "
             f"use --crops-per-decode {cache.num_views} or less, or precompute with --views {each}",
             code="crops-beyond-views",
+        )
+    if each > settings.epochs:
+        raise RichKDError(
+            f"crops_per_decode = {each}: an epoch shows one in {each} of the images, so that some "
+            f"would never be seen in epochs = {settings.epochs}; use --crops-per-decode "
+            f"{settings.epochs} or less",
+            code="crops-beyond-epochs",
         )
     if 2 * each > cache.num_samples:
         raise RichKDError(

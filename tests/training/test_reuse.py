@@ -287,7 +287,7 @@ def test_refusals(photos: Path, store: Path, fails: Fails, tmp_path: Path) -> No
     def distilled(cache: Path, each: int, method: str = "kd") -> Refusal:
         out = tmp_path / "refused"
         error = fails(
-            *f"distill --cache {cache} --student resnet8 --method {method} --epochs 1 --out {out} "
+            *f"distill --cache {cache} --student resnet8 --method {method} --epochs 99 --out {out} "
             f"--crops-per-decode {each}".split()
         )
         assert not out.exists()
@@ -299,9 +299,10 @@ def test_refusals(photos: Path, store: Path, fails: Fails, tmp_path: Path) -> No
     assert distilled(photos, IMAGES // 2 + 1, "ce").code == "crops-beyond-images"
     assert distilled(photos, 0).code == "value-out-of-range"
     with refuses("run-settings-differ"):
-        first = settings_of(photos, tmp_path / "run", epochs=1, crops_per_decode=2)
-        distill(first)
-        distill(settings_of(photos, tmp_path / "run", epochs=1))
+        distill(settings_of(photos, tmp_path / "run", crops_per_decode=2))
+        distill(settings_of(photos, tmp_path / "run"))
+    with refuses("crops-beyond-epochs", "epochs = 2"):
+        distill(settings_of(photos, tmp_path / "few", crops_per_decode=3))
 
 
 def test_rows_of_several_pieces(photos: Path) -> None:
