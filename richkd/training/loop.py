@@ -205,7 +205,7 @@ class Trainer:
         epoch, count, start = self._begun
         self.runner.join()
         if self.parallel is not None:
-            self.parallel.average_statistics({self.model, self.result})
+            self.parallel.average_statistics(dict.fromkeys((self.model, self.result)))
         correct_count, *sums = (self.sums / count).tolist()
         seconds = time.perf_counter() - start
         choice, last = self.data.choice, epoch == self.settings.epochs
