@@ -143,10 +143,17 @@ def joined(*, on_gpus: bool = False) -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size(), local, processes_here())
     except Exception as error:
         dist.destroy_process_group()
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        if of_others(error):
             raise _lost() from None
         raise
     dist.destroy_process_group()  # not after a signal: it would wait for the others
+
+
+def of_others(error: Exception) -> bool:
+    """Return whether an error says that another process cannot be reached any more."""
+    if isinstance(error, RichKDError):
+        return False  # whatever letters are in a path that it names
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _lost() -> RichKDError:

@@ -20,7 +20,8 @@ import pytest
 from helpers import changed, tree, write_teacher
 from PIL import Image
 
-from richkd.core.ranks import Ranks
+from richkd.core.errors import RichKDError
+from richkd.core.ranks import Ranks, of_others
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # as torchrun sets it: sums in one order
 
@@ -112,6 +113,11 @@ def test_shares_are_disjoint_and_all_of_it() -> None:
     shares = [Ranks(rank, 5).own(work) for rank in range(5)]
     assert sorted(item for share in shares for item in share) == work
     assert {len(share) for share in shares} == {4, 5}
+
+
+def test_an_error_that_names_an_igloo_is_of_this_process() -> None:
+    assert of_others(RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] closed"))
+    assert not of_others(RichKDError("no such folder: /data/igloo; check it", code="any"))
 
 
 @pytest.mark.slow
