@@ -106,9 +106,9 @@ def load(
 def fits_shared_memory(wanted: int) -> bool:
     """Return whether `wanted` bytes of batches may use shared memory; if not, log it once.
 
-    Half of the free space is left to other processes.
+    Half of the free space is left to other programs; the processes of a job share the other half.
     """
-    free = free_shared_memory()
+    free, wanted = free_shared_memory(), wanted * processes_here()
     if free is None or wanted <= free // 2:
         return True
     _log_once(

@@ -189,6 +189,17 @@ def test_batches_are_the_same_by_memory_and_by_pipes(
     check_nothing_left()
 
 
+def test_processes_share_the_free_shared_memory(
+    said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "free_shared_memory", lambda: 10**9)
+    assert workers.fits_shared_memory(2 * 10**8)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "8"), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert not workers.fits_shared_memory(2 * 10**8)
+    assert "/dev/shm" in said()
+
+
 def test_batches_come_through_pipes_when_shared_memory_runs_out(
     said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
