@@ -448,7 +448,8 @@ def train_in_processes(settings: Distill, last: int, share: Share) -> Iterator[P
                     scores = scores_until(done, run)
                     yield Progress(done=done, scores=scores, epoch_s=epoch_s, lines=[])
         said = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    if not run.complete and run.epochs_done() < last:
+    done = run.epochs_done()
+    if not run.complete and (done < last or done == settings.epochs):  # it failed to finish
         own = [line for line in said if line.startswith("richkd: ")]
         reason = own[0].removeprefix("richkd: ") if own else "".join(said[-1:])
         raise RichKDError(

@@ -471,6 +471,26 @@ def test_how_many_runs_a_node_holds(
     assert room(node, share) == at_once
 
 
+@pytest.mark.parametrize("done", [2, 3])
+def test_processes_that_fail_leave_a_reason(
+    done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after the last checkpoint, when only the summary is left to be written."""
+    optional.require("ray")
+    from richkd.config.settings import Distill
+    from richkd.sweep import ray_engine
+    from richkd.training.run_folder import RunFolder
+
+    failing = [sys.executable, "-c", "import sys; sys.exit('richkd: no space [disk-full]')"]
+    monkeypatch.setattr(ray_engine, "shared_command", lambda *_: failing)
+    monkeypatch.setattr(ray_engine, "CHECK_EVERY_S", 0.05)
+    monkeypatch.setattr(RunFolder, "epochs_done", lambda _: done)
+    given = Distill(cache="c.zarr", out=str(tmp_path), epochs=3)
+    share = ray_engine.Share(cpus=2, gpus=2.0, device="cpu")
+    with refuses("ray-processes-failed", "no space"):
+        list(ray_engine.train_in_processes(given, 3, share))
+
+
 @pytest.mark.slow
 def test_a_run_that_has_two_gpus_is_trained_in_two_processes(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
