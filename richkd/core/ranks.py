@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from richkd.core.errors import RichKDError, first_line
 from richkd.core.launcher import meet, number, processes, processes_here
 
 PATIENCE = timedelta(days=7)  # rank 0 may train a teacher while the others wait
+# NCCL does not see that a process ended; steps, which it is for, never take this long
+GPU_PATIENCE = timedelta(minutes=30)
 WAKE_S = 0.02  # between polls, so that signals are handled; gloo would block them
 T = TypeVar("T")
 
@@ -33,6 +35,7 @@ class Ranks:
     world: int
     local: int = 0  # its rank among those on this machine
     here: int = 1  # how many are on this machine
+    group: dist.ProcessGroup | None = None  # for objects and for waiting; None for the default one
 
     @property
     def first_here(self) -> bool:
@@ -68,7 +71,7 @@ class Ranks:
         finally:
             self.wait()
             with _others_gone():
-                dist.broadcast_object_list(sent, src=0)
+                dist.broadcast_object_list(sent, src=0, group=self.group)
         succeeded, value = sent[0]
         if not succeeded:
             raise RichKDError(
@@ -87,7 +90,7 @@ class Ranks:
         if self.world > 1:
             with _others_gone():
                 for number, part in enumerate(parts):
-                    dist.broadcast(part, src=number % self.world)
+                    dist.broadcast(part, src=number % self.world, group=self.group)
 
     def after_first(self, compute: Callable[[], T]) -> T:
         """Compute a value in rank 0, then in the other processes; return each its own.
@@ -103,7 +106,7 @@ class Ranks:
         """Wait until all processes have called this."""
         if self.world > 1:
             with _others_gone():
-                barrier = dist.barrier(async_op=True)
+                barrier = dist.barrier(group=self.group, async_op=True)
                 while not barrier.is_completed():
                     time.sleep(WAKE_S)
                 barrier.wait()
@@ -129,9 +132,12 @@ def joined(*, on_gpus: bool = False) -> Iterator[Ranks]:
     if torch.cuda.is_available():
         torch.cuda.set_device(local % torch.cuda.device_count())
     try:
-        nccl = on_gpus and torch.cuda.is_available() and dist.is_nccl_available()
-        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        group: Any = None
+        if on_gpus and torch.cuda.is_available() and dist.is_nccl_available():
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=GPU_PATIENCE)
+            group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        else:
+            dist.init_process_group("gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RichKDError(
             f"cannot reach the other processes of this job ({first_line(error)}); start "
@@ -140,7 +146,7 @@ def joined(*, on_gpus: bool = False) -> Iterator[Ranks]:
         ) from None
     meet()
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), local, processes_here())
+        yield Ranks(dist.get_rank(), dist.get_world_size(), local, processes_here(), group)
     except Exception as error:
         dist.destroy_process_group()
         if of_others(error):
