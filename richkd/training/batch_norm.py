@@ -1,11 +1,14 @@
 """Batch norm over the samples of all processes (Ioffe & Szegedy 2015, arXiv 1502.03167).
 
 On GPUs it is PyTorch's SyncBatchNorm, which takes no tensors on a CPU. There, the layers of the
-network compute the same from sums over all processes.
+network compute the same from sums over all processes. A batch that all processes have in whole is
+no sum of theirs: each normalises it as one process would.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,29 +24,66 @@ def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
     from timm.layers.norm_act import BatchNormAct2d, convert_sync_batchnorm
 
     if cuda(device):
-        return convert_sync_batchnorm(model)  # type: ignore[no-any-return, no-untyped-call]
+        model = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    known = {_BatchNorm.forward, BatchNormAct2d.forward}
     for module in model.modules():
         own = type(module)
-        if isinstance(module, _BatchNorm) and own.forward in _FORWARD | {BatchNormAct2d.forward}:
-            module.__class__ = type(f"Synchronized{own.__name__}", (_Synchronized, own), {})
+        if isinstance(module, nn.SyncBatchNorm):
+            module.__class__ = type(own.__name__, (_OnGpus, own), {})
+        elif isinstance(module, _BatchNorm) and own.forward in known:
+            module.__class__ = type(f"Synchronized{own.__name__}", (_OnCpus, own), {})
     return model
 
 
-_FORWARD = {_BatchNorm.forward}
+@contextmanager
+def whole_batch() -> Iterator[None]:
+    """Let all processes have the same batch: each normalises it for itself."""
+    _Synchronized.whole = True
+    try:
+        yield
+    finally:
+        _Synchronized.whole = False
+
+
+def local_layers(model: nn.Module) -> dict[nn.Module, list[Tensor]]:
+    """Return the layers that see the samples of one process, each with its running statistics."""
+    layers = {
+        module: [
+            buffer
+            for name, buffer in module.named_buffers(recurse=False)
+            if name.startswith("running_") and buffer.is_floating_point()
+        ]
+        for module in model.modules()
+        if not isinstance(module, _Synchronized)
+    }
+    return {module: running for module, running in layers.items() if running}
 
 
 class _Synchronized(_BatchNorm):
     """The part of a synchronised layer that differs from the layer itself."""
 
+    whole = False  # in `whole_batch`
+
+    def _finish(self, y: Tensor) -> Tensor:
+        """Return y after what timm's layers do with it."""
+        for name in ("drop", "act"):
+            y = getattr(self, name, _same)(y)
+        return y
+
+
+class _OnGpus(_Synchronized):
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        return self._finish(_BatchNorm.forward(self, x)) if self.whole else super().forward(x)
+
+
+class _OnCpus(_Synchronized):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.whole or not self.training:
             return super().forward(x)
         y, mean, variance, count = _Normalize.apply(x, self.weight, self.bias, self.eps)
         if self.track_running_stats:
             self._follow(mean, variance, count)
-        for name in ("drop", "act"):  # of timm's layers
-            y = getattr(self, name, _same)(y)
-        return y  # type: ignore[no-any-return]
+        return self._finish(y)
 
     @torch.no_grad()
     def _follow(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:

@@ -101,7 +101,7 @@ class Trainer:
         check_step(settings.step, device)
         check_optimizer(settings)
         self.parallel = parallel
-        model = model if parallel is None else parallel.network(model)
+        model = model if parallel is None else parallel.network(model, log)
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.method = method.to(device)
         self.data = data

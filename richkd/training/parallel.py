@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ from richkd.core.ranks import Ranks
 from richkd.core.seeds import derive_seed
 from richkd.losses.method import Batch
 from richkd.models import forward
-from richkd.training.batch_norm import synchronized
+from richkd.training.batch_norm import local_layers, synchronized, whole_batch
 from richkd.training.device import cuda, default_generator
 
 T = TypeVar("T")
@@ -91,9 +92,17 @@ class Parallel:
         self._whole = 0  # size of the batch of the current step
         self._drawn: Tensor | None = None  # the state of the student's own random numbers
 
-    def network(self, model: nn.Module) -> nn.Module:
-        """Return the network with the batch norms that the settings ask for."""
-        return model if self.local_norms else synchronized(model, self.device)
+    def network(self, model: nn.Module, log: Callable[[str], None]) -> nn.Module:
+        """Return the network with the batch norms that the settings ask for; log what differs."""
+        if self.local_norms:
+            return model
+        model = synchronized(model, self.device)
+        if kinds := sorted({type(layer).__name__ for layer in local_layers(model)}):
+            log(
+                f"{', '.join(kinds)} cannot span processes: each sees the samples of one process, "
+                f"and its running statistics are averaged after every epoch"
+            )
+        return model
 
     def wrap(self, model: nn.Module, method: nn.Module, objective: Callable[..., Any]) -> nn.Module:
         """Return the objective as a module that averages gradients; all processes must call it.
@@ -118,8 +127,12 @@ class Parallel:
     def forward(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and features; masks of dropout are drawn from the student's own numbers.
 
-        The numbers that the method draws stay the same in all processes.
+        The numbers that the method draws stay the same in all processes. So does all that they
+        compute of a batch that each of them has in whole.
         """
+        if not self.slices.each(self._whole):
+            with whole_batch():
+                return forward(model, images)
         generator = default_generator(self.device) if cuda(self.device) else torch.default_generator
         shared = generator.get_state()
         if self._drawn is not None:
@@ -154,16 +167,9 @@ class Parallel:
 
     @torch.no_grad()
     def average_statistics(self, models: Iterable[nn.Module]) -> None:
-        """Average the running statistics of batch norms that saw only the samples of a process."""
-        if not self.local_norms:
-            return
+        """Average the running statistics of layers that saw only the samples of a process."""
         for model in models:
-            running = [
-                buffer
-                for name, buffer in model.named_buffers()
-                if name.endswith(("running_mean", "running_var"))
-            ]
-            for buffer in running:
+            for buffer in chain(*local_layers(model).values()):
                 dist.all_reduce(buffer)
                 buffer.div_(self.ranks.world)
 
