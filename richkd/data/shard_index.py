@@ -47,7 +47,7 @@ def find_shards(folder: Path) -> dict[str, list[Shard]]:
             str(path.relative_to(folder))
             for pattern in ("*.tar", "*/*.tar")
             for path in folder.glob(pattern)
-            if not path.name.startswith(".")
+            if not (path.name.startswith(".") or path.is_dir())
         )
         counts = _indexed(folder)
     except OSError as error:
@@ -110,7 +110,7 @@ def _dali(folder: Path, path: str) -> tuple[int | None, str]:
             return int(count), name
     except FileNotFoundError:
         return None, ""
-    except ValueError:
+    except (OSError, ValueError):
         raise RichKDError(
             f"{folder / name} is damaged or not an index of wds2idx; write it again",
             code="shard-index-damaged",
@@ -122,13 +122,13 @@ def _indexed(folder: Path) -> dict[str, Shard]:
     found: dict[str, Shard] = {}
     files = sorted((*folder.glob("*.json"), *folder.glob("*/*.json")))
     for file in files:
-        if file.name.startswith("."):
+        if file.name.startswith(".") or not file.is_file():
             continue
         index = str(file.relative_to(folder))
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             shards = [*_listed(content, file.parent.relative_to(folder), index)]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if file.stem not in ("index", "_info"):
                 continue  # other notes
             raise RichKDError(

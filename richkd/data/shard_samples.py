@@ -92,7 +92,7 @@ def choose_members(path: Path, image: str, label: str) -> dict[str, str]:
     if label and label not in first:
         label = f"json:{label}"
     label = label or next((name for name in _LABELS if name in first), "")
-    if label.startswith("json"):
+    if label.partition(":")[0] == "json":
         with path.open("rb") as file:
             content = _json(file, first["json"], path)
         keys = [label.partition(":")[2]] if ":" in label else _JSON_LABELS
@@ -215,7 +215,7 @@ def samples_of(path: Path) -> Iterator[list[Member]]:
     """Yield the members of each sample in a shard.
 
     Raises:
-        RichKDError: it is no tar file, or it ends too early.
+        RichKDError: it cannot be read, is no tar file, or ends too early.
     """
     try:
         with tarfile.open(path, "r:") as archive:
@@ -223,6 +223,10 @@ def samples_of(path: Path) -> Iterator[list[Member]]:
             named = (each for each in found if each is not None)
             for _, members in groupby(named, lambda pair: pair[0]):
                 yield [member for _, member in members]
+    except OSError as error:
+        raise RichKDError(
+            f"{path} cannot be read ({error.strerror}); restore it", code="shard-damaged"
+        ) from None
     except tarfile.TarError as error:
         what = "is compressed or no tar file" if "header" in str(error) else "ends too early"
         raise RichKDError(f"{path} {what} ({error}); restore it", code="shard-damaged") from None
@@ -240,8 +244,9 @@ def _read(path: Path, columns: Mapping[str, str]) -> tuple[list[Member], list[Va
     """Return the images in a shard and their labels."""
     images, labels = [], []
     label, _, key = columns["label"].partition(":")
+    samples = [*samples_of(path)]
     with path.open("rb") as file:
-        for members in samples_of(path):
+        for members in samples:
             images.append(_image(members, columns.get("image", ""), path))
             own = next((member for member in members if member.extension == label), None)
             labels.append(None if own is None else _label(file, own, key, path))
@@ -292,7 +297,7 @@ def _json(file: BinaryIO, member: Member, path: Path) -> object:
     try:
         found: object = json.loads(_text(file, member, path))
         return found
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter for lists in lists in lists
         raise RichKDError(
             f"{member.name} in {path} is not valid JSON; restore the shard", code="shard-damaged"
         ) from None
