@@ -7,10 +7,11 @@ Only data is read: versions from 4.0 on run no code of a dataset.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +26,7 @@ from richkd.config.settings import Images
 from richkd.core.errors import RichKDError, nearest
 from richkd.core.progress import Report
 from richkd.data.contents import Contents, Labelled, of_labelled
-from richkd.data.labels import Raw, choose_splits, kept_splits
+from richkd.data.labels import Raw, Value, choose_splits, kept_splits
 from richkd.data.layouts import Layout
 from richkd.data.sources import Which
 from richkd.data.walk import listed
@@ -67,8 +68,15 @@ class TableRows:
         return f"{self.split}/{self.rows[index]}"
 
     def file(self, index: int) -> BinaryIO:
-        """Return the bytes of an image, or the file that the table names."""
-        cell = self.table[int(self.rows[index])][self.column][0].as_py()
+        """Return the bytes of an image, or the file that the table names.
+
+        Raises:
+            OSError: the table or the file cannot be read.
+        """
+        try:
+            cell = self.table[int(self.rows[index])][self.column][0].as_py()
+        except Exception as error:  # pyarrow raises errors of several kinds
+            raise OSError(errno.EIO, _line(error)) from None
         if isinstance(cell, dict):
             if cell.get("bytes") is None and cell.get("path"):
                 return io.BytesIO(Path(cell["path"]).read_bytes())
@@ -80,13 +88,29 @@ class TableRows:
         return replace(self, rows=self.rows[which])
 
     def state(self) -> str:
-        """Return a digest of the Arrow files and of the rows."""
+        """Return a digest of the Arrow files, of the files that they name, and of the rows."""
         digest = hashlib.sha256(f"{self.column} {len(self.table)}".encode())
         for each in self.table.cache_files:
             found = Path(each["filename"]).stat()
             digest.update(f"{each['filename']} {found.st_size} {found.st_mtime_ns} ".encode())
+        for path in self._named():
+            with suppress(OSError):  # a missing file is found when it is read
+                found = Path(path).stat()
+                digest.update(f"{path} {found.st_size} {found.st_mtime_ns} ".encode())
         digest.update(self.rows.data)
         return digest.hexdigest()
+
+    def _named(self) -> Iterator[str]:
+        """Yield the paths of images that are files of their own."""
+        import pyarrow as pa
+        from pyarrow import compute
+
+        cells = self.table.data.column(self.column)
+        if not pa.types.is_struct(cells.type) or cells.type.get_field_index("path") < 0:
+            return
+        external = compute.is_null(compute.struct_field(cells, "bytes"))
+        paths = compute.struct_field(cells, "path").filter(external)
+        yield from paths.drop_null().unique().to_pylist()
 
 
 def contents(
@@ -125,12 +149,16 @@ def contents(
         if image not in tables[name].features:
             where_not = f"{place}, split {name},"
             raise _no_column("image_column", image, tables[name].features, where_not)
+    classes = _class_names(tables[splits["train"]], label)
     own = Labelled(
         place=place,
         splits=splits,
-        labels={name: _labels(tables[name], label) for name in splits.values()},
+        labels={
+            name: _labels(tables[name], label, classes, f"{place}, split {name}")
+            for name in splits.values()
+        },
         sources={name: TableRows.of(tables[name], image, place, name) for name in splits.values()},
-        classes=getattr(features[label], "names", None) or (),
+        classes=classes,
         columns={"image": image, "label": label},
         notes=[f"images are read from the column {image}, labels from {label}", *notes],
     )
@@ -166,18 +194,21 @@ def _load(where: TableName, place: str, report: Report) -> Mapping[str, Any]:
                 else datasets.load_dataset(where.name, where.config or None)
             )
     except Exception as error:  # of many kinds, also of its own dependencies
-        text = " ".join(str(error).split()).rstrip(". ")[:300] or type(error).__name__
         hint = (
             "check the folder, which needs Parquet files such as data/train-00000-of-00001.parquet"
             if where.local
             else "check the name and the network, or give a folder: hf:FOLDER"
         )
         raise RichKDError(
-            f"cannot read {place} ({text}); {hint}", code="table-unreadable"
+            f"cannot read {place} ({_line(error)}); {hint}", code="table-unreadable"
         ) from None
     if not isinstance(found, datasets.DatasetDict):
         return {"train": found}
     return {str(name): table for name, table in found.items()}
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(". ")[:300] or type(error).__name__
 
 
 @contextmanager
@@ -279,11 +310,38 @@ def _no_column(setting: str, asked: str, features: Mapping[str, Any], place: str
     )
 
 
-def _labels(table: Any, column: str) -> Raw:
-    """Return the labels of a split; none if it lacks the column."""
+def _class_names(table: Any, column: str) -> tuple[str, ...]:
+    """Return the names of the classes in the order of their numbers; none if it names none."""
+    return tuple(getattr(table.features.get(column), "names", None) or ())
+
+
+def _labels(table: Any, column: str, classes: Sequence[str], place: str) -> Raw:
+    """Return the labels of a split, as positions in classes if it names the same ones.
+
+    None if it lacks the column. `save_to_disk` permits splits to number the classes differently.
+
+    Raises:
+        RichKDError: the column cannot be read, or the split names other classes.
+    """
     if column not in table.features:
         return Raw((), np.full(len(table), -1, np.int64))
-    cells = table.select_columns([column]).with_format("arrow")[:][column]
-    cells = cells.combine_chunks().dictionary_encode()
+    try:
+        cells = table.select_columns([column]).with_format("arrow")[:][column]
+        cells = cells.combine_chunks().dictionary_encode()
+    except Exception as error:  # pyarrow raises errors of several kinds
+        raise RichKDError(
+            f"cannot read the column {column} of {place} ({_line(error)}); write it again",
+            code="table-unreadable",
+        ) from None
     codes = cells.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-    return Raw.of(cells.dictionary.to_pylist(), codes)
+    raw, own = Raw.of(cells.dictionary.to_pylist(), codes), _class_names(table, column)
+    if own == tuple(classes) or not raw.values:
+        return raw
+    if {*own} != {*classes}:
+        raise RichKDError(
+            f"{place} names the classes {listed(own) or '–'} in {column}, but the training split "
+            f"names {listed(classes) or '–'}; give the column the same features in both",
+            code="labels-differ",
+        )
+    numbers: dict[Value, int] = {number: classes.index(name) for number, name in enumerate(own)}
+    return Raw(tuple(numbers.get(value, value) for value in raw.values), raw.codes)

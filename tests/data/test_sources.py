@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from PIL import Image
 from richkd.config import catalog
 from richkd.config.settings import Images, Precompute
 from richkd.data.datasets import Dataset, ImageFiles, load_dataset
+from richkd.data.hf_datasets import TableRows
 from richkd.data.inputs import FileInputs
 from richkd.data.shards import part_of
 
@@ -228,6 +230,27 @@ def test_columns_are_chosen_by_their_kinds(tmp_path: Path, rng: np.random.Genera
         read(own_data.write_saved(tmp_path / "neither", {"train": made, "test": made}))
 
 
+def test_splits_that_number_the_classes_differently(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    some = drawn(rng, ["JPEG"])
+    other = [(image, 1 - label) for image, label in some["val"]]
+    turned = table(other, {"label": datasets.ClassLabel(names=[*CLASSES[::-1]])})
+    alike = {"train": table(some["train"]), "test": table(some["val"])}
+    known = read(own_data.write_saved(tmp_path / "alike", alike))
+    dataset = read(own_data.write_saved(tmp_path / "turned", {**alike, "test": turned}))
+    assert dataset.fingerprint == known.fingerprint
+    assert torch.equal(dataset.test.labels, known.test.labels)
+    for number, features in enumerate([datasets.ClassLabel(names=["cat", "dog"]), number_type()]):
+        test = table(other, {"label": features})
+        with refuses("labels-differ", "split test", "polar_bear"):
+            read(own_data.write_saved(tmp_path / str(number), {**alike, "test": test}))
+
+
+def number_type() -> Any:
+    return datasets.Value("int64")
+
+
 SPLITS = [
     ("train validation test", "", ("train", "validation", "test")),
     ("train valid", "", ("train", None, "valid")),
@@ -253,6 +276,33 @@ def test_splits_are_found_by_their_names(
     assert ("no separate test" in dataset.notes[0]) == (test == "valid")
     left = {*there.split()} - {*wanted.values()}
     assert all(any(each in note and "not used" in note for note in dataset.notes) for each in left)
+
+
+def test_images_outside_a_table_are_looked_at_again(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    some = drawn(rng, ["JPEG"])["train"]
+    outside = tmp_path / "a.jpg"
+    outside.write_bytes(some[0][0])
+    images = [{"bytes": image, "path": "within.jpg"} for image, _ in some]
+    images[0] = {"bytes": None, "path": str(outside)}
+    rows = TableRows.of(table(some, image=images), "image", "here", "train")
+    known = rows.state()
+    assert rows.state() == known and rows.file(0).read() == some[0][0]
+    outside.write_bytes(some[0][0] + b"more")
+    assert rows.state() != known
+
+
+def test_a_table_that_can_no_longer_be_read(tmp_path: Path, rng: np.random.Generator) -> None:
+    made = table(drawn(rng, ["JPEG"])["train"])
+    files = files_of(read(own_data.write_saved(tmp_path / "t", {"train": made, "test": made})))
+
+    class Damaged:
+        def __getitem__(self, row: int) -> Any:
+            raise datasets.table.pa.ArrowInvalid("bad offset")
+
+    with refuses("image-changed", "row 3", "bad offset"):
+        replace(files, source=replace(files.source, table=Damaged(), rows=np.arange(9))).open(3)
 
 
 def test_what_a_table_lacks_is_named(
@@ -374,6 +424,29 @@ def test_splits_by_the_names_of_shards_and_labels_in_json(
         read(f"wds:{tmp_path / 's'}", image_column="webp")
 
 
+@pytest.mark.parametrize("extension", ["json", "jsonl"])
+def test_labels_in_other_members_and_json_that_is_too_deep(
+    extension: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    place = own_data.write_shards(tmp_path / "s", drawn(rng, ["JPEG"]))
+
+    def rename(members: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+        deep = b"[" * 200_000 if extension == "json" else b"cat"
+        return [
+            (name.replace(".cls", f".{extension}"), deep if name == "000000.cls" else content)
+            for name, content in members
+        ]
+
+    for shard in (tmp_path / "s").glob("*/*.tar"):
+        rewrite(shard, rename)
+    if extension == "jsonl":  # texts, as of any other member
+        (tmp_path / "s" / "classes.txt").unlink()
+        assert read(place, label_column="jsonl").class_names == ("0", "1", "cat")
+        return
+    with refuses("shard-damaged", "000000.json in", tmp_path):
+        read(place)
+
+
 def cut(root: Path) -> None:
     shard = root / "train" / "00001.tar"
     shard.write_bytes(shard.read_bytes()[:3000])
@@ -412,6 +485,15 @@ BAD_SHARDS: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = {
         lambda root: (root / "val" / "index.json").unlink(),
         "shards-without-index",
         ("val/00000.tar", "widsindex"),
+    ),
+    "nested index": (index("[" * 200_000), "shard-index-damaged", ("train/index.json",)),
+    "index is a folder": (
+        lambda root: [
+            (root / "val" / "index.json").unlink(),
+            (root / "val" / "00000.idx").mkdir(),
+        ],
+        "shard-index-damaged",
+        ("val/00000.idx",),
     ),
     "damaged index": (index("{"), "shard-index-damaged", ("train/index.json",)),
     "wrong index": (index('{"shardlist": [{"url": "00000.tar"}]}'), "shard-index-damaged", ()),
