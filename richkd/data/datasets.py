@@ -23,7 +23,9 @@ from torch import Tensor
 from richkd.config import catalog
 from richkd.config.settings import Images
 from richkd.core.choices import CROP
+from richkd.core.cpus import threads, usable_cpus
 from richkd.core.errors import RichKDError
+from richkd.core.memory import spans
 from richkd.core.progress import Report
 from richkd.data import class_names, hf_datasets, layouts, published, shards, small
 from richkd.data.augment import Augment
@@ -104,12 +106,23 @@ class ImageFiles:
         )
 
     def read_again(self) -> ImageFiles:
-        """Return these images with marks that are of the encoded images as they are now."""
+        """Return these images with marks that are of the encoded images as they are now.
+
+        Raises:
+            OSError: one cannot be read.
+        """
         if self.prints is None or isinstance(self.source, FolderFiles):
             return self
-        files = (self.source.file(index) for index in range(len(self)))
-        prints = (print_of(file) for file in files if not isinstance(file, Path))
-        return replace(self, prints=np.fromiter(prints, np.uint64))
+
+        def mark(index: int) -> int:
+            file = self.source.file(index)
+            return 0 if isinstance(file, Path) else print_of(file)
+
+        prints = np.empty(len(self), np.uint64)
+        with threads(usable_cpus()) as pool:
+            for span in spans(len(prints)):
+                prints[span] = [*pool.map(mark, range(span.start, span.stop))]
+        return replace(self, prints=prints)
 
     def marks(self) -> Iterator[bytes]:
         """Yield what identifies the images in a fingerprint, without decoding them."""
