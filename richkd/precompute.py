@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from richkd.config.settings import NO_TEACHER, Precompute, check_resume
 from richkd.core.accuracy import accuracy
@@ -30,7 +29,7 @@ from richkd.core.errors import RichKDError
 from richkd.core.interrupts import deferred
 from richkd.core.progress import QUIET, Report, duration, percent, size
 from richkd.core.ranks import ALONE, Ranks, joined
-from richkd.data.datasets import Dataset
+from richkd.data.datasets import Dataset, Reading
 from richkd.data.kept import reduced_sizes
 from richkd.data.views import views_tensor
 from richkd.store import schema
@@ -59,6 +58,7 @@ from richkd.teachers.request import (
     check_settings,
     is_complete,
     load_images,
+    load_request,
 )
 from richkd.teachers.rows import BlockRows, Preview, Teachers
 from richkd.training.device import choose_device
@@ -119,8 +119,9 @@ def _precompute(
         report = report if report and ranks.first else QUIET
         out, device = open_location(settings.out), choose_device(settings.device)
         autocast(device, settings.clip_precision)  # fails if the device lacks this precision
-        dataset, interrupted = ranks.from_first(
-            lambda: check_request(settings, out, overwrite, dataset, report)
+        interrupted = ranks.from_first(lambda: check_request(settings, out, overwrite, dataset))
+        dataset = load_alike(
+            lambda: load_request(settings, dataset, report, interrupted), dataset, settings, ranks
         )
         settings = settings.for_size(dataset.image_size)
         training = training_settings(settings, given)
@@ -128,7 +129,6 @@ def _precompute(
             lambda: is_complete(settings, out, dataset, training, report)
         ):
             return open_cache(settings.out)
-        check_same_files(dataset, ranks)
         if overwrite and out.exists and (lost := added_names(out.sizes())):
             report.log(f"{out} is replaced, and its added teachers are lost: {', '.join(lost)}")
         finder = Finder(settings, dataset, training, device, ranks, report)
@@ -181,12 +181,11 @@ def add_teacher(
             interrupted = ranks.from_first(lambda: check_addition(settings, out, name, overwrite))
             moved = str(given.get("dataset") or "")
             check_moved(whole, moved)
-            dataset = ranks.from_first(
+            dataset = ranks.after_first(
                 lambda: load_dataset_of(whole, moved, settings.data_root, report)
             )
             if settings.teacher != NO_TEACHER:
                 ranks.from_first(lambda: check_head(settings, dataset))
-            check_same_files(dataset, ranks)
             training = training_settings(settings, {})
             finder = Finder(settings, dataset, training, device, ranks, report)
             found = finder.find(interrupted=interrupted, place=out)
@@ -232,9 +231,10 @@ def recompute(
         out = location if name is None else place_of(location, name)
         autocast(device, settings.clip_precision)
         ranks.from_first(lambda: check_settings(settings, out, overwrite=False))
-        dataset = ranks.from_first(lambda: load_images(settings, dataset, report))
+        dataset = load_alike(
+            lambda: load_images(settings, dataset, report), dataset, settings, ranks
+        )
         settings = settings.for_size(dataset.image_size)
-        check_same_files(dataset, ranks)
         training = training_settings(settings, {})
         finder = Finder(settings, dataset, training, device, ranks, report)
         found = finder.find(recorded=recorded, interrupted=manifest, place=out)
@@ -247,20 +247,39 @@ def recompute(
         return open_cache(settings.out)
 
 
-def check_same_files(dataset: Dataset, ranks: Ranks) -> None:
-    """Check, once per machine, that the images are those that the first process read."""
-    if ranks.first or not ranks.first_here or isinstance(dataset.train.images, Tensor):
-        return
-    try:
-        same = dataset.read_again().fingerprint == dataset.fingerprint
-    except OSError:
-        same = False
-    if not same:
+def load_alike(
+    load: Callable[[], Dataset], given: Dataset | None, settings: Precompute, ranks: Ranks
+) -> Dataset:
+    """Load the dataset in rank 0, and then in the other processes as it was loaded there.
+
+    It is not sent: arrays may be large, and tables refer to files of their machine.
+
+    Args:
+        load: loads it in rank 0.
+        given: the dataset of another process, if it is already loaded.
+        settings: which images.
+        ranks: of the job.
+
+    Raises:
+        RichKDError: what `load` raises, or this process has other images.
+    """
+    of_first: list[Dataset] = []
+
+    def first() -> tuple[Reading, str]:
+        of_first.append(load())
+        return Reading.of(of_first[0]), of_first[0].fingerprint
+
+    reading, fingerprint = ranks.from_first(first)
+    dataset = ranks.after_first(
+        lambda: of_first[0] if of_first else given or reading.load(settings)
+    )
+    if dataset.fingerprint != fingerprint:
         raise RichKDError(
-            f"rank {ranks.rank} sees other files in {dataset.name} than rank 0; every machine of "
+            f"rank {ranks.rank} sees other images in {dataset.name} than rank 0; every machine of "
             f"the job needs the same files",
             code="rank-files-differ",
         )
+    return dataset
 
 
 @dataclass(frozen=True)

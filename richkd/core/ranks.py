@@ -96,10 +96,13 @@ class Ranks:
         """Compute a value in rank 0, then in the other processes; return each its own.
 
         A mistake that all of them would find is thus raised by rank 0 alone; raises as
-        `from_first`.
+        `from_first`. On other machines, one goes first too, and may leave files to those beside it.
         """
         values: list[T] = []
         self.from_first(lambda: values.append(compute()))
+        if self.first_here and not values:
+            values.append(compute())
+        self.wait()
         return values[0] if values else compute()
 
     def wait(self) -> None:

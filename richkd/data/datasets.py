@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +22,7 @@ from torch import Tensor
 from richkd.config import catalog
 from richkd.config.settings import Images
 from richkd.core.choices import CROP
-from richkd.core.cpus import threads, usable_cpus
 from richkd.core.errors import RichKDError
-from richkd.core.memory import spans
 from richkd.core.progress import Report
 from richkd.data import class_names, hf_datasets, layouts, published, shards, small
 from richkd.data.augment import Augment
@@ -35,7 +32,7 @@ from richkd.data.decoding import CHANGED, Decoding, Photograph, describe_decodin
 from richkd.data.entries import describe_splits
 from richkd.data.framing import NetworkInput
 from richkd.data.scans import Listing
-from richkd.data.sources import FolderFiles, Source, Which, print_of
+from richkd.data.sources import FolderFiles, Source, Which
 from richkd.data.views import (
     AugmentedViews,
     DrawnSpace,
@@ -104,25 +101,6 @@ class ImageFiles:
             traits=self.traits[which],
             prints=None if self.prints is None else self.prints[which],
         )
-
-    def read_again(self) -> ImageFiles:
-        """Return these images with marks that are of the encoded images as they are now.
-
-        Raises:
-            OSError: one cannot be read.
-        """
-        if self.prints is None or isinstance(self.source, FolderFiles):
-            return self
-
-        def mark(index: int) -> int:
-            file = self.source.file(index)
-            return 0 if isinstance(file, Path) else print_of(file)
-
-        prints = np.empty(len(self), np.uint64)
-        with threads(usable_cpus()) as pool:
-            for span in spans(len(prints)):
-                prints[span] = [*pool.map(mark, range(span.start, span.stop))]
-        return replace(self, prints=prints)
 
     def marks(self) -> Iterator[bytes]:
         """Yield what identifies the images in a fingerprint, without decoding them."""
@@ -234,15 +212,6 @@ class Dataset:
         """
         return self._digest(self.decoding)
 
-    def read_again(self) -> Dataset:
-        """Return a dataset whose fingerprint is that of the encoded images as they are now."""
-        again: dict[str, Any] = {
-            name: Split(split.images.read_again(), split.labels)
-            for name, split in self.splits.items()
-            if isinstance(split.images, ImageFiles)
-        }
-        return replace(self, **again)
-
     def is_of(self, fingerprint: str | None) -> bool:
         """Return whether a fingerprint is that of these images, decoded or as files."""
         return fingerprint == self.fingerprint or (
@@ -269,6 +238,40 @@ class Dataset:
         if decoding is not None:
             digest.update(json.dumps(decoding.entry).encode())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a dataset was read, so that another process reads it alike."""
+
+    image_size: int
+    whole: bool
+    skipped: tuple[str, ...]
+    layout: layouts.Layout | None  # None of what is no folder, table or shards
+    decoding: Decoding | None
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Reading:
+        """Return how a dataset was read."""
+        images = (dataset.files or dataset).train.images
+        return cls(
+            dataset.image_size,
+            dataset.whole,
+            dataset.skipped,
+            layouts.Layout(dataset.folders, columns=dataset.columns) if dataset.folders else None,
+            images.decoding if isinstance(images, ImageFiles) else None,
+        )
+
+    def load(self, settings: Images) -> Dataset:
+        """Load the dataset of some settings in this way; raise as `load_dataset`."""
+        if catalog.is_own(settings.dataset):
+            settings = replace(
+                settings,
+                image_size=self.image_size,
+                view_space="pad-crop-flip" if self.whole else "resized-crop-flip",
+            )
+        found = load_dataset(settings, self.skipped, layout=self.layout, decoding=self.decoding)
+        return replace(found, skipped=self.skipped)
 
 
 def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -49,18 +49,27 @@ NOT_IN_CACHE = {
 
 
 def check_request(
-    settings: Precompute, out: Location, overwrite: bool, dataset: Dataset | None, report: Report
-) -> tuple[Dataset, Mapping[str, Any] | None]:
-    """Raise RichKDError for whatever can be refused early, and load the dataset.
+    settings: Precompute, out: Location, overwrite: bool, dataset: Dataset | None
+) -> Mapping[str, Any] | None:
+    """Raise RichKDError for whatever can be refused before the images are read.
 
     Returns:
-        The dataset, and the manifest of the cache to resume, if there is one.
+        The manifest of the cache to resume, if there is one.
     """
     if dataset is None:
         check_class_names(settings)
     check_teacher_name(settings)
     check_teacher_classes(settings)
-    interrupted = check_settings(settings, out, overwrite)
+    return check_settings(settings, out, overwrite)
+
+
+def load_request(
+    settings: Precompute,
+    dataset: Dataset | None,
+    report: Report,
+    interrupted: Mapping[str, Any] | None,
+) -> Dataset:
+    """Return the dataset, unless its classes can be refused; arguments as of `load_images`."""
     dataset = load_images(settings, dataset, report, interrupted)
     if settings.clip != "none":
         check_distinct(dataset.class_names)
@@ -68,7 +77,7 @@ def check_request(
         given_outputs(settings, dataset)
     if interrupted is None or not interrupted.get("complete"):
         check_head(settings.for_size(dataset.image_size), dataset)
-    return dataset, interrupted
+    return dataset
 
 
 def check_settings(

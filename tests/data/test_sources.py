@@ -6,7 +6,7 @@ import io
 import json
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,16 @@ from helpers import Refusal, refuses
 from optional import require
 from own_data import CLASSES, Samples, drawn, rewrite, table
 from PIL import Image
+from torch import Tensor
 
 from richkd.config import catalog
 from richkd.config.settings import Images, Precompute
+from richkd.core.ranks import Ranks
 from richkd.data.datasets import Dataset, ImageFiles, load_dataset
 from richkd.data.hf_datasets import TableRows
 from richkd.data.inputs import FileInputs
 from richkd.data.shards import part_of
+from richkd.precompute import load_alike
 
 require("datasets", "webdataset")
 datasets: Any = pytest.importorskip("datasets")
@@ -116,17 +119,50 @@ def test_a_fingerprint_is_of_the_content_wherever_it_lies(
         assert read(place).fingerprint != known
 
 
-def test_images_are_compared_between_machines(
-    data: dict[str, Samples], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@dataclass(frozen=True)
+class Beside(Ranks):
+    """A process of a job of two, which exchange bytes; the second one starts after the first."""
+
+    sent: list[bytes] = field(default_factory=list)
+
+    def from_first(self, compute: Callable[[], Any]) -> Any:
+        if self.first:
+            self.sent.append(pickle.dumps(compute()))
+        message = self.sent[-1] if self.first else self.sent.pop(0)
+        return pickle.loads(message)
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("form", ["folder", "parquet", "saved", "shards", "small", "broken"])
+def test_processes_read_the_same_images_and_send_none(
+    form: str, forms: dict[str, str], rng: np.random.Generator, tmp_path: Path
 ) -> None:
-    dataset = read(own_data.write_shards(tmp_path / "s", data))
-    assert dataset.read_again().fingerprint == dataset.fingerprint
+    place, train = forms.get(form), drawn(rng, ["PNG"], side=20)
+    if form == "broken":
+        train["train"][3] = b"", 0
+    place = place or own_data.write_shards(tmp_path / "s", train)
+    settings = Precompute(dataset=place, broken="skip", validation=0.2)
+    first = Beside(0, 2)
+    own = load_alike(lambda: load_dataset(settings), None, settings, first)
+    assert sum(map(len, first.sent)) < 2000
+    other = load_alike(pytest.fail, None, settings, Beside(1, 2, sent=first.sent))
+    assert other.fingerprint == own.fingerprint
+    assert (other.decoding, other.skipped) == (own.decoding, own.skipped)
+    assert isinstance(other.train.images, Tensor) == (form in ("small", "broken"))
+    assert bool(own.skipped) == (form == "broken")
+
+
+def test_images_are_compared_between_machines(data: dict[str, Samples], tmp_path: Path) -> None:
+    settings = Precompute(dataset=own_data.write_shards(tmp_path / "s", data))
+    first = Beside(0, 2)
+    dataset = load_alike(lambda: load_dataset(settings), None, settings, first)
     shard = tmp_path / "s" / "train" / "00000.tar"
     shard.write_bytes(shard.read_bytes().replace(data["train"][0][0][-50:], bytes(50)))
-    assert dataset.read_again().fingerprint != dataset.fingerprint
+    with refuses("rank-files-differ", "rank 1", settings.dataset):
+        load_alike(pytest.fail, None, settings, Beside(1, 2, sent=first.sent))
     shard.unlink()
-    with pytest.raises(OSError):
-        dataset.read_again()
     with refuses("image-changed", "000000.jpg", shard):
         files_of(dataset).open(0)
 
