@@ -19,6 +19,7 @@ from helpers import Refusal, changed, refuses, stage_one_of, tree, write_photos,
 from PIL import Image
 
 import richkd
+from richkd.analysis.students import evaluate
 from richkd.config.settings import Images, Precompute, resolve
 from richkd.core.progress import Report
 from richkd.data.datasets import ImageFiles, load_dataset
@@ -219,6 +220,14 @@ def test_a_student_trains_and_is_evaluated_without_the_folder(
     finally:
         hidden.rename(photos)
     assert run(*again).code == 0
+    runs = [tmp_path / "run", tmp_path / "exact"]
+    apart = [evaluate([each], device="cpu")["runs"][0] for each in runs]
+    for first in (0, 1):  # each on the images that it was trained on
+        together = evaluate([runs[first], runs[1 - first]], device="cpu")["runs"]
+        for mine, alone in zip(together, (apart[first], apart[1 - first]), strict=True):
+            assert {**mine, "comparison": None} == {**alone, "comparison": None}
+    with refuses("run-decode-differs", *runs, "--decode"):
+        evaluate(runs, device="cpu", corruptions=True)
     recipe = (tmp_path / "exact" / "recipe.toml").read_text()
     assert (
         'decode = "exact"' in recipe and "decode" not in (tmp_path / "run/recipe.toml").read_text()

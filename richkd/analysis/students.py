@@ -4,7 +4,8 @@
     test images ────────────┴▶ logits ─▶ scores, classes, confusions
     corrupted, shifted images ─▶ logits ─▶ robustness
 
-All runs see the same images, so differences between them are paired by image.
+All runs see the same images, so differences between them are paired by image. Where a cache keeps
+pixels, each sees them or the files, whichever it was trained on.
 """
 
 from __future__ import annotations
@@ -137,22 +138,27 @@ def evaluate(
     settings = [resolve(Distill, dict(run.settings), {}) for run in runs]
     store = open_store_of(runs, cache)
     root = data_root or settings[0].data_root
-    test = student_images(store, dataset or settings[0].dataset, root, settings[0].decode)["test"]
+    modes = decodings(store, settings)
+    named = dataset or settings[0].dataset
+    tests = {mode: student_images(store, named, root, mode)["test"] for mode in modes}
+    test = tests[modes[0]]
     share = max(recorded_holdout(run.settings) for run in runs)
     tested = held_out(len(test), share)[1][:limit]  # the sets of several shares are nested
     chosen = choose_device(device)
     name = store.manifest["dataset"]["name"]
     corrupted = find_corruptions(test, store, root, corruptions, corruption_files, seed)
+    if corrupted is not None:
+        check_alike(runs, modes)
     shifted = None if shift is None else load_shift(Path(shift), store, test, report)
     students = [prepare(run, store, weights, chosen) for run in runs]
 
     labels = test.labels[tested]
-    images = make_inputs(test.images, chosen)
+    images = {mode: make_inputs(split.images, chosen) for mode, split in tests.items()}
     clean_views = views_tensor(test.view_space.clean(len(test)))
     logits = []
     with report.track("evaluate", len(students) * len(tested), "images") as tick:
-        for student in students:
-            logits.append(student.logits(images.batches(tested, clean_views, EVAL_BATCH)))
+        for student, mode in zip(students, modes, strict=True):
+            logits.append(student.logits(images[mode].batches(tested, clean_views, EVAL_BATCH)))
             tick(len(tested))
     about = {"weights": weights, "samples": len(labels), "held_out": share}
     parts = [
@@ -167,6 +173,27 @@ def evaluate(
     for part, run in zip(parts, runs, strict=True):
         keep(part, evaluation_file(run.path, weights))
     return {"dataset": name, "runs": parts}
+
+
+def decodings(store: TeacherCache, settings: Sequence[Distill]) -> list[str]:
+    """Return how to read the test images of each run, kept pixels or files, as it was trained.
+
+    Drafts and decoding on the device are of training images only.
+    """
+    kept = "pixels" in store.manifest
+    return ["exact" if kept and each.decode != "auto" else "auto" for each in settings]
+
+
+def check_alike(runs: Sequence[Run], modes: Sequence[str]) -> None:
+    """Raise RichKDError if runs read other test images than the first."""
+    for run, mode in zip(runs, modes, strict=True):
+        if mode != modes[0]:
+            raise RichKDError(
+                f"of {runs[0].path} and {run.path}, one was trained on the pixels that the cache "
+                f"keeps and the other on image files (--decode), so corruptions of the same pixels "
+                f"suit only one; evaluate them separately, or without --corruptions",
+                code="run-decode-differs",
+            )
 
 
 def check_settings(threshold: float, limit: int | None, seed: int) -> None:
