@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import zarr
 from helpers import refuses, stage_one_of, tree, write_photos, write_teacher
 
 import richkd
@@ -26,6 +29,10 @@ from richkd.data.mixing import Mix, joined
 from richkd.distill import distill
 from richkd.losses import METHODS, Batch, Task, method_class
 from richkd.models.weights import read_weights
+from richkd.store.checksums import take_checksums, write_sealed
+from richkd.store.locations import open_location
+from richkd.store.manifest import read_manifest
+from richkd.store.schema import array_specs
 from richkd.training.images import load_images
 from richkd.training.source import Source
 
@@ -305,6 +312,28 @@ def test_negatives_of_mixed_images_are_all_other_samples() -> None:
     drawn = kind(options, task).contrast.draw_negatives(torch.arange(8))  # type: ignore[operator, union-attr]
     for sample in range(8):
         assert {*drawn[sample].tolist()} == {*range(8)} - {sample}
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [("partner", 12, "partner are not in 0..11"), ("magnitude", 300, "op"), ("left", 900, "boxes")],
+)
+def test_forged_rows_are_refused_where_they_are_read(
+    photos: Path, tmp_path: Path, column: str, value: float, said: str
+) -> None:
+    """Whatever is wrong with them, every checksum is right."""
+    forged = Path(shutil.copytree(photos / "p.zarr", tmp_path / "p.zarr"))
+    at = richkd.open_cache(forged).augment.at  # type: ignore[union-attr]
+    zarr.open_group(forged)["train/view_params"][1, 3, at[column]] = value  # type: ignore[index]
+    manifest: Any = read_manifest(forged)
+    manifest["checksums"] = take_checksums(open_location(forged), array_specs(manifest))
+    write_sealed(open_location(forged), manifest)
+    run = Distill(cache=str(forged), method="kd", student="resnet8", out=str(tmp_path / "run"))
+    with refuses("cache-damaged", "train/view_params, view 1", said):
+        distill(replace(run, epochs=2, device="cpu", batch_size=6), report=QUIET)
+    if column != "left":  # the images are not known there
+        with refuses("cache-damaged", "view 1", said):
+            richkd.open_cache(forged).slab(1)
 
 
 @pytest.mark.slow

@@ -42,6 +42,17 @@ ERASE_SHARE, ERASE_AREA, ERASE_ASPECT, ERASE_ATTEMPTS = 0.5, (0.02, 0.33), (0.3,
 MIXUP, CUTMIX = 1, 2
 MOST_SAMPLES = 2**24  # up to here, float32 holds every id
 
+# what a replay takes, which is more than what is drawn
+_LIMITS = {
+    "op": (0, len(OPS) - 1),
+    "jitter_order": (0, len(ORDERS) - 1),
+    **dict.fromkeys(("brightness", "contrast", "saturation"), (0, 2)),
+    "hue": (-0.5, 0.5),
+}
+_WHOLE = ("op", "jitter_order", "partner")
+_HIGHEST = np.array([0, 1, 1, 32, 32, 180, 1, 1, 1, 1, 8, 1, 0, 0])  # magnitudes, by op
+_LOWEST = np.where(SIGNED, -_HIGHEST, 0)
+
 Numbers = NDArray[np.float64]
 
 
@@ -233,21 +244,38 @@ class Augment:
             views[:, first : first + len(component.columns)] = drawn
 
 
-def param_faults(augment: Augment, params: NDArray[np.float32], total: int) -> Iterator[str]:
-    """Yield what is wrong with rows [V,N,k] of untrusted parameters: those that no replay takes."""
+def param_faults(
+    augment: Augment,
+    params: NDArray[np.float32],
+    total: int,
+    samples: NDArray[np.int64] | None = None,
+) -> Iterator[str]:
+    """Yield what is wrong with rows [N,k] or [V,N,k] of untrusted parameters that no replay takes.
+
+    Args:
+        augment: what the rows consist of.
+        params: the rows.
+        total: the number of all samples.
+        samples: those that the rows are of, [N]; None for all.
+    """
 
     def column(name: str) -> NDArray[np.float32]:
         return params[..., augment.at[name]]
 
-    limits = {"op": len(OPS) - 1, "jitter_order": len(ORDERS) - 1, "partner": total - 1, "share": 1}
+    limits = {"partner": (0, total - 1), "share": (0, 1), **_LIMITS}
     for name in augment.columns[augment.geometry :]:
-        most = limits.get(name.split("_")[0] if name.startswith("op") else name)
-        values = column(name)
-        if most is not None and not ((values >= 0) & (values <= most)).all():
-            yield f"some of {name} are not in 0..{most}"
-        whole = most is not None and name != "share"
-        if whole and (values != np.floor(values)).any():
-            yield f"some of {name} are not whole numbers"
+        kind = name.rstrip("_12")
+        if kind in limits:
+            (low, high), values = limits[kind], column(name)
+            if not ((values >= low) & (values <= high)).all():
+                yield f"some of {name} are not in {low:g}..{high:g}"
+            if kind in _WHOLE and (values != np.floor(values)).any():
+                yield f"some of {name} are not whole numbers"
+        elif kind == "magnitude":
+            ops = np.nan_to_num(column(name.replace(kind, "op"))).clip(0, len(OPS) - 1).astype(int)
+            values = column(name)
+            if not ((values >= _LOWEST[ops]) & (values <= _HIGHEST[ops])).all():
+                yield f"some of {name} are out of range for their op"
     for part in ("erase", "mix"):
         if f"{part}_top" not in augment.at:
             continue
@@ -257,7 +285,7 @@ def param_faults(augment: Augment, params: NDArray[np.float32], total: int) -> I
         if not ((box >= 0).all() and (ends <= 1 + 1e-6).all()):
             yield f"some boxes of {part} are out of range"
     if augment.mixes:
-        own = np.arange(params.shape[1])
+        own = np.arange(params.shape[-2]) if samples is None else samples
         if (column("partner") == own).any():
             yield "some images are mixed with themselves"
         if not np.isin(column("mix_mode"), (MIXUP, CUTMIX)).all():

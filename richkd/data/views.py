@@ -10,6 +10,7 @@ space; only the partner of a mixed view depends on the number of samples as well
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor
 from richkd.core.cpus import threads, usable_cpus
 from richkd.core.errors import RichKDError
 from richkd.core.memory import spans
-from richkd.data.augment import Augment, Samples, uniform
+from richkd.data.augment import Augment, Samples, param_faults, uniform
 from richkd.data.boxes import CLEAN_SHARE, central_box
 from richkd.data.decoding import Photograph
 
@@ -236,6 +237,40 @@ class AugmentedViews:
 
 ViewSpace = PadCropFlip | ResizedCropFlip
 DrawnSpace = ViewSpace | AugmentedViews
+
+
+def view_faults(
+    space: str,
+    augment: Augment | None,
+    views: NDArray[Any],
+    total: int,
+    sizes: NDArray[np.int64] | None = None,
+    samples: NDArray[np.int64] | None = None,
+) -> Iterator[str]:
+    """Yield what is wrong with untrusted views, ids [N] or rows [N,k], also with an axis V before.
+
+    Args:
+        space: of the crops.
+        augment: what rows have besides.
+        views: ids or rows.
+        total: the number of all samples.
+        sizes: height and width of the photographs [N,2], if they are known.
+        samples: those that the views are of, [N]; None for all.
+    """
+    if augment is not None:
+        yield from param_faults(augment, views, total, samples)
+    if space == PadCropFlip.name:
+        ids = views if augment is None else views[..., 0]
+        if not ((ids >= 0) & (ids < NUM_VIEW_IDS)).all():
+            yield f"some are not in 0..{NUM_VIEW_IDS - 1}"
+        return
+    boxes = views[..., :5]
+    good = ((boxes >= 0) & np.isfinite(boxes)).all(-1)
+    good &= (boxes[..., 2:4] >= 1).all(-1) & (boxes[..., 4] <= 1)
+    if sizes is not None:
+        good &= (boxes[..., :2] + boxes[..., 2:4] <= sizes).all(-1)
+    if not good.all():
+        yield f"{np.count_nonzero(~good)} boxes are empty or out of range"
 
 
 def _epoch_stream(seed: int, epoch: int) -> np.random.Philox:

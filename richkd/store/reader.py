@@ -21,7 +21,7 @@ from richkd.core.errors import RichKDError
 from richkd.core.memory import spans
 from richkd.data.augment import Augment
 from richkd.data.mixing import Mix
-from richkd.data.views import views_tensor
+from richkd.data.views import view_faults, views_tensor
 from richkd.store import pages, schema
 from richkd.store.added import (
     added_names,
@@ -364,11 +364,45 @@ class TeacherCache:
             count = self.nbytes([f"train/{name}" for name in arrays])
             on_disk = pages.beyond_memory(count, self._memory)
         return Slab(
-            **{
-                name: self.read(f"train/{name}", view, on_disk)
-                for name in (self.views_array, *arrays)
-            }
+            **{self.views_array: self.views([(view, None)], on_disk)},
+            **{name: self.read(f"train/{name}", view, on_disk) for name in arrays},
         )
+
+    def views(
+        self,
+        pieces: Sequence[Piece],
+        on_disk: bool | None = None,
+        sizes: NDArray[np.int64] | None = None,
+    ) -> Tensor:
+        """Return the views of training samples, piece by piece.
+
+        Args:
+            pieces: as of `rows_of`.
+            on_disk: as in `read`.
+            sizes: height and width of all photographs [N,2], if they are known.
+
+        Raises:
+            RichKDError: as `read`, or some are not views of the images.
+        """
+        views = self.rows_of(f"train/{self.views_array}", pieces, on_disk)
+        assert isinstance(views, Tensor)
+        counts = [self.num_samples if samples is None else len(samples) for _, samples in pieces]
+        for part, (view, samples) in zip(torch.split(views, counts), pieces, strict=True):
+            ids = slice(None) if samples is None else samples.numpy()
+            for fault in view_faults(
+                self.manifest["views"]["space"],
+                self.augment,
+                part.numpy(),
+                self.num_samples,
+                None if sizes is None else sizes[ids],
+                None if samples is None else samples.numpy(),
+            ):
+                raise RichKDError(
+                    f"{self.location}: train/{self.views_array}, view {view}: {fault}; "
+                    f"{write_again(self.location)}",
+                    code="cache-damaged",
+                )
+        return views
 
     def fuse(
         self,

@@ -23,8 +23,7 @@ from richkd.core.accuracy import accuracy
 from richkd.core.errors import RichKDError
 from richkd.core.memory import spans
 from richkd.core.progress import Report
-from richkd.data.augment import param_faults
-from richkd.data.views import NUM_VIEW_IDS
+from richkd.data.views import PadCropFlip, view_faults
 from richkd.store.added import added_names, place_of, unknown_teacher, write_again
 from richkd.store.checksums import (
     block_files,
@@ -45,6 +44,7 @@ from richkd.store.reader import TeacherCache, open_cache
 from richkd.store.schema import (
     ADDED,
     LOGITS,
+    SIZES,
     TEACHER_NAME,
     Block,
     Manifest,
@@ -327,24 +327,16 @@ def check_labels(cache: TeacherCache) -> Iterator[str]:
 
 def check_views(cache: TeacherCache) -> Iterator[str]:
     """Check that view ids are in range and not repeated, and that other parameters are valid."""
-    name = f"train/{cache.views_array}"
-    if cache.augment is not None:
-        params = cache.read(name).numpy()
-        for fault in param_faults(cache.augment, params, cache.num_samples):
-            yield f"{name}: {fault}"
-    if cache.manifest["views"]["space"] == "pad-crop-flip":
-        found = cache.read(name)
-        ids = (found[..., 0] if cache.augment else found).int()
-        if int(ids.max()) >= NUM_VIEW_IDS or int(ids.min()) < 0:
-            yield f"{name}: some are not in 0..{NUM_VIEW_IDS - 1}"
+    name, manifest = f"train/{cache.views_array}", cache.manifest
+    views, space = cache.read(name), manifest["views"]["space"]
+    sizes = cache.read(f"train/{SIZES}").numpy() if "pixels" in manifest else None
+    for fault in view_faults(space, cache.augment, views.numpy(), cache.num_samples, sizes):
+        yield f"{name}: {fault}"
+    if space == PadCropFlip.name:
+        ids = (views[..., 0] if cache.augment else views).int()
         repeated = (ids.sort(0).values.diff(dim=0) == 0).any(0).sum()
         if repeated:
             yield f"{name}: {repeated} samples have a view twice"
-        return
-    boxes = cache.read(name)[..., :5]
-    good = (boxes >= 0).all(2) & (boxes[..., 2:4] >= 1).all(2) & (boxes[..., 4] <= 1)
-    if not good.all():
-        yield f"{name}: {(~good).sum()} boxes are empty or out of range"
 
 
 def check_finite(cache: TeacherCache) -> Iterator[str]:

@@ -16,7 +16,7 @@ from richkd.core.choices import CROP
 from richkd.core.progress import Report
 from richkd.core.ranks import ALONE, Ranks
 from richkd.core.seeds import derive_seed
-from richkd.data.datasets import Split
+from richkd.data.datasets import ImageFiles, Split
 from richkd.data.inputs import Normalize, make_inputs
 from richkd.data.mixing import Mix, joined
 from richkd.data.on_device import check_device
@@ -397,12 +397,11 @@ class Source:
 
     def _views(self, pieces: Sequence[tuple[int, Tensor | None]], on_disk: bool) -> Tensor:
         """Return the views of an epoch; mixed ones with their partners', who may be any samples."""
-        augment, array = self.cache.augment, f"train/{self.cache.views_array}"
+        augment, images = self.cache.augment, self.splits["train"].images
+        sizes = images.sizes if isinstance(images, ImageFiles) else None
         if augment is None or not augment.mixes:
-            views = self.cache.rows_of(array, pieces, on_disk)
-            assert isinstance(views, Tensor)
-            return views
-        every = (self.cache.read(array, view, on_disk) for view, _ in pieces)
+            return self.cache.views(pieces, on_disk, sizes)
+        every = (self.cache.views([(view, None)], on_disk, sizes) for view, _ in pieces)
         return torch.cat(
             [
                 joined(augment, views, samples)

@@ -19,7 +19,7 @@ from richkd.data import augment as drawn
 from richkd.data import replay as pixels
 from richkd.data.augment import COMPONENTS, OPS, Augment, check_samples, param_faults
 from richkd.data.mixing import joined
-from richkd.data.views import AugmentedViews, PadCropFlip, ResizedCropFlip, apply_views
+from richkd.data.views import AugmentedViews, PadCropFlip, ResizedCropFlip, apply_views, view_faults
 from richkd.data.views import pad_crop_flip as one_view
 
 POLICIES: dict[str, Any] = {"trivial": v2.TrivialAugmentWide(), "rand": v2.RandAugment()}
@@ -187,6 +187,10 @@ def test_components_are_read_in_one_order_and_checked() -> None:
         ("partner", 7, "mixed with themselves"),
         ("share", 1.5, "share"),
         ("mix_mode", 3, "mix_mode"),
+        ("hue", 3, "hue are not in -0.5..0.5"),
+        ("contrast", float("nan"), "contrast"),
+        ("magnitude_1", 300, "magnitude_1 are out of range"),
+        ("view_id", 162, "not in 0..161"),
     ],
 )
 def test_rows_that_no_replay_takes_are_found(column: str, value: float, fault: str) -> None:
@@ -194,7 +198,22 @@ def test_rows_that_no_replay_takes_are_found(column: str, value: float, fault: s
     views = own.draw(0, 20, 2)
     views[1, 7, own.augment.at["erase_height"]] = 0.2
     views[1, 7, own.augment.at[column]] = value
-    assert any(fault in each for each in param_faults(own.augment, views, 20))
+    assert any(fault in each for each in view_faults("pad-crop-flip", own.augment, views, 20))
+    some = np.array([3, 7, 11])  # of view 1, some samples
+    found = view_faults("pad-crop-flip", own.augment, views[1, some], 20, samples=some)
+    assert any(fault in each for each in found)
+
+
+def test_boxes_beyond_an_image_are_found() -> None:
+    sizes = np.array([[30, 40], [50, 60]])
+    views = ResizedCropFlip(sizes, 24).draw(0, 2, 3)
+    assert not [*view_faults("resized-crop-flip", None, views, 2, sizes)]
+    for column, value in ((0, 29), (1, -1), (2, 51), (3, math.inf), (4, 2)):
+        forged = views.copy()
+        forged[2, 1, column] = value
+        assert [*view_faults("resized-crop-flip", None, forged, 2, sizes)] == [
+            "1 boxes are empty or out of range"
+        ]
 
 
 # --- what a row is replayed to -------------------------------------------------------------------
