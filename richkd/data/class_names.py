@@ -90,7 +90,7 @@ def name_classes(folders: Sequence[str], synonyms: bool = False) -> ClassNames:
         curated = f", or {CURATED} (open_clip's)" if _in_imagenet(folders) else ""
         notes.insert(
             0,
-            f"some classes would have had the same name and got longer names: {listed(changes)}; "
+            f"some classes would have had the same name and got other names: {listed(changes)}; "
             f"to choose other names, use --class-names FILE{curated}",
         )
     return ClassNames(names, tuple(notes))
@@ -348,6 +348,18 @@ def read_class_names(file: Path, folders: Sequence[str]) -> ClassNames:
             f"{file}: some classes have the same name and got longer names: {listed(changes)}"
         )
     return ClassNames(names, tuple(notes))
+
+
+def count_names(file: Path, labels: Sequence[str]) -> int:
+    """Return how many names a file lists, one for each label from 0; 0 if it says which is whose.
+
+    A file that cannot be read has none: `read_class_names` says why.
+    """
+    try:
+        entries = _parse(read_text(file), labels)
+    except (OSError, ValueError, csv.Error, _Fault):
+        return 0
+    return len(entries) if all(entry.key is None for entry in entries) else 0
 
 
 def _entry_candidates(entry: _Entry | None, folder: str) -> list[str]:

@@ -13,7 +13,7 @@ from richkd.config.settings import Images
 from richkd.core.errors import RichKDError
 from richkd.core.progress import Report
 from richkd.data import folders, layouts
-from richkd.data.class_names import ClassNames, choose_names, read_class_names
+from richkd.data.class_names import ClassNames, choose_names, count_names, read_class_names
 from richkd.data.labels import Raw, describe_roles, drop_unlabelled, number_classes
 from richkd.data.layouts import Layout
 from richkd.data.scans import Listing, check_images, even_order
@@ -80,11 +80,14 @@ def of_labelled(
         splits, dropped = drop_unlabelled(splits, own.labels)
         notes = [describe_roles(splits, own.place), *notes, *dropped]
     check_validation(settings, splits, own.place)
+    file = Path(settings.class_names) if settings.class_names else own.class_file
+    numbered = [] if own.classes or file is None else _numbered_classes(file, own)
     labels, classes, more = number_classes(
         {split: own.labels[name] for split, name in splits.items()},
-        own.classes,
+        own.classes or numbered,
         own.place,
         lambda split, number: own.sources[splits[split]].name(number),
+        str(file) if numbered else "",
     )
     if own.class_file is not None and not settings.class_names:
         named = read_class_names(own.class_file, classes)
@@ -102,6 +105,14 @@ def of_labelled(
         columns=own.columns,
         notes=(*notes, *more, *named.notes),
     )
+
+
+def _numbered_classes(file: Path, own: Labelled) -> list[str]:
+    """Return the numbers of the classes that a file of names lists, if labels are such numbers."""
+    values = {value for raw in own.labels.values() for value in raw.values}
+    if not all(isinstance(value, int) for value in values):
+        return []
+    return [*map(str, range(count_names(file, [*map(str, sorted(values, key=int))])))]
 
 
 def _list_split(

@@ -124,7 +124,11 @@ def drop_unlabelled(
 
 
 def number_classes(
-    labels: Mapping[str, Raw], names: Sequence[str], place: str, name_of: NameOf
+    labels: Mapping[str, Raw],
+    names: Sequence[str],
+    place: str,
+    name_of: NameOf,
+    named_by: str = "",
 ) -> tuple[dict[str, NDArray[np.int64]], tuple[str, ...], list[str]]:
     """Return class numbers [N] by split, the classes, and notes for the user.
 
@@ -134,6 +138,7 @@ def number_classes(
             classes are what the training images have, in ascending order.
         place: where the labels are, for messages.
         name_of: names an image.
+        named_by: what names the classes, for messages.
 
     Raises:
         RichKDError: an image has no label or one that is no class, or there is only one class.
@@ -141,11 +146,15 @@ def number_classes(
     notes = []
     if names:
         numbers: dict[Value, int] = {number: number for number in range(len(names))}
-        classes, known = tuple(names), f"0..{len(names) - 1}"
+        classes, known = (
+            tuple(names),
+            f"0..{len(names) - 1}{named_by and f', the names in {named_by}'}",
+        )
     else:
-        ordered = sorted(labels["train"].values, key=lambda value: (isinstance(value, str), value))
+        valid = (v for v in labels["train"].values if isinstance(v, str) or v >= 0)
+        ordered = sorted(valid, key=lambda value: (isinstance(value, str), value))
         numbers = {value: number for number, value in enumerate(ordered)}
-        classes, known = tuple(map(str, ordered)), "a label of the training images"
+        classes, known = tuple(map(str, ordered)), "one of the training images, from 0"
         order = "alphabetical" if any(isinstance(value, str) for value in ordered) else "numerical"
         notes.append(
             f"{place} does not name its classes: they are its {len(classes):,} different labels in "

@@ -96,7 +96,7 @@ class CRDLoss(nn.Module):
         # Z of the student's and the teacher's scores; 0 until the first batch sets them
         self.register_buffer("normalizers", torch.zeros(2))
         # samples sorted by class, and for every sample the first position and size of its class
-        groups = torch.arange(num_samples) if labels is None else labels.cpu()
+        groups = torch.arange(num_samples, device="cpu") if labels is None else labels.cpu()
         order = groups.argsort(stable=True)
         counts = torch.bincount(groups)
         first = counts.cumsum(0) - counts

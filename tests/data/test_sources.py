@@ -485,6 +485,16 @@ def test_labels_in_other_members_and_json_that_is_too_deep(
         read(place)
 
 
+def test_names_of_classes_without_images_keep_their_numbers(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    place = own_data.write_shards(tmp_path / "s", drawn(rng, ["JPEG"]))
+    (tmp_path / "s" / "classes.txt").write_text("cat\npolar bear\ncow\n")
+    dataset = read(place)
+    assert dataset.class_names == ("cat", "polar bear", "cow")
+    assert any("no training images of 2" in note for note in dataset.notes)
+
+
 def cut(root: Path) -> None:
     shard = root / "train" / "00001.tar"
     shard.write_bytes(shard.read_bytes()[:3000])
@@ -576,10 +586,20 @@ BAD_SHARDS: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = {
         "shards-missing",
         ("train-*.tar",),
     ),
-    "names": (
+    "one name": (
         lambda root: (root / "classes.txt").write_text("cat\n"),
-        "class-names-wrong",
-        ("1 names for 2 classes",),
+        "labels-invalid",
+        ("the label 1", "0..0", "classes.txt"),
+    ),
+    "label beyond the names": (
+        lambda root: (relabel(b"7")(root), (root / "classes.txt").write_text("cat\ndog\ncow\n")),
+        "labels-invalid",
+        ("the label 7", "0..2", "classes.txt"),
+    ),
+    "negative label": (
+        lambda root: (relabel(b"-3")(root), (root / "classes.txt").unlink()),
+        "labels-invalid",
+        ("the label -3", "000002."),
     ),
 }
 
