@@ -12,6 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -34,7 +35,18 @@ class _OpenShard:
     """An open file that is closed when nobody needs it any more."""
 
     def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._lock = (
+            None if hasattr(os, "pread") else Lock()
+        )  # Windows has no pread, and no forks either
+
+    def read(self, count: int, start: int) -> bytes:
+        """Read up to `count` bytes from a place."""
+        if self._lock is None:
+            return os.pread(self.descriptor, count, start)
+        with self._lock:
+            os.lseek(self.descriptor, start, os.SEEK_SET)
+            return os.read(self.descriptor, count)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -42,7 +54,7 @@ class _OpenShard:
 
 
 class Section(io.RawIOBase):
-    """A part of a file. Reads do not move its position, so processes may share the file."""
+    """A part of a file. Reads depend on no position in it, so threads and forks may share it."""
 
     def __init__(self, file: _OpenShard, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0
@@ -67,14 +79,14 @@ class Section(io.RawIOBase):
     def readall(self) -> bytes:
         """Read the rest of the part."""
         count = max(0, self._length - self._at)
-        found = os.pread(self._file.descriptor, count, self._start + self._at)
+        found = self._file.read(count, self._start + self._at)
         self._at += len(found)
         return found
 
     def readinto(self, buffer: Any) -> int:
         """Read up to the length of a buffer; return the number of bytes."""
         count = min(len(buffer), max(0, self._length - self._at))
-        found = os.pread(self._file.descriptor, count, self._start + self._at)
+        found = self._file.read(count, self._start + self._at)
         buffer[: len(found)] = found
         self._at += len(found)
         return len(found)

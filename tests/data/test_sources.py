@@ -625,7 +625,12 @@ def test_shards_are_listed_once(forms: dict[str, str], monkeypatch: pytest.Monke
     assert again.fingerprint == first.fingerprint
 
 
-def test_a_part_of_a_file_is_a_file(tmp_path: Path, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("pread", [True, False])
+def test_a_part_of_a_file_is_a_file(
+    pread: bool, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not pread:  # as on Windows
+        monkeypatch.delattr("os.pread", raising=False)
     content = rng.bytes(5000)
     (tmp_path / "f").write_bytes(content)
     part = part_of(str(tmp_path / "f"), 1000, 3000)
