@@ -385,6 +385,14 @@ def stop_after_one_epoch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Trainer, "steps", stopping)
 
 
+def test_a_sweep_estimates_the_memory_of_methods_on_mixed_images(
+    mixed: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    words = f"sweep --cache {mixed} --students resnet8 --methods crd,richkd --epochs 1"
+    done = run(*f"{words} --seeds 1 --device cpu --dry-run --out {tmp_path}".split())
+    assert done.code == 0, done.err
+
+
 def test_the_label_loss_of_a_step_is_that_of_the_replayed_images(mixed: Path) -> None:
     cache = richkd.open_cache(mixed)
     settings = Distill(cache=str(mixed), student="resnet8", method="kd", device="cpu", lr=0.01)
