@@ -197,7 +197,7 @@ def _load(where: TableName, place: str, report: Report) -> Mapping[str, Any]:
         hint = (
             "check the folder, which needs Parquet files such as data/train-00000-of-00001.parquet"
             if where.local
-            else "check the name and the network, or give a folder: hf:FOLDER"
+            else "check the name and the network; of a folder, give its place now: hf:FOLDER"
         )
         raise RichKDError(
             f"cannot read {place} ({_line(error)}); {hint}", code="table-unreadable"
@@ -244,7 +244,8 @@ def _image_column(features: Mapping[str, Any], asked: str, place: str) -> str:
             raise _no_column("image_column", asked, features, place)
         if asked not in found and not _may_hold_images(features[asked]):
             raise RichKDError(
-                f"image_column = {asked!r}: it holds no images; {place} has {_types(features)}",
+                f"image_column = {asked!r}: it holds no images; {place} has "
+                f"{_types(features)}: choose another column, or cast it to Image, and save",
                 code="column-no-images",
             )
         return asked
@@ -289,7 +290,7 @@ def _label_column(features: Mapping[str, Any], asked: str, place: str) -> str:
     usual = next((name for name in _LABELS if name in usable), None)
     if usual is not None:
         return usual
-    remedy = f"among {_types(features)}; choose one with --label-column"
+    remedy = f"among {_types(features)}; choose one of classes, integers or texts (--label-column)"
     if named:
         raise RichKDError(
             f"{place} has several columns of labels, {listed(named)}, {remedy}",

@@ -25,7 +25,7 @@ from richkd.data.sources import Encoded, Source, UncheckedSource, print_of
 Look = Callable[[Encoded, bool], decoding.Found]  # as `decoding.look`
 _SCAN_VERSION = 2  # increase it whenever a scan finds something else in the same file
 _QUEUED = 4096  # files that wait for a thread at once
-_REMEDY_NEW = "remove such files, or leave them out with --broken skip"
+_REMEDY_NEW = "remove such images, or leave them out with --broken skip"
 _REMEDY_CACHED = (
     "restore the file, or write the cache again with richkd precompute --broken skip --overwrite"
 )

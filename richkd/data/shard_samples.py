@@ -30,7 +30,9 @@ from richkd.data.shard_index import Shard
 from richkd.data.sources import Paths
 from richkd.data.walk import listed
 
-_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # webdataset's: key, dot, extensions
+_NAME = re.compile(
+    r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL
+)  # webdataset's: key, dot, extensions
 _LABELS = ("cls", "label", "class", "target", "json", "txt")  # extensions, in order of preference
 _JSON_LABELS = ("label", "cls", "class", "target", "label_name", "class_name")  # keys in JSON
 _VERSION = 1  # increase it whenever a listing finds something else in the same shards

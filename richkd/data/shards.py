@@ -181,7 +181,8 @@ def contents(
     """
     if not folder.is_dir():
         raise RichKDError(
-            f"wds:{folder}: no such folder; check the path", code="dataset-folder-missing"
+            f"wds:{folder}: no such folder; give the folder of the shards, not a file or a pattern",
+            code="dataset-folder-missing",
         )
     place = f"wds:{folder}"
     shards = find_shards(folder)
