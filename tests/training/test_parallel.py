@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import socket
 from collections.abc import Callable
@@ -94,6 +93,12 @@ def photographs(tmp_path_factory: pytest.TempPathFactory, clip_dir: Path) -> Pat
     return made.path
 
 
+@pytest.fixture(scope="module")
+def mixed(make_store: Callable[..., Path]) -> Path:
+    """A cache of images of which some are mixed."""
+    return make_store(augment="mix", views=2)
+
+
 @pytest.mark.parametrize(("batch_size", "world"), [(16, 2), (16, 3), (7, 4), (3, 3), (1, 1)])
 def test_slices_are_all_of_a_batch_in_its_order(batch_size: int, world: int) -> None:
     order = torch.randperm(53)
@@ -129,34 +134,37 @@ def test_too_many_processes_are_refused() -> None:
 
 @pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(
-    forks: Forks, store: Path, photographs: Path, tmp_path: Path
+    forks: Forks, store: Path, mixed: Path, photographs: Path, tmp_path: Path
 ) -> None:
     """51 steps in f32 at a low rate, at which differences of rounding do not grow."""
-    given = {"student": "resnet8", "batch_size": 16, "lr": 0.00002, "epochs": 17}
-    jobs = [
-        {**given, "cache": str(cache), "method": method}
-        for cache, method in ((store, "kd"), (store, "richkd"), (photographs, "richkd"))
+    given = {"student": "resnet8", "batch_size": 16, "lr": 0.00002, "method": "richkd"}
+    jobs: list[dict[str, Any]] = [
+        {**given, "cache": str(store), "epochs": 17, "eval_every": 17},
+        {**given, "cache": str(photographs), "epochs": 2},
+        {**given, "cache": str(mixed), "epochs": 2},
     ]
     one, two = (steps(forks, tmp_path, world, jobs) for world in (1, 2))
+    assert len(one[0]["losses"]) == 51
+    assert two[0]["bytes"] <= 0.51 * one[0]["bytes"]
     for whole, shared in zip(one, two, strict=True):
-        assert len(whole["losses"]) >= 50
         assert gap(whole["losses"], shared["losses"]) < 1e-5
-    for whole, shared in zip(one[:2], two[:2], strict=True):
-        assert shared["bytes"] <= 0.51 * whole["bytes"]
 
 
 @pytest.mark.slow
 def test_three_processes_train_as_one_to_the_last_bits_of_f64(
     forks: Forks, store: Path, photographs: Path, tmp_path: Path
 ) -> None:
-    """Odd batches, every kind of loss, augmented orders: only sums are taken in another order."""
-    given = {"student": "resnet8", "batch_size": 10, "epochs": 2, "lr": 0.05, "wide": True}
+    """Odd batches, every kind of loss, augmented orders: only sums are taken in another order.
+
+    One job's last batches have two samples, which each of the three processes takes in whole.
+    """
+    given = {"student": "resnet8", "batch_size": 10, "epochs": 1, "lr": 0.05, "wide": True}
     arrays = {**given, "cache": str(store)}
-    photos = {**given, "cache": str(photographs)}
+    photos = {**given, "cache": str(photographs), "epochs": 2}
     jobs: list[dict[str, Any]] = [
         *({**arrays, "method": method} for method in ("richkd", "dkd", "sp", "ce")),
-        {**photos, "method": "richkd", "ema": 0.9, "warmup": 1.0},
-        {**photos, "method": "kd", "crops_per_decode": 3, "epochs": 4},
+        {**photos, "method": "richkd", "ema": 0.9, "warmup": 1.0, "batch_size": 37},
+        {**photos, "method": "kd", "crops_per_decode": 2},
         {**arrays, "method": "kd", "student": "timm/test_efficientnet"},
     ]
     one, three = (steps(forks, tmp_path, world, jobs) for world in (1, 3))
@@ -203,18 +211,15 @@ def test_a_killed_process_and_other_numbers_of_processes(
     first, last = run("killed", 2, kill=Kill(at=step, count=8))
     assert (first.code, last.code) == (2, -signal.SIGKILL)
     assert refusal(first.err).code == "rank-lost"
-    shutil.copytree(tmp_path / "killed", tmp_path / "alone")
     stopped = run("stopped", 2, kill=Kill(at=step, count=8, by=signal.SIGTERM))
     assert stopped[1].code == 128 + signal.SIGTERM and "interrupted" not in stopped[1].err
-    for name, world, ranks in (("killed", 3, [2, 3]), ("alone", 1, [1, 2]), ("stopped", 2, [2])):
+    for name, world, ranks in (("killed", 3, [2, 3]), ("stopped", 1, [1, 2])):
         ended = run(name, world, "--json")
         assert [outcome.code for outcome in ended] == [0] * world, ended
         assert ended[0].json["ranks"] == ranks and not any(each.out for each in ended[1:])
         assert gap(losses(tmp_path / "whole"), losses(tmp_path / name)) < 1e-5
         assert not (tmp_path / name / "checkpoint.safetensors").exists()
     for more, code in (
-        ("--batch-size 1", "more-ranks-than-samples"),
-        ("--device cuda:1", "ranks-device"),
         ("--lr -1", "value-out-of-range"),
         ("--student nosuch", "unknown-model"),
     ):
