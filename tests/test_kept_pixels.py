@@ -20,7 +20,7 @@ from PIL import Image
 
 import richkd
 from richkd.analysis.students import evaluate
-from richkd.config.settings import Images, Precompute, resolve
+from richkd.config.settings import Distill, Images, Precompute, resolve
 from richkd.core.progress import Report
 from richkd.data.datasets import ImageFiles, load_dataset
 from richkd.data.decoding import Decoding
@@ -30,6 +30,7 @@ from richkd.data.kept import KeptImages
 from richkd.data.on_device import check_device, decode_jpegs, plain_jpeg
 from richkd.data.sources import FolderFiles, Paths
 from richkd.data.views import ResizedCropFlip
+from richkd.distill import distill
 from richkd.store.schema import Block
 from richkd.store.writer import StoreWriter
 from richkd.teachers.cnn import CNNTeacher
@@ -252,6 +253,25 @@ def test_pixels_that_are_not_those_written_are_refused(
         if change == "truncated later":
             images.photograph(len(images) - 1)
         student_images(richkd.open_cache(out))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_flipped_byte_is_found_before_an_epoch_is_saved(
+    kept: Path, tmp_path: Path, split: str
+) -> None:
+    """Images are read apart from their chunk, so no read checks its CRC."""
+    out = Path(shutil.copytree(kept, tmp_path / "kept.zarr"))
+    settings = Distill(cache=str(out), method="kd", student="resnet8", out=str(tmp_path / "run"))
+    settings = replace(settings, epochs=1, device="cpu", batch_size=8)
+    if split == "test":
+        distill(settings)
+    chunk = out / split / "pixels/c/0/0"
+    content = bytearray(chunk.read_bytes())
+    content[100] ^= 1
+    chunk.write_bytes(content)
+    with refuses("cache-damaged", f"{split}/pixels/c/0/0", "richkd repair"):
+        evaluate([tmp_path / "run"], device="cpu") if split == "test" else distill(settings)
+    assert (tmp_path / "run/last.safetensors").exists() == (split == "test")
 
 
 def test_what_cannot_be_kept_or_decoded_is_refused(

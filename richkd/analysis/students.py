@@ -43,6 +43,7 @@ from richkd.data.datasets import ImageFiles, Split, files_split
 from richkd.data.decoding import Decoding, describe_decoding
 from richkd.data.folders import find_images, list_images
 from richkd.data.inputs import Batches, Normalize, make_inputs
+from richkd.data.kept import KeptImages
 from richkd.data.scans import Listing
 from richkd.data.sources import FolderFiles
 from richkd.data.views import ResizedCropFlip, views_tensor
@@ -142,6 +143,8 @@ def evaluate(
     named = dataset or settings[0].dataset
     tests = {mode: student_images(store, named, root, mode)["test"] for mode in modes}
     test = tests[modes[0]]
+    if any(isinstance(split.images, KeptImages) for split in tests.values()):
+        store.check_content("test/pixels")
     share = max(recorded_holdout(run.settings) for run in runs)
     tested = held_out(len(test), share)[1][:limit]  # the sets of several shares are nested
     chosen = choose_device(device)

@@ -35,6 +35,7 @@ from richkd.store.added import (
 from richkd.store.checksums import (
     chunk_files,
     chunks_digest,
+    intact_file,
     num_chunks,
     views_of,
 )
@@ -311,7 +312,7 @@ class TeacherCache:
     def chunk_folder(self, name: str) -> Path:
         """Return the folder on this disk of all chunks of an array, to read them in place.
 
-        Their bytes are not read: only the CRCs that they end with are compared.
+        Their bytes are not read, only the CRCs that they end with (`check_content` reads them).
 
         Raises:
             RichKDError: there is no such array, or a chunk is missing or is another one.
@@ -320,6 +321,23 @@ class TeacherCache:
         self._copy.fetch(chunk_files(name, self.specs[name]))
         self._check_chunks(name, None)
         return self.path / name / "c"
+
+    def check_content(self, name: str, share: slice = slice(None)) -> None:
+        """Read the chunks of an array in `chunk_folder`, or a share of them.
+
+        Raises:
+            RichKDError: the bytes of one do not match its CRC.
+        """
+        for file in [*chunk_files(name, self.specs[name])][share]:
+            try:
+                intact = intact_file(self.path / file)
+            except OSError:
+                intact = False
+            if not intact:
+                raise RichKDError(
+                    f"{self.location}: {file} is damaged; {remedy(self.location)}",
+                    code="cache-damaged",
+                )
 
     def has(self, name: str) -> bool:
         """Return whether the cache has an array of this name, dense or by its K largest."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from threading import Thread
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from richkd.config import catalog
 from richkd.config.settings import Images
 from richkd.core.errors import RichKDError
 from richkd.core.progress import Report, size
+from richkd.core.ranks import Ranks
 from richkd.data import layouts
 from richkd.data.datasets import Dataset, ImageFiles, Split, load_dataset
 from richkd.data.decoding import Decoding
@@ -96,6 +98,40 @@ def kept_images(cache: TeacherCache, report: Report) -> dict[str, Split]:
         f"side, {size(total)}); no image file is read (--decode exact reads them)"
     )
     return splits
+
+
+class PixelCheck:
+    """Compares all kept pixels with their checksums, in a thread while the first epoch trains.
+
+    Images are read apart from their chunks, whose CRCs cover many. The processes on a machine have
+    a share each. What is read is also in the system's page cache then.
+    """
+
+    def __init__(self, cache: TeacherCache, splits: Collection[str], ranks: Ranks) -> None:
+        """Start it."""
+        self._cache = cache
+        self._names = [f"{split}/pixels" for split in splits]
+        self._share = slice(ranks.local, None, ranks.here)
+        self._fault: Exception | None = None
+        self._thread = Thread(target=self._run, daemon=True)  # an interrupted run does not wait
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for name in self._names:
+                self._cache.check_content(name, self._share)
+        except Exception as error:
+            self._fault = error
+
+    def wait(self) -> None:
+        """Wait for its end.
+
+        Raises:
+            RichKDError: a chunk is damaged.
+        """
+        self._thread.join()
+        if self._fault is not None:
+            raise self._fault
 
 
 def load_images(

@@ -18,6 +18,7 @@ from richkd.core.ranks import ALONE, Ranks
 from richkd.core.seeds import derive_seed
 from richkd.data.datasets import ImageFiles, Split
 from richkd.data.inputs import Normalize, make_inputs
+from richkd.data.kept import KeptImages
 from richkd.data.mixing import Mix, joined
 from richkd.data.on_device import check_device
 from richkd.data.views import views_tensor
@@ -40,7 +41,7 @@ from richkd.training.data import (
     with_partners,
 )
 from richkd.training.device import choose_device, cuda, free_memory
-from richkd.training.images import student_images
+from richkd.training.images import PixelCheck, student_images
 from richkd.training.initial import PRETRAINED, Initial
 from richkd.training.loop import Trainer, training_order
 from richkd.training.parallel import Parallel, device_of, slices_of
@@ -74,6 +75,7 @@ class Source:
         self._on_gpu: dict[str, Rows] = {}  # rows of the current epoch, at the same address in each
         self._chosen: dict[tuple[Any, ...], str] = {}
         self._fixed: dict[str, Rows] = {}
+        self._pixel_check: PixelCheck | None = None
 
     @cached_property
     def data(self) -> Data:
@@ -97,7 +99,21 @@ class Source:
         given = self.settings
         if given.decode == "gpu":
             check_device(self.device, augment_of(self.cache.manifest) is not None)
-        return student_images(self.cache, given.dataset, given.data_root, given.decode, self.report)
+        found = student_images(
+            self.cache, given.dataset, given.data_root, given.decode, self.report
+        )
+        if isinstance(found["train"].images, KeptImages):
+            self._pixel_check = PixelCheck(self.cache, found, self.ranks)
+        return found
+
+    def check_pixels(self) -> None:
+        """Wait until all kept pixels, if images are read from them, were compared with their CRCs.
+
+        Raises:
+            RichKDError: the cache is damaged.
+        """
+        if self._pixel_check is not None:
+            self._pixel_check.wait()
 
     def data_for(self, settings: Distill) -> Data:
         """Return `data` for a run, which may hold out test images, or normalise in its own way."""

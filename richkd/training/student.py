@@ -187,10 +187,11 @@ class StudentRun:
             runs: how many trained side by side and share the seconds.
 
         Raises:
-            RichKDError: the student diverged.
+            RichKDError: the student diverged, or it was trained on damaged pixels.
         """
         epoch = self.done + 1
         ranks = self.source.ranks
+        self.source.check_pixels()  # before anything of the first epoch is saved
         record = self.trainer.end_epoch()
         ranks.from_first(lambda: check_finite(record, self.settings))
         best, before = self.progress.best, self.progress.seconds
