@@ -69,7 +69,7 @@ def choose_names(given: str, folders: Sequence[str], synonyms: bool = False) -> 
     if not given:
         return name_classes(folders, synonyms)
     if given == CURATED and not Path(given).exists():
-        return curated_names(folders)
+        return curated_names(synsets_of(folders) if synonyms else folders)
     return read_class_names(Path(given), folders)
 
 
@@ -127,6 +127,26 @@ def curated_names(folders: Sequence[str]) -> ClassNames:
             f"choose other names, use --class-names FILE"
         )
     return ClassNames(names, (*notes, *_same_text(names, folders)))
+
+
+def synsets_of(names: Sequence[str]) -> Sequence[str]:
+    """Return the WordNet IDs of ImageNet's classes that are named by their lemmas, as in tables.
+
+    All 1,000 in their usual order may have some names that differ, since two are plain `crane`. Of
+    fewer, or in another order, each has to be the lemmas of one class only; else the names are
+    returned.
+    """
+    from timm.data.imagenet_info import ImageNetInfo
+
+    own, info = _synsets(), ImageNetInfo()
+    lemmas = [info.label_name_to_description(synset) for synset in own]
+    alike = sum(name.strip() == each for name, each in zip(names, lemmas, strict=False))
+    if len(names) == len(own) and alike >= 0.95 * len(own):
+        return own
+    counts = Counter(lemmas)
+    known = {each: synset for each, synset in zip(lemmas, own, strict=True) if counts[each] == 1}
+    found = [known.get(name.strip(), "") for name in names]
+    return found if all(found) else names
 
 
 def check_distinct(names: Sequence[str]) -> None:

@@ -161,6 +161,21 @@ def test_curated_names_of_more_and_of_fewer_classes(tmp_path: Path) -> None:
         choose_names("curate", synsets)
 
 
+def test_curated_names_of_tables_that_name_classes_by_their_lemmas() -> None:
+    info = ImageNetInfo()
+    synsets = sorted(info.label_names())
+    lemmas = [info.label_name_to_description(synset) for synset in synsets]
+    lemmas[517] = "crane2"  # as on the Hub, where names are unique
+    every = choose_names("curated", lemmas, synonyms=True)
+    assert every.names == choose_names("curated", synsets).names
+    few = [700, 3, 21]  # in an order of their own
+    some = choose_names("curated", [lemmas[number] for number in few], synonyms=True)
+    assert some.names == tuple(every.names[number] for number in few)
+    for others in (["crane", lemmas[3]], [lemmas[3], "kite, toy"]):  # one of two, and of none
+        with refuses("class-names-wrong", "'curated'"):
+            choose_names("curated", others, synonyms=True)
+
+
 def test_curated_names_load_no_open_clip() -> None:
     code = (
         "import sys; from richkd.data.class_names import choose_names; "
