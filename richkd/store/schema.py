@@ -338,14 +338,8 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
         add(*view_array(manifest))
     specs |= _pixel_specs(manifest)
     if clip is not None:
-        prompts, width = len(manifest["prompts"]), clip["num_features"]
-        add(
-            TEXT_ARRAY,
-            "float32",
-            ("class", num_classes),
-            ("prompt", prompts),
-            ("clip_feature", width),
-        )
+        texts = ("class", num_classes), ("prompt", len(manifest["prompts"]))
+        add(TEXT_ARRAY, "float32", *texts, ("clip_feature", clip["num_features"]))
         specs[TEXT_ARRAY] = _in_parts(specs[TEXT_ARRAY])
     if "teacher" in manifest and manifest["teacher"].get("head", {}).get("kind") == "probe":
         width = manifest["teacher"]["num_features"] + 1  # the last input is 1

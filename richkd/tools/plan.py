@@ -150,12 +150,11 @@ def plan(
         ]
         chosen = next(each for each in options if each.chosen)
         arrays = ratios.of(variant(blank, settings, sizes))
-    train, test = counts
     texts = len(dataset.class_names) * len(blank["prompts"])
     return {
         "dataset": catalog.IMAGENET if known else settings.dataset,
-        "num_train": train,
-        "num_test": test,
+        "num_train": counts[0],
+        "num_test": counts[1],
         "num_classes": len(dataset.class_names),
         "image_size": dataset.image_size,
         "about": tried.about,
