@@ -92,7 +92,7 @@ def test_epochs_of_photographs(tmp_path: Path) -> None:
 @pytest.mark.real_data
 def test_the_cost_of_several_views_of_a_decode(tmp_path: Path) -> None:
     """The order without reuse is that of `distill`; every case is trained."""
-    size = ("--images", 32, "--tested", 20, "--batch-size", 8, "--views", 4, "--epochs", 1)
+    size = ("--images", 32, "--tested", 20, "--batch-size", 8, "--views", 4, "--epochs", 4)
     few = ("--teacher-images", 20, "--teacher-epochs", 1, "--seeds", 1)
     out = script("crops_per_decode.py", tmp_path, *size, *few)
     cases = ("1", "2 spread", "4 spread", "4 together")
