@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from helpers import Refusal, tree, write_teacher
 from PIL import Image
+from timm.data import ImageNetInfo
 
 import richkd
 from richkd.config import recipes
@@ -64,11 +65,12 @@ def tiny(
 
 
 def write_folder(folder: Path, num_classes: int) -> Path:
-    """Two training images and one to test on of every class, each of another size."""
+    """Two training images and one to test on of some classes of ImageNet, each of another size."""
     rng = np.random.default_rng(0)
+    classes = ImageNetInfo("imagenet1k").label_names()[:num_classes]
     for split, count in (("train", 2), ("val", 1)):
-        for number in range(num_classes):
-            place = folder / split / f"class_{number:02d}"
+        for number, name in enumerate(classes):
+            place = folder / split / name
             place.mkdir(parents=True, exist_ok=True)
             for image in range(count):
                 side = 48 + number + image
