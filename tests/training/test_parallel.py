@@ -19,7 +19,7 @@ from richkd.config.settings import Distill
 from richkd.core.ranks import Ranks
 from richkd.training.parallel import Slices, batch_sizes, check_ranks, device_of
 
-STEPS = Path(__file__).parents[1] / "cases/shared_steps.py"
+STEPS = Path(__file__).with_name("shared_steps.py")
 
 
 def environment(rank: int, world: int, port: int) -> dict[str, str]:
