@@ -140,6 +140,8 @@ def evaluate(
     store = open_store_of(runs, cache)
     root = data_root or settings[0].data_root
     modes = decodings(store, settings)
+    if corruptions or corruption_files is not None:
+        check_alike(runs, modes)
     named = dataset or settings[0].dataset
     tests = {mode: student_images(store, named, root, mode)["test"] for mode in modes}
     test = tests[modes[0]]
@@ -150,8 +152,6 @@ def evaluate(
     chosen = choose_device(device)
     name = store.manifest["dataset"]["name"]
     corrupted = find_corruptions(test, store, root, corruptions, corruption_files, seed)
-    if corrupted is not None:
-        check_alike(runs, modes)
     shifted = None if shift is None else load_shift(Path(shift), store, test, report)
     students = [prepare(run, store, weights, chosen) for run in runs]
 
