@@ -47,7 +47,7 @@ class EpochRows:
     Unless `samples` says otherwise, entry i is a view of sample i, so that E = N.
     """
 
-    views: Tensor  # [E] or [E,5], or with `--augment` rows as `replay.joined` returns them
+    views: Tensor  # [E] or [E,5], or with `--augment` rows as `mixing.joined` returns them
     rows: Mapping[str, Rows]  # name -> [E,…]
     on_host: bool = False  # rows stay on the host, and each batch is copied to the device
     samples: Tensor | None = None  # [E], the sample of each entry, on the host
